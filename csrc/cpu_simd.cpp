@@ -1,0 +1,185 @@
+// The CPU operation over a range of units of one segment, compiled once for every instruction set (setup.py): ES_ISA names it.
+// W consecutive noise blocks lie across the W lanes; their 8 W values are transposed to memory order for the arithmetic.
+#include "add_noise.h"
+#include "cpu.h"
+#include "fingerprint.h"
+
+namespace es {
+namespace {
+
+constexpr int W = ES_LANES;
+
+ES_FN BlockId block_id(uint64_t block, uint64_t stream, uint32_t domain) {
+  BlockId id;
+  for (int i = 0; i < W / 2; i++) id.low.even[i] = block + 2 * i, id.low.odd[i] = block + 2 * i + 1;
+  uint64_t top = (uint64_t)domain << 29;
+  id.high = {(id.low.even >> 32) | top, (id.low.odd >> 32) | top};
+  u64_half zero{};
+  id.stream_low = {zero + (stream & 0xFFFFFFFF), zero + (stream & 0xFFFFFFFF)};
+  id.stream_high = {zero + (stream >> 32), zero + (stream >> 32)};
+  return id;
+}
+
+// lane-major v[j][lane] -> memory order: value j of block `lane` at 8 lane + j. Three perfect shuffles.
+template <class V>
+ES_FN void transpose(V v[8]) {
+  for (int stage = 0; stage < 3; stage++) {
+    V t[8];
+    for (int j = 0; j < 4; j++) {
+#if ES_LANES == 16
+      t[2 * j] = __builtin_shufflevector(v[j], v[j + 4], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      t[2 * j + 1] = __builtin_shufflevector(v[j], v[j + 4], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif ES_LANES == 8
+      t[2 * j] = __builtin_shufflevector(v[j], v[j + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      t[2 * j + 1] = __builtin_shufflevector(v[j], v[j + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+      t[2 * j] = __builtin_shufflevector(v[j], v[j + 4], 0, 4, 1, 5);
+      t[2 * j + 1] = __builtin_shufflevector(v[j], v[j + 4], 2, 6, 3, 7);
+#endif
+    }
+    memcpy(v, t, sizeof t);
+  }
+}
+
+typedef uint16_t u16 __attribute__((vector_size(2 * W)));
+
+// 8 W elements to and from float registers, in memory order.
+ES_FN void load_bits(const void* p, int32_t dtype, u32 v[8]) {
+  if (dtype == kF32) {
+    memcpy(v, p, 8 * sizeof(u32));
+  } else {
+    u16 h[8];
+    memcpy(h, p, sizeof h);
+    for (int j = 0; j < 8; j++) v[j] = __builtin_convertvector(h[j], u32);
+  }
+}
+
+ES_FN void load(const void* p, int32_t dtype, f32 v[8]) {
+  u32 h[8];
+  load_bits(p, dtype, h);
+  for (int j = 0; j < 8; j++) v[j] = dtype == kF32 ? float_of(h[j]) : dtype == kBF16 ? from_bf16(h[j]) : from_f16(h[j]);
+}
+
+ES_FN void store(void* p, int32_t dtype, const f32 v[8], const u32* r) {
+  if (dtype == kF32) {
+    u32 u[8];
+    for (int j = 0; j < 8; j++) u[j] = to_f32(v[j]);
+    memcpy(p, u, sizeof u);
+    return;
+  }
+  u16 h[8];
+  for (int j = 0; j < 8; j++) {
+    u32 u = dtype == kBF16 ? (r ? to_bf16_stochastic(v[j], r[j]) : to_bf16_nearest(v[j]))
+                           : (r ? to_f16_stochastic(v[j], r[j]) : to_f16_nearest(v[j]));
+    h[j] = __builtin_convertvector(u, u16);
+  }
+  memcpy(p, h, sizeof h);
+}
+
+// The contract's arithmetic on 8 W elements in memory. One seed, the common case, keeps no accumulator.
+ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block, char* out, const char* base, const char* anchor) {
+  BlockId id = block_id(block, s.stream, kNoise);
+  f32 b[8];
+  load(base, s.base_dtype, b);
+  if (op.decay != 0) {
+    f32 a[8] = {};
+    if (anchor) load(anchor, s.anchor_dtype, a);
+    decay_block(b, a, op.decay);
+  }
+  if (op.n_seeds > 1) {
+    f32 acc[8] = {};
+    for (int64_t i = 0; i < op.n_seeds - 1; i++) {
+      f32 noise[8];
+      noise_block(id, op.keys[i], noise);
+      fma_block(op.coefs[i], noise, acc);
+    }
+    transpose(acc);
+    add_block(b, acc);
+  }
+  if (op.n_seeds > 0) {
+    f32 noise[8];
+    noise_block(id, op.keys[op.n_seeds - 1], noise);
+    transpose(noise);
+    fma_block(op.coefs[op.n_seeds - 1], noise, b);
+  }
+  if (op.rounding_keys && s.out_dtype != kF32) {
+    u32 r[8];
+    rounding_thresholds(id, *op.rounding_keys, r);
+    transpose(r);
+    store(out, s.out_dtype, b, r);
+  } else {
+    store(out, s.out_dtype, b, nullptr);
+  }
+}
+
+// Calls whole(block, element) for runs of W whole blocks of a row, and part(block, element, from, to) where only the values
+// [from, to) of the 8 W that start at `block` belong to the row; `element` is the row element that value 0 would be.
+template <class Whole, class Part>
+ES_FN void for_each_run(const Segment& s, int64_t unit, int64_t unit_end, Whole whole, Part part) {
+  while (unit < unit_end) {
+    int64_t row = unit / s.units_per_row, u = unit - row * s.units_per_row;
+    int64_t u_end = u + (unit_end - unit);
+    if (u_end > s.units_per_row) u_end = s.units_per_row;
+    unit += u_end - u;
+    uint64_t row_first = s.first + row * s.index_stride;
+    int64_t head = row_first & 7;  // element c of the row is value head + c of the row's first block
+    for (; u < u_end; u += W) {
+      int64_t from = u == 0 ? head : 0, to = 8 * (u_end - u < W ? u_end - u : W);
+      if (to > head + s.cols - 8 * u) to = head + s.cols - 8 * u;
+      if (to <= from) break;
+      uint64_t block = (row_first >> 3) + u;
+      if (from == 0 && to == 8 * W) whole(block, row, 8 * u - head);
+      else part(block, row, 8 * u - head, from, to);
+    }
+  }
+}
+
+}  // namespace
+
+void ES_ISA::add_noise(const Segment& s, const Operation& op, int64_t unit, int64_t unit_end) {
+  const int so = dtype_size(s.out_dtype), sb = dtype_size(s.base_dtype), sa = dtype_size(s.anchor_dtype);
+  char* const out = (char*)s.out;
+  const char *const base = (const char*)s.base, *const anchor = (const char*)s.anchor;
+  for_each_run(
+      s, unit, unit_end,
+      [&](uint64_t block, int64_t row, int64_t c) {
+        add_noise_lanes(s, op, block, out + so * (row * s.out_stride + c), base + sb * (row * s.base_stride + c),
+                        anchor ? anchor + sa * (row * s.anchor_stride + c) : nullptr);
+      },
+      [&](uint64_t block, int64_t row, int64_t c, int64_t from, int64_t to) {
+        // The same lanes on a padded copy; only [from, to) is read and written.
+        char o[32 * W], b[32 * W] = {}, a[32 * W] = {};
+        const int64_t n = to - from;
+        memcpy(b + sb * from, base + sb * (row * s.base_stride + c + from), sb * n);
+        if (anchor) memcpy(a + sa * from, anchor + sa * (row * s.anchor_stride + c + from), sa * n);
+        add_noise_lanes(s, op, block, o, b, anchor ? a : nullptr);
+        memcpy(out + so * (row * s.out_stride + c + from), o + so * from, so * n);
+      });
+}
+
+uint64_t ES_ISA::fingerprint(const Segment& s, int64_t unit, int64_t unit_end) {
+  const int size = dtype_size(s.out_dtype);
+  const RoundKeys<kFingerprintRounds> keys(s.out_dtype);
+  uint64_t sum = 0;
+  auto add = [&](uint64_t block, const char* p, int64_t from, int64_t to) {
+    u32 bits[8], k[8], m[8];
+    load_bits(p, s.out_dtype, bits);
+    BlockId id = block_id(block, s.stream, kFingerprint);
+    fingerprint_keys(id, keys, k, m);
+    transpose(k), transpose(m);
+    for (int j = 0; j < 8; j++) bits[j] += k[j];
+    const uint32_t *x = (const uint32_t*)bits, *y = (const uint32_t*)m;
+    for (int64_t i = from; i < to; i++) sum += (uint64_t)x[i] * y[i];
+  };
+  for_each_run(
+      s, unit, unit_end,
+      [&](uint64_t block, int64_t row, int64_t c) { add(block, (const char*)s.out + size * (row * s.out_stride + c), 0, 8 * W); },
+      [&](uint64_t block, int64_t row, int64_t c, int64_t from, int64_t to) {
+        char o[32 * W] = {};
+        memcpy(o + size * from, (const char*)s.out + size * (row * s.out_stride + c + from), size * (to - from));
+        add(block, o, from, to);
+      });
+  return sum;
+}
+
+}  // namespace es

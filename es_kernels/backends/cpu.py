@@ -1,0 +1,52 @@
+"""The C++ backend, through ctypes: threads and SIMD, AVX-512, AVX2 or baseline, whichever is best here. ES_KERNELS_ISA picks another."""
+
+import ctypes
+import functools
+import os
+
+import torch
+
+from .. import native
+
+
+def unavailable(device):
+    if device.type != "cpu":
+        return f"it serves CPU tensors, not {device.type}"
+    return native.why_not("cpu")
+
+
+def isas():
+    """The instruction sets that this processor can run, best first."""
+    return _library().es_cpu_isas().decode().split()
+
+
+def add_noise_(pack, seeds, coefs, rounding_seed, decay):
+    seeds, coefs = seeds.contiguous(), coefs.contiguous()  # named, so that their memory outlives the call
+    rounding = None if rounding_seed is None else rounding_seed.contiguous()
+    status = _library().es_cpu_add_noise(
+        pack.segments.ctypes.data, len(pack.segments), seeds.data_ptr(), coefs.data_ptr(), seeds.numel(), decay,
+        None if rounding is None else rounding.data_ptr(), torch.get_num_threads(), _isa(),
+    )  # fmt: skip
+    native.check(status, _library().es_cpu_error)
+
+
+def fingerprint(pack):
+    result = torch.zeros((), dtype=torch.int64)
+    status = _library().es_cpu_fingerprint(pack.segments.ctypes.data, len(pack.segments), result.data_ptr(), torch.get_num_threads(), _isa())
+    native.check(status, _library().es_cpu_error)
+    return result
+
+
+def _isa():
+    name = os.environ.get("ES_KERNELS_ISA")
+    return name.encode() if name else None
+
+
+@functools.cache
+def _library():
+    c = native.load("cpu")
+    p, i64 = ctypes.c_void_p, ctypes.c_int64
+    c.es_cpu_error.restype = c.es_cpu_isas.restype = ctypes.c_char_p
+    c.es_cpu_add_noise.argtypes = (p, i64, p, p, i64, ctypes.c_float, p, ctypes.c_int, ctypes.c_char_p)
+    c.es_cpu_fingerprint.argtypes = (p, i64, p, ctypes.c_int, ctypes.c_char_p)
+    return c

@@ -1,0 +1,163 @@
+"""The operation in NumPy: what the others are compared with, and what runs where there is nothing else. Slow (about 1e6 values/s)."""
+
+import contextlib
+import ctypes
+
+import numpy as np
+import torch
+
+from .. import noise
+from ..table import Layout, Pack  # noqa: F401  (Pack: the type of `pack`)
+
+_CHUNK = 1 << 16  # elements at a time
+_STORAGE = (np.uint32, np.uint16, np.uint16)
+
+
+def unavailable(device):
+    return None if device.type in ("cpu", "cuda") else f"it serves CPU and CUDA tensors, not {device.type}"
+
+
+def add_noise_(pack, seeds, coefs, rounding_seed, decay):
+    with on_host(pack) as segments, ieee_denormals(), np.errstate(all="ignore"):
+        seeds = [noise.u64(s) for s in seeds.tolist()]
+        coefs = coefs.cpu().numpy()
+        rounding_seed = None if rounding_seed is None else noise.u64(int(rounding_seed))
+        for s in segments:
+            for row, start, stop in _chunks(s):
+                _add_noise_run(s, row, start, stop, seeds, coefs, rounding_seed, np.float32(decay))
+
+
+def _add_noise_run(s, row, start, stop, seeds, coefs, rounding_seed, decay):
+    """The contract, in its order, on the elements [start, stop) of one row."""
+    first = int(s["first"]) + row * int(s["index_stride"]) + start
+    blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
+    stream = int(s["stream"])
+    inside = slice(first & 7, (first & 7) + stop - start)
+    b = load(memory(s, "base", row, start, stop), s["base_dtype"])
+    if decay:
+        anchor = load(memory(s, "anchor", row, start, stop), s["anchor_dtype"]) if s["anchor"] else np.float32(0)
+        b = noise.fma(-decay, b - anchor, b)
+    drawn = (noise.normal_blocks(seed, stream, blocks).reshape(-1)[inside] for seed in seeds)
+    if len(seeds) > 1:
+        acc = np.zeros_like(b)
+        for coef in coefs[:-1]:
+            acc = noise.fma(coef, next(drawn), acc)
+        b = b + acc
+    if len(seeds):
+        b = noise.fma(coefs[-1], next(drawn), b)
+    thresholds = None if rounding_seed is None else noise.rounding_thresholds(rounding_seed, stream, blocks).reshape(-1)[inside]
+    memory(s, "out", row, start, stop)[:] = store(b, s["out_dtype"], thresholds)
+
+
+def fingerprint(pack):
+    total = 0
+    with on_host(pack) as segments, np.errstate(over="ignore"):
+        for s in segments:
+            for row, start, stop in _chunks(s):
+                first = int(s["first"]) + row * int(s["index_stride"]) + start
+                blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
+                inside = slice(first & 7, (first & 7) + stop - start)
+                add, multiply = (k.reshape(-1)[inside] for k in _fingerprint_keys(int(s["out_dtype"]), int(s["stream"]), blocks))
+                bits = memory(s, "out", row, start, stop).astype(np.uint32)
+                total += int(((bits + add).astype(np.uint64) * multiply).sum(dtype=np.uint64))
+    total &= 0xFFFFFFFFFFFFFFFF
+    return torch.tensor(total - (1 << 64) if total >> 63 else total, dtype=torch.int64)
+
+
+def _fingerprint_keys(dtype, stream, blocks):
+    """What lane j of each block adds to its bits, and multiplies the sum with: u32 [blocks, 8] and u64 [blocks, 8]."""
+    w = noise.words(dtype, stream, blocks, noise.DOMAIN_FINGERPRINT, rounds=7)
+    add = np.concatenate([np.roll(w, -1, axis=-1), np.roll(w, -2, axis=-1)], axis=-1)
+    multiply = np.concatenate([w, w << np.uint32(16) | w >> np.uint32(16)], axis=-1) | np.uint32(1)
+    return add, multiply.astype(np.uint64)
+
+
+# ---- storage formats, on their bits ----
+
+
+def load(bits, dtype):
+    """Stored bits (u32 or u16 array) -> float32, exact."""
+    if dtype == 0:
+        return bits.view(np.float32).copy()
+    if dtype == 1:
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.float16).astype(np.float32)
+
+
+def store(x, dtype, thresholds=None):
+    """float32 -> bits of the storage dtype: to nearest even, or stochastically with 16-bit `thresholds` (u32). Any NaN becomes the one NaN."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    nan = np.isnan(x)
+    if dtype == 0:
+        return np.where(nan, np.uint32(0x7FC00000), u)
+    if dtype == 1:
+        up = np.uint32(0x7FFF) + (u >> np.uint32(16) & np.uint32(1)) if thresholds is None else thresholds
+        return np.where(nan, 0x7FC0, (u + up) >> np.uint32(16)).astype(np.uint16)
+    if thresholds is None:
+        return np.where(nan, 0x7E00, x.astype(np.float16).view(np.uint16)).astype(np.uint16)
+    # The magnitude in units of the f16 ulp, 2^max(e - 10, -24), is n + f: up if floor(f 2^16) + r >= 2^16.
+    magnitude = np.abs(np.where(np.isfinite(x), x, 0)).astype(np.float64)
+    ulp = np.ldexp(1.0, np.maximum(np.frexp(magnitude)[1] - 1 - 10, -24))
+    n = np.floor(magnitude / ulp)
+    f = np.floor((magnitude / ulp - n) * 65536)
+    rounded = (n + (f + thresholds >= 65536)) * ulp
+    rounded = np.where(np.isinf(x), np.inf, np.where(rounded >= 65536, np.inf, rounded))
+    return np.where(nan, 0x7E00, np.copysign(rounded, x).astype(np.float16).view(np.uint16)).astype(np.uint16)
+
+
+# ---- memory ----
+
+
+def memory(s, what, row, start, stop):
+    """Elements [start, stop) of a row of `out`, `base` or `anchor`, as a writable array of their bits."""
+    storage = np.dtype(_STORAGE[s[f"{what}_dtype"]])
+    address = int(s[what]) + (row * int(s[f"{what}_stride"]) + start) * storage.itemsize
+    buffer = (ctypes.c_char * ((stop - start) * storage.itemsize)).from_address(address)
+    return np.frombuffer(buffer, storage)
+
+
+def _chunks(s):
+    for row in range(s["rows"]):
+        for start in range(0, int(s["cols"]), _CHUNK):
+            yield row, start, min(start + _CHUNK, int(s["cols"]))
+
+
+@contextlib.contextmanager
+def on_host(pack):
+    """The segments of `pack` with host addresses: of the tensors themselves, or, for CUDA tensors, of copies that are written back."""
+    if pack.device.type == "cpu":
+        yield pack.segments
+        return
+    segments, copies = pack.segments.copy(), []
+    for what in ("out", "base", "anchor"):
+        for s in segments:
+            if s[what]:
+                size = (4, 2, 2)[s[f"{what}_dtype"]]
+                n_bytes = int((s["rows"] - 1) * s[f"{what}_stride"] + s["cols"]) * size
+                device_view = _bytes_at(int(s[what]), n_bytes, pack.device)
+                copies.append((what, device_view, device_view.cpu()))
+                s[what] = copies[-1][2].data_ptr()
+    yield segments
+    for what, device_view, host in copies:
+        if what == "out":
+            device_view.copy_(host)
+
+
+def _bytes_at(address, n_bytes, device):
+    class Array:
+        __cuda_array_interface__ = {"shape": (n_bytes,), "typestr": "|u1", "data": (address, False), "version": 2}
+
+    return torch.as_tensor(Array(), device=device)
+
+
+@contextlib.contextmanager
+def ieee_denormals():
+    """NumPy computes in this thread, where torch.set_flush_denormal(True) flushes subnormals: lift that for a while."""
+    flushing = np.float32(1e-40) * np.float32(1) == 0
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)

@@ -1,0 +1,44 @@
+"""Loads the two shared libraries of the C ABI (csrc/es_kernels.h) and says why one cannot be had."""
+
+import ctypes
+import functools
+import pathlib
+
+ABI = 1  # ES_ABI of csrc/es_kernels.h
+
+
+def path(name):
+    return pathlib.Path(__file__).parent / f"libes_{name}.so"
+
+
+@functools.cache
+def _load(name):
+    """(library, None) or (None, one line that says why not)."""
+    if not path(name).exists():
+        compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[name]
+        return None, f"{path(name).name} was not built (the wheel was made without {compiler}, or this is a source tree: run `make build`)"
+    try:
+        library = ctypes.CDLL(str(path(name)))
+        abi = getattr(library, f"es_{name}_abi")()
+    except (OSError, AttributeError) as error:
+        return None, f"{path(name).name} does not load: {error}"
+    if abi != ABI:
+        return None, f"{path(name).name} has ABI {abi}, this Python side needs {ABI}: rebuild or reinstall es-kernels"
+    return library, None
+
+
+def why_not(name):
+    return _load(name)[1]
+
+
+def load(name):
+    library, why = _load(name)
+    if library is None:
+        raise RuntimeError(f"the {name} library cannot be used: {why}")
+    return library
+
+
+def check(status, error):
+    """Raises the library's own words if a call returned an error code."""
+    if status:
+        raise RuntimeError(error().decode())

@@ -1,0 +1,175 @@
+"""The public operation. Every op schema, its fake and its registration stand on this one screen; the work is in backends/."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+
+from . import backends, noise
+from .table import Layout, ParamTable, named_tensors
+
+_F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
+
+# ---- the ops ----
+# Seeds (int64: the bit pattern of the u64) and coefs (f32) are tensors, on the CPU for Python numbers or on the device; no
+# rounding_seed means to nearest. `layout` is Layout.key: names, streams, segments. No base: in place.
+
+_library = torch.library.Library("es_kernels", "DEF")
+_library.define(
+    "add_noise_(Tensor(a!)[] out, Tensor[] base, Tensor[] anchor, Tensor seeds, Tensor coefs, Tensor? rounding_seed, float decay, int layout) -> ()"
+)
+_library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
+
+
+def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
+    pack = Layout.find(layout).pack(out, base, anchor)
+    if pack.units:
+        backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay)
+    # Library.impl does not know that `out` was written; autograd must.
+    torch.autograd.graph.increment_version([t for t in out if not t.is_inference()])
+
+
+def _fingerprint(tensors, layout):
+    pack = Layout.find(layout).pack(tensors)
+    return backends.choose(pack.device).fingerprint(pack) if pack.units else torch.zeros((), dtype=torch.int64)
+
+
+_library.impl("add_noise_", _add_noise_, "CompositeExplicitAutograd")
+_library.impl("fingerprint", _fingerprint, "CompositeExplicitAutograd")
+torch.library.register_fake("es_kernels::add_noise_", lambda *args: None, lib=_library)
+torch.library.register_fake(
+    "es_kernels::fingerprint", lambda tensors, layout: torch.empty((), dtype=torch.int64, device=tensors[0].device if tensors else "cpu"), lib=_library
+)
+
+# ---- the functions ----
+
+
+def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.0, anchor=None, rounding="nearest", rounding_seed=None):
+    """out <- round(base + sum_i coefs[i] * noise(seeds[i])), in one pass over memory, for one tensor or a whole model. Returns `out`.
+
+    out: a tensor with `name=` (or `stream=`, its u64 id), a mapping name -> tensor, an iterable of (name, tensor), or a `ParamTable`.
+        float32, bfloat16 or float16, mixed freely. Element i (row-major) of the tensor named s gets noise(seed, stream_id(s), i) ~ N(0, 1):
+        a function of these three integers alone, the same to the bit on every device and backend.
+    seeds: int or sequence of N ints of 64 bits, or an int64 tensor [N] (bit pattern) on the CPU or on the device.
+    coefs: float or sequence of N floats, or a float32 tensor [N]. Python numbers are cast to float32 and must be finite.
+    base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes); None: `out` itself.
+        No seeds and a base restore: add_noise_(live, [], [], master).
+    decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0. anchor is in out's form.
+    rounding: "nearest" (even) or "stochastic" (unbiased), which needs `rounding_seed`, fresh for every call: int, or int64 tensor [] or [1].
+
+    The order of operations, all in float32, is fixed by NOISE.md. Raises TypeError or ValueError, naming the tensor, before anything
+    is written; RuntimeError if the memory of a table moved, or with CUDA's words if a launch failed.
+
+    Perturb:  add_noise_(live, seed, sigma, base=master)             Swap: add_noise_(live, [old, new], [-sigma, sigma])
+    Update:   add_noise_(master, seeds, (lr / N * z).tolist())
+    """
+    if isinstance(out, torch.Tensor):
+        if (name is None) == (stream is None):
+            raise ValueError("a bare tensor needs name= or stream= (one of them): it says which noise is this tensor's own")
+        layout = _layout_key((name or "<tensor>",), None if stream is None else (noise.u64(stream),))
+        tensors = [out]
+        names = [name or "<tensor>"]
+    else:
+        if name is not None or stream is not None:
+            raise ValueError("name= and stream= are for a bare tensor; this call names its tensors itself")
+        out = out if isinstance(out, (ParamTable, Mapping)) else list(out)
+        tensors, names, layout = _tensors_and_layout(out)
+    base = _match("base", base, out, tensors, names)
+    anchor = _match("anchor", anchor, out, tensors, names)
+    seeds, coefs = _seeds(seeds, "seeds"), _coefs(coefs)
+    if seeds.shape != coefs.shape:
+        raise ValueError(f"{seeds.shape[0]} seeds but {coefs.shape[0]} coefs")
+    decay = _coefs(decay).item() if not isinstance(decay, float) or decay else 0.0
+    if anchor and not decay:
+        raise ValueError("an anchor needs decay != 0")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is 'nearest' or 'stochastic', not {rounding!r}")
+    if (rounding == "stochastic") != (rounding_seed is not None):
+        raise ValueError("rounding='stochastic' needs a rounding_seed, fresh for every call; rounding='nearest' takes none")
+    if rounding_seed is not None:
+        rounding_seed = _seeds(rounding_seed, "rounding_seed")
+        if rounding_seed.shape != (1,):
+            raise ValueError("rounding_seed is one number")
+    if torch.is_grad_enabled():
+        for n, t in zip(names, tensors):
+            if t.requires_grad and t.is_leaf:
+                raise RuntimeError(f"{n!r} is a leaf that requires grad: write it under torch.no_grad()")
+    torch.ops.es_kernels.add_noise_(tensors, base, anchor, seeds, coefs, rounding_seed, decay, layout)
+    return out
+
+
+def fingerprint(named):
+    """64 bits (int) of all elements, dtypes, names and indices of a ParamTable, a mapping or an iterable of (name, tensor) pairs:
+    a sum, so any order and any sharding give the same value. NOISE.md has the formula."""
+    tensors, _, layout = _tensors_and_layout(named if isinstance(named, (ParamTable, Mapping)) else list(named))
+    return torch.ops.es_kernels.fingerprint(tensors, layout).item() & 0xFFFFFFFFFFFFFFFF
+
+
+@torch.compiler.assume_constant_result
+def _layout_key(names, streams=None):
+    return Layout.intern(names, streams).key
+
+
+def _tensors_and_layout(named):
+    if isinstance(named, ParamTable):
+        if not torch.compiler.is_compiling():
+            named.check_unmoved()
+        return named.tensors, named.names, named.layout.key
+    for pair in named.items() if isinstance(named, Mapping) else named:
+        if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
+            raise TypeError("a list of unnamed tensors would give them all the same noise: pass (name, tensor) pairs, a mapping or a ParamTable")
+    if not torch.compiler.is_compiling():
+        table = ParamTable(named)
+        return table.tensors, table.names, table.layout.key
+    pairs = named_tensors(named)
+    return [t for _, t in pairs], [n for n, _ in pairs], _layout_key(tuple(n for n, _ in pairs))
+
+
+def _match(what, value, out, tensors, names):
+    """`value` (base or anchor) as a list of tensors in the order of `tensors`; [] for None."""
+    if value is None:
+        return []
+    if isinstance(out, torch.Tensor) or isinstance(value, torch.Tensor):
+        if not (isinstance(out, torch.Tensor) and isinstance(value, torch.Tensor)):
+            raise TypeError(f"{what} must have the form of out: a tensor for a tensor, or the same names")
+        return [value]
+    if isinstance(value, ParamTable) and not torch.compiler.is_compiling():
+        value.check_unmoved()
+    found = dict((entry[0], entry[1]) for entry in named_tensors(value))
+    missing = [n for n in names if n not in found]
+    tied = out.tied if isinstance(out, ParamTable) else {n for n, *_ in named_tensors(out)}
+    extra = [n for n in found if n not in names and n not in tied]
+    if missing or extra:
+        raise ValueError(f"{what} must have the names of out: " + (f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in out"))
+    return [found[n] for n in names]
+
+
+def _seeds(seeds, what):
+    if isinstance(seeds, torch.Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() > 1:
+            raise TypeError(f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} {tuple(seeds.shape)}")
+        return seeds.reshape(-1)
+    seeds = [operator.index(s) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
+    signed = [s - (1 << 64) if s >= 1 << 63 else s for s in seeds]
+    for s in signed:
+        if not -(1 << 63) <= s < 1 << 63:
+            raise ValueError(f"{what}: {s} does not fit in 64 bits")
+    return torch.tensor(signed, dtype=torch.int64)
+
+
+def _coefs(coefs):
+    if isinstance(coefs, torch.Tensor):
+        if coefs.dtype != torch.float32 or coefs.dim() > 1:
+            raise TypeError(f"coefs as a tensor are float32 of shape [N], not {coefs.dtype} {tuple(coefs.shape)}")
+        return coefs.reshape(-1)
+    coefs = [float(c) for c in (coefs if isinstance(coefs, (list, tuple)) else _listed(coefs))]
+    for c in coefs:
+        if not -_F32_MAX < c < _F32_MAX:
+            raise ValueError(f"coefficient {c} is not a finite float32")
+    return torch.tensor(coefs, dtype=torch.float32)
+
+
+def _listed(value):
+    return list(value) if hasattr(value, "__iter__") else [value]

@@ -1,0 +1,459 @@
+"""Contract under test: EvolutionStrategy.
+
+- theta and live: live == nearest(theta) after construction, step, tell, load_state_dict and on leaving perturbed(), by
+  exception too, to the bit, for every base that is kept apart.
+- The update is the formula of its docstring, with f64 z-scores cast once; equal rewards change nothing; a reward that is
+  missing or no finite number is refused before any weight changed.
+- Equal rewards give equal bits on every backend, and after a resume from state_dict.
+- It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes.
+"""
+
+import copy
+import io
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import es_kernels
+from es_finetune import EvolutionStrategy
+from es_finetune.optimizer import z_scores
+from es_kernels.noise import member_seed
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [(F32,), (BF16,), (F16,), (F32, BF16, F16)]
+
+
+def tensors(opt, kind="theta"):
+    return {name: t.detach().clone() for w in opt._weights for name, t in zip(getattr(w, kind).names, getattr(w, kind).tensors)}
+
+
+def assert_same(bits, left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(bits(left[name]), bits(right[name])), name
+
+
+def assert_live_is_theta(bits, opt):
+    theta, live = tensors(opt), tensors(opt, "live")
+    assert_same(bits, {name: theta[name].to(t.dtype) for name, t in live.items()}, live)  # torch rounds to nearest even
+
+
+def rewards(generation, n=6):
+    return np.random.default_rng(generation).normal(size=n).tolist()
+
+
+def run(opt, generations):
+    for _ in range(generations):
+        for member in opt.ask():
+            with opt.perturbed(member):
+                pass
+        opt.tell(rewards(opt.generation, opt.population))
+
+
+# --- theta and live --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("base", ["fp32", "copy"])
+@pytest.mark.parametrize("perturb_rounding", ["nearest", "stochastic"])
+def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, base, perturb_rounding):
+    opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=6, base=base, perturb_rounding=perturb_rounding)
+    assert_live_is_theta(bits, opt)
+    start = tensors(opt)
+    for generation in range(3):
+        before = tensors(opt)
+        for member in opt.ask():
+            with opt.perturbed(member):
+                assert opt.fingerprint("live") != opt.fingerprint("theta")
+            assert_live_is_theta(bits, opt)
+            assert_same(bits, before, tensors(opt))
+        opt.tell(rewards(generation))
+        assert_live_is_theta(bits, opt)
+    opt.step(lambda: float(opt.param_groups[0]["params"][0].sum()))
+    assert_live_is_theta(bits, opt)
+    assert any(not torch.equal(start[name], t) for name, t in tensors(opt).items())
+
+
+@pytest.mark.parametrize("base, dtypes", [("fp32", (BF16,)), ("copy", (F32, BF16, F16))], ids=str)
+def test_ten_thousand_members_leave_no_trace(bits, weights, base, dtypes):
+    opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=10_000, base=base)
+    opt.tell(rewards(0, 10_000))  # theta is now no longer a value that live can hold
+    theta = tensors(opt)
+    for member in opt.ask():
+        with opt.perturbed(member):
+            pass
+    assert_same(bits, theta, tensors(opt))
+    assert_live_is_theta(bits, opt)
+
+
+@pytest.mark.parametrize("base", ["fp32", "copy"])
+def test_an_exception_inside_perturbed_restores(bits, weights, base):
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, base=base)
+    opt.tell(rewards(0, 4))
+    for kind in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(kind), opt.perturbed(3):
+            raise kind
+        assert_live_is_theta(bits, opt)
+
+
+@pytest.mark.parametrize("bad", [lambda: 1 / 0, lambda: None, lambda: math.nan, lambda: "0.5x", lambda: math.inf])
+def test_a_step_that_fails_changes_nothing(bits, weights, bad):
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4)
+    opt.tell(rewards(0, 4))
+    theta, calls = tensors(opt), []
+
+    def closure():
+        calls.append(1)
+        return bad() if len(calls) == 3 else float(len(calls))
+
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        opt.step(closure)
+    assert_same(bits, theta, tensors(opt))
+    assert_live_is_theta(bits, opt)
+    assert opt.generation == 1
+
+
+def test_without_a_base_members_are_swapped_in_and_f32_comes_back_nearly(weights):
+    named = weights(F32)
+    opt = EvolutionStrategy(named, sigma=0.05, population=4, base=None)
+    assert opt._weights[0].theta is opt._weights[0].live
+    start = tensors(opt)
+    seen = []
+
+    def closure():
+        seen.append(tensors(opt, "live"))
+        return 1.0  # no signal, so no update
+
+    opt.step(closure)
+    for member, live in enumerate(seen):
+        expected = {name: t.clone() for name, t in start.items()}
+        es_kernels.add_noise_(expected, [member_seed(0, 0, member)], [0.05])
+        for name in start:
+            torch.testing.assert_close(live[name], expected[name], rtol=0, atol=1e-6)
+    for name, t in tensors(opt).items():
+        torch.testing.assert_close(t, start[name], rtol=0, atol=1e-6)
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    for name, t in tensors(opt).items():
+        torch.testing.assert_close(t, start[name], rtol=0, atol=1e-6)
+
+
+def test_members_do_not_nest_and_nothing_else_runs_inside(weights):
+    opt = EvolutionStrategy(weights(F32), population=4)
+    with opt.perturbed(0):
+        for call in (lambda: opt.perturbed(1).__enter__(), lambda: opt.step(lambda: 0.0), lambda: opt.tell([0.0] * 4), opt.state_dict):
+            with pytest.raises(RuntimeError, match="member's noise is in the weights"):
+                call()
+    with pytest.raises(ValueError, match="0..3"), opt.perturbed(4):
+        pass
+
+
+# --- the update ------------------------------------------------------------------------------------------------------
+
+
+def test_z_scores_are_f64_cast_once():
+    values = rewards(1, 30)
+    z = z_scores(values)
+    exact = (np.array(values) - np.mean(values)) / np.std(values)
+    assert all(value == float(np.float32(value)) for value in z)
+    np.testing.assert_allclose(z, exact, rtol=1e-6)
+    assert z_scores([0.015] * 30) is None and np.std([0.015] * 30) > 0
+    assert z_scores([1.0, None, 3.0]) == (-1.0, 0.0, 1.0)
+
+
+def test_the_update_is_the_formula(bits, weights):
+    """One pass: theta - decay * (theta - anchor) + sum coefs[i] noise(seeds[i]), in member order."""
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.03, weight_decay=0.5, anchored=True, population=6, seed=9)
+    anchor = tensors(opt, "live")
+    for generation in range(2):
+        expected = tensors(opt)
+        fitness = rewards(generation)
+        coefs = [float(np.float32(0.03 / 6 * z)) for z in z_scores(fitness)]
+        seeds = [member_seed(9, generation, member) for member in range(6)]
+        es_kernels.add_noise_(expected, seeds, coefs, decay=0.03 * 0.5, anchor=anchor)
+        update = opt.tell(fitness)
+        assert update.generation == generation and update.scored == 6 and update.z == z_scores(fitness)
+        assert_same(bits, expected, tensors(opt))
+
+
+def test_step_and_ask_tell_are_the_same_generation(bits, weights):
+    stepped, told = (EvolutionStrategy(weights(F32, BF16), sigma=0.05, population=6, seed=3) for _ in range(2))
+    fitness = rewards(0)
+    seen = iter(fitness)
+    live = []
+
+    def closure():
+        assert not torch.is_grad_enabled()
+        live.append(tensors(stepped, "live"))
+        return next(seen)
+
+    assert stepped.step(closure) == math.fsum(fitness) / 6
+    for member in told.ask():
+        with told.perturbed(member):
+            assert_same(bits, live[member], tensors(told, "live"))
+    told.tell(fitness)
+    assert_same(bits, tensors(stepped), tensors(told))
+    assert stepped.generation == told.generation == 1
+
+
+def test_antithetic_pairs_share_noise_and_fold_their_scores(bits, weights):
+    opt = EvolutionStrategy(weights(F32), sigma=0.05, lr=0.03, population=6, antithetic=True, seed=2)
+    theta = tensors(opt)
+    for member in opt.ask():
+        expected = {name: torch.empty_like(t) for name, t in theta.items()}
+        es_kernels.add_noise_(expected, [member_seed(2, 0, member // 2)], [0.05 if member % 2 == 0 else -0.05], base=theta)
+        with opt.perturbed(member):
+            assert_same(bits, expected, tensors(opt, "live"))
+    z = z_scores(rewards(0))
+    coefs = [float(np.float32(0.03 / 6 * (z[2 * k] - z[2 * k + 1]))) for k in range(3)]
+    es_kernels.add_noise_(theta, [member_seed(2, 0, k) for k in range(3)], coefs)
+    opt.tell(rewards(0))
+    assert_same(bits, theta, tensors(opt))
+    with pytest.raises(ValueError, match="even"):
+        EvolutionStrategy(weights(F32), population=5, antithetic=True)
+
+
+def test_dropped_members_have_coefficient_zero_and_do_not_count(bits, weights):
+    opt = EvolutionStrategy(weights(F32), lr=0.03, population=6)
+    theta, fitness = tensors(opt), rewards(0)
+    rest = [None if m in (1, 4) else r for m, r in enumerate(fitness)]
+    update = opt.tell([math.nan if r is None else r for r in rest], dropped=[1, 4])
+    assert update.scored == 4 and update.z == z_scores(rest) and update.z[1] == update.z[4] == 0
+    es_kernels.add_noise_(theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 4 * z)) for z in update.z])
+    assert_same(bits, theta, tensors(opt))
+
+    paired = EvolutionStrategy(weights(F32), population=6, antithetic=True)
+    z = paired.tell(fitness, dropped=[3]).z
+    assert z[2] == z[3] == 0 and all(z[m] for m in (0, 1, 4, 5))
+    for dropped, words in (([0, 2, 4], "every member was dropped"), ([6], "dropped members")):
+        with pytest.raises(ValueError, match=words):
+            paired.tell(fitness, dropped=dropped)
+
+
+def test_equal_rewards_mean_no_noise_and_no_decay(bits, weights):
+    opt = EvolutionStrategy(weights(BF16), weight_decay=0.5, population=6)
+    theta = tensors(opt)
+    assert opt.tell([0.015] * 6).z is None
+    assert_same(bits, theta, tensors(opt))
+    assert opt.generation == 1
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "", [1.0, 2.0]])
+def test_a_reward_that_is_none_is_refused_with_nothing_changed(bits, weights, bad):
+    opt = EvolutionStrategy(weights(BF16), population=4)
+    theta = tensors(opt)
+    with pytest.raises(ValueError, match="reward of member 2"):
+        opt.tell([0.0, 1.0, bad, 3.0])
+    with pytest.raises(ValueError, match="4 rewards"):
+        opt.tell([0.0, 1.0, 3.0])
+    assert_same(bits, theta, tensors(opt))
+    assert opt.generation == 0
+
+
+def test_a_copy_rounds_its_update_stochastically_with_the_seed_of_the_generation(bits, weights):
+    opt = EvolutionStrategy(weights(BF16), lr=1e-4, population=6, base="copy", seed=5)
+    theta = tensors(opt)
+    coefs = [float(np.float32(1e-4 / 6 * z)) for z in z_scores(rewards(0))]
+    es_kernels.add_noise_(
+        theta, [member_seed(5, 0, m) for m in range(6)], coefs, rounding="stochastic", rounding_seed=member_seed(5, 0, 0, purpose=3)
+    )
+    opt.tell(rewards(0))
+    assert_same(bits, theta, tensors(opt))
+
+
+# --- the same bits everywhere ----------------------------------------------------------------------------------------
+
+CONFIGS = [
+    {"base": "fp32"},
+    {"base": "copy", "perturb_rounding": "stochastic"},
+    {"base": None},
+    {"base": "fp32", "antithetic": True, "weight_decay": 0.1, "anchored": True},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_run_with_recorded_scores_is_the_same_on_every_backend(bits, weights, kernel_backend, config):
+    def whole_run():
+        opt = EvolutionStrategy(weights(F32, BF16, F16), sigma=0.05, lr=0.02, population=4, seed=1, **config)
+        run(opt, 3)
+        recorded = iter(rewards(99, 4))
+        opt.step(lambda: next(recorded))
+        return tensors(opt), tensors(opt, "live"), opt.fingerprint("theta"), opt.fingerprint("live")
+
+    here = whole_run()
+    with es_kernels.backend("reference"):
+        golden = whole_run()
+    assert_same(bits, golden[0], here[0])
+    assert_same(bits, golden[1], here[1])
+    assert golden[2:] == here[2:]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(bits, weights, config):
+    options = {"sigma": 0.05, "lr": 0.02, "population": 6, "seed": 2**64 - 1, **config}
+    whole = EvolutionStrategy(weights(F32, BF16), **options)
+    run(whole, 2)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    run(whole, 3)
+
+    other = [(name, torch.nn.Parameter(torch.zeros_like(p))) for name, p in weights(F32, BF16)]
+    resumed = EvolutionStrategy(other, **{**options, "seed": 0})
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.generation == 2 and resumed.seed == 2**64 - 1
+    if config["base"]:
+        assert_live_is_theta(bits, resumed)
+    run(resumed, 3)
+    assert_same(bits, tensors(whole), tensors(resumed))
+    assert_same(bits, tensors(whole, "live"), tensors(resumed, "live"))
+    assert whole.fingerprint() == resumed.fingerprint()
+
+
+def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(bits, weights):
+    opt = EvolutionStrategy(weights(BF16), population=4)
+    theta = tensors(opt)
+    state = copy.deepcopy(EvolutionStrategy(weights(BF16), population=4, base="copy").state_dict())
+    with pytest.raises(ValueError, match="base 'copy'"):
+        opt.load_state_dict(state)
+    for change, words in (
+        (lambda es: es["theta"].popitem(), "differ in 1"),
+        (lambda es: es["theta"].update({"layer1.weight": torch.zeros(5)}), "layer1.weight"),
+        (lambda es: es.update(noise_version=99), "noise_version 99"),
+    ):
+        state = copy.deepcopy(opt.state_dict())
+        state["es"]["generation"] = 7
+        change(state["es"])
+        with pytest.raises(ValueError, match=words):
+            opt.load_state_dict(state)
+    with pytest.raises(ValueError, match="no state of an EvolutionStrategy"):
+        opt.load_state_dict(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).state_dict())
+    assert_same(bits, theta, tensors(opt))
+    assert opt.generation == 0
+
+
+# --- a torch optimizer -----------------------------------------------------------------------------------------------
+
+
+def test_groups_have_their_own_sigma_lr_and_decay(bits, weights):
+    named = weights(F32, BF16)
+    groups = [{"params": named[:2], "sigma": 0.5, "lr": 0.0}, {"params": named[2:], "weight_decay": 0.1}]
+    opt = EvolutionStrategy(groups, sigma=0.01, lr=0.02, population=4)
+    assert [(g["sigma"], g["lr"], g["weight_decay"]) for g in opt.param_groups] == [(0.5, 0.0, 0.0), (0.01, 0.02, 0.1)]
+    theta = tensors(opt)
+    with opt.perturbed(1):
+        moved = {name: (t.float() - theta[name]).square().mean().sqrt().item() for name, t in tensors(opt, "live").items() if t.numel() > 30}
+    assert moved.pop("layer2.weight") == pytest.approx(0.01, rel=0.3)
+    assert all(rms == pytest.approx(0.5, rel=0.3) for rms in moved.values())
+    opt.tell(rewards(0, 4))
+    after = tensors(opt)
+    assert_same(bits, {n: theta[n] for n in ("layer0.weight", "layer1.weight")}, {n: after[n] for n in ("layer0.weight", "layer1.weight")})
+    assert not torch.equal(theta["layer2.weight"], after["layer2.weight"])
+
+
+def test_how_parameters_are_grouped_does_not_change_the_noise(bits, weights):
+    one, two = weights(F32), weights(F32)
+    whole = EvolutionStrategy(one, population=4)
+    parts = EvolutionStrategy([{"params": two[2:]}, {"params": two[:2]}], population=4)
+    run(whole, 2)
+    run(parts, 2)
+    assert_same(bits, tensors(whole), tensors(parts))
+    assert whole.fingerprint() == parts.fingerprint()
+
+
+@pytest.mark.parametrize("drive", ["step", "tell"])
+def test_lr_schedulers_drive_lr(weights, drive, recwarn):
+    opt = EvolutionStrategy(weights(F32), lr=0.08, population=4)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
+    seen = []
+    for generation in range(3):
+        seen.append(opt.param_groups[0]["lr"])
+        before = tensors(opt)
+        if drive == "step":
+            recorded = iter(rewards(0, 4))
+            opt.step(lambda: next(recorded))
+        else:
+            opt.tell(rewards(0, 4))
+        coefs = [float(np.float32(seen[-1] / 4 * z)) for z in z_scores(rewards(0, 4))]
+        es_kernels.add_noise_(before, [member_seed(0, generation, m) for m in range(4)], coefs)
+        assert torch.equal(before["layer0.weight"], tensors(opt)["layer0.weight"])
+        schedule.step()
+    assert seen == [0.08, 0.04, 0.02]
+    assert not recwarn.list  # torch warns where a scheduler believes that no step was made
+
+
+def test_tied_weights_are_one_parameter_under_their_first_name(bits, tiny_llama):
+    named = list(tiny_llama.named_parameters(remove_duplicate=False))
+    assert len(named) > len(list(tiny_llama.named_parameters()))
+    opt = EvolutionStrategy(named, sigma=0.01, lr=0.01, population=4)
+    assert opt._weights[0].live.names == [name for name, _ in tiny_llama.named_parameters()]
+    start = tensors(opt)
+    run(opt, 2)
+    assert tiny_llama.lm_head.weight is tiny_llama.model.embed_tokens.weight
+    assert_live_is_theta(bits, opt)
+    assert not torch.equal(start["model.embed_tokens.weight"], tensors(opt)["model.embed_tokens.weight"])
+
+
+def test_frozen_parameters_stay_out(bits, weights):
+    named = weights(F32)
+    named[0][1].requires_grad_(False)
+    before = named[0][1].clone()
+    opt = EvolutionStrategy(named, population=4)
+    run(opt, 1)
+    assert "layer0.weight" not in tensors(opt)
+    assert torch.equal(bits(before), bits(named[0][1]))
+
+
+def test_it_learns_a_quadratic(weights):
+    named = weights(F32)
+    goal = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1 for name, p in named}
+
+    def closure():
+        return -sum(((p - goal[name]) ** 2).sum().item() for name, p in named)
+
+    opt = EvolutionStrategy(named, sigma=0.02, lr=0.1, population=40)
+    first = closure()
+    for _ in range(60):
+        opt.step(closure)
+    assert closure() > first / 4
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sigma": 0.0}, "sigma must be"),
+        ({"sigma": math.nan}, "sigma must be"),
+        ({"lr": -1.0}, "lr must be"),
+        ({"weight_decay": math.inf}, "weight_decay must be"),
+        ({"population": 1}, "population must be at least 2"),
+        ({"base": "bf16"}, "base must be"),
+        ({"perturb_rounding": "up"}, "perturb_rounding must be"),
+        ({"base": None, "perturb_rounding": "stochastic"}, "needs a base"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(weights, options, words):
+    with pytest.raises(ValueError, match=words):
+        EvolutionStrategy(weights(F32), **options)
+
+
+def test_bad_parameters_are_named(weights):
+    named = weights(F32)
+    for params, words in (
+        ([p for _, p in named], "named_parameters"),
+        ([("twice", named[0][1]), ("twice", named[1][1])], "'twice'"),
+        ([("frozen", torch.nn.Parameter(torch.zeros(2), requires_grad=False))], "frozen"),
+        ([{"params": named}, {"params": named}], "already in another group"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            EvolutionStrategy(params)
+
+
+def test_importing_es_finetune_does_not_import_transformers():
+    code = "import sys, es_finetune; sys.exit(any(name.split('.')[0] == 'transformers' for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
