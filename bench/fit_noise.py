@@ -1,7 +1,7 @@
 """Derives the polynomial constants of the noise, and measures the distribution that they give.
 
-    python bench/fit_noise.py            the quality of the shipped constants, by enumeration (seconds)
-    python bench/fit_noise.py --fit      derive constants anew (minutes; needs scipy) and print them with their quality
+    python bench/fit_noise.py                  the quality of the shipped constants, by enumeration (seconds)
+    python bench/fit_noise.py --fit --polish   derive them anew (half an hour; needs scipy) and print them with their quality
 
 What is fitted is not log, sqrt, sin and cos but the quantity that matters: the error of the distribution function of the normals,
 over a grid that is log-spaced toward 0, where the angle lattice shows. It is nearly linear in the coefficients, so a linear program
@@ -20,10 +20,9 @@ from es_kernels import noise
 
 RADII, ANGLES = 2**18, 2**13
 # Log-spaced toward 0, and dense where u = 2^-k ends a piece of the log: r = sqrt(2 k ln 2), where |x| <= r has a square-root singularity.
-GRID = np.unique(np.concatenate([
-    np.geomspace(1e-4, 0.3, 90), np.linspace(0.3, 4.9, 200),
-    *(math.sqrt(2 * k * math.log(2)) * (1 + np.linspace(-0.016, 0.016, 41)) for k in (1, 2, 3, 4)),
-]))  # fmt: skip
+_ENDS = [math.sqrt(2 * k * math.log(2)) * (1 + np.linspace(-0.016, 0.016, 41)) for k in (1, 2, 3, 4)]
+GRID = np.unique(np.concatenate([np.geomspace(1e-4, 0.3, 90), np.linspace(0.3, 4.9, 200), *_ENDS]))
+FINE_GRID = np.unique(np.concatenate([np.geomspace(1e-4, 0.2, 120), np.linspace(0.2, 1.2, 500), np.linspace(1.2, 5, 300), *_ENDS]))
 
 
 def enumerate_factors():
@@ -79,10 +78,10 @@ def _model(p, slope):
     return r, np.polyval(p[9:5:-1], z), np.polyval(p[12:9:-1], z) * _T
 
 
-def _errors(p, slope, truth):
+def _errors(p, slope, grid, truth):
     r, *factors = _model(p, slope)
     r_sorted = np.sort(r)
-    cdf = [np.interp(g / np.abs(c), r_sorted, _RANKS, left=0, right=1).mean() for c in factors for g in GRID]
+    cdf = [np.interp(g / np.abs(c), r_sorted, _RANKS, left=0, right=1).mean() for c in factors for g in grid]
     moments = [(r**k).mean() * (c**k).mean() - n for k, n in ((2, 1), (4, 3)) for c in factors]
     return (np.array(cdf) - np.tile(truth, 2)) / 2, np.array(moments)
 
@@ -104,13 +103,13 @@ def _start(slope):
     return p
 
 
-def fit(slope, iterations):
-    """Repeated linear programs from one start; returns (largest CDF error, parameters)."""
+def fit(p, slope, iterations, grid, trust):
+    """Repeated linear programs from the parameters p; returns (largest CDF error, parameters)."""
     from scipy.optimize import linprog
 
-    truth = np.array([math.erf(g / math.sqrt(2)) for g in GRID])
-    p, trust = _start(slope), _TRUST.copy()
-    e, moments = _errors(p, slope, truth)
+    truth = np.array([math.erf(g / math.sqrt(2)) for g in grid])
+    trust = _TRUST * trust
+    e, moments = _errors(p, slope, grid, truth)
     merit = lambda e, moments: np.abs(e).max() + 0.05 * np.abs(moments).sum()  # noqa: E731
     n = len(p)
     for _ in range(iterations):
@@ -118,7 +117,7 @@ def fit(slope, iterations):
         for k in range(n):
             d = np.zeros(n)
             d[k] = _STEP[k]
-            (e_hi, m_hi), (e_lo, m_lo) = _errors(p + d, slope, truth), _errors(p - d, slope, truth)
+            (e_hi, m_hi), (e_lo, m_lo) = _errors(p + d, slope, grid, truth), _errors(p - d, slope, grid, truth)
             jacobian[:, k] = (e_hi - e_lo) / (2 * _STEP[k]) * trust[k]
             jacobian_m[:, k] = (m_hi - m_lo) / (2 * _STEP[k]) * trust[k]
         one = np.ones((len(e), 1))
@@ -131,7 +130,7 @@ def fit(slope, iterations):
             if lp.status != 0:
                 continue
             candidate = p + trust * lp.x[:n]
-            e_new, moments_new = _errors(candidate, slope, truth)
+            e_new, moments_new = _errors(candidate, slope, grid, truth)
             if merit(e_new, moments_new) < merit(e, moments):
                 p, e, moments = candidate, e_new, moments_new
                 break
@@ -140,6 +139,13 @@ def fit(slope, iterations):
             if trust[0] < 1e-5:
                 break
     return merit(e, moments), p
+
+
+def shipped():
+    """The constants of noise.py as (parameters, slope)."""
+    unscaled = lambda c, odd: [float(x) * 8192.0 ** (2 * k + odd) for k, x in enumerate(c)]  # noqa: E731
+    p = [*map(float, noise.LOG), noise.RSQRT_SEED, float(noise.RSQRT), *unscaled(noise.COS, 0), *unscaled(noise.SIN, 1)]
+    return np.array(p), -float(noise.LOG_SLOPE) * 2.0**23
 
 
 def constants(p, slope):
@@ -158,24 +164,26 @@ def constants(p, slope):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fit", action="store_true", help="derive the constants anew instead of measuring the shipped ones")
+    parser.add_argument("--polish", action="store_true", help="improve the shipped constants on a finer grid")
     parser.add_argument("--slopes", type=float, nargs="+", default=list(np.geomspace(1, 4, 17)[:-1]), help="phases to start from; 4 is 1 again")
     parser.add_argument("--iterations", type=int, default=60)
     args = parser.parse_args()
+    results = []
     if args.fit:
-        results = []
         for slope in args.slopes:
             slope = float(np.float32(slope))
-            error, p = fit(slope, args.iterations)
+            error, p = fit(_start(slope), slope, args.iterations, GRID, 1)
             print(f"slope {slope:.6f}: {error:.3e}", flush=True)
             results.append((error, slope, p))
-            for name, value in constants(p, slope).items():
-                setattr(noise, name, value)
-            print(quality(), constants(p, slope), flush=True)
-        error, slope, p = min(results, key=lambda r: r[0])
+    if args.polish:
+        _, slope, p = min(results, key=lambda r: r[0]) if results else (None, *shipped()[::-1])
+        error, p = fit(p, slope, 12, FINE_GRID, 0.1)
+        results.append((0, slope, p))
+    if results:
+        _, slope, p = min(results, key=lambda r: r[0])
         for name, value in constants(p, slope).items():
             setattr(noise, name, value)
-            shown = hex(value) if isinstance(value, int) else ", ".join(str(v) for v in np.atleast_1d(value))
-            print(f"{name} = {shown}")
+            print(f"{name} = {hex(value) if isinstance(value, int) else ', '.join(str(v) for v in np.atleast_1d(value))}")
     for key, value in quality().items():
         print(f"{key}: {value:.3e}")
 

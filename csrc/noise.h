@@ -6,12 +6,12 @@ namespace es {
 
 enum Domain : uint32_t { kNoise = 0, kSeeds = 1, kFingerprint = 2, kRounding = 4 };
 
-constexpr float kLog[4] = {2.0645297f, -3.6419728f, 1.854368f, -0.2747575f};
-constexpr float kLogSlope = -2.186308e-07f;
-constexpr uint32_t kRsqrtSeed = 0x5EDCEFACu;
-constexpr float kRsqrt = 1.1679927f;
-constexpr float kCos[4] = {1.7904943f, -3.3032155e-08f, 1.018725e-16f, -1.0737843e-25f};
-constexpr float kSin[3] = {0.00034177772f, -2.0174285e-12f, 2.6088004e-21f};
+constexpr float kLog[4] = {2.0364969f, -3.5937726f, 1.8323295f, -0.27228412f};
+constexpr float kLogSlope = -2.1457672e-07f;
+constexpr uint32_t kRsqrtSeed = 0x5EDBD221u;
+constexpr float kRsqrt = 1.1556236f;
+constexpr float kCos[4] = {1.8363578f, -3.3855894e-08f, 1.03152155e-16f, -9.48053e-26f};
+constexpr float kSin[3] = {0.0003504429f, -2.0631862e-12f, 2.599999e-21f};
 
 // The round keys of one seed: round i xors k[2 i] and k[2 i + 1].
 template <int ROUNDS>

@@ -20,11 +20,11 @@ _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 
 # The polynomials of the transform, fitted by bench/fit_noise.py to the distribution function itself, not to log, sqrt, sin and cos.
-LOG = tuple(map(np.float32, (2.0645297, -3.6419728, 1.854368, -0.2747575)))  # -(log2(m) - (m - 1)), up to a factor, ascending powers of m
-LOG_SLOPE = np.float32(-2.186308e-07)
-RSQRT_SEED, RSQRT = 0x5EDCEFAC, np.float32(1.1679927)
-COS = tuple(map(np.float32, (1.7904943, -3.3032155e-08, 1.018725e-16, -1.0737843e-25)))  # ascending powers of t^2
-SIN = tuple(map(np.float32, (0.00034177772, -2.0174285e-12, 2.6088004e-21)))
+LOG = tuple(map(np.float32, (2.0364969, -3.5937726, 1.8323295, -0.27228412)))  # -(log2(m) - (m - 1)), up to a factor, ascending powers of m
+LOG_SLOPE = np.float32(-2.1457672e-07)
+RSQRT_SEED, RSQRT = 0x5EDBD221, np.float32(1.1556236)
+COS = tuple(map(np.float32, (1.8363578, -3.3855894e-08, 1.03152155e-16, -9.48053e-26)))  # ascending powers of t^2
+SIN = tuple(map(np.float32, (0.0003504429, -2.0631862e-12, 2.599999e-21)))
 
 _SIGN64 = np.uint64(0x8000000000000000)
 

@@ -25,6 +25,11 @@ _library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
 
 def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
     pack = Layout.find(layout).pack(out, base, anchor)
+    for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
+        if t is not None and t.device.type != "cpu" and t.device != pack.device:
+            raise ValueError(f"{what} are on {t.device}, but the tensors on {pack.device}: move them there, or to the CPU")
+    if coefs.device.type == "cpu" and not coefs.isfinite().all():
+        raise ValueError(f"coefs {coefs.tolist()} are not all finite")  # on the device they are not looked at: that would wait for it
     if pack.units:
         backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay)
     # Library.impl does not know that `out` was written; autograd must.
@@ -94,8 +99,8 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
             raise ValueError("rounding_seed is one number")
     if torch.is_grad_enabled():
         for n, t in zip(names, tensors):
-            if t.requires_grad and t.is_leaf:
-                raise RuntimeError(f"{n!r} is a leaf that requires grad: write it under torch.no_grad()")
+            if t.requires_grad:
+                raise RuntimeError(f"{n!r} requires grad: write it under torch.no_grad()")
     torch.ops.es_kernels.add_noise_(tensors, base, anchor, seeds, coefs, rounding_seed, decay, layout)
     return out
 
@@ -137,7 +142,10 @@ def _match(what, value, out, tensors, names):
         return [value]
     if isinstance(value, ParamTable) and not torch.compiler.is_compiling():
         value.check_unmoved()
-    found = dict((entry[0], entry[1]) for entry in named_tensors(value))
+    entries = named_tensors(value)
+    if not all(isinstance(entry, tuple) and isinstance(entry[0], str) for entry in entries):
+        raise TypeError(f"{what} must have the form of out: (name, tensor) pairs, a mapping or a ParamTable, not unnamed tensors")
+    found = {entry[0]: entry[1] for entry in entries}
     missing = [n for n in names if n not in found]
     tied = out.tied if isinstance(out, ParamTable) else {n for n, *_ in named_tensors(out)}
     extra = [n for n in found if n not in names and n not in tied]
@@ -152,11 +160,10 @@ def _seeds(seeds, what):
             raise TypeError(f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} {tuple(seeds.shape)}")
         return seeds.reshape(-1)
     seeds = [operator.index(s) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
-    signed = [s - (1 << 64) if s >= 1 << 63 else s for s in seeds]
-    for s in signed:
-        if not -(1 << 63) <= s < 1 << 63:
+    for s in seeds:
+        if not -(1 << 63) <= s < 1 << 64:
             raise ValueError(f"{what}: {s} does not fit in 64 bits")
-    return torch.tensor(signed, dtype=torch.int64)
+    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
 
 
 def _coefs(coefs):

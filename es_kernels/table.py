@@ -87,7 +87,10 @@ class Layout:
 
     def pack(self, out, base=(), anchor=()):
         """The Pack of these tensors: checked, or found among the last eight that were."""
-        key = tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)) + (len(base), len(anchor))
+        try:
+            key = tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)) + (len(base), len(anchor))
+        except (RuntimeError, NotImplementedError):  # a tensor without strides or memory, such as a sparse one
+            return Pack(self, out, base, anchor)  # says which
         pack = self._packs.pop(key, None)
         if pack is None:
             pack = Pack(self, out, base, anchor)
@@ -108,11 +111,14 @@ class Pack:
                 _check_tensor(name, what, tensor)
             if tensors and len(tensors) != len(names):
                 raise ValueError(f"{what} has {len(tensors)} tensors for {len(names)} names")
+        self.layout = layout
         self.device = out[0].device if out else torch.device("cpu")
         for what, tensors in (("out", out), ("base", base), ("anchor", anchor)):
             for name, tensor, target in zip(names, tensors, out):
                 if tensor.device != self.device and not (what != "out" and _is_pinned(tensor) and self.device.type == "cuda"):
                     raise ValueError(f"{name!r}: {what} is on {tensor.device}, but {names[0]!r} is on {self.device}: move it there")
+                if tensor.numel() and not tensor.data_ptr():
+                    raise ValueError(f"{name!r}: {what} has no memory: its storage was freed")
                 if tensor.shape != target.shape:
                     raise ValueError(f"{name!r}: {what} has shape {tuple(tensor.shape)}, but out has {tuple(target.shape)}")
         rows = []
@@ -133,6 +139,11 @@ class Pack:
     def units(self):
         return int(self.segments["unit_end"][-1]) if len(self.segments) else 0
 
+    def pin(self):
+        """Keeps this pack for the life of the process: a captured graph holds its address."""
+        if self not in self.layout.pinned:
+            self.layout.pinned.append(self)
+
     def _check_overlap(self, has_base, has_anchor):
         s = self.segments
         indices = [(int(r["stream"]), int(r["first"]), int(r["rows"]), int(r["cols"]), int(r["index_stride"]), i) for i, r in enumerate(s)]
@@ -141,7 +152,7 @@ class Pack:
             a, b = (self.owners[i] for i in clash)
             raise ValueError(f"{a!r} and {b!r}: overlapping index ranges of one stream would draw the same noise; give them different names or ranges")
         ranges = []
-        for what in ("out", "base", "anchor")[: 1 + has_base + has_anchor]:
+        for what in ["out"] + ["base"] * has_base + ["anchor"] * has_anchor:
             for i, r in enumerate(s):
                 if what != "out" and (r[what], r[f"{what}_stride"], r[f"{what}_dtype"]) == (r["out"], r["out_stride"], r["out_dtype"]):
                     continue  # in place
@@ -334,10 +345,16 @@ def _find_overlap(ranges, may_meet=lambda a, b: False):
 
 
 def _meet(a, b):
+    """Whether two ranges share a place."""
+    # Rows that lie on each other (stride 0, of an expanded tensor) are one row.
+    a, b = ((*r[:2], r[2] if r[4] else 1, *r[3:]) for r in (a, b))
     (_, a0, a_rows, a_len, a_stride, _), (_, b0, b_rows, b_len, b_stride, _) = sorted((a, b), key=lambda r: r[2])
+    lowest = 0
+    if a_stride == b_stride:  # only the difference of the rows' numbers matters: one row of a against all differences
+        lowest, a_rows = 1 - a_rows, 1
     for k in range(a_rows):
         start = a0 + k * a_stride - b0  # of this row of a, seen from b
-        first = max(0, -(-(start - b_len + 1) // b_stride)) if b_rows > 1 else 0
+        first = max(lowest, -(-(start - b_len + 1) // b_stride)) if b_rows > 1 else 0
         last = min(b_rows - 1, (start + a_len - 1) // b_stride) if b_rows > 1 else 0
         if first <= last and start < first * b_stride + b_len and start + a_len > first * b_stride:
             return True

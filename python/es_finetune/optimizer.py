@@ -208,15 +208,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             self._move_to(None)
         for group, coefs_of_group, weights in zip(self.param_groups, coefs, self._weights):
             if z is not None:
-                self._add(
-                    weights.theta,
-                    seeds,
-                    coefs_of_group,
-                    decay=group["lr"] * group["weight_decay"],
-                    anchor=weights.anchor,
-                    rounding=self.update_rounding,
-                    rounding_seed=self._seed(0, UPDATE_ROUNDING),
-                )
+                decay = float(np.float32(group["lr"] * group["weight_decay"]))
+                pull = {"decay": decay, "anchor": weights.anchor} if decay else {}
+                self._add(weights.theta, seeds, coefs_of_group, **pull, **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING))
             if self.base is not None:
                 self._add(weights.live, [], [], base=weights.theta)
                 weights.inside = None
@@ -252,18 +246,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 weights.inside = None
             else:
                 weights.inside = target  # before the write: if it is interrupted, live must be written again
-                self._add(
-                    weights.live,
-                    [target[0]],
-                    [target[1]],
-                    base=weights.theta,
-                    rounding=self.perturb_rounding,
-                    rounding_seed=self._seed(member, PERTURB_ROUNDING),
-                )
+                rounding = self._rounding(self.perturb_rounding, member, PERTURB_ROUNDING)
+                self._add(weights.live, [target[0]], [target[1]], base=weights.theta, **rounding)
 
     def _add(self, out: es_kernels.ParamTable, seeds, coefs, **options) -> None:
         with torch.no_grad(), self._clock.on(out):
             es_kernels.add_noise_(out, seeds, coefs, **options)
+
+    def _rounding(self, rounding: str, member: int, purpose: int) -> dict[str, Any]:
+        return {"rounding": rounding, "rounding_seed": self._seed(member, purpose)} if rounding == "stochastic" else {}
 
     def _seed(self, member: int, purpose: int) -> int:
         return member_seed(self.seed, self.generation, member, purpose)

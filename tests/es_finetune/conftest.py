@@ -9,6 +9,12 @@ BACKENDS = ("cpu", "reference", "triton")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Models of these sizes gain nothing from a second thread, and with a busy neighbour each small product waits for it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=BACKENDS)
 def kernel_backend(request):
     """Each backend that serves CPU tensors here, active during the test; skipped, with its reason, where it cannot."""

@@ -6,7 +6,7 @@ A 108,000-parameter Llama learns by ordinary gradient descent, from questions th
 styles: the plain one, and one spoiled by a prefix ("hm,3+4+7") that the task's format refuses. Where the target ends in 0
 to 3 the prefix stands before 35% of the answers, else before 65%, so greedy answers are spoiled for 6 targets in 10 and the
 model knows the arithmetic far better than they show. That gap is what the demo's ES run closes. Fixed seed, one thread,
-100 s; the same machine and torch give the same file.
+about two minutes.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # with 2, a busy neighbour on one of them makes every step wait for it: 20 times slower
+    torch.set_num_threads(1)  # with 2, a busy neighbour on one core makes every step wait for it
     torch.manual_seed(0)
     draws = random.Random(0)
     tokenizer = make_tokenizer()

@@ -1,0 +1,97 @@
+"""Counts the SASS instructions that a value costs in the steady state of every kernel, from the built objects; no GPU needed.
+
+    python bench/static_analysis.py [--json bench/results/static_analysis.json] [--archs 90]
+
+Steady state: one trip through the innermost loop that makes normals, over the normals that it makes. Where the code branches (a NaN
+was seen) the shortest path is the one that data takes. Counted, not measured: how fast it runs is another question.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+
+import sass
+
+from es_kernels import native
+
+# What the design asks of sm_90: instructions a normal (and seed).
+BUDGET = {"perturb bf16 <- bf16": 23, "perturb bf16 <- f32": 22, "update": 21.5, "triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28}
+
+
+def cuda_kernels(arch):
+    """One row per loop of libes_cuda.so: kernel, instructions a value, pipes, 128-bit accesses; and registers and spills per kernel."""
+    library = native.path("cuda")
+    resources = _resources(library, arch)
+    rows = []
+    for name, code in sass.functions(library, arch).items():
+        kernel = re.search(r"(perturb|update|fingerprint)(<true>|<false>)?", name)
+        kernel = kernel[1] + (" stochastic" if kernel[2] == "<true>" else "")
+        for trip in sass.loops(code):
+            label = _label(kernel, trip)
+            if label:
+                rows.append({"arch": arch, "kernel": label, **sass.cost(trip), **resources[name]})
+    return rows
+
+
+def _label(kernel, trip):
+    """What the loop does, from its instructions; None for loops of the general path (masked, or strided) and for small ones."""
+    text = [i.text for i in trip]
+    loads = sum("LDG" in t and ".128" in t for t in text)
+    stores = sum("STG" in t and ".128" in t for t in text)
+    if kernel.startswith("update") and sass.values(trip) == 32 and not loads:
+        return kernel
+    if not kernel.startswith("perturb") or sass.values(trip) != 16 or not loads:
+        return None
+    base = "f32" if loads == 4 else "f16" if any(t.startswith("HADD2.F32") for t in text) else "bf16"
+    if stores == 4:
+        out = "f32"
+    elif "stochastic" in kernel:  # rounded by integers: f16 has a case for its subnormals
+        out = "f16" if any(t.startswith("F2I") for t in text) else "bf16"
+    else:
+        out = "bf16" if any("BF16" in t for t in text) else "f16"
+    return f"{kernel} {out} <- {base}"
+
+
+def _resources(library, arch):
+    dump = subprocess.run([sass.tool("cuobjdump"), "-res-usage", "-arch", arch, str(library)], capture_output=True, text=True, check=True).stdout
+    dump = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for name, usage in re.findall(r"Function (.+?):\n\s+(REG:.*)", dump):
+        numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+        found[name.strip()] = {"registers": int(numbers["REG"]), "spill_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"])}
+    return found
+
+
+def triton_kernels(arch):
+    """The same for the Triton kernels, if triton is installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return []
+    import triton_sass
+
+    return triton_sass.rows(arch)
+
+
+def over_budget(rows):
+    """Rows of sm_90 that cost more than the design allows, and any that spill."""
+    return [r for r in rows if r["spill_bytes"] or (r["arch"] == "sm_90" and r["instructions_per_value"] > BUDGET.get(r["kernel"], 1e9))]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results/static_analysis.json")
+    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 100, 120])
+    args = parser.parse_args()
+    rows = [row for a in args.archs for row in cuda_kernels(f"sm_{a}") + triton_kernels(f"sm_{a}")]
+    for r in rows:
+        pipes = ", ".join(f"{pipe} {n:.2f}" for pipe, n in r["per_value"].items())
+        print(f"{r['arch']:7} {r['kernel']:32} {r['instructions_per_value']:6.2f} a value  {r['registers']:3} registers  {r['spill_bytes']} B spilled  ({pipes})")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"what": __doc__.split("\n")[0], "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,492 @@
+// The CUDA side of the C ABI: thin kernels over the bodies of add_noise.h and fingerprint.h.
+//
+// One launch serves the whole table. The grid is persistent: a block of threads takes every gridDim-th tile of kTile units and walks
+// the segments that lie in it. A thread computes a noise block (8 values) at a time, several in flight. What costs: 10 Philox rounds
+// are 36 instructions a block, box_muller 25 a pair, so about 17 a value; memory traffic at full rate leaves room for about 31 (2 + 2 B
+// a value on an H200). So the inner loops count instructions: round keys sit in uniform registers (one seed) or arrive by six
+// 128-bit shared-memory loads (many seeds), and NaNs, which are rare, are looked for once in 16 values.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "add_noise.h"
+#include "es_kernels.h"
+#include "fingerprint.h"
+#include "segments.h"
+
+namespace {
+
+using namespace es;
+
+constexpr int kThreads = 256;
+constexpr int64_t kTile = 8192;   // units: 65536 values
+constexpr int kSeedsAtATime = 128;  // in shared memory
+
+struct Arguments {
+  const Segment* segments;
+  int64_t n_segments, n_units, n_seeds;
+  const uint64_t* seeds;          // device memory, or nullptr: host_seeds
+  const float* coefs;             // device memory, or nullptr: host_coefs
+  const uint64_t* rounding_seed;  // device memory, or nullptr: host_rounding_seed
+  uint64_t host_rounding_seed;
+  float decay;
+  float host_coefs[ES_CUDA_HOST_SEEDS];
+  uint64_t host_seeds[ES_CUDA_HOST_SEEDS];
+};
+
+// ---- 8 values of one dtype, to and from 128-bit registers ----
+
+// Addresses come out of memory as integers, so the compiler must be told that they are global: ld and st without a state space cost
+// a check each.
+__device__ __forceinline__ uint4 load_global(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+
+__device__ __forceinline__ void store_global(uint4* p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
+__device__ __forceinline__ void unpack(int32_t dtype, const uint4* p, f32 v[8]) {
+  uint4 a = load_global(p);
+  uint32_t w[4] = {a.x, a.y, a.z, a.w};
+  if (dtype == kF32) {
+    uint4 b = load_global(p + 1);
+    v[0] = float_of(a.x), v[1] = float_of(a.y), v[2] = float_of(a.z), v[3] = float_of(a.w);
+    v[4] = float_of(b.x), v[5] = float_of(b.y), v[6] = float_of(b.z), v[7] = float_of(b.w);
+  } else if (dtype == kBF16) {
+    for (int i = 0; i < 4; i++) v[2 * i] = float_of(w[i] << 16), v[2 * i + 1] = float_of(w[i] & 0xFFFF0000u);
+  } else {
+    for (int i = 0; i < 4; i++) {
+      float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w[i]));
+      v[2 * i] = f.x, v[2 * i + 1] = f.y;
+    }
+  }
+}
+
+// The instructions that round to nearest, and float arithmetic itself, make NaNs of their own (7FFF, 7FFFFFFF); the contract has one
+// NaN. A sum is NaN if any term is, so a sum over the values (packed, where the format allows it) tells whether to look closer.
+__device__ __forceinline__ bool maybe_nan(const f32 v[8]) {
+  f32 s = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  return !(s == s);
+}
+
+template <class Pair>
+__device__ __forceinline__ bool maybe_nan(const uint32_t w[4]) {
+  const Pair* p = reinterpret_cast<const Pair*>(w);
+  Pair s = __hadd2(__hadd2(p[0], p[1]), __hadd2(p[2], p[3]));
+  return !__hbeq2(s, s);
+}
+
+__device__ __forceinline__ uint32_t low_halves(uint32_t even, uint32_t odd) { return __byte_perm(even, odd, 0x5410); }
+
+template <bool STOCHASTIC>
+__device__ __forceinline__ void pack(int32_t dtype, f32 v[8], const u32 r[8], uint4* p) {
+  uint32_t w[4];
+  if (dtype == kF32) {
+    if (maybe_nan(v))
+      for (int j = 0; j < 8; j++) v[j] = float_of(to_f32(v[j]));
+    store_global(p + 1, bits_of(v[4]), bits_of(v[5]), bits_of(v[6]), bits_of(v[7]));
+    for (int i = 0; i < 4; i++) w[i] = bits_of(v[i]);
+  } else if (STOCHASTIC) {
+    for (int i = 0; i < 4; i++)
+      w[i] = dtype == kBF16 ? low_halves(to_bf16_stochastic(v[2 * i], r[2 * i]), to_bf16_stochastic(v[2 * i + 1], r[2 * i + 1]))
+                            : low_halves(to_f16_stochastic(v[2 * i], r[2 * i]), to_f16_stochastic(v[2 * i + 1], r[2 * i + 1]));
+  } else if (dtype == kBF16) {
+    for (int i = 0; i < 4; i++) {
+      __nv_bfloat162 h = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+      w[i] = *reinterpret_cast<uint32_t*>(&h);
+    }
+    if (maybe_nan<__nv_bfloat162>(w))
+      for (int i = 0; i < 4; i++) w[i] = low_halves(to_bf16_nearest(v[2 * i]), to_bf16_nearest(v[2 * i + 1]));
+  } else {
+    for (int i = 0; i < 4; i++) {
+      __half2 h = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+      w[i] = *reinterpret_cast<uint32_t*>(&h);
+    }
+    if (maybe_nan<__half2>(w))
+      for (int i = 0; i < 4; i++) w[i] = low_halves(to_f16_nearest(v[2 * i]), to_f16_nearest(v[2 * i + 1]));
+  }
+  store_global(p, w[0], w[1], w[2], w[3]);
+}
+
+// ---- one unit of any segment: where it is, masked loads and stores ----
+
+struct Unit {
+  uint64_t block;
+  int64_t row, col;  // of lane 0; col may be negative, or past the row's end
+  int from, to;      // the lanes that belong to the row; none if from >= to
+};
+
+__device__ __forceinline__ Unit locate(const Segment& s, int64_t u) {
+  Unit unit;
+  unit.row = s.rows == 1 ? 0 : u / s.units_per_row;
+  u -= unit.row * s.units_per_row;
+  uint64_t first = s.first + unit.row * s.index_stride;
+  unit.block = (first >> 3) + u;
+  unit.col = 8 * u - (int64_t)(first & 7);
+  unit.from = unit.col < 0 ? (int)-unit.col : 0;
+  unit.to = s.cols - unit.col < 8 ? (int)(s.cols - unit.col) : 8;
+  return unit;
+}
+
+__device__ __forceinline__ BlockId block_id(uint64_t block, uint64_t stream, uint32_t domain) {
+  return {(uint32_t)block, (uint32_t)(block >> 32) | domain << 29, (uint32_t)stream, (uint32_t)(stream >> 32)};
+}
+
+__device__ __forceinline__ void load_unit(const Segment& s, const Unit& unit, uint64_t address, int64_t stride, int32_t dtype, f32 v[8]) {
+  const int size = dtype_size(dtype);
+  const char* p = (const char*)address + (unit.row * stride + unit.col) * size;
+  if (s.vector_path) {
+    unpack(dtype, (const uint4*)p, v);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    v[j] = 0;
+    if (j < unit.from || j >= unit.to) continue;
+    if (dtype == kF32) v[j] = ((const float*)p)[j];
+    else if (dtype == kBF16) v[j] = from_bf16(((const uint16_t*)p)[j]);
+    else v[j] = from_f16(((const uint16_t*)p)[j]);
+  }
+}
+
+template <bool STOCHASTIC>
+__device__ __forceinline__ void store_unit(const Segment& s, const Unit& unit, f32 v[8], const u32 r[8]) {
+  char* p = (char*)s.out + (unit.row * s.out_stride + unit.col) * dtype_size(s.out_dtype);
+  if (s.vector_path) {
+    pack<STOCHASTIC>(s.out_dtype, v, r, (uint4*)p);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    if (j < unit.from || j >= unit.to) continue;
+    if (s.out_dtype == kF32) ((uint32_t*)p)[j] = to_f32(v[j]);
+    else if (s.out_dtype == kBF16) ((uint16_t*)p)[j] = STOCHASTIC ? to_bf16_stochastic(v[j], r[j]) : to_bf16_nearest(v[j]);
+    else ((uint16_t*)p)[j] = STOCHASTIC ? to_f16_stochastic(v[j], r[j]) : to_f16_nearest(v[j]);
+  }
+}
+
+// ---- the walk over tiles and segments ----
+
+// Calls body(segment, lo, hi) with the units [lo, hi) of each segment that this block of threads has to do.
+template <class Body>
+__device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t n_segments, int64_t n_units, Body body) {
+  int64_t i = 0;
+  for (int64_t tile = (int64_t)blockIdx.x * kTile; tile < n_units; tile += (int64_t)gridDim.x * kTile) {
+    const int64_t tile_end = tile + kTile < n_units ? tile + kTile : n_units;
+    if (i == 0) {  // the first tile: binary search; from there on segments only advance
+      int64_t n = n_segments;
+      while (n > 0) {
+        int64_t half = n / 2;
+        if (segments[i + half].unit_end <= tile) i += half + 1, n -= half + 1;
+        else n = half;
+      }
+    }
+    while (segments[i].unit_end <= tile) i++;
+    for (int64_t at = tile; at < tile_end;) {
+      const Segment& s = segments[i];
+      const int64_t start = i == 0 ? 0 : segments[i - 1].unit_end, end = s.unit_end < tile_end ? s.unit_end : tile_end;
+      body(s, at - start, end - start);
+      at = end;
+      if (at < tile_end) i++;
+    }
+  }
+}
+
+// ---- one seed from the host, no decay: perturb ----
+
+// Units [lo, hi) of a contiguous, aligned segment: two blocks a thread in flight, loads first.
+template <bool STOCHASTIC, int32_t OUT, int32_t BASE>
+__device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, int64_t hi, const RoundKeys<10>& keys, float coef,
+                                                const RoundKeys<10>& rounding_keys) {
+  constexpr int kOutVectors = OUT == kF32 ? 2 : 1, kBaseVectors = BASE == kF32 ? 2 : 1;
+  const uint64_t block = s.first >> 3;
+  BlockId id = block_id(block, s.stream, kNoise);
+  id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
+  const uint4* base = (const uint4*)s.base + (lo + threadIdx.x) * kBaseVectors;
+  uint4* out = (uint4*)s.out + (lo + threadIdx.x) * kOutVectors;
+  auto one = [&](uint32_t ahead, f32 b[8]) {
+    const BlockId at = {id.low + ahead, id.high, id.stream_low, id.stream_high};
+    f32 noise[8];
+    noise_block(at, keys, noise);
+    fma_block(coef, noise, b);
+    u32 r[8];
+    if (STOCHASTIC && OUT != kF32) rounding_thresholds(at, rounding_keys, r);
+    pack<STOCHASTIC>(OUT, b, r, out + ahead * kOutVectors);
+  };
+  int left = (int)(hi - lo) - (int)threadIdx.x;  // a tile has few units
+#pragma unroll 1
+  for (; left > kThreads; left -= 2 * kThreads) {
+    f32 b0[8], b1[8];
+    unpack(BASE, base, b0);
+    unpack(BASE, base + kThreads * kBaseVectors, b1);
+    one(0, b0);
+    one(kThreads, b1);
+    id.low += 2 * kThreads, base += 2 * kThreads * kBaseVectors, out += 2 * kThreads * kOutVectors;
+  }
+  if (left > 0) {
+    f32 b[8];
+    unpack(BASE, base, b);
+    one(0, b);
+  }
+}
+
+// 48 registers on sm_80 and sm_90, where the round keys fit the uniform registers; sm_100 and sm_120 would spill, and get 64.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+#define ES_PERTURB_BLOCKS 5
+#else
+#define ES_PERTURB_BLOCKS 4
+#endif
+
+template <bool STOCHASTIC>
+__global__ void __launch_bounds__(kThreads, ES_PERTURB_BLOCKS) perturb(const __grid_constant__ Arguments a) {
+  const RoundKeys<10> keys(a.host_seeds[0]), rounding_keys(a.host_rounding_seed);
+  const float coef = a.host_coefs[0];
+  for_each_piece(a.segments, a.n_segments, a.n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
+    if (s.vector_path && s.rows == 1) {
+      switch (s.out_dtype * 3 + s.base_dtype) {
+#define ES_CASE(OUT, BASE) \
+  case OUT * 3 + BASE: return perturb_vectors<STOCHASTIC, OUT, BASE>(s, lo, hi, keys, coef, rounding_keys);
+        ES_CASE(kF32, kF32) ES_CASE(kF32, kBF16) ES_CASE(kF32, kF16) ES_CASE(kBF16, kF32) ES_CASE(kBF16, kBF16)
+        ES_CASE(kBF16, kF16) ES_CASE(kF16, kF32) ES_CASE(kF16, kBF16) ES_CASE(kF16, kF16)
+#undef ES_CASE
+      }
+    }
+#pragma unroll 1
+    for (int64_t u = lo + threadIdx.x; u < hi; u += kThreads) {
+      const Unit unit = locate(s, u);
+      const BlockId id = block_id(unit.block, s.stream, kNoise);
+      f32 b[8], noise[8];
+      load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
+      noise_block(id, keys, noise);
+      fma_block(coef, noise, b);
+      u32 r[8];
+      if (STOCHASTIC) rounding_thresholds(id, rounding_keys, r);
+      store_unit<STOCHASTIC>(s, unit, b, r);
+    }
+  });
+}
+
+// ---- any number of seeds, from the host or the device; decay and anchor: restore, swap, update ----
+
+struct alignas(16) SeedInShared {
+  RoundKeys<10> keys;
+  float coef;
+  uint32_t padding[3];
+};
+
+template <bool STOCHASTIC>
+__global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Arguments a) {
+  constexpr int kBlocks = 4;  // a thread's blocks in flight: they share the keys
+  __shared__ SeedInShared shared[kSeedsAtATime];
+  auto fetch = [&](int64_t from) {
+    const int n = (int)(a.n_seeds - from < kSeedsAtATime ? a.n_seeds - from : kSeedsAtATime);
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      shared[i].keys = RoundKeys<10>(a.seeds ? a.seeds[from + i] : a.host_seeds[from + i]);
+      shared[i].coef = a.coefs ? a.coefs[from + i] : a.host_coefs[from + i];
+    }
+    __syncthreads();
+    return n;
+  };
+  int n = fetch(0);
+  const RoundKeys<10> rounding_keys(STOCHASTIC ? (a.rounding_seed ? *a.rounding_seed : a.host_rounding_seed) : 0);
+
+  for_each_piece(a.segments, a.n_segments, a.n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
+#pragma unroll 1
+    for (int64_t at = lo; at < hi; at += kBlocks * kThreads) {
+      f32 acc[kBlocks][8];
+      BlockId id[kBlocks];
+#pragma unroll
+      for (int k = 0; k < kBlocks; k++) {
+        id[k] = block_id(locate(s, at + k * kThreads + threadIdx.x).block, s.stream, kNoise);
+        for (int j = 0; j < 8; j++) acc[k][j] = 0;
+      }
+      // acc <- base, decayed, (+ acc): what the last seed's noise is added to.
+      auto add_base = [&] {
+#pragma unroll
+        for (int k = 0; k < kBlocks; k++) {
+          const int64_t u = at + k * kThreads + threadIdx.x;
+          if (u >= hi) continue;
+          const Unit unit = locate(s, u);
+          f32 b[8];
+          load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
+          if (a.decay != 0) {
+            f32 anchor[8] = {};
+            if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
+            decay_block(b, anchor, a.decay);
+          }
+          if (a.n_seeds > 1) add_block(b, acc[k]);
+          for (int j = 0; j < 8; j++) acc[k][j] = b[j];
+        }
+      };
+      auto add_seed = [&](const SeedInShared& seed) {
+        const SeedInShared local = seed;
+#pragma unroll
+        for (int k = 0; k < kBlocks; k++) {
+          f32 noise[8];
+          noise_block(id[k], local.keys, noise);
+          fma_block(local.coef, noise, acc[k]);
+        }
+      };
+      for (int64_t from = 0; from < a.n_seeds; from += kSeedsAtATime) {
+        if (a.n_seeds > kSeedsAtATime) n = fetch(from);
+        const int plain = from + n == a.n_seeds ? n - 1 : n;
+#pragma unroll 1
+        for (int i = 0; i < plain; i++) add_seed(shared[i]);
+      }
+      add_base();
+      if (a.n_seeds > 0) add_seed(shared[n - 1]);
+#pragma unroll
+      for (int k = 0; k < kBlocks; k++) {
+        const int64_t u = at + k * kThreads + threadIdx.x;
+        if (u >= hi) continue;
+        u32 r[8];
+        if (STOCHASTIC) rounding_thresholds(id[k], rounding_keys, r);
+        store_unit<STOCHASTIC>(s, locate(s, u), acc[k], r);
+      }
+    }
+  });
+}
+
+// ---- fingerprint ----
+
+__global__ void __launch_bounds__(kThreads) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, unsigned long long* result) {
+  uint64_t sum = 0;
+  for_each_piece(segments, n_segments, n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
+    const RoundKeys<kFingerprintRounds> keys(s.out_dtype);
+    const int size = dtype_size(s.out_dtype);
+#pragma unroll 1
+    for (int64_t i = lo + threadIdx.x; i < hi; i += kThreads) {
+      const Unit unit = locate(s, i);
+      const char* p = (const char*)s.out + (unit.row * s.out_stride + unit.col) * size;
+      u32 bits[8], k[8], m[8];
+      fingerprint_keys(block_id(unit.block, s.stream, kFingerprint), keys, k, m);
+      if (s.vector_path) {
+        uint4 x = load_global((const uint4*)p);
+        if (s.out_dtype == kF32) {
+          uint4 y = load_global((const uint4*)p + 1);
+          bits[0] = x.x, bits[1] = x.y, bits[2] = x.z, bits[3] = x.w, bits[4] = y.x, bits[5] = y.y, bits[6] = y.z, bits[7] = y.w;
+        } else {
+          const uint32_t w[4] = {x.x, x.y, x.z, x.w};
+          for (int j = 0; j < 4; j++) bits[2 * j] = w[j] & 0xFFFFu, bits[2 * j + 1] = w[j] >> 16;
+        }
+        for (int j = 0; j < 8; j++) sum += (uint64_t)(bits[j] + k[j]) * m[j];
+      } else {
+        for (int j = 0; j < 8; j++)
+          if (j >= unit.from && j < unit.to) {
+            uint32_t b = s.out_dtype == kF32 ? ((const uint32_t*)p)[j] : ((const uint16_t*)p)[j];
+            sum += (uint64_t)(b + k[j]) * m[j];
+          }
+      }
+    }
+  });
+  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+  if (threadIdx.x % 32 == 0) atomicAdd(result, sum);
+}
+
+// ---- host side ----
+
+thread_local std::string error;
+
+int failed(const char* what, cudaError_t status) {
+  cudaGetLastError();  // a sticky-less error must not surface in the caller's next call
+  error = std::string(what) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status);
+  return (int)status;
+}
+
+int refused(const std::string& why) {
+  error = why;
+  return (int)cudaErrorInvalidValue;
+}
+
+struct OnDevice {  // makes `device` current for one scope
+  int previous = -1;
+  cudaError_t status;
+  explicit OnDevice(int device) {
+    status = cudaGetDevice(&previous);
+    if (status == cudaSuccess && previous != device) status = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (status == cudaSuccess) cudaSetDevice(previous);
+  }
+};
+
+// Enough blocks to fill the device, at most one per tile.
+template <class Kernel>
+cudaError_t grid_size(Kernel kernel, int device, int64_t n_units, unsigned* grid) {
+  int multiprocessors = 0, blocks = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0);
+  *grid = (unsigned)std::min<int64_t>((n_units + kTile - 1) / kTile, (int64_t)multiprocessors * std::max(blocks, 1));
+  return status;
+}
+
+}  // namespace
+
+extern "C" {
+
+int es_cuda_abi(void) { return ES_ABI; }
+
+const char* es_cuda_error(void) { return error.c_str(); }
+
+int es_cuda_versions(int* driver, int* runtime, int* devices) {
+  *driver = *runtime = *devices = 0;
+  cudaError_t status = cudaDriverGetVersion(driver);
+  if (status == cudaSuccess) status = cudaRuntimeGetVersion(runtime);
+  if (status == cudaSuccess) status = cudaGetDeviceCount(devices);
+  return status == cudaSuccess ? 0 : failed("no usable CUDA device", status);
+}
+
+int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds, int seeds_on_device, const float* coefs,
+                      int coefs_on_device, int64_t n_seeds, float decay, const uint64_t* rounding_seed, int rounding_seed_on_device, int device,
+                      void* stream) {
+  if (n_segments < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
+  if (n_units && !segments) return refused("segments are missing");
+  if (n_seeds && (!seeds || !coefs)) return refused("seeds or coefs are missing");
+  if (n_seeds > ES_CUDA_HOST_SEEDS && !(seeds_on_device && coefs_on_device))
+    return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
+  if (!n_units) return 0;
+  Arguments a = {};
+  a.segments = (const Segment*)segments, a.n_segments = n_segments, a.n_units = n_units, a.n_seeds = n_seeds, a.decay = decay;
+  if (seeds_on_device) a.seeds = seeds;
+  else std::copy(seeds, seeds + n_seeds, a.host_seeds);
+  if (coefs_on_device) a.coefs = coefs;
+  else std::copy(coefs, coefs + n_seeds, a.host_coefs);
+  if (rounding_seed && rounding_seed_on_device) a.rounding_seed = rounding_seed;
+  else if (rounding_seed) a.host_rounding_seed = *rounding_seed;
+
+  const bool all_on_host = !seeds_on_device && !coefs_on_device && !a.rounding_seed;
+  const auto kernel = n_seeds == 1 && decay == 0 && all_on_host ? (rounding_seed ? perturb<true> : perturb<false>)
+                                                                : (rounding_seed ? update<true> : update<false>);
+  OnDevice scope(device);
+  if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
+  unsigned grid;
+  cudaError_t status = grid_size(kernel, device, n_units, &grid);
+  if (status != cudaSuccess) return failed("cannot plan the launch", status);
+  kernel<<<grid, kThreads, 0, (cudaStream_t)stream>>>(a);
+  status = cudaGetLastError();
+  return status == cudaSuccess ? 0 : failed("the launch failed", status);
+}
+
+int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device, void* stream) {
+  if (n_segments < 0 || n_units < 0) return refused("a count is negative");
+  if (n_units && !segments) return refused("segments are missing");
+  if (!result) return refused("the result has no address");
+  if (!n_units) return 0;
+  OnDevice scope(device);
+  if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
+  unsigned grid;
+  cudaError_t status = grid_size(fingerprint, device, n_units, &grid);
+  if (status != cudaSuccess) return failed("cannot plan the launch", status);
+  fingerprint<<<grid, kThreads, 0, (cudaStream_t)stream>>>((const Segment*)segments, n_segments, n_units, (unsigned long long*)result);
+  status = cudaGetLastError();
+  return status == cudaSuccess ? 0 : failed("the launch failed", status);
+}
+
+}  // extern "C"

@@ -1,0 +1,82 @@
+"""The CUDA backend, through ctypes: one launch for the whole table, on torch's current stream."""
+
+import ctypes
+import functools
+
+import numpy as np
+import torch
+
+from .. import native
+
+_HOST_SEEDS = 128  # ES_CUDA_HOST_SEEDS: up to this many travel in the kernel's parameters
+
+
+def unavailable(device):
+    if device.type != "cuda":
+        return f"it serves CUDA tensors, not {device.type}"
+    if torch.version.hip:
+        return "this torch is built for ROCm: the triton backend serves AMD GPUs"
+    return native.why_not("cuda") or _driver_problem()
+
+
+@functools.cache
+def _driver_problem():
+    driver, runtime, devices = versions()
+    if driver == 0:
+        return "no NVIDIA driver is installed"
+    if driver // 1000 < runtime // 1000:
+        return f"the driver supports CUDA {driver // 1000}, libes_cuda.so needs {runtime // 1000}: update the driver (the triton backend serves meanwhile)"
+    return None if devices else "CUDA sees no device"
+
+
+def versions():
+    """(driver, runtime, devices): CUDA's numbers, 13000 for 13.0; driver 0 means that none is installed."""
+    values = [ctypes.c_int() for _ in range(3)]
+    _library().es_cuda_versions(*map(ctypes.byref, values))  # an error means no device, which the numbers say too
+    return tuple(v.value for v in values)
+
+
+def add_noise_(pack, seeds, coefs, rounding_seed, decay):
+    if seeds.numel() > _HOST_SEEDS:
+        seeds, coefs = seeds.to(pack.device), coefs.to(pack.device)
+    seeds, coefs = seeds.contiguous(), coefs.contiguous()
+    for name, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
+        if t is not None and t.device not in (pack.device, torch.device("cpu")):
+            raise ValueError(f"{name} are on {t.device}, the parameters on {pack.device}")
+    status = _library().es_cuda_add_noise(
+        device_table(pack).data_ptr(), len(pack.segments), pack.units, seeds.data_ptr(), seeds.is_cuda, coefs.data_ptr(), coefs.is_cuda,
+        seeds.numel(), decay, None if rounding_seed is None else rounding_seed.data_ptr(), rounding_seed is not None and rounding_seed.is_cuda,
+        pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream,
+    )  # fmt: skip
+    native.check(status, _library().es_cuda_error)
+
+
+def fingerprint(pack):
+    result = torch.zeros((), dtype=torch.int64, device=pack.device)
+    status = _library().es_cuda_fingerprint(
+        device_table(pack).data_ptr(), len(pack.segments), pack.units, result.data_ptr(), pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream
+    )
+    native.check(status, _library().es_cuda_error)
+    return result
+
+
+def device_table(pack):
+    """The segments in device memory: uploaded at the first use, kept for as long as a captured graph may read them."""
+    capturing = torch.cuda.is_current_stream_capturing()
+    if pack.on_device is None:
+        if capturing:
+            raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
+        pack.on_device = torch.from_numpy(pack.segments.view(np.uint8).copy()).to(pack.device)
+    if capturing:
+        pack.pin()
+    return pack.on_device
+
+
+@functools.cache
+def _library():
+    c = native.load("cuda")
+    p, i64, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    c.es_cuda_error.restype = ctypes.c_char_p
+    c.es_cuda_add_noise.argtypes = (p, i64, i64, p, i, p, i, i64, ctypes.c_float, p, i, i, p)
+    c.es_cuda_fingerprint.argtypes = (p, i64, i64, p, i, p)
+    return c

@@ -1,0 +1,106 @@
+"""What the tests of es_kernels share: bit patterns, weights that are hard to get right, one way to run a call on two backends."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+import es_kernels
+from es_kernels import native
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_STORAGE = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+# Quiet and signalling NaNs, infinities, zeros, smallest, middle and largest subnormals and normals, of both signs; 1, and the ulp around it.
+_HARD_F32 = [0x7FC12345, 0x7F800001, 0x7F800000, 0, 1, 2, 0x400000, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x3F800000, 0x3F7FFFFF, 0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001, 0x387FFFFF]
+_HARD_BF16 = [0x7FC1, 0x7F81, 0x7F80, 0, 1, 2, 0x40, 0x7F, 0x80, 0x7F7F, 0x3F80, 0x3F7F]
+_HARD_F16 = [0x7E01, 0x7C01, 0x7C00, 0, 1, 2, 0x200, 0x3FF, 0x400, 0x7BFF, 0x3C00, 0x3BFF]
+_HARD = {torch.float32: (_HARD_F32, 31), torch.bfloat16: (_HARD_BF16, 15), torch.float16: (_HARD_F16, 15)}
+
+
+@pytest.fixture
+def bits():
+    """The tensor as integers of its width: == on them is equality to the bit, -0 and NaN included. A copy."""
+    return lambda tensor: tensor.detach().clone().contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+@pytest.fixture
+def weights():
+    """make(n, dtype, seed=0): n weights ~ N(0, 0.1), one in four of them NaN, inf, -0, subnormal or otherwise hard."""
+
+    def make(n, dtype, seed=0):
+        rng = np.random.default_rng(seed)
+        t = torch.from_numpy(rng.normal(0, 0.1, n).astype(np.float32)).to(dtype)
+        patterns, sign = _HARD[dtype]
+        hard = np.array(patterns + [p | 1 << sign for p in patterns], _STORAGE[dtype])
+        where = torch.from_numpy(rng.random(n) < 0.25)
+        t[where] = torch.from_numpy(rng.choice(hard, n)).view(dtype)[where]
+        return t
+
+    return make
+
+
+@pytest.fixture
+def twin(bits):
+    """twin(call, *tensors): runs call(*clones) on the cpu and on the reference backend; asserts equal bits of all clones and equal results.
+
+    A clone keeps the storage offset and the strides of its tensor. Returns the clones.
+    """
+
+    def clone(tensor):
+        if tensor is None:
+            return None
+        storage = tensor.untyped_storage().clone()
+        return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def run(call, *tensors):
+        results = {}
+        for name in ("cpu", "reference"):
+            clones = [clone(t) for t in tensors]
+            with es_kernels.backend(name):
+                results[name] = clones, call(*clones)
+        for ours, theirs in zip(results["cpu"][0], results["reference"][0]):
+            if ours is not None:
+                # The whole storage: memory around the tensor must not be touched either.
+                ours, theirs = (torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()) for t in (ours, theirs))
+                assert torch.equal(bits(ours), bits(theirs))
+        if isinstance(results["cpu"][1], int):
+            assert results["cpu"][1] == results["reference"][1]
+        return results["cpu"][0]
+
+    return run
+
+
+def _isas():
+    if native.why_not("cpu"):
+        return []
+    from es_kernels.backends import cpu
+
+    return cpu.isas()
+
+
+@pytest.fixture(params=("avx512", "avx2", "baseline"))
+def isa(request, monkeypatch):
+    """Every instruction set of the cpu backend in turn; those that this processor lacks are skipped."""
+    if native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+    if request.param not in _isas():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("ES_KERNELS_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """with threads(n): torch uses n threads, and so do we."""
+
+    @contextlib.contextmanager
+    def use(n):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return use
