@@ -129,9 +129,10 @@ if triton is not None:
         return c0, c1, c2, c3
 
     @triton.jit
-    def _words(low, high, stream, key, ROUNDS: tl.constexpr):
-        """The four random words of each block: uint32 [UNITS] x 4."""
-        return _philox(low, high, stream.to(tl.uint32), (stream >> 32).to(tl.uint32), key, ROUNDS)
+    def _words(block, DOMAIN: tl.constexpr, stream, key, ROUNDS: tl.constexpr):
+        """The four random words of each block, given as (low, high)."""
+        low, high = block
+        return _philox(low, high | (DOMAIN << 29), stream.to(tl.uint32), (stream >> 32).to(tl.uint32), key, ROUNDS)
 
     @triton.jit
     def _box_muller(w):
@@ -150,7 +151,7 @@ if triton is not None:
         return r * x_over_r, (r * t) * y_over_rt
 
     @triton.jit
-    def _eight(w0, w1, w2, w3):
+    def _together(w0, w1, w2, w3):
         """[UNITS] x 4 -> [UNITS, 4], in this order."""
         pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         return tl.reshape(pairs, [w0.shape[0], 4])
@@ -176,18 +177,45 @@ if triton is not None:
         return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, 4]), [0, 2, 1]))
 
     @triton.jit
-    def _normals(block, stream, seed):
-        """The eight normals of each block: float32 [UNITS, 8]."""
-        w0, w1, w2, w3 = _words(block.to(tl.uint32), (block >> 32).to(tl.uint32), stream, seed, 10)
-        x, y = _box_muller(_eight(w0, w1, w2, w3))
-        return _interleave(x, y)
+    def _pick(lane, x0, x1, x2, x3):
+        """x0 where lane is 0, ... x3 where it is 3."""
+        return tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
 
     @triton.jit
-    def _thresholds(block, stream, seed):
-        """The 16-bit thresholds of stochastic rounding: uint32 [UNITS, 8]."""
-        w0, w1, w2, w3 = _words(block.to(tl.uint32), (block >> 32).to(tl.uint32) | (_DOMAIN_ROUNDING << 29), stream, seed, 10)
-        w = _eight(w0, w1, w2, w3)
-        return _interleave(w & 0xFFFF, w >> 16)
+    def _normals(block, lane, stream, seed, VECTOR: tl.constexpr):
+        w0, w1, w2, w3 = _words(block, 0, stream, seed, 10)
+        if VECTOR:
+            x, y = _box_muller(_together(w0, w1, w2, w3))
+            normals = _interleave(x, y)
+        else:
+            x, y = _box_muller(_pick(lane >> 1, w0, w1, w2, w3))
+            normals = tl.where((lane & 1) == 0, x, y)
+        return normals
+
+    @triton.jit
+    def _thresholds(block, lane, stream, seed, VECTOR: tl.constexpr):
+        """The 16-bit thresholds of stochastic rounding."""
+        w0, w1, w2, w3 = _words(block, _DOMAIN_ROUNDING, stream, seed, 10)
+        if VECTOR:
+            w = _together(w0, w1, w2, w3)
+            thresholds = _interleave(w & 0xFFFF, w >> 16)
+        else:
+            thresholds = (_pick(lane >> 1, w0, w1, w2, w3) >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
+        return thresholds
+
+    @triton.jit
+    def _fingerprint_keys(block, lane, stream, dtype, VECTOR: tl.constexpr):
+        """What is added to the bits, and what the sum is multiplied with."""
+        w0, w1, w2, w3 = _words(block, _DOMAIN_FINGERPRINT, stream, dtype.to(tl.uint64), 7)
+        if VECTOR:
+            w = _together(w0, w1, w2, w3)
+            add = _concatenate(_together(w1, w2, w3, w0), _together(w2, w3, w0, w1))
+            multiply = _concatenate(w, (w << 16) | (w >> 16)) | 1
+        else:
+            add = _pick((lane + 1 + (lane >> 2)) & 3, w0, w1, w2, w3)
+            w = _pick(lane & 3, w0, w1, w2, w3)
+            multiply = tl.where(lane < 4, w, (w << 16) | (w >> 16)) | 1
+        return add, multiply
 
     # ---- storage formats ----
 
@@ -224,31 +252,30 @@ if triton is not None:
             bits = tl.where(x != x, 0x7E00, bits)
         return bits
 
-    # ---- memory: `at` is the element, relative to `address`, of lane 0 of each unit ----
+    # ---- memory ----
 
     @triton.jit
     def _vectors(address, dtype, at):
-        """Pointers to the 16 bytes where each unit's elements start: [UNITS, 4] of int32."""
+        """Pointers to the 16 bytes where each unit's elements start: [UNITS, 4] of uint32."""
         pointer = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
-        word = tl.multiple_of(at >> (dtype != 0).to(tl.int64), 4)
+        word = tl.multiple_of(tl.where(dtype == 0, at, at >> 1), 4)
         return pointer + word[:, None] + tl.arange(0, 4)[None, :]
 
     @triton.jit
     def _load(address, dtype, at, inside, VECTOR: tl.constexpr):
-        """The bits of float32 elements, or those of 16-bit elements: see _unpack. Nothing here waits for the memory."""
+        """The bits of elements `at` (of lane 0 of each unit if VECTOR), as _unpack takes them. Nothing here waits for the memory."""
         if VECTOR:
             p = _vectors(address, dtype, at)
-            low = tl.load(p, mask=inside, other=0)
-            high = tl.load(p + 4, mask=inside & (dtype == 0), other=0)
+            low = tl.load(p, mask=inside[:, None], other=0)
+            high = tl.load(p + 4, mask=(inside & (dtype == 0))[:, None], other=0)
         else:
-            at = at[:, None] + tl.arange(0, 8)[None, :]
             low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=inside & (dtype == 0), other=0)
             high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=inside & (dtype != 0), other=0).to(tl.uint32)
         return low, high
 
     @triton.jit
     def _unpack(low, high, VECTOR: tl.constexpr):
-        """-> words, halves: uint32 [UNITS, 8] each, of which the dtype makes one meaningful."""
+        """-> words, halves, of which the dtype makes one meaningful."""
         if VECTOR:
             words, halves = _concatenate(low, high), _interleave(low & 0xFFFF, low >> 16)
         else:
@@ -261,13 +288,12 @@ if triton is not None:
             p = _vectors(address, dtype, at)
             if dtype == 0:
                 low, high = _halve(bits)
-                tl.store(p, low, mask=inside)
-                tl.store(p + 4, high, mask=inside)
+                tl.store(p, low, mask=inside[:, None])
+                tl.store(p + 4, high, mask=inside[:, None])
             else:
                 even, odd = _deinterleave(bits)
-                tl.store(p, even | (odd << 16), mask=inside)
+                tl.store(p, even | (odd << 16), mask=inside[:, None])
         else:
-            at = at[:, None] + tl.arange(0, 8)[None, :]
             tl.store(address.to(tl.pointer_type(tl.uint32)) + at, bits, mask=inside & (dtype == 0))
             tl.store(address.to(tl.pointer_type(tl.uint16)) + at, bits.to(tl.uint16), mask=inside & (dtype != 0))
 
@@ -283,13 +309,14 @@ if triton is not None:
                 high = middle
             else:
                 low = middle + 1
-        return low
+        return segments + low.to(tl.int64) * _WORDS_A_SEGMENT
 
     @triton.jit
     def _shape(segment):
-        """rows, cols, first, index_stride, stream, units_per_row, unit_end of struct Segment."""
-        return (tl.load(segment + 3), tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10),
-                tl.load(segment + 11), tl.load(segment + 12))  # fmt: skip
+        """Of struct Segment: rows, cols, first, index_stride, stream, units_per_row, and its first unit in the table."""
+        rows, units_per_row = tl.load(segment + 3), tl.load(segment + 11)
+        start = tl.load(segment + 12) - rows * units_per_row
+        return rows, tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10), units_per_row, start
 
     @triton.jit
     def _dtypes(segment):
@@ -298,124 +325,150 @@ if triton is not None:
         return two.to(tl.int32), (two >> 32).to(tl.int32), two_more.to(tl.int32), (two_more >> 32).to(tl.int32)
 
     @triton.jit
-    def _place(unit, rows, first, index_stride, units_per_row, out_stride, base_stride, anchor_stride):
-        """Units of a segment, int64 [UNITS] -> their noise block (uint64), the column of lane 0 and its element in out, base and anchor."""
-        if rows > 1:
-            row = unit // units_per_row
-            index = (first + row * index_stride).to(tl.uint64)
-            col = (unit - row * units_per_row) * 8 - (index & 7).to(tl.int64)
-            block = (index >> 3) + (unit - row * units_per_row).to(tl.uint64)
-            out_at, base_at, anchor_at = row * out_stride + col, row * base_stride + col, row * anchor_stride + col
-        else:
-            block = (first.to(tl.uint64) >> 3) + unit.to(tl.uint64)
-            col = unit * 8 - (first & 7)
-            out_at, base_at, anchor_at = col, col, col
-        return block, col, out_at, base_at, anchor_at
+    def _path(segment):
+        """How to work on a segment: 0 element by element, 1 vectors over several rows, 2 vectors over one row."""
+        _, _, _, vector_path = _dtypes(segment)
+        return vector_path + (vector_path != 0).to(tl.int32) * (tl.load(segment + 3) == 1).to(tl.int32)
 
     @triton.jit
-    def _inside(unit, end, col, cols, VECTOR: tl.constexpr):
-        """Which lanes are elements: [UNITS, 1] or [UNITS, 8]."""
-        inside = (unit < end)[:, None]
-        if not VECTOR:
-            col = col[:, None] + tl.arange(0, 8)[None, :]
-            inside = inside & (col >= 0) & (col < cols)
-        return inside
+    def _place(step, end, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr):
+        """Of the units of one step: block as (low, high), lane, row, column and whether it is inside. For vectors lane is 0, for rows
+        relative to the step; element by element all of them are per element."""
+        if PATH == 2:
+            unit = tl.arange(0, UNITS)
+            start = (first.to(tl.uint64) >> 3) + step.to(tl.uint64)
+            block = start.to(tl.uint32) + unit.to(tl.uint32), (start >> 32).to(tl.uint32)
+            inside = unit < tl.minimum(end - step, UNITS).to(tl.int32)
+            lane, row, col = 0, 0, unit * 8
+        else:
+            if PATH == 1:
+                unit, lane = step + tl.arange(0, UNITS), 0
+            else:
+                element = tl.arange(0, UNITS)
+                unit, lane = step + (element >> 3), element & 7
+            row = unit // units_per_row
+            index = (first + row * index_stride).to(tl.uint64)
+            number = (index >> 3) + (unit - row * units_per_row).to(tl.uint64)
+            col = (unit - row * units_per_row) * 8 + lane - (index & 7).to(tl.int64)
+            block = number.to(tl.uint32), (number >> 32).to(tl.uint32)
+            inside = (unit < end) & (col >= 0) & (col < cols)
+        return block, lane, row, col, inside
+
+    @triton.jit
+    def _at(address, stride, dtype, step, row, col, PATH: tl.constexpr):
+        """The address, and the elements after it, of the units of one step."""
+        if PATH == 2:
+            address += step * tl.where(dtype == 0, 32, 16)
+            at = col
+        else:
+            at = row * stride + col
+        return address, at
 
     # ---- the kernels ----
 
     @triton.jit
-    def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
-                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+    def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed, minus_decay,
+                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, all of one segment."""
-        rows, cols, first, index_stride, stream, units_per_row, unit_end = _shape(segment)
+        rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment)
         out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
         out, base, anchor = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
         out_stride, base_stride, anchor_stride = tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
-        start = unit_end - rows * units_per_row
-        for step in range(begin - start, end - start, UNITS):
-            unit = step + tl.arange(0, UNITS).to(tl.int64)
-            block, col, out_at, base_at, anchor_at = _place(unit, rows, first, index_stride, units_per_row, out_stride, base_stride, anchor_stride)
-            inside = _inside(unit, end - start, col, cols, VECTOR)
-            low, high = _load(base, base_dtype, base_at, inside, VECTOR)
+        VECTOR: tl.constexpr = PATH > 0
+        SHAPE: tl.constexpr = [UNITS, 8] if VECTOR else [UNITS]
+        for step in range(begin - start, end - start, UNITS if VECTOR else UNITS // 8):
+            step = tl.cast(step, tl.int64)
+            block, lane, row, col, inside = _place(step, end - start, cols, first, index_stride, units_per_row, UNITS, PATH)
+            base_address, base_at = _at(base, base_stride, base_dtype, step, row, col, PATH)
+            low, high = _load(base_address, base_dtype, base_at, inside, VECTOR)
             if DECAY:
-                anchor_low, anchor_high = _load(anchor, anchor_dtype, anchor_at, inside & (anchor != 0), VECTOR)
-            acc = tl.full([UNITS, 8], 0.0, tl.float32)
-            noise = acc
-            for i in range(n_seeds):
-                noise = _normals(block, stream, tl.load(seeds + i))
-                if i < n_seeds - 1:
-                    acc = tl.fma(noise, tl.load(coefs + i), acc)
+                anchor_address, anchor_at = _at(anchor, anchor_stride, anchor_dtype, step, row, col, PATH)
+                anchor_low, anchor_high = _load(anchor_address, anchor_dtype, anchor_at, inside & (anchor != 0), VECTOR)
+            acc = tl.full(SHAPE, 0.0, tl.float32)
+            for i in range(n_seeds - 1):
+                acc = tl.fma(_normals(block, lane, stream, tl.load(seeds + i), VECTOR), tl.load(coefs + i), acc)
+            if n_seeds > 0:
+                normals = _normals(block, lane, stream, last_seed, VECTOR)
+            else:
+                normals = acc
             words, halves = _unpack(low, high, VECTOR)
             b = _to_f32(words, halves, base_dtype)
             if DECAY:
                 words, halves = _unpack(anchor_low, anchor_high, VECTOR)
-                b = tl.fma(b - _to_f32(words, halves, anchor_dtype), tl.full([UNITS, 8], minus_decay, tl.float32), b)
+                b = tl.fma(b - _to_f32(words, halves, anchor_dtype), tl.full(SHAPE, minus_decay, tl.float32), b)
             if n_seeds > 1:
                 b = b + acc
             if n_seeds > 0:
-                b = tl.fma(noise, tl.load(coefs + n_seeds - 1), b)
+                b = tl.fma(normals, last_coef, b)
             if STOCHASTIC:
-                r = _thresholds(block, stream, tl.load(rounding_seed))
+                r = _thresholds(block, lane, stream, rounding_seed, VECTOR)
             else:
                 r = 0
-            _store(out, out_dtype, out_at, inside, _round(b, r, out_dtype, STOCHASTIC), VECTOR)
+            out_address, out_at = _at(out, out_stride, out_dtype, step, row, col, PATH)
+            _store(out_address, out_dtype, out_at, inside, _round(b, r, out_dtype, STOCHASTIC), VECTOR)
 
     @triton.jit(do_not_specialize=["segments", "n_segments", "units", "per_program", "seeds", "coefs", "rounding_seed", "minus_decay"])
     def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed, minus_decay,
                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
         unit = tl.program_id(0).to(tl.int64) * per_program
         stop = tl.minimum(unit + per_program, units)
-        segment = segments + _find(segments, n_segments, unit).to(tl.int64) * _WORDS_A_SEGMENT
+        segment = _find(segments, n_segments, unit)
+        # Loaded once: for one seed the round keys then stay in registers.
+        last_seed = tl.load(seeds + (n_seeds - 1), mask=n_seeds > 0, other=0)
+        last_coef = tl.load(coefs + (n_seeds - 1), mask=n_seeds > 0, other=0)
+        key = tl.load(rounding_seed) if STOCHASTIC else last_seed
         while unit < stop:
             end = tl.minimum(tl.load(segment + 12), stop)
-            _, _, _, vector_path = _dtypes(segment)
-            if vector_path != 0:
-                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, UNITS, True)
+            path = _path(segment)
+            if path == 2:
+                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 2)
+            elif path == 1:
+                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 1)
             else:
-                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, UNITS, False)
+                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 0)
             unit = end
             segment += _WORDS_A_SEGMENT
 
     @triton.jit
-    def _fingerprint_segment(segment, begin, end, UNITS: tl.constexpr, VECTOR: tl.constexpr):
-        """The sum of units [begin, end) of the table, all of one segment, lane by lane: uint64 [UNITS]."""
-        rows, cols, first, index_stride, stream, units_per_row, unit_end = _shape(segment)
+    def _fingerprint_segment(segment, begin, end, UNITS: tl.constexpr, PATH: tl.constexpr):
+        """The sum of units [begin, end) of the table, all of one segment, in parts: uint64 [UNITS]."""
+        rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment)
         dtype, _, _, _ = _dtypes(segment)
-        out, out_stride = tl.load(segment), tl.load(segment + 5)
-        start = unit_end - rows * units_per_row
+        out, stride = tl.load(segment), tl.load(segment + 5)
+        VECTOR: tl.constexpr = PATH > 0
         total = tl.full([UNITS], 0, tl.uint64)
-        for step in range(begin - start, end - start, UNITS):
-            unit = step + tl.arange(0, UNITS).to(tl.int64)
-            block, col, at, _, _ = _place(unit, rows, first, index_stride, units_per_row, out_stride, out_stride, out_stride)
-            inside = _inside(unit, end - start, col, cols, VECTOR)
-            low, high = _load(out, dtype, at, inside, VECTOR)
-            domain = (block >> 32).to(tl.uint32) | (_DOMAIN_FINGERPRINT << 29)
-            w0, w1, w2, w3 = _words(block.to(tl.uint32), domain, stream, dtype.to(tl.uint64), 7)
-            w = _eight(w0, w1, w2, w3)
-            add = _concatenate(_eight(w1, w2, w3, w0), _eight(w2, w3, w0, w1))
-            multiply = _concatenate(w, (w << 16) | (w >> 16)) | 1
+        for step in range(begin - start, end - start, UNITS if VECTOR else UNITS // 8):
+            step = tl.cast(step, tl.int64)
+            block, lane, row, col, inside = _place(step, end - start, cols, first, index_stride, units_per_row, UNITS, PATH)
+            address, at = _at(out, stride, dtype, step, row, col, PATH)
+            low, high = _load(address, dtype, at, inside, VECTOR)
+            add, multiply = _fingerprint_keys(block, lane, stream, dtype, VECTOR)
             words, halves = _unpack(low, high, VECTOR)
             if dtype == 0:
                 bits = words
             else:
                 bits = halves
             terms = (bits + add).to(tl.uint64) * multiply.to(tl.uint64)
-            total += tl.sum(tl.where(inside, terms, 0), axis=1)
+            if VECTOR:
+                terms = tl.sum(terms, axis=1)
+            total += tl.where(inside, terms, 0)
         return total
 
     @triton.jit(do_not_specialize=["segments", "n_segments", "units", "per_program"])
     def _fingerprint_kernel(segments, n_segments, units: tl.int64, per_program, sums, UNITS: tl.constexpr):
         unit = tl.program_id(0).to(tl.int64) * per_program
         stop = tl.minimum(unit + per_program, units)
-        segment = segments + _find(segments, n_segments, unit).to(tl.int64) * _WORDS_A_SEGMENT
+        segment = _find(segments, n_segments, unit)
         total = tl.full([UNITS], 0, tl.uint64)
         while unit < stop:
             end = tl.minimum(tl.load(segment + 12), stop)
-            _, _, _, vector_path = _dtypes(segment)
-            if vector_path != 0:
-                total += _fingerprint_segment(segment, unit, end, UNITS, True)
+            path = _path(segment)
+            if path == 2:
+                total += _fingerprint_segment(segment, unit, end, UNITS, 2)
+            elif path == 1:
+                total += _fingerprint_segment(segment, unit, end, UNITS, 1)
             else:
-                total += _fingerprint_segment(segment, unit, end, UNITS, False)
+                total += _fingerprint_segment(segment, unit, end, UNITS, 0)
             unit = end
             segment += _WORDS_A_SEGMENT
         tl.store(sums + tl.program_id(0), tl.sum(total, axis=0).to(tl.int64))

@@ -53,10 +53,10 @@ def test_golden_vectors_on_the_reference():
 
 
 @both_roundings
-@pytest.mark.parametrize("out, base", itertools.product(DTYPES, (None, *DTYPES)))
+@pytest.mark.parametrize("out, base", list(itertools.product(DTYPES, (None, *DTYPES))))
 def test_dtypes_and_their_mixtures(isa, twin, weights, out, base, rounding):
     live, master = weights(333, out), None if base is None else weights(333, base, 1)
-    twin(lambda t, m: add_noise_(t, SEEDS[0], 0.01, m, name="w", **rounding) and None, live, master)
+    twin(lambda t, m: add_noise_(t, SEEDS[0], 0.01, m, name="w", **rounding), live, master)
 
 
 @both_roundings
@@ -67,7 +67,7 @@ def test_sizes_and_storage_offsets(isa, twin, weights, dtype, rounding):
         for offset in range(9):
             storage, source = weights(size + offset + 5, dtype, size), weights(size + 12, F32, offset)
             twin(
-                lambda t, m: add_noise_(t, SEEDS[:2], COEFS[:2], m, name="w", **rounding) and None,
+                lambda t, m: add_noise_(t, SEEDS[:2], COEFS[:2], m, name="w", **rounding),
                 storage[offset : offset + size],
                 source[(7 * offset) % 11 :][:size],
             )
@@ -77,7 +77,7 @@ def test_sizes_and_storage_offsets(isa, twin, weights, dtype, rounding):
 @pytest.mark.parametrize("n_seeds", (0, 1, 2, 3, 30))
 def test_number_of_seeds(isa, twin, weights, n_seeds, rounding):
     for dtype in DTYPES:
-        twin(lambda t: add_noise_(t, SEEDS[:n_seeds], COEFS[:n_seeds], name="w", **rounding) and None, weights(201, dtype))
+        twin(lambda t: add_noise_(t, SEEDS[:n_seeds], COEFS[:n_seeds], name="w", **rounding), weights(201, dtype))
 
 
 @both_roundings
@@ -85,30 +85,32 @@ def test_number_of_seeds(isa, twin, weights, n_seeds, rounding):
 def test_decay_and_anchor(isa, twin, weights, anchor, rounding):
     for dtype, base, n in itertools.product(DTYPES, (None, F32, BF16), (0, 1, 2)):
         tensors = weights(97, dtype), None if base is None else weights(97, base, 1), None if anchor is None else weights(97, anchor, 2)
-        twin(lambda t, m, a: add_noise_(t, SEEDS[:n], COEFS[:n], m, name="w", decay=0.01, anchor=a, **rounding) and None, *tensors)
+        twin(lambda t, m, a: add_noise_(t, SEEDS[:n], COEFS[:n], m, name="w", decay=0.01, anchor=a, **rounding), *tensors)
 
 
 @both_roundings
 @pytest.mark.parametrize("first", FIRSTS, ids=hex)
 def test_first_index(isa, twin, weights, first, rounding):
     for dtype in DTYPES:
-        twin(lambda t: add_noise_(at(t, first), SEEDS[:2], COEFS[:2], **rounding) and None, weights(80, dtype))
+        twin(lambda t: add_noise_(at(t, first), SEEDS[:2], COEFS[:2], **rounding), weights(80, dtype))
 
 
 @every_dtype
 def test_large(isa, twin, weights, dtype):
-    twin(lambda t: add_noise_(t, SEEDS[0], 0.01, name="w", **ROUNDINGS[1]) and None, weights(100_003, dtype))
+    twin(lambda t: add_noise_(t, SEEDS[0], 0.01, name="w", **ROUNDINGS[1]), weights(100_003, dtype))
 
 
 @both_roundings
 def test_flush_denormal(isa, twin, weights, rounding):
-    """torch.set_flush_denormal(True) sets FTZ and DAZ in this thread; weights, coefs and results that are subnormal survive it."""
+    """torch.set_flush_denormal(True) sets FTZ and DAZ in this thread; weights, coefs and results that are subnormal survive it. (Only the
+    cast of a Python number to float32 happens outside of us: a subnormal coefficient is passed as a tensor here.)"""
+    coefs = torch.tensor([1e-40, 2e-38])
     tensors = [weights(257, dtype) for dtype in DTYPES]
     tensors.append(torch.arange(-128, 129, dtype=torch.int32).abs().view(F32).clone())  # subnormals only
 
     def call(*tensors):
         for i, t in enumerate(tensors):
-            add_noise_(t, SEEDS[:2], [1e-40, 3e-39], name=f"w{i}", decay=1e-39, **rounding)
+            add_noise_(t, SEEDS[:2], coefs, name=f"w{i}", decay=1e-20, **rounding)
 
     plain = [t.clone() for t in tensors]
     with es_kernels.backend("reference"):
@@ -120,7 +122,7 @@ def test_flush_denormal(isa, twin, weights, rounding):
         torch.set_flush_denormal(False)
     for a, b in zip(plain, flushed):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
-    assert ((flushed[3] != 0) & (flushed[3].abs() < 2.0**-126)).sum() > 200
+    assert ((flushed[3] != 0) & (flushed[3].abs() < 2.0**-126)).sum() > 100
 
 
 @both_roundings
@@ -143,7 +145,7 @@ def test_flush_denormal(isa, twin, weights, rounding):
 def test_strided(isa, twin, weights, bits, view, rounding):
     for dtype in DTYPES:
         before = weights(800, dtype).reshape(40, 20)
-        after = twin(lambda t: add_noise_(t, SEEDS[:2], COEFS[:2], name="w", **rounding) and None, view(before))[0]
+        after = twin(lambda t: add_noise_(t, SEEDS[:2], COEFS[:2], name="w", **rounding), view(before))[0]
         # As the contiguous tensor of the same values would.
         contiguous = view(before).clone(memory_format=torch.contiguous_format)
         add_noise_(contiguous, SEEDS[:2], COEFS[:2], name="w", **rounding)
@@ -154,13 +156,13 @@ def test_strided(isa, twin, weights, bits, view, rounding):
 def test_strided_base_and_anchor_differ_from_out(isa, twin, weights, rounding):
     live, master, anchor = weights(800, BF16).reshape(40, 20), weights(900, F32, 1).reshape(30, 30), weights(480, F16, 2).reshape(30, 16)
     twin(
-        lambda t, m, a: add_noise_(t, SEEDS[:2], COEFS[:2], m, name="w", decay=0.1, anchor=a, **rounding) and None,
+        lambda t, m, a: add_noise_(t, SEEDS[:2], COEFS[:2], m, name="w", decay=0.1, anchor=a, **rounding),
         live[:30, 2:18], master[:, 7:23], anchor,
     )  # fmt: skip
 
 
 def test_expanded_base_is_read_many_times(isa, twin, weights):
-    twin(lambda t, m: add_noise_(t, SEEDS[0], 0.1, m.expand(9, 20), name="w") and None, weights(180, BF16).reshape(9, 20), weights(20, F32))
+    twin(lambda t, m: add_noise_(t, SEEDS[0], 0.1, m.expand(9, 20), name="w"), weights(180, BF16).reshape(9, 20), weights(20, F32))
 
 
 # ---- what the numbers mean ----
@@ -398,7 +400,7 @@ def test_roundings_in_every_binade(isa, twin, dtype):
     values = (np.arange(256, dtype=np.uint32)[:, None] << np.uint32(23) | fractions).reshape(-1)
     t = torch.from_numpy(np.concatenate([values, values | np.uint32(1 << 31)]).view(np.float32))
     for rounding in ROUNDINGS:
-        out = twin(lambda o, b: add_noise_(o, [], [], b, name="w", **rounding) and None, torch.empty(len(t), dtype=dtype), t)[0]
+        out = twin(lambda o, b: add_noise_(o, [], [], b, name="w", **rounding), torch.empty(len(t), dtype=dtype), t)[0]
         if not rounding:
             assert torch.equal(out.nan_to_num(7), t.to(dtype).nan_to_num(7))
 
