@@ -49,14 +49,14 @@ struct IeeeState {
   ~IeeeState() { _mm_setcsr(saved); }
 };
 
-// A thread is worth starting (about 20 us) for this many units of 8 values at about 1 ns a value and seed.
-constexpr int64_t kUnitsPerThread = 4096;
+// Starting a thread takes 20 to 130 us; a unit about 5 ns a seed.
+constexpr int64_t kWorkPerThread = 1 << 15;  // units times seeds
 
 // Calls work(segment, unit, unit_end, thread) over [0, unit_end of the last segment), cut evenly among threads.
 template <class Work>
-void parallel(const Segment* segments, int64_t n_segments, int threads, Work work) {
+void parallel(const Segment* segments, int64_t n_segments, int64_t n_seeds, int threads, Work work) {
   const int64_t total = n_segments ? segments[n_segments - 1].unit_end : 0;
-  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, total / kUnitsPerThread));
+  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, total * std::max<int64_t>(1, n_seeds) / kWorkPerThread));
   auto run = [&](int t) {
     IeeeState state;
     // Cuts at multiples of 16 units keep whole vectors together.
@@ -133,7 +133,7 @@ int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* s
     for (int64_t i = 0; i < n_seeds; i++) keys[i] = RoundKeys<10>(seeds[i]);
     RoundKeys<10> rounding(rounding_seed ? *rounding_seed : 0);
     const Operation op = {keys.data(), coefs, n_seeds, decay, rounding_seed ? &rounding : nullptr};
-    parallel(s, n_segments, threads, [&](const Segment& s, int64_t unit, int64_t end, int) { isa.add_noise(s, op, unit, end); });
+    parallel(s, n_segments, n_seeds, threads, [&](const Segment& s, int64_t unit, int64_t end, int) { isa.add_noise(s, op, unit, end); });
   });
 }
 
@@ -142,7 +142,7 @@ int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* resul
     const Isa& isa = find_isa(isa_name);
     check_segments((const Segment*)segments, n_segments);
     std::vector<uint64_t> sums(std::max(1, threads));
-    parallel((const Segment*)segments, n_segments, (int)sums.size(),
+    parallel((const Segment*)segments, n_segments, 1, (int)sums.size(),
              [&](const Segment& s, int64_t unit, int64_t end, int t) { sums[t] += isa.fingerprint(s, unit, end); });
     *result = 0;
     for (uint64_t sum : sums) *result += sum;

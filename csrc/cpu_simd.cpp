@@ -10,11 +10,18 @@ namespace {
 constexpr int W = ES_LANES;
 
 ES_FN BlockId block_id(uint64_t block, uint64_t stream, uint32_t domain) {
+#if ES_LANES == 16
+  constexpr u64_half even = {0, 2, 4, 6, 8, 10, 12, 14};
+#elif ES_LANES == 8
+  constexpr u64_half even = {0, 2, 4, 6};
+#else
+  constexpr u64_half even = {0, 2};
+#endif
   BlockId id;
-  for (int i = 0; i < W / 2; i++) id.low.even[i] = block + 2 * i, id.low.odd[i] = block + 2 * i + 1;
-  uint64_t top = (uint64_t)domain << 29;
+  const u64_half zero{};
+  const uint64_t top = (uint64_t)domain << 29;
+  id.low = {zero + block + even, zero + (block + 1) + even};
   id.high = {(id.low.even >> 32) | top, (id.low.odd >> 32) | top};
-  u64_half zero{};
   id.stream_low = {zero + (stream & 0xFFFFFFFF), zero + (stream & 0xFFFFFFFF)};
   id.stream_high = {zero + (stream >> 32), zero + (stream >> 32)};
   return id;

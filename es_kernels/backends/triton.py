@@ -235,10 +235,13 @@ if triton is not None:
         """float32 -> stored bits, uint32 [UNITS, 8]. Any NaN becomes the one NaN."""
         u = x.to(tl.uint32, bitcast=True)
         if dtype == 0:
-            bits = tl.where(x != x, 0x7FC00000, u)
+            bits = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, u)  # x != x here too, and LLVM would hoist all three: 3 more a value
         elif dtype == 1:
-            up = r if STOCHASTIC else 0x7FFF + ((u >> 16) & 1)
-            bits = tl.where(x != x, 0x7FC0, (u + up) >> 16)
+            if STOCHASTIC:
+                bits = (u + r) >> 16
+            else:
+                bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+            bits = tl.where(x != x, 0x7FC0, bits)
         else:
             if STOCHASTIC:
                 # The magnitude in f16 ulps is n + f: up if floor(f 2^16) + r >= 2^16. A normal has 13 bits of f, so r >> 3 decides.
@@ -249,7 +252,7 @@ if triton is not None:
                 bits = tl.where(magnitude < 0x38800000, subnormal, normal) | ((u >> 16) & 0x8000)
             else:
                 bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-            bits = tl.where(x != x, 0x7E00, bits)
+            bits = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7E00, bits)
         return bits
 
     # ---- memory ----
@@ -266,11 +269,11 @@ if triton is not None:
         """The bits of elements `at` (of lane 0 of each unit if VECTOR), as _unpack takes them. Nothing here waits for the memory."""
         if VECTOR:
             p = _vectors(address, dtype, at)
-            low = tl.load(p, mask=inside[:, None], other=0)
-            high = tl.load(p + 4, mask=(inside & (dtype == 0))[:, None], other=0)
+            low = tl.load(p, mask=inside[:, None])
+            high = tl.load(p + 4, mask=(inside & (dtype == 0))[:, None])
         else:
-            low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=inside & (dtype == 0), other=0)
-            high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=inside & (dtype != 0), other=0).to(tl.uint32)
+            low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=inside & (dtype == 0))
+            high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=inside & (dtype != 0)).to(tl.uint32)
         return low, high
 
     @triton.jit
@@ -312,11 +315,11 @@ if triton is not None:
         return segments + low.to(tl.int64) * _WORDS_A_SEGMENT
 
     @triton.jit
-    def _shape(segment):
-        """Of struct Segment: rows, cols, first, index_stride, stream, units_per_row, and its first unit in the table."""
+    def _shape(segment, unit):
+        """Of struct Segment: cols, first, index_stride, stream, units_per_row; and the number that unit `unit` of the table has in it."""
         rows, units_per_row = tl.load(segment + 3), tl.load(segment + 11)
-        start = tl.load(segment + 12) - rows * units_per_row
-        return rows, tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10), units_per_row, start
+        start = unit - (tl.load(segment + 12) - rows * units_per_row)
+        return tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10), units_per_row, start
 
     @triton.jit
     def _dtypes(segment):
@@ -331,38 +334,32 @@ if triton is not None:
         return vector_path + (vector_path != 0).to(tl.int32) * (tl.load(segment + 3) == 1).to(tl.int32)
 
     @triton.jit
-    def _place(step, end, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr):
-        """Of the units of one step: block as (low, high), lane, row, column and whether it is inside. For vectors lane is 0, for rows
-        relative to the step; element by element all of them are per element."""
+    def _place(start, step, count, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr):
+        """The units start + step ... of a segment: their block as (low, high), lane, row, column, and which are inside."""
         if PATH == 2:
             unit = tl.arange(0, UNITS)
-            start = (first.to(tl.uint64) >> 3) + step.to(tl.uint64)
-            block = start.to(tl.uint32) + unit.to(tl.uint32), (start >> 32).to(tl.uint32)
-            inside = unit < tl.minimum(end - step, UNITS).to(tl.int32)
-            lane, row, col = 0, 0, unit * 8
+            number = (first.to(tl.uint64) >> 3) + start.to(tl.uint64)  # its high half is the same for the whole segment
+            block = number.to(tl.uint32) + (step + unit).to(tl.uint32), (number >> 32).to(tl.uint32)
+            lane, row, col = 0, 0, unit * 8  # columns after those that _advance has passed
+            inside = unit < count - step
         else:
-            if PATH == 1:
-                unit, lane = step + tl.arange(0, UNITS), 0
-            else:
-                element = tl.arange(0, UNITS)
-                unit, lane = step + (element >> 3), element & 7
+            offset = step + tl.arange(0, UNITS) // (8 if PATH == 0 else 1)
+            lane = tl.arange(0, UNITS) & 7 if PATH == 0 else 0
+            unit = start + offset
             row = unit // units_per_row
             index = (first + row * index_stride).to(tl.uint64)
             number = (index >> 3) + (unit - row * units_per_row).to(tl.uint64)
-            col = (unit - row * units_per_row) * 8 + lane - (index & 7).to(tl.int64)
             block = number.to(tl.uint32), (number >> 32).to(tl.uint32)
-            inside = (unit < end) & (col >= 0) & (col < cols)
+            col = (unit - row * units_per_row) * 8 + lane - (index & 7).to(tl.int64)
+            inside = (offset < count) & (col >= 0) & (col < cols)
         return block, lane, row, col, inside
 
     @triton.jit
-    def _at(address, stride, dtype, step, row, col, PATH: tl.constexpr):
-        """The address, and the elements after it, of the units of one step."""
+    def _advance(address, units, dtype, PATH: tl.constexpr):
+        """Vectors over one row need no column: their address goes along."""
         if PATH == 2:
-            address += step * tl.where(dtype == 0, 32, 16)
-            at = col
-        else:
-            at = row * stride + col
-        return address, at
+            address += tl.where(dtype == 0, 32, 16).to(tl.int64) * units
+        return address
 
     # ---- the kernels ----
 
@@ -370,20 +367,21 @@ if triton is not None:
     def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed, minus_decay,
                            STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, all of one segment."""
-        rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment)
+        cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
         out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
-        out, base, anchor = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
+        out = _advance(tl.load(segment), start, out_dtype, PATH)
+        base = _advance(tl.load(segment + 1), start, base_dtype, PATH)
+        anchor, has_anchor = _advance(tl.load(segment + 2), start, anchor_dtype, PATH), tl.load(segment + 2) != 0
         out_stride, base_stride, anchor_stride = tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
         VECTOR: tl.constexpr = PATH > 0
         SHAPE: tl.constexpr = [UNITS, 8] if VECTOR else [UNITS]
-        for step in range(begin - start, end - start, UNITS if VECTOR else UNITS // 8):
-            step = tl.cast(step, tl.int64)
-            block, lane, row, col, inside = _place(step, end - start, cols, first, index_stride, units_per_row, UNITS, PATH)
-            base_address, base_at = _at(base, base_stride, base_dtype, step, row, col, PATH)
-            low, high = _load(base_address, base_dtype, base_at, inside, VECTOR)
+        STEP: tl.constexpr = UNITS if VECTOR else UNITS // 8
+        count = (end - begin).to(tl.int32)
+        for step in range(0, count, STEP):
+            block, lane, row, col, inside = _place(start, step, count, cols, first, index_stride, units_per_row, UNITS, PATH)
+            low, high = _load(base, base_dtype, row * base_stride + col, inside, VECTOR)
             if DECAY:
-                anchor_address, anchor_at = _at(anchor, anchor_stride, anchor_dtype, step, row, col, PATH)
-                anchor_low, anchor_high = _load(anchor_address, anchor_dtype, anchor_at, inside & (anchor != 0), VECTOR)
+                anchor_low, anchor_high = _load(anchor, anchor_dtype, row * anchor_stride + col, inside & has_anchor, VECTOR)
             acc = tl.full(SHAPE, 0.0, tl.float32)
             for i in range(n_seeds - 1):
                 acc = tl.fma(_normals(block, lane, stream, tl.load(seeds + i), VECTOR), tl.load(coefs + i), acc)
@@ -395,7 +393,8 @@ if triton is not None:
             b = _to_f32(words, halves, base_dtype)
             if DECAY:
                 words, halves = _unpack(anchor_low, anchor_high, VECTOR)
-                b = tl.fma(b - _to_f32(words, halves, anchor_dtype), tl.full(SHAPE, minus_decay, tl.float32), b)
+                towards = tl.where(has_anchor, _to_f32(words, halves, anchor_dtype), 0.0)
+                b = tl.fma(b - towards, tl.full(SHAPE, minus_decay, tl.float32), b)
             if n_seeds > 1:
                 b = b + acc
             if n_seeds > 0:
@@ -404,8 +403,8 @@ if triton is not None:
                 r = _thresholds(block, lane, stream, rounding_seed, VECTOR)
             else:
                 r = 0
-            out_address, out_at = _at(out, out_stride, out_dtype, step, row, col, PATH)
-            _store(out_address, out_dtype, out_at, inside, _round(b, r, out_dtype, STOCHASTIC), VECTOR)
+            _store(out, out_dtype, row * out_stride + col, inside, _round(b, r, out_dtype, STOCHASTIC), VECTOR)
+            out, base, anchor = _advance(out, STEP, out_dtype, PATH), _advance(base, STEP, base_dtype, PATH), _advance(anchor, STEP, anchor_dtype, PATH)
 
     @triton.jit(do_not_specialize=["segments", "n_segments", "units", "per_program", "seeds", "coefs", "rounding_seed", "minus_decay"])
     def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed, minus_decay,
@@ -432,16 +431,16 @@ if triton is not None:
     @triton.jit
     def _fingerprint_segment(segment, begin, end, UNITS: tl.constexpr, PATH: tl.constexpr):
         """The sum of units [begin, end) of the table, all of one segment, in parts: uint64 [UNITS]."""
-        rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment)
+        cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
         dtype, _, _, _ = _dtypes(segment)
-        out, stride = tl.load(segment), tl.load(segment + 5)
+        out, stride = _advance(tl.load(segment), start, dtype, PATH), tl.load(segment + 5)
         VECTOR: tl.constexpr = PATH > 0
+        STEP: tl.constexpr = UNITS if VECTOR else UNITS // 8
         total = tl.full([UNITS], 0, tl.uint64)
-        for step in range(begin - start, end - start, UNITS if VECTOR else UNITS // 8):
-            step = tl.cast(step, tl.int64)
-            block, lane, row, col, inside = _place(step, end - start, cols, first, index_stride, units_per_row, UNITS, PATH)
-            address, at = _at(out, stride, dtype, step, row, col, PATH)
-            low, high = _load(address, dtype, at, inside, VECTOR)
+        count = (end - begin).to(tl.int32)
+        for step in range(0, count, STEP):
+            block, lane, row, col, inside = _place(start, step, count, cols, first, index_stride, units_per_row, UNITS, PATH)
+            low, high = _load(out, dtype, row * stride + col, inside, VECTOR)
             add, multiply = _fingerprint_keys(block, lane, stream, dtype, VECTOR)
             words, halves = _unpack(low, high, VECTOR)
             if dtype == 0:
@@ -452,6 +451,7 @@ if triton is not None:
             if VECTOR:
                 terms = tl.sum(terms, axis=1)
             total += tl.where(inside, terms, 0)
+            out = _advance(out, STEP, dtype, PATH)
         return total
 
     @triton.jit(do_not_specialize=["segments", "n_segments", "units", "per_program"])

@@ -13,10 +13,7 @@ import numpy as np
 import torch
 
 import es_kernels
-from es_kernels.noise import member_seed
-
-# Purposes of a member seed (es_kernels/NOISE.md).
-NOISE, PERTURB_ROUNDING, PROMPTS, UPDATE_ROUNDING = range(4)
+from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
 BASES = ("fp32", "copy", None)
 ROUNDINGS = ("nearest", "stochastic")
@@ -246,7 +243,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 weights.inside = None
             else:
                 weights.inside = target  # before the write: if it is interrupted, live must be written again
-                rounding = self._rounding(self.perturb_rounding, member, PERTURB_ROUNDING)
+                rounding = self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)
                 self._add(weights.live, [target[0]], [target[1]], base=weights.theta, **rounding)
 
     def _add(self, out: es_kernels.ParamTable, seeds, coefs, **options) -> None:
@@ -260,7 +257,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         return member_seed(self.seed, self.generation, member, purpose)
 
     def _noise_seed(self, member: int) -> int:
-        return self._seed(member // 2 if self.antithetic else member, NOISE)
+        return self._seed(member // 2 if self.antithetic else member, MEMBER_NOISE)
 
     def _refuse_if_perturbed(self, what: str) -> None:
         if any(weights.inside is not None for weights in self._weights):

@@ -20,11 +20,11 @@ import torch
 
 import es_kernels
 from es_finetune.evaluate import Evaluation, Evaluator, HFEngine
-from es_finetune.optimizer import PROMPTS, EvolutionStrategy
+from es_finetune.optimizer import EvolutionStrategy
 from es_finetune.progress import Progress
 from es_finetune.segments import named_segments
 from es_finetune.tasks import Item, load_task
-from es_kernels.noise import member_seed
+from es_kernels.noise import PROMPT_CHOICE, member_seed
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "countdown_char"
 
@@ -170,7 +170,7 @@ class Trainer:
         """The generation's training prompts, the same for all its members: all, or a draw without repetition."""
         if not self.config.prompts:
             return list(self.task.train)
-        draws = random.Random(member_seed(self.config.seed, generation, 0, PROMPTS))
+        draws = random.Random(member_seed(self.config.seed, generation, 0, PROMPT_CHOICE))
         return draws.sample(self.task.train, self.config.prompts)
 
     def _generation(self, training: Evaluator) -> dict[str, Any]:

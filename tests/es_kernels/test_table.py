@@ -5,9 +5,9 @@
 - Ties keep their first name; empty tensors are nothing; a moved pointer is an error until refresh(); layouts are interned.
 """
 
-import ctypes
 import pathlib
 import re
+import time
 
 import numpy as np
 import pytest
@@ -39,13 +39,12 @@ def elements(pack, what="out"):
     return found
 
 
-def expected_elements(tensors, what=None):
+def expected_elements(tensors):
     found = {}
     for i, t in enumerate(tensors):
-        offsets = (torch.arange(t.numel()).reshape(t.shape), t)
-        for index in np.ndindex(*t.shape):
-            address = t.data_ptr() + sum(i * s for i, s in zip(index, t.stride())) * t.element_size()
-            found[address] = noise.stream_id(f"t{i}"), int(offsets[0][index])
+        for k, index in enumerate(np.ndindex(*t.shape)):  # row-major
+            address = t.data_ptr() + sum(n * s for n, s in zip(index, t.stride())) * t.element_size()
+            found[address] = noise.stream_id(f"t{i}"), k
     return found
 
 
@@ -195,10 +194,8 @@ def test_overlap_is_found_exactly_where_there_is_one(found, readers):
 def test_overlapping_memory_is_refused_in_every_role():
     memory = torch.zeros(64)
     a, b, other = memory[:40], memory[30:], torch.zeros(40)
-    for arguments in (dict(base=[memory[1:41]]), dict(anchor=[memory[24:]]), dict(base=[other], anchor=[memory[1:41]]), dict(base=[other[:1].expand(40)] and [memory[:40].flip(0).flip(0)[:40]])):
-        if arguments.get("base") and arguments["base"][0].untyped_storage().data_ptr() not in (memory.data_ptr(), other.data_ptr()):
-            continue
-        with pytest.raises(ValueError, match="'t0' .*overlap in memory"):
+    for arguments in (dict(base=[memory[1:41]]), dict(anchor=[memory[24:]]), dict(base=[other], anchor=[memory[1:41]])):
+        with pytest.raises(ValueError, match="'t0' .*'t0' .*overlap in memory"):
             pack_of(a, **arguments)
     with pytest.raises(ValueError, match="'t0' .*'t1' .*overlap in memory"):
         pack_of(a, b)
@@ -224,9 +221,7 @@ def test_what_does_not_overlap_is_accepted():
 
 
 def test_many_interleaved_segments_are_checked_quickly():
-    """512 x 512 rows in transposed order: each segment's extent meets all others'."""
-    import time
-
+    """300 x 300 rows in transposed order: each segment's extent meets all others'."""
     start = time.perf_counter()
     t = torch.zeros(300, 300, 8).transpose(0, 1)
     pack = pack_of(t)
@@ -345,4 +340,3 @@ def test_fewer_bytes_than_a_thousandth_of_the_model():
     model = {f"layers.{i}.{n}": torch.empty(shape, dtype=torch.bfloat16) for i in range(4) for n, shape in (("q", (896, 896)), ("up", (896, 4864)), ("norm", (896,)))}
     pack = ParamTable(model).layout.pack(list(model.values()), [], [])
     assert pack.segments.nbytes < 0.001 * sum(t.nbytes for t in model.values())
-    assert ctypes.sizeof(ctypes.c_char * 120) == pack.segments.itemsize
