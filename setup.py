@@ -34,8 +34,9 @@ def cxx():
 
 
 def nvcc():
-    home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if "CUDA_HOME" in os.environ:
+        return shutil.which("nvcc", path=os.environ["CUDA_HOME"] + "/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def wanted_extensions():

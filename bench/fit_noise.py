@@ -12,7 +12,9 @@ average out over the other variable: cubic log2 alone is off by 1.3e-3, the dist
 """
 
 import argparse
+import json
 import math
+import pathlib
 
 import numpy as np
 
@@ -167,6 +169,7 @@ def main():
     parser.add_argument("--polish", action="store_true", help="improve the shipped constants on a finer grid")
     parser.add_argument("--slopes", type=float, nargs="+", default=list(np.geomspace(1, 4, 17)[:-1]), help="phases to start from; 4 is 1 again")
     parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results/noise.json")
     args = parser.parse_args()
     results = []
     if args.fit:
@@ -184,8 +187,12 @@ def main():
         for name, value in constants(p, slope).items():
             setattr(noise, name, value)
             print(f"{name} = {hex(value) if isinstance(value, int) else ', '.join(str(v) for v in np.atleast_1d(value))}")
-    for key, value in quality().items():
+    figures = quality()
+    for key, value in figures.items():
         print(f"{key}: {value:.3e}")
+    if not results:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -210,11 +210,12 @@ def report():
     known = backends()
     serves = {kind: active(kind) for kind in devices()}
     checks = self_checks(known)
+    state = {kind: "available" if kind in serves else "ready, but torch sees no such device" for kind in ("cpu", "cuda")}
     keys = ("backend", "device", "isa", "error", "seconds")
     return {
         "versions": versions(),
         "cpu": cpu(),
-        "backends": {name: {kind: why or "available" for kind, why in reasons.items()} for name, reasons in known.items()},
+        "backends": {name: {kind: why or state[kind] for kind, why in reasons.items()} for name, reasons in known.items()},
         "ES_KERNELS_BACKEND": os.environ.get("ES_KERNELS_BACKEND"),
         "serves": {kind: name or f"none: {why}" for kind, (name, why) in serves.items()},
         "self_check": [dict(zip(keys, c)) for c in checks],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 
 import torch
 
 from . import backends, noise
-from .table import Layout, ParamTable, named_tensors
+from .table import Layout, ParamTable, check_tensor, named_tensors
 
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 
@@ -28,7 +29,7 @@ def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
     for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
         if t is not None and t.device.type != "cpu" and t.device != pack.device:
             raise ValueError(f"{what} are on {t.device}, but the tensors on {pack.device}: move them there, or to the CPU")
-    if coefs.device.type == "cpu" and not coefs.isfinite().all():
+    if coefs.device.type == "cpu" and not all(map(math.isfinite, coefs.tolist())):
         raise ValueError(f"coefs {coefs.tolist()} are not all finite")  # on the device they are not looked at: that would wait for it
     if pack.units:
         backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay)
@@ -38,7 +39,7 @@ def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
 
 def _fingerprint(tensors, layout):
     pack = Layout.find(layout).pack(tensors)
-    return backends.choose(pack.device).fingerprint(pack) if pack.units else torch.zeros((), dtype=torch.int64)
+    return backends.choose(pack.device).fingerprint(pack) if pack.units else torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 _library.impl("add_noise_", _add_noise_, "CompositeExplicitAutograd")
@@ -97,6 +98,15 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
         rounding_seed = _seeds(rounding_seed, "rounding_seed")
         if rounding_seed.shape != (1,):
             raise ValueError("rounding_seed is one number")
+    if not torch.compiler.is_compiling():
+        # Here, because the dispatcher would run the fake kernel, or a copy, and silently write nothing.
+        for what, given in (("out", tensors), ("base", base), ("anchor", anchor)):
+            for n, t in zip(names, given):
+                if t.is_meta or (what == "out" and t.is_neg()):
+                    check_tensor(n, what, t)
+        for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
+            if t is not None and t.is_meta:
+                raise ValueError(f"{what} are on the meta device")
     if torch.is_grad_enabled():
         for n, t in zip(names, tensors):
             if t.requires_grad:
@@ -163,7 +173,7 @@ def _seeds(seeds, what):
     for s in seeds:
         if not -(1 << 63) <= s < 1 << 64:
             raise ValueError(f"{what}: {s} does not fit in 64 bits")
-    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
+    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64, device="cpu")
 
 
 def _coefs(coefs):
@@ -175,7 +185,7 @@ def _coefs(coefs):
     for c in coefs:
         if not -_F32_MAX < c < _F32_MAX:
             raise ValueError(f"coefficient {c} is not a finite float32")
-    return torch.tensor(coefs, dtype=torch.float32)
+    return torch.tensor(coefs, dtype=torch.float32, device="cpu")
 
 
 def _listed(value):

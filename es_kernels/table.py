@@ -108,7 +108,7 @@ class Pack:
         names = layout.names
         for what, tensors in (("out", out), ("base", base), ("anchor", anchor)):
             for name, tensor in zip(names, tensors):
-                _check_tensor(name, what, tensor)
+                check_tensor(name, what, tensor)
             if tensors and len(tensors) != len(names):
                 raise ValueError(f"{what} has {len(tensors)} tensors for {len(names)} names")
         self.layout = layout
@@ -183,7 +183,7 @@ class ParamTable:
         for name, tensor, segments in entries:
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"a ParamTable takes (name, tensor) pairs, got ({type(name).__name__}, {type(tensor).__name__})")
-            _check_tensor(name, "out", tensor)
+            check_tensor(name, "out", tensor)
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if tensor.numel() and segments is None and place in seen:
                 self.tied[name] = seen[place]
@@ -220,7 +220,7 @@ class ParamTable:
         return f"ParamTable({len(self)} tensors, {sum(t.numel() for t in self.tensors)} elements, {len(self.tied)} tied)"
 
 
-def _check_tensor(name, what, t):
+def check_tensor(name, what, t):
     """Refuses what cannot be a parameter, by name. Memory is not looked at."""
     label = f"{name!r}" if what == "out" else f"{name!r} ({what})"
     if t.layout != torch.strided:

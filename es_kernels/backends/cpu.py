@@ -31,7 +31,7 @@ def add_noise_(pack, seeds, coefs, rounding_seed, decay):
 
 
 def fingerprint(pack):
-    result = torch.zeros((), dtype=torch.int64)
+    result = torch.zeros((), dtype=torch.int64, device="cpu")
     status = _library().es_cpu_fingerprint(pack.segments.ctypes.data, len(pack.segments), result.data_ptr(), torch.get_num_threads(), _isa())
     native.check(status, _library().es_cpu_error)
     return result

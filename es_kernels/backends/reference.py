@@ -61,7 +61,7 @@ def fingerprint(pack):
                 bits = memory(s, "out", row, start, stop).astype(np.uint32)
                 total += int(((bits + add).astype(np.uint64) * multiply).sum(dtype=np.uint64))
     total &= 0xFFFFFFFFFFFFFFFF
-    return torch.tensor(total - (1 << 64) if total >> 63 else total, dtype=torch.int64)
+    return torch.tensor(total - (1 << 64) if total >> 63 else total, dtype=torch.int64, device="cpu")
 
 
 def _fingerprint_keys(dtype, stream, blocks):

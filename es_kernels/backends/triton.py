@@ -78,8 +78,17 @@ _TYPES |= {"n_seeds": "i32", "rounding_seed": "*i64", "minus_decay": "fp32", "su
 
 
 def _on_device(pack):
+    """The segments where the kernel reads them: uploaded at the first use, kept for as long as a captured graph may read them."""
+    capturing = pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if pack.on_device is None:
-        pack.on_device = torch.from_numpy(pack.segments.view(np.int64)).to(pack.device)
+        strided = pack.segments[pack.segments["rows"] > 1]
+        if len(strided) and (strided["rows"] * strided["units_per_row"]).max() >= 1 << 32:
+            raise ValueError("the triton backend takes up to 2^35 elements in a segment of several rows: split it")
+        if capturing:
+            raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
+        pack.on_device = torch.from_numpy(pack.segments.view(np.int64).copy()).to(pack.device)
+    if capturing:
+        pack.pin()
     return pack.on_device
 
 
@@ -135,16 +144,18 @@ if triton is not None:
         return _philox(low, high | (DOMAIN << 29), stream.to(tl.uint32), (stream >> 32).to(tl.uint32), key, ROUNDS)
 
     @triton.jit
-    def _box_muller(w):
-        f = ((w & 0xFFFFC000) | 0x2000).to(tl.float32).to(tl.uint32, bitcast=True)
+    def _box_muller(w, zero):
+        """zero: 0, unknown to the compiler. Of two constants in (w & mask) | set one takes a register: made from a variable it stays there,
+        else ptxas moves it in again each time, 1.7 instructions a value."""
+        f = ((w & (zero + 0xFFFFC000)) | 0x2000).to(tl.float32).to(tl.uint32, bitcast=True)
         log = (f - 0x4F800000).to(tl.int32, bitcast=True).to(tl.float32)
-        m = ((f & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        m = ((f & (zero + 0x007FFFFF)) | 0x3F800000).to(tl.float32, bitcast=True)
         v = tl.fma(tl.fma(tl.fma(_LOG3, m, _LOG2), m, _LOG1), m, _LOG0)
         v = tl.fma(log, _LOG_SLOPE, v)
-        s = (_RSQRT_SEED - ((w << 31) | (v.to(tl.uint32, bitcast=True) >> 1))).to(tl.float32, bitcast=True)
+        s = tl.sub(_RSQRT_SEED, (w << 31) | (v.to(tl.uint32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)
         a = v * s
         r = a * tl.fma(a * -1.0, s, _RSQRT)  # `-a` is 0 - a, one more instruction, up to triton 3.8
-        t = ((w & 0x3FFE) | 0x4B000000).to(tl.float32, bitcast=True) - 8396799.0  # 2^23 + 8191
+        t = ((w & (zero + 0x3FFE)) | 0x4B000000).to(tl.float32, bitcast=True) - 8396799.0  # 2^23 + 8191
         z = t * t
         x_over_r = tl.fma(tl.fma(tl.fma(_COS3, z, _COS2), z, _COS1), z, _COS0)
         y_over_rt = tl.fma(tl.fma(_SIN2, z, _SIN1), z, _SIN0)
@@ -182,13 +193,13 @@ if triton is not None:
         return tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
 
     @triton.jit
-    def _normals(block, lane, stream, seed, VECTOR: tl.constexpr):
+    def _normals(block, lane, stream, seed, zero, VECTOR: tl.constexpr):
         w0, w1, w2, w3 = _words(block, 0, stream, seed, 10)
         if VECTOR:
-            x, y = _box_muller(_together(w0, w1, w2, w3))
+            x, y = _box_muller(_together(w0, w1, w2, w3), zero)
             normals = _interleave(x, y)
         else:
-            x, y = _box_muller(_pick(lane >> 1, w0, w1, w2, w3))
+            x, y = _box_muller(_pick(lane >> 1, w0, w1, w2, w3), zero)
             normals = tl.where((lane & 1) == 0, x, y)
         return normals
 
@@ -230,32 +241,36 @@ if triton is not None:
             x = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return x
 
+    # To storage: uint32 bits, and where they are to be replaced by those of the one NaN. f16 asks for NaNs in its own way: LLVM
+    # would compute what the two have in common before it branches, and run out of predicates.
+
     @triton.jit
-    def _round(x, r, dtype, STOCHASTIC: tl.constexpr):
-        """float32 -> stored bits, uint32 [UNITS, 8]. Any NaN becomes the one NaN."""
-        u = x.to(tl.uint32, bitcast=True)
-        if dtype == 0:
-            bits = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, u)  # x != x here too, and LLVM would hoist all three: 3 more a value
-        elif dtype == 1:
-            if STOCHASTIC:
-                bits = (u + r) >> 16
-            else:
-                bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-            bits = tl.where(x != x, 0x7FC0, bits)
+    def _to_bf16(x, r, STOCHASTIC: tl.constexpr):
+        if STOCHASTIC:
+            bits = (x.to(tl.uint32, bitcast=True) + r) >> 16
         else:
-            if STOCHASTIC:
-                # The magnitude in f16 ulps is n + f: up if floor(f 2^16) + r >= 2^16. A normal has 13 bits of f, so r >> 3 decides.
-                magnitude = u & 0x7FFFFFFF
-                normal = tl.minimum(((magnitude + (r >> 3)) >> 13).to(tl.int32) - (112 << 10), 0x7C00).to(tl.uint32)
-                small = tl.where(magnitude < 0x38800000, magnitude, 0).to(tl.float32, bitcast=True)
-                subnormal = ((small * 1099511627776.0).to(tl.int32).to(tl.uint32) + r) >> 16  # 2^40
-                bits = tl.where(magnitude < 0x38800000, subnormal, normal) | ((u >> 16) & 0x8000)
-            else:
-                bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-            bits = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7E00, bits)
-        return bits
+            bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return bits, x != x
+
+    @triton.jit
+    def _to_f16(x, r, STOCHASTIC: tl.constexpr):
+        u = x.to(tl.uint32, bitcast=True)
+        magnitude = u & 0x7FFFFFFF
+        if STOCHASTIC:
+            # The magnitude in f16 ulps is n + f: up if floor(f 2^16) + r >= 2^16. A normal has 13 bits of f, so r >> 3 decides.
+            normal = tl.minimum(((magnitude + (r >> 3)) >> 13).to(tl.int32) - (112 << 10), 0x7C00).to(tl.uint32)
+            small = tl.where(magnitude < 0x38800000, magnitude, 0).to(tl.float32, bitcast=True)
+            subnormal = ((small * 1099511627776.0).to(tl.int32).to(tl.uint32) + r) >> 16  # 2^40
+            bits = tl.where(magnitude < 0x38800000, subnormal, normal) | ((u >> 16) & 0x8000)
+        else:
+            bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return bits, magnitude > 0x7F800000
 
     # ---- memory ----
+
+    @triton.jit
+    def _only_if(scalar, mask):
+        return tl.where(scalar, mask, False)  # `mask & scalar` is no mask to the interpreter
 
     @triton.jit
     def _vectors(address, dtype, at):
@@ -270,10 +285,10 @@ if triton is not None:
         if VECTOR:
             p = _vectors(address, dtype, at)
             low = tl.load(p, mask=inside[:, None])
-            high = tl.load(p + 4, mask=(inside & (dtype == 0))[:, None])
+            high = tl.load(p + 4, mask=_only_if(dtype == 0, inside)[:, None])
         else:
-            low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=inside & (dtype == 0))
-            high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=inside & (dtype != 0)).to(tl.uint32)
+            low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=_only_if(dtype == 0, inside))
+            high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=_only_if(dtype != 0, inside)).to(tl.uint32)
         return low, high
 
     @triton.jit
@@ -286,19 +301,38 @@ if triton is not None:
         return words, halves
 
     @triton.jit
-    def _store(address, dtype, at, inside, bits, VECTOR: tl.constexpr):
+    def _pack(bits, is_nan, NAN: tl.constexpr):
+        """16-bit values uint32 [UNITS, 8] -> uint32 [UNITS, 4]."""
+        even, odd = _deinterleave(bits)
+        nan_even, nan_odd = _deinterleave(is_nan)
+        word = even | (odd << 16)
+        word = tl.where(nan_even, (word & 0xFFFF0000) | NAN, word)
+        return tl.where(nan_odd, (word & 0xFFFF) | (NAN << 16), word)
+
+    @triton.jit
+    def _store(address, dtype, at, inside, x, r, STOCHASTIC: tl.constexpr, VECTOR: tl.constexpr):
+        """Rounds and stores float32. Any NaN is stored as the one NaN of the format."""
         if VECTOR:
             p = _vectors(address, dtype, at)
             if dtype == 0:
-                low, high = _halve(bits)
+                low, high = _halve(tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True)))
                 tl.store(p, low, mask=inside[:, None])
                 tl.store(p + 4, high, mask=inside[:, None])
+            elif dtype == 1:
+                bits, is_nan = _to_bf16(x, r, STOCHASTIC)
+                tl.store(p, _pack(bits, is_nan, 0x7FC0), mask=inside[:, None])
             else:
-                even, odd = _deinterleave(bits)
-                tl.store(p, even | (odd << 16), mask=inside[:, None])
+                bits, is_nan = _to_f16(x, r, STOCHASTIC)
+                tl.store(p, _pack(bits, is_nan, 0x7E00), mask=inside[:, None])
         else:
-            tl.store(address.to(tl.pointer_type(tl.uint32)) + at, bits, mask=inside & (dtype == 0))
-            tl.store(address.to(tl.pointer_type(tl.uint16)) + at, bits.to(tl.uint16), mask=inside & (dtype != 0))
+            words = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
+            tl.store(address.to(tl.pointer_type(tl.uint32)) + at, words, mask=_only_if(dtype == 0, inside))
+            if dtype == 1:
+                bits, is_nan = _to_bf16(x, r, STOCHASTIC)
+            else:
+                bits, is_nan = _to_f16(x, r, STOCHASTIC)
+            halves = tl.where(is_nan, tl.where(dtype == 1, 0x7FC0, 0x7E00).to(tl.uint32), bits).to(tl.uint16)
+            tl.store(address.to(tl.pointer_type(tl.uint16)) + at, halves, mask=_only_if(dtype != 0, inside))
 
     # ---- the table ----
 
@@ -308,18 +342,18 @@ if triton is not None:
         low, high = 0, n_segments - 1
         while low < high:
             middle = (low + high) >> 1
-            if tl.load(segments + middle.to(tl.int64) * _WORDS_A_SEGMENT + 12) > unit:
+            if tl.load(segments + tl.cast(middle, tl.int64) * _WORDS_A_SEGMENT + 12) > unit:
                 high = middle
             else:
                 low = middle + 1
-        return segments + low.to(tl.int64) * _WORDS_A_SEGMENT
+        return segments + tl.cast(low, tl.int64) * _WORDS_A_SEGMENT
 
     @triton.jit
     def _shape(segment, unit):
-        """Of struct Segment: cols, first, index_stride, stream, units_per_row; and the number that unit `unit` of the table has in it."""
+        """Of struct Segment: rows, cols, first, index_stride, stream, units_per_row; and the number that unit `unit` of the table has in it."""
         rows, units_per_row = tl.load(segment + 3), tl.load(segment + 11)
         start = unit - (tl.load(segment + 12) - rows * units_per_row)
-        return tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10), units_per_row, start
+        return rows, tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10), units_per_row, start
 
     @triton.jit
     def _dtypes(segment):
@@ -334,7 +368,7 @@ if triton is not None:
         return vector_path + (vector_path != 0).to(tl.int32) * (tl.load(segment + 3) == 1).to(tl.int32)
 
     @triton.jit
-    def _place(start, step, count, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr):
+    def _place(start, step, count, rows, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr):
         """The units start + step ... of a segment: their block as (low, high), lane, row, column, and which are inside."""
         if PATH == 2:
             unit = tl.arange(0, UNITS)
@@ -346,7 +380,8 @@ if triton is not None:
             offset = step + tl.arange(0, UNITS) // (8 if PATH == 0 else 1)
             lane = tl.arange(0, UNITS) & 7 if PATH == 0 else 0
             unit = start + offset
-            row = unit // units_per_row
+            # With several rows there are fewer than 2^32 units (_on_device): a 64-bit division would be a function call.
+            row = tl.where(rows > 1, unit.to(tl.uint32) // units_per_row.to(tl.uint32), 0).to(tl.int64)
             index = (first + row * index_stride).to(tl.uint64)
             number = (index >> 3) + (unit - row * units_per_row).to(tl.uint64)
             block = number.to(tl.uint32), (number >> 32).to(tl.uint32)
@@ -367,29 +402,31 @@ if triton is not None:
     def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed, minus_decay,
                            STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, all of one segment."""
-        cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
+        rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
         out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
         out = _advance(tl.load(segment), start, out_dtype, PATH)
         base = _advance(tl.load(segment + 1), start, base_dtype, PATH)
         anchor, has_anchor = _advance(tl.load(segment + 2), start, anchor_dtype, PATH), tl.load(segment + 2) != 0
         out_stride, base_stride, anchor_stride = tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
+        zero = (rows >> 63).to(tl.uint32)
         VECTOR: tl.constexpr = PATH > 0
         SHAPE: tl.constexpr = [UNITS, 8] if VECTOR else [UNITS]
         STEP: tl.constexpr = UNITS if VECTOR else UNITS // 8
         count = (end - begin).to(tl.int32)
         for step in range(0, count, STEP):
-            block, lane, row, col, inside = _place(start, step, count, cols, first, index_stride, units_per_row, UNITS, PATH)
+            block, lane, row, col, inside = _place(start, step, count, rows, cols, first, index_stride, units_per_row, UNITS, PATH)
             low, high = _load(base, base_dtype, row * base_stride + col, inside, VECTOR)
             if DECAY:
-                anchor_low, anchor_high = _load(anchor, anchor_dtype, row * anchor_stride + col, inside & has_anchor, VECTOR)
-            acc = tl.full(SHAPE, 0.0, tl.float32)
+                anchor_low, anchor_high = _load(anchor, anchor_dtype, row * anchor_stride + col, _only_if(has_anchor, inside), VECTOR)
+            words, halves = _unpack(low, high, VECTOR)
+            # Zero, in the layout of the vectors: tl.zeros would get one where eight threads share a unit, and keep it in the loop.
+            acc = ((words >> 31) >> 1).to(tl.float32, bitcast=True)
             for i in range(n_seeds - 1):
-                acc = tl.fma(_normals(block, lane, stream, tl.load(seeds + i), VECTOR), tl.load(coefs + i), acc)
+                acc = tl.fma(_normals(block, lane, stream, tl.load(seeds + i), zero, VECTOR), tl.load(coefs + i), acc)
             if n_seeds > 0:
-                normals = _normals(block, lane, stream, last_seed, VECTOR)
+                normals = _normals(block, lane, stream, last_seed, zero, VECTOR)
             else:
                 normals = acc
-            words, halves = _unpack(low, high, VECTOR)
             b = _to_f32(words, halves, base_dtype)
             if DECAY:
                 words, halves = _unpack(anchor_low, anchor_high, VECTOR)
@@ -403,7 +440,7 @@ if triton is not None:
                 r = _thresholds(block, lane, stream, rounding_seed, VECTOR)
             else:
                 r = 0
-            _store(out, out_dtype, row * out_stride + col, inside, _round(b, r, out_dtype, STOCHASTIC), VECTOR)
+            _store(out, out_dtype, row * out_stride + col, inside, b, r, STOCHASTIC, VECTOR)
             out, base, anchor = _advance(out, STEP, out_dtype, PATH), _advance(base, STEP, base_dtype, PATH), _advance(anchor, STEP, anchor_dtype, PATH)
 
     @triton.jit(do_not_specialize=["segments", "n_segments", "units", "per_program", "seeds", "coefs", "rounding_seed", "minus_decay"])
@@ -431,7 +468,7 @@ if triton is not None:
     @triton.jit
     def _fingerprint_segment(segment, begin, end, UNITS: tl.constexpr, PATH: tl.constexpr):
         """The sum of units [begin, end) of the table, all of one segment, in parts: uint64 [UNITS]."""
-        cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
+        rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
         dtype, _, _, _ = _dtypes(segment)
         out, stride = _advance(tl.load(segment), start, dtype, PATH), tl.load(segment + 5)
         VECTOR: tl.constexpr = PATH > 0
@@ -439,7 +476,7 @@ if triton is not None:
         total = tl.full([UNITS], 0, tl.uint64)
         count = (end - begin).to(tl.int32)
         for step in range(0, count, STEP):
-            block, lane, row, col, inside = _place(start, step, count, cols, first, index_stride, units_per_row, UNITS, PATH)
+            block, lane, row, col, inside = _place(start, step, count, rows, cols, first, index_stride, units_per_row, UNITS, PATH)
             low, high = _load(out, dtype, row * stride + col, inside, VECTOR)
             add, multiply = _fingerprint_keys(block, lane, stream, dtype, VECTOR)
             words, halves = _unpack(low, high, VECTOR)

@@ -18,6 +18,8 @@ def one_thread():
 @pytest.fixture(params=BACKENDS)
 def kernel_backend(request):
     """Each backend that serves CPU tensors here, active during the test; skipped, with its reason, where it cannot."""
+    if request.param == "triton":
+        request.getfixturevalue("exact_interpreter")
     try:
         with es_kernels.backend(request.param):
             es_kernels.add_noise_(torch.zeros(8), [1], [1.0], name="probe")

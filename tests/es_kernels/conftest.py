@@ -2,12 +2,17 @@
 
 import contextlib
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 import es_kernels
 from es_kernels import native
+
+# The same examples in every run, and no database beside the sources.
+hypothesis.settings.register_profile("es_kernels", derandomize=True, database=None)
+hypothesis.settings.load_profile("es_kernels")
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STORAGE = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}

@@ -95,6 +95,17 @@ def test_first_index(isa, twin, weights, first, rounding):
         twin(lambda t: add_noise_(at(t, first), SEEDS[:2], COEFS[:2], **rounding), weights(80, dtype))
 
 
+@both_roundings
+@pytest.mark.parametrize("first", [*FIRSTS[:-1], (1 << 35) - 1200], ids=hex)
+def test_first_index_of_strided_rows(isa, twin, weights, first, rounding):
+    """Rows with gaps in memory and index; with (1 << 35) - 20 a row, and a vector of blocks in it, crosses the end of 32-bit block numbers."""
+    for dtype in DTYPES:
+        twin(
+            lambda t: add_noise_(ParamTable([("w", t, [Segment("w", 4, 300, row_stride=301, first=first, index_stride=1003)])]), SEEDS[:2], COEFS[:2], **rounding),
+            weights(4 * 301, dtype),
+        )
+
+
 @every_dtype
 def test_large(isa, twin, weights, dtype):
     twin(lambda t: add_noise_(t, SEEDS[0], 0.01, name="w", **ROUNDINGS[1]), weights(100_003, dtype))
@@ -182,6 +193,36 @@ def test_order_of_operations(weights):
     assert (out.numpy().view(np.uint32) == expected.view(np.uint32)).all()
 
 
+def near_ties():
+    """(index, coef, base) whose exact coef * noise + base lies within 2^-53 of a tie between two float32, off it: rounding to float64
+    first lands on the tie. One value in 32 has a coefficient that does this; random ones never do."""
+    index = np.arange(4096, dtype=np.uint64)
+    drawn = noise.normal(SEEDS[0], noise.stream_id("w"), index)
+    scale = np.frexp(drawn)[1]
+    mantissa = np.abs(np.ldexp(drawn, 24 - scale)).astype(np.int64)  # 2^23 .. 2^24
+    other = np.rint(2.0**47 / mantissa).astype(np.int64)
+    off = mantissa * other - 2**47  # the product is 2^47 (1 + off / 2^47)
+    hits = np.flatnonzero((np.abs(off) < 2**17) & (off != 0) & (other < 2**24))
+    for k, i in enumerate(hits):
+        base = 1.0 if off[i] > 0 else 1 + 2.0**-23  # where the tie goes to even, the other way
+        coef = np.copysign(np.ldexp(float(other[i]), -47 - int(scale[i])), drawn[i])  # coef * noise = 2^-24 (1 + off / 2^47)
+        sign = -1 if k % 2 else 1
+        yield int(i), float(sign * coef), sign * base
+
+
+def test_fma_rounds_once_on_constructed_ties(isa):
+    double_rounding = 0
+    for index, coef, base in near_ties():
+        x = noise.normal(SEEDS[0], noise.stream_id("w"), np.uint64(index))
+        expected = noise.fma(np.float32(coef), x, np.float32(base))
+        double_rounding += np.float32(np.float64(np.float32(coef)) * np.float64(x) + base) != expected
+        out = torch.tensor([base])
+        with es_kernels.backend("cpu"):
+            add_noise_(at(out, index), SEEDS[0], coef)
+        assert out.item() == expected
+    assert double_rounding > 20, "the cases do not tell one rounding from two"
+
+
 def test_perturb_then_restore_from_base(weights, bits):
     """Restore is nearest(base), bit for bit, but that NaNs become the one NaN."""
     for live, base in itertools.product(DTYPES, DTYPES):
@@ -192,6 +233,20 @@ def test_perturb_then_restore_from_base(weights, bits):
         add_noise_(out, [], [], master, name="w")
         expected = torch.where(master.isnan(), torch.tensor(float("nan"), dtype=live), master.to(live))
         assert torch.equal(bits(out), bits(expected))
+
+
+def test_ten_thousand_members_leave_no_trace(weights, bits):
+    """With a base nothing accumulates: after 10,000 perturbations a restore gives nearest(base), bit for bit."""
+    master = {"a": weights(201, F32), "b": weights(64, BF16).reshape(8, 8), "c": weights(33, F16)}
+    live = {"a": torch.zeros(201, dtype=BF16), "b": torch.zeros(8, 8, dtype=BF16), "c": torch.zeros(33, dtype=F16)}
+    table, base = ParamTable(live), ParamTable(master)
+    add_noise_(table, [], [], base)
+    before, prints = [bits(t) for t in live.values()], es_kernels.fingerprint(table)
+    for member in range(10_000):
+        add_noise_(table, noise.member_seed(1, 0, 0) + member, 1e-3, base)
+    assert es_kernels.fingerprint(table) != prints
+    add_noise_(table, [], [], base)
+    assert all(map(torch.equal, before, [bits(t) for t in live.values()])) and es_kernels.fingerprint(table) == prints
 
 
 def test_swap_in_float32_gives_nearly_the_other_member():

@@ -49,7 +49,7 @@ UNSUITABLE = {
     "every_other_element": (lambda: torch.zeros(16)[::2], ValueError, "not contiguous in its last dimension"),
     "expanded_rows": (lambda: torch.zeros(8).expand(3, 8), ValueError, "overlap in memory"),
     "expanded_columns": (lambda: torch.zeros(8, 1).expand(8, 3), ValueError, "not contiguous in its last dimension"),
-    "negated_view": (lambda: torch.zeros(8, dtype=torch.complex64).conj().imag, ValueError, "negated|not contiguous"),
+    "negated_view": (lambda: torch._neg_view(torch.zeros(8)), ValueError, "negated"),
     "freed_storage": (lambda: freed(torch.zeros(8)), ValueError, "no memory"),
 }
 every_unsuitable = pytest.mark.parametrize("make, error, pattern", UNSUITABLE.values(), ids=UNSUITABLE)
@@ -73,8 +73,8 @@ def test_unsuitable_out(refused, good, make, error, pattern):
 @every_unsuitable
 def test_unsuitable_base_and_anchor(refused, good, make, error, pattern):
     bad = make()
-    if "overlap" in pattern:
-        return  # reading a row many times is fine
+    if "overlap" in pattern or "negated" in pattern:
+        return  # reading a row many times is fine, and torch itself resolves what is only read
     out = torch.zeros(bad.shape)
     for what, options in (("base", {}), ("anchor", {"decay": 0.1})):
         named = rf"'{BAD}'.*{what}.*({pattern})" if "contiguous" not in pattern else rf"'{BAD}'.*({pattern})"
@@ -171,14 +171,14 @@ def test_seeds_beyond_64_bits(refused, good, seed):
 
 @pytest.mark.parametrize("seeds", (1.0, [1.5], "1", torch.ones(1), torch.ones(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int64), None), ids=repr)
 def test_seeds_of_the_wrong_kind(refused, good, seeds):
-    refused(TypeError, "", lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
+    refused(TypeError, None, lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
     if seeds is not None:  # as a rounding_seed, None is none
-        refused(TypeError, "", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
+        refused(TypeError, None, lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
 
 
 @pytest.mark.parametrize("coefs", (torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16), torch.ones(1, 1), torch.ones(1, dtype=torch.int64), None, [None]), ids=repr)
 def test_coefs_of_the_wrong_kind(refused, good, coefs):
-    refused(TypeError, "", lambda: add_noise_(good, 1, coefs, name=GOOD), good)
+    refused(TypeError, None, lambda: add_noise_(good, 1, coefs, name=GOOD), good)
 
 
 def test_rounding_and_its_seed(refused, good):
@@ -191,9 +191,9 @@ def test_rounding_and_its_seed(refused, good):
 
 def test_numbers_on_another_device(refused, good):
     seeds, coefs = torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, device="meta")
-    refused(ValueError, "seeds are on meta", lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
-    refused(ValueError, "coefs are on meta", lambda: add_noise_(good, 1, coefs, name=GOOD), good)
-    refused(ValueError, "rounding_seed are on meta", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
+    refused(ValueError, "seeds are on the meta", lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
+    refused(ValueError, "coefs are on the meta", lambda: add_noise_(good, 1, coefs, name=GOOD), good)
+    refused(ValueError, "rounding_seed are on the meta", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
 
 
 # ---- grad mode, moved memory ----

@@ -1,0 +1,42 @@
+"""Triton's interpreter, made exact."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+# Kernels are compiled or interpreted according to what this says when triton is imported. Without a GPU: interpreted.
+_before = os.environ.get("TRITON_INTERPRET")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from es_kernels import noise  # noqa: E402
+from es_kernels.backends import reference, triton  # noqa: E402, F401
+
+# Programs that tests start decide for themselves.
+if _before is None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture
+def exact_interpreter(monkeypatch):
+    """Replaces what Triton's interpreter computes otherwise than a GPU: fma (rounded twice up to triton 3.7) and the casts from float32 to
+    bfloat16 (3.6 to 3.9 truncate) and float16 (a signalling NaN stays one)."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # it imports more of triton when it runs
+    builder, cast = interpreter.InterpreterBuilder, interpreter.InterpreterBuilder.cast_impl
+    formats = {interpreter.tl.bfloat16: 1, interpreter.tl.float16: 2}
+
+    def create_fma(self, x, y, z):
+        assert x.data.dtype == y.data.dtype == z.data.dtype == np.float32
+        return interpreter.TensorHandle(noise.fma(x.data, y.data, z.data), z.dtype.scalar)
+
+    def cast_impl(self, source, target):
+        if source.dtype.scalar == interpreter.tl.float32 and target.scalar in formats:
+            bits = reference.store(source.data, formats[target.scalar])
+            return interpreter.TensorHandle(bits.view(interpreter._get_np_dtype(target)), target.scalar)
+        return cast(self, source, target)
+
+    monkeypatch.setattr(builder, "create_fma", create_fma)
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)

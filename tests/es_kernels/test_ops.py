@@ -1,0 +1,239 @@
+"""Contract under test: the two ops are good citizens of torch.
+
+They pass torch.library.opcheck, compile without graph breaks to the same bits (bare tensor, dict, ParamTable; seeds and coefs as numbers and as
+tensors), bump `_version` of what they write and of nothing else, and accept inference tensors.
+"""
+
+import pytest
+import torch
+
+import es_kernels
+from es_kernels import ParamTable, add_noise_, fingerprint
+from es_kernels.table import Layout
+
+SEEDS = [3, (1 << 63) + 5]
+STOCHASTIC = {"rounding": "stochastic", "rounding_seed": 9}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# ---- opcheck ----
+
+
+def op_inputs():
+    a, b = torch.randn(100), torch.randn(7, 9).bfloat16()
+    key = Layout.intern(("a", "b")).key
+    seeds, coefs, rounding = torch.tensor([3, -5]), torch.tensor([0.1, -0.2]), torch.tensor([7])
+    none = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    yield "in_place", ([a, b], [], [], seeds, coefs, None, 0.0, key)
+    yield "stochastic", ([a, b], [], [], seeds, coefs, rounding, 0.0, key)
+    yield "base", ([a, b], [torch.randn(100), torch.randn(7, 9)], [], seeds, coefs, None, 0.0, key)
+    yield "anchor", ([a, b], [torch.randn(100), torch.randn(7, 9)], [torch.zeros(100), torch.zeros(7, 9)], seeds, coefs, rounding, 0.1, key)
+    yield "restore", ([a, b], [torch.randn(100), torch.randn(7, 9)], [], *none, None, 0.0, key)
+    yield "empty", ([], [], [], seeds, coefs, None, 0.0, Layout.intern(()).key)
+
+
+@pytest.mark.parametrize("arguments", [a for _, a in op_inputs()], ids=[n for n, _ in op_inputs()])
+def test_opcheck_add_noise(arguments):
+    torch.library.opcheck(torch.ops.es_kernels.add_noise_.default, arguments)
+
+
+@pytest.mark.parametrize("n", (0, 2))
+def test_opcheck_fingerprint(n):
+    tensors = [torch.randn(100), torch.randn(7, 9).bfloat16()][:n]
+    torch.library.opcheck(torch.ops.es_kernels.fingerprint.default, (tensors, Layout.intern(("a", "b")[:n]).key))
+
+
+def test_schema_says_what_is_written():
+    schema = torch.ops.es_kernels.add_noise_.default._schema
+    assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == ["out"] and not schema.returns
+    assert not any(a.alias_info for a in torch.ops.es_kernels.fingerprint.default._schema.arguments)
+
+
+# ---- torch.compile ----
+
+
+def compiled(function, backend="aot_eager"):
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def check(bits, function, *tensors, backend="aot_eager"):
+    """function(*clones), plain and compiled, twice each: equal bits of all clones."""
+    plain, graph = ([t.clone() for t in tensors] for _ in range(2))
+    run = compiled(function, backend)
+    for _ in range(2):
+        function(*plain)
+        run(*graph)
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(plain, graph))
+    assert not all(torch.equal(bits(x), bits(y)) for x, y in zip(plain, tensors))
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager", "inductor"))
+def test_compile_bare_tensor(bits, backend):
+    def function(t):
+        add_noise_(t, SEEDS, [0.1, -0.2], name="w")
+        add_noise_(t, SEEDS[0], 0.1, name="w", **STOCHASTIC)
+
+    check(bits, function, torch.randn(100).bfloat16(), backend=backend)
+
+
+def test_compile_stream_base_decay_anchor(bits):
+    def function(t, base, anchor):
+        add_noise_(t, SEEDS, [0.1, -0.2], base, stream=(1 << 63) + 3, decay=0.1, anchor=anchor)
+
+    check(bits, function, torch.randn(7, 9).bfloat16(), torch.randn(7, 9), torch.randn(7, 9).half())
+
+
+@pytest.mark.parametrize("form", (dict, lambda pairs: list(pairs), lambda pairs: dict(pairs).items()), ids=("dict", "list", "items"))
+def test_compile_named_tensors(bits, form):
+    def function(a, b, c):
+        add_noise_(form([("a", a), ("b", b)]), SEEDS, [0.1, -0.2], {"a": c, "b": b}, **STOCHASTIC)
+
+    check(bits, function, torch.randn(100), torch.randn(7, 9).bfloat16(), torch.randn(100))
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile_table(bits, backend):
+    tensors = {"a": torch.randn(100), "b": torch.randn(7, 9).bfloat16()}
+    expected = {k: t.clone() for k, t in tensors.items()}
+    table = ParamTable(tensors)
+
+    def function(seeds, coefs):
+        add_noise_(table, seeds, coefs, **STOCHASTIC)
+
+    run = compiled(function, backend)
+    for seeds in ([1, 2], [-3, 4]):
+        arguments = torch.tensor(seeds), torch.tensor([0.1, -0.2])
+        run(*arguments)
+        add_noise_(expected, *arguments, **STOCHASTIC)
+        assert all(torch.equal(bits(tensors[k]), bits(expected[k])) for k in tensors)
+
+
+def test_compile_tensor_seeds_coefs_and_rounding_seed_without_recompilation(bits):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(t, seeds, coefs, rounding_seed):
+        add_noise_(t, seeds, coefs, name="w", rounding="stochastic", rounding_seed=rounding_seed)
+
+    run = torch.compile(function, fullgraph=True, backend=count)
+    plain = torch.randn(50).bfloat16()
+    graph = plain.clone()
+    for k in range(4):
+        arguments = torch.tensor([k, -k]), torch.tensor([0.1, 0.1 * k]), torch.tensor(100 + k)
+        add_noise_(plain, *arguments[:2], name="w", rounding="stochastic", rounding_seed=arguments[2])
+        run(graph, *arguments)
+        assert torch.equal(bits(plain), bits(graph))
+    assert len(graphs) == 1
+
+
+def test_compile_intermediate_value(bits):
+    """A tensor made inside the graph has no address of its own until it runs."""
+
+    def function(x):
+        y = x * 2
+        add_noise_(y, SEEDS, [0.1, -0.2], name="w")
+        return y + 1
+
+    x = torch.randn(50)
+    assert torch.equal(bits(compiled(function)(x)), bits(function(x)))
+
+
+def test_compile_module_parameters(bits):
+    model, twin = torch.nn.Linear(5, 7), torch.nn.Linear(5, 7)
+    twin.load_state_dict(model.state_dict())
+
+    def perturb(m):
+        with torch.no_grad():
+            add_noise_(dict(m.named_parameters()), SEEDS[0], 0.1)
+
+    perturb(model)
+    compiled(perturb)(twin)
+    assert torch.equal(bits(model.weight), bits(twin.weight)) and torch.equal(bits(model.bias), bits(twin.bias))
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compile_op_fingerprint(backend):
+    a, b = torch.randn(100), torch.randn(7, 9).bfloat16()
+    key = Layout.intern(("a", "b")).key
+    run = compiled(lambda a, b: torch.ops.es_kernels.fingerprint([a, b], key) + 0, backend)
+    assert run(a, b).item() & 0xFFFFFFFFFFFFFFFF == fingerprint({"a": a, "b": b})
+
+
+def test_fake_tensors_take_no_work():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        a = torch.empty(100)
+        torch.ops.es_kernels.add_noise_([a], [], [], torch.empty(1, dtype=torch.int64), torch.empty(1), None, 0.0, Layout.intern(("a",)).key)
+        assert torch.ops.es_kernels.fingerprint([a], Layout.intern(("a",)).key).dtype == torch.int64
+
+
+# ---- autograd, versions, modes ----
+
+
+def test_version_of_out_is_bumped_and_of_nothing_else():
+    out, base, anchor = torch.zeros(8), torch.zeros(8), torch.zeros(8)
+    seeds, coefs = torch.tensor([1]), torch.tensor([1.0])
+    add_noise_(out, seeds, coefs, base, name="w", decay=0.1, anchor=anchor)
+    assert out._version == 1 and not any(t._version for t in (base, anchor, seeds, coefs))
+    whole = torch.zeros(4, 8)
+    add_noise_({"a": whole[:2], "b": whole[2:]}, 1, 1.0)
+    assert whole._version == 2  # views share their base's counter
+
+
+def test_backward_through_a_perturbed_weight_is_refused():
+    x, w = torch.randn(8, requires_grad=True), torch.randn(8)
+    loss = (x * w).sum()
+    add_noise_(w, 1, 1.0, name="w")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_tensors(bits):
+    with torch.inference_mode():
+        t = torch.zeros(40)
+        add_noise_(t, 1, 1.0, name="w")
+        named = {"w": t, "v": torch.zeros(8)}
+        value = fingerprint(named)
+    assert torch.equal(bits(t), bits(add_noise_(torch.zeros(40), 1, 1.0, name="w")))
+    add_noise_(t, 1, 1.0, name="w")  # outside of inference mode too
+    with torch.inference_mode():
+        add_noise_(torch.nn.Parameter(torch.zeros(4)), 1, 1.0, name="w")
+    assert fingerprint(named) != value
+
+
+def test_returns_out():
+    t = torch.zeros(4)
+    d, table = {"w": t}, ParamTable({"w": t})
+    assert add_noise_(t, 1, 1.0, name="w") is t and add_noise_(d, 1, 1.0) is d and add_noise_(table, 1, 1.0) is table
+    assert isinstance(add_noise_(iter([("w", t)]), 1, 1.0), list)
+
+
+def test_default_dtype_and_device_do_not_matter(bits):
+    expected = bits(add_noise_(torch.zeros(8), [1, 2], [0.1, 0.2], name="w", decay=0.1))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = add_noise_(torch.zeros(8, dtype=torch.float32), [1, 2], [0.1, 0.2], name="w", decay=0.1)
+        on_cpu = torch.zeros(8, dtype=torch.float32)
+        with torch.device("meta"):
+            add_noise_(on_cpu, [1, 2], [0.1, 0.2], name="w", decay=0.1)
+            for backend in ("cpu", "reference"):
+                with es_kernels.backend(backend):
+                    assert fingerprint({"w": on_cpu}) and not fingerprint({})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(bits(got), expected) and torch.equal(bits(on_cpu), expected)
+
+
+def test_public_names():
+    assert set(es_kernels.__all__) >= {"ParamTable", "Segment", "add_noise_", "fingerprint", "backend", "active_backend", "noise"}
+    assert all(hasattr(es_kernels, n) for n in es_kernels.__all__)
