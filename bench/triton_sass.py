@@ -1,5 +1,6 @@
-"""The SASS that a value costs in the Triton kernels, in the terms of static_analysis.py. No GPU needed."""
+"""The SASS that a value costs in the Triton kernels: rows for static_analysis.py. No GPU needed."""
 
+import collections
 import pathlib
 import re
 import subprocess
@@ -9,50 +10,67 @@ import sass
 
 from es_kernels.backends import triton as backend
 
-_WHAT = ("one seed", {"n_seeds": 1}), ("any number of seeds", {"n_seeds": None}), ("stochastic", {"n_seeds": 1, "stochastic": True})
+_VARIANTS = {"": {}, " stochastic": {"stochastic": True}, "update": {"n_seeds": None}}
 
 
 def rows(arch):
-    """One row per combination of storage formats on the 128-bit path of a contiguous tensor, and for the loop over seeds."""
-    found = []
-    for what, options in _WHAT:
+    """Of the 128-bit path over contiguous tensors: one row per storage format of out and base, and one for the loop over seeds."""
+    found = {}
+    for variant, options in _VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
             cubin = pathlib.Path(folder) / "kernel.cubin"
             cubin.write_bytes(backend.compile_for(int(arch.removeprefix("sm_")), **options).asm["cubin"])
-            ((_, code),) = sass.functions(cubin, arch).items()
+            (code,) = sass.functions(cubin, arch).values()
             usage = subprocess.run([sass.tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
         numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         resources = {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
-        for label, cost in _loops(code, what):
-            found.append({"arch": arch, "kernel": label, **cost, **resources})
-    return found
+        for trip in _trips(code):
+            label = _label(trip, variant)
+            if label:
+                row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip), **resources}
+                # The loop over several rows, which divides, has the same formats: the cheaper one is that of a contiguous tensor.
+                if label not in found or row["instructions_per_value"] < found[label]["instructions_per_value"]:
+                    found[label] = row
+    return list(found.values())
 
 
-def _loops(code, what):
-    """(label, cost) of the cheapest trip through each way of the vector loops."""
-    best = {}
-    for start, end in _innermost(code):
-        for trip in _trips(code, start, end):
-            if sass.values(trip) == 0:
-                continue
-            accesses = sass.cost(trip)["accesses"]
-            if what == "any number of seeds":
-                label = "triton update, a seed" if not accesses.keys() - {"LDG.E.64", "LDG.E"} and sass.values(trip) >= 8 else None
-            else:
-                label = _label(trip, what == "stochastic")
-            if label and (label not in best or len(trip) < best[label]["instructions_per_value"] * best[label]["values"]):
-                best[label] = sass.cost(trip)
-    return sorted(best.items())
+def _trips(code):
+    """Every way through every innermost loop that makes normals, as lists of instructions."""
+    index = {i.address: k for k, i in enumerate(code)}
+    loops = collections.defaultdict(int)
+    for k, i in enumerate(code):
+        start = index.get(sass._target(i), k)
+        if start < k:
+            loops[start] = max(loops[start], k)
+    for start, end in loops.items():
+        if any(s != start and start <= s and e <= end for s, e in loops.items()):
+            continue
+        open_ways = [(start, [])]
+        while open_ways:
+            k, way = open_ways.pop()
+            while start <= k <= end:
+                i = code[k]
+                way = [*way, i]
+                target = index.get(sass._target(i))
+                if target == start and sass.values(way):
+                    yield way
+                elif target is not None and target > k:
+                    open_ways.append((target, way))
+                if target is not None and not i.predicate and not re.search(r"BRA.*\bU?P\d", i.text):
+                    break
+                k += 1
 
 
-def _label(trip, stochastic):
+def _label(trip, variant):
     text = [i.text for i in trip]
+    values = sass.values(trip)
     stores = [t for t in text if t.startswith("STG")]
-    if not stores or any(".128" not in t for t in stores):
-        return None
-    halves = sum(t.startswith("HADD2.F32") for t in text)
-    units = sass.values(trip) // (16 if stochastic and False else 8)
-    unpacked = sum(bool(re.match(r"(IMAD\.U32|SHF\.L\.U32|IMAD\.SHL|PRMT).*(0x10000|0x10,|0x1040|0x5410)", t)) for t in text)
-    base = "f16" if halves >= 8 * units else "bf16" if unpacked >= 4 * units else "f32"
-    out = "f32" if len(stores) == 2 * units else "f16" if any("F2FP.F16" in t or "0x38800000" in t for t in text) else "bf16"
-    return f"triton perturb{' stochastic' if stochastic else ''} {out} <- {base}"
+    if variant == "update":
+        return "update" if not stores and values >= 16 and not any(".128" in t for t in text) else None
+    if values < 16 or len(stores) not in (values // 8, values // 4) or not all(".128" in t for t in stores):
+        return None  # not vectors, or the way around the last stores
+    unpacked = sum("0xffff0000" in t and t.startswith("LOP3") for t in text)
+    base = "f16" if sum(t.startswith("HADD2.F32") for t in text) >= values else "bf16" if unpacked >= values // 2 else "f32"
+    f16 = any(t.startswith("F2FP.F16") for t in text) or any("0x38800000" in t for t in text)
+    out = "f32" if len(stores) == values // 4 else "f16" if f16 else "bf16"
+    return f"perturb{variant} {out} <- {base}"

@@ -65,7 +65,7 @@ def _cuda():
         library.es_cuda_error.restype = ctypes.c_char_p
         failed = library.es_cuda_versions(*map(ctypes.byref, numbers))
         driver, runtime, count = (n.value for n in numbers)
-        why = f" ({library.es_cuda_error().decode()})" if failed else ""
+        why = f" ({library.es_cuda_error().decode()})" if failed and driver else ""  # without a driver CUDA says that it is too old
         return {"cuda driver": as_text(driver) if driver else "none", "cuda runtime": as_text(runtime), "cuda devices": f"{count}{why}"}
     except Exception as error:
         return {"cuda driver": f"unknown: {_words(error)}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import struct
 from collections.abc import Mapping
 
 import torch
@@ -185,6 +186,9 @@ def _coefs(coefs):
     for c in coefs:
         if not -_F32_MAX < c < _F32_MAX:
             raise ValueError(f"coefficient {c} is not a finite float32")
+    if any(0 < abs(c) < 2**-126 for c in coefs):  # torch.set_flush_denormal(True) would make the cast give 0
+        bits = [round(abs(c) * 2**149) if abs(c) < 2**-126 else struct.unpack("<I", struct.pack("<f", abs(c)))[0] for c in coefs]
+        return torch.tensor([b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, coefs)], dtype=torch.int32, device="cpu").view(torch.float32)
     return torch.tensor(coefs, dtype=torch.float32, device="cpu")
 
 

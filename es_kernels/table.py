@@ -19,8 +19,8 @@ from . import noise
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segments.h
 _SIZES = (4, 2, 2)
-# A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused.
-MAX_SEGMENTS_PER_TENSOR = 65536
+# A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused (they are compared for overlap pair by pair: 2048 take 10 s).
+MAX_SEGMENTS_PER_TENSOR = 1024
 
 # struct Segment of csrc/segments.h.
 SEGMENT = np.dtype(

@@ -462,7 +462,7 @@ if triton is not None:
                 _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 1)
             else:
                 _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 0)
-            unit = end
+            unit = tl.load(segment + 12)  # not `end`, whose two registers would make ptxas spill
             segment += _WORDS_A_SEGMENT
 
     @triton.jit

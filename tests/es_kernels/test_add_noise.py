@@ -113,9 +113,8 @@ def test_large(isa, twin, weights, dtype):
 
 @both_roundings
 def test_flush_denormal(isa, twin, weights, rounding):
-    """torch.set_flush_denormal(True) sets FTZ and DAZ in this thread; weights, coefs and results that are subnormal survive it. (Only the
-    cast of a Python number to float32 happens outside of us: a subnormal coefficient is passed as a tensor here.)"""
-    coefs = torch.tensor([1e-40, 2e-38])
+    """torch.set_flush_denormal(True) sets FTZ and DAZ in this thread; weights, coefs and results that are subnormal survive it."""
+    coefs = [-1e-40, 2e-38]
     tensors = [weights(257, dtype) for dtype in DTYPES]
     tensors.append(torch.arange(-128, 129, dtype=torch.int32).abs().view(F32).clone())  # subnormals only
 
@@ -301,6 +300,13 @@ def test_coefs_and_decay_are_cast_to_float32_first(weights, bits):
     # A decay that float32 makes 0 is no decay: -0 - (+0) would have become visible.
     zeros = torch.full((16,), -0.0)
     assert torch.equal(bits(add_noise_(zeros.clone(), [], [], name="w", decay=1e-60)), bits(zeros))
+
+
+@pytest.mark.parametrize("coef", (1e-40, -1e-40, 1.4e-45, 7.1e-46, -7e-46, 2.0**-150, 1.5 * 2.0**-149, 2.5 * 2.0**-149, 1.1754943e-38, 1.17549429e-38, 2.0**-126 - 2.0**-151))
+def test_subnormal_coefs_are_rounded_like_others(coef, bits):
+    expected = add_noise_(torch.zeros(64), [1, 2], torch.tensor([coef, 0.5]), name="w"), add_noise_(torch.zeros(64), 1, torch.tensor(coef), name="w")
+    got = add_noise_(torch.zeros(64), [1, 2], [coef, 0.5], name="w"), add_noise_(torch.zeros(64), 1, coef, name="w")
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected))
 
 
 def test_name_gives_the_stream(weights, bits):

@@ -16,7 +16,8 @@ from es_kernels import backends, native, noise
 @pytest.fixture(autouse=True)
 def no_interpreted_triton(monkeypatch):
     """In this process Triton may be interpreted, without what makes the interpreter exact; as a command it is not."""
-    triton = pytest.importorskip("es_kernels.backends.triton")
+    from es_kernels.backends import triton
+
     monkeypatch.setattr(triton, "unavailable", lambda device: "it is left out of this test")
 
 
