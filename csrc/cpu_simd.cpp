@@ -104,32 +104,31 @@ ES_FN void store(void* p, int32_t dtype, const f32 v[8], const u32* r) {
   memcpy(p, h, sizeof h);
 }
 
-// The contract's arithmetic on 8 W elements in memory. One seed, the common case, keeps no accumulator.
+// The contract's arithmetic on 8 W elements in memory. The weights are loaded last, so that the noise has the registers.
 ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block, char* out, const char* base, const char* anchor) {
   BlockId id = block_id(block, s.stream, kNoise);
-  f32 b[8];
+  f32 acc[8], noise[8], b[8];
+  const int64_t last = op.n_seeds - 1;
+  if (last > 0) {
+    for (int j = 0; j < 8; j++) acc[j] = f32{};
+    for (int64_t i = 0; i < last; i++) {
+      noise_block(id, op.keys[i], noise);
+      fma_block(op.coefs[i], noise, acc);
+    }
+    transpose(acc);
+  }
+  if (last >= 0) {
+    noise_block(id, op.keys[last], noise);
+    transpose(noise);
+  }
   load(base, s.base_dtype, b);
   if (op.decay != 0) {
     f32 a[8] = {};
     if (anchor) load(anchor, s.anchor_dtype, a);
     decay_block(b, a, op.decay);
   }
-  if (op.n_seeds > 1) {
-    f32 acc[8] = {};
-    for (int64_t i = 0; i < op.n_seeds - 1; i++) {
-      f32 noise[8];
-      noise_block(id, op.keys[i], noise);
-      fma_block(op.coefs[i], noise, acc);
-    }
-    transpose(acc);
-    add_block(b, acc);
-  }
-  if (op.n_seeds > 0) {
-    f32 noise[8];
-    noise_block(id, op.keys[op.n_seeds - 1], noise);
-    transpose(noise);
-    fma_block(op.coefs[op.n_seeds - 1], noise, b);
-  }
+  if (last > 0) add_block(b, acc);
+  if (last >= 0) fma_block(op.coefs[last], noise, b);
   if (op.rounding_keys && s.out_dtype != kF32) {
     u32 r[8];
     rounding_thresholds(id, *op.rounding_keys, r);

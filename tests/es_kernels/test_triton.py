@@ -75,7 +75,7 @@ def random(shape, dtype, seed=0, offset=0):
 @pytest.mark.parametrize("out_format", FORMATS, ids=str)
 def test_sizes_and_formats(out_format, base_format):
     def make():
-        sizes = [0, 1, 2, 7, 8, 9, 15, 16, 24, 31, 33, 3000]
+        sizes = [0, 1, 7, 8, 9, 33, 3000]
         out = {f"w{n}": (random(n, out_format, n), None) for n in sizes}
         return out, base_format and {f"w{n}": (random(n, base_format, n + 100), None) for n in sizes}, None
 
@@ -98,6 +98,7 @@ def test_seeds_as_tensors_and_zero_coefficients():
 
     seeds, coefs = torch.tensor([1, -2, 3, 4])[::2], torch.tensor([0.0, 9.0, -0.0, 9.0])[::2]
     both(make, seeds, coefs)
+    both(make, seeds[:1], coefs[:1], rounding="stochastic", rounding_seed=seeds[:1])
     both(make, seeds[:1], coefs[1:])  # -0 + -0 * noise keeps its sign only without an accumulator
 
 
@@ -137,10 +138,9 @@ def test_every_rounding(out_format, options):
 def test_every_16_bit_value(base_format):
     def make():
         base = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(base_format)
-        return {"w": (torch.zeros(base.shape), None)}, {"w": (base, None)}, None
+        return {"w": (base, None)}, None, None
 
     both(make, SEEDS[:1], [1e-4])
-    both(lambda: (make()[1], None, None), SEEDS[:1], [1e-4])
 
 
 def test_ties_of_fma():
