@@ -101,21 +101,29 @@ ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m
 #elif defined(__FMA__)
 ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
-// No FMA: the product is exact in double, the sum is rounded to odd there, and the cast, which rounds once more, then sees on which
-// side of a tie the exact value lies (Boldo & Melquiond 2008). glibc's software fmaf costs 25 times as much.
-ES_FN __m128d fma_in_double(__m128d a, __m128d b, __m128d c) {
+// No FMA: the product is exact in double; the sum is rounded there, and once more by the cast. The two roundings differ from one only
+// where the sum lands on a tie of float32: 29 zeros after a one, or anywhere below 2^-126, where ties are elsewhere. Those, one in 2^29,
+// are rounded to odd first, so that the cast sees on which side of the tie the exact value lies (Boldo & Melquiond 2008).
+struct doubles2 {
+  __m128d low, high;  // of lanes 0, 1 and 2, 3
+};
+ES_FN doubles2 widen(f32 x) { return {_mm_cvtps_pd((__m128)x), _mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x))}; }
+
+ES_FN __m128d sum_to_odd(__m128d p, __m128d c) {
   typedef int64_t i64 __attribute__((vector_size(16)));
-  __m128d p = a * b, s = p + c, v = s - p;
+  __m128d s = p + c, v = s - p;
   __m128d error = (p - (s - v)) + (c - v);  // p + c == s + error
   i64 inexact = (error != 0) & (error - error == 0), even = ((i64)s & 1) - 1;
   i64 step = 1 | ((error > 0) ^ (s > 0));  // away from zero, or -1 toward it
   return (__m128d)((i64)s + (inexact & even & step));
 }
 ES_FN f32 fma(f32 a, f32 b, f32 c) {
-  __m128 x = (__m128)a, y = (__m128)b, z = (__m128)c;
-  __m128 low = _mm_cvtpd_ps(fma_in_double(_mm_cvtps_pd(x), _mm_cvtps_pd(y), _mm_cvtps_pd(z)));
-  x = _mm_movehl_ps(x, x), y = _mm_movehl_ps(y, y), z = _mm_movehl_ps(z, z);
-  return (f32)_mm_movelh_ps(low, _mm_cvtpd_ps(fma_in_double(_mm_cvtps_pd(x), _mm_cvtps_pd(y), _mm_cvtps_pd(z))));
+  doubles2 x = widen(a), y = widen(b), z = widen(c);
+  doubles2 p = {x.low * y.low, x.high * y.high}, s = {p.low + z.low, p.high + z.high};
+  i32 low = (i32)_mm_shuffle_ps((__m128)s.low, (__m128)s.high, 0x88), high = (i32)_mm_shuffle_ps((__m128)s.low, (__m128)s.high, 0xDD);
+  i32 doubtful = ((low & 0x1FFFFFFF) == 0x10000000) | ((high & 0x7FF00000) < 0x38100000);
+  if (__builtin_expect(_mm_movemask_ps((__m128)doubtful), 0)) s = {sum_to_odd(p.low, z.low), sum_to_odd(p.high, z.high)};
+  return (f32)_mm_movelh_ps(_mm_cvtpd_ps(s.low), _mm_cvtpd_ps(s.high));
 }
 #endif
 ES_FN f32 fma(float a, f32 b, f32 c) { return fma(f32{} + a, b, c); }
