@@ -7,6 +7,7 @@ import operator
 import struct
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from . import backends, noise
@@ -26,6 +27,7 @@ _library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
 
 
 def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
+    decay = float(np.float32(decay))  # the contract casts first, and looks at the cast value
     pack = Layout.find(layout).pack(out, base, anchor)
     for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
         if t is not None and t.device.type != "cpu" and t.device != pack.device:
@@ -63,7 +65,7 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
     coefs: float or sequence of N floats, or a float32 tensor [N]. Python numbers are cast to float32 and must be finite.
     base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes); None: `out` itself.
         No seeds and a base restore: add_noise_(live, [], [], master).
-    decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0. anchor is in out's form.
+    decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0, no decay no anchor. anchor is in out's form.
     rounding: "nearest" (even) or "stochastic" (unbiased), which needs `rounding_seed`, fresh for every call: int, or int64 tensor [] or [1].
 
     The order of operations, all in float32, is fixed by NOISE.md. Raises TypeError or ValueError, naming the tensor, before anything
@@ -88,9 +90,9 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
     seeds, coefs = _seeds(seeds, "seeds"), _coefs(coefs)
     if seeds.shape != coefs.shape:
         raise ValueError(f"{seeds.shape[0]} seeds but {coefs.shape[0]} coefs")
-    decay = _coefs(decay).item() if not isinstance(decay, float) or decay else 0.0
-    if anchor and not decay:
-        raise ValueError("an anchor needs decay != 0")
+    decay = float(decay)
+    if not -_F32_MAX < decay < _F32_MAX:
+        raise ValueError(f"decay {decay} is not a finite float32")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding is 'nearest' or 'stochastic', not {rounding!r}")
     if (rounding == "stochastic") != (rounding_seed is not None):

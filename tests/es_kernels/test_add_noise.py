@@ -487,3 +487,12 @@ def test_rounding_seed_forms(weights, bits):
     seeds = ((1 << 64) - 3, -3, torch.tensor(-3), torch.tensor([-3]))
     results = [bits(add_noise_(t.clone(), 1, 0.01, name="w", rounding="stochastic", rounding_seed=s)) for s in seeds]
     assert all(torch.equal(results[0], r) for r in results)
+
+
+@pytest.mark.parametrize("decay", (0.0, 0, 1e-60))  # as float32 the last is 0 too
+def test_without_decay_an_anchor_changes_nothing(twin, bits, weights, decay):
+    """A learning-rate schedule that ends at 0 takes the decay there, with the anchor still passed."""
+    t, anchor = weights(100, torch.bfloat16), weights(100, torch.float32, seed=1)
+    (pulled, _) = twin(lambda t, a: add_noise_(t, [1, 2], [0.1, 0.2], name="w", decay=decay, anchor=a), t, anchor)
+    (plain,) = twin(lambda t: add_noise_(t, [1, 2], [0.1, 0.2], name="w"), t)
+    assert torch.equal(bits(pulled), bits(plain))

@@ -137,10 +137,6 @@ def test_explicit_segments_need_equal_strides(refused):
     refused(ValueError, f"'{BAD}'.*strides", lambda: add_noise_(table, 1, 1.0, {BAD: base}), out)
 
 
-def test_anchor_without_decay(refused, good):
-    refused(ValueError, "anchor needs decay", lambda: add_noise_(good, 1, 1.0, name=GOOD, anchor=good.clone()), good)
-
-
 # ---- numbers ----
 
 
