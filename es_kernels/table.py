@@ -102,7 +102,7 @@ class Layout:
 
 class Pack:
     """The segments of one call, with addresses: `segments`, an array of SEGMENT, and `device`. Its construction checks every
-    tensor and raises before anything is written. `on_device` is the copy that a GPU kernel reads, made by its backend."""
+    tensor and raises before anything is written."""
 
     def __init__(self, layout, out, base, anchor):
         names = layout.names
@@ -133,16 +133,23 @@ class Pack:
                     self.owners.append(name)
         self.segments = _struct_array(rows, bool(base), bool(anchor))
         self._check_overlap(bool(base), bool(anchor))
-        self.on_device = None
+        self._on_device = None
 
     @property
     def units(self):
         return int(self.segments["unit_end"][-1]) if len(self.segments) else 0
 
-    def pin(self):
-        """Keeps this pack for the life of the process: a captured graph holds its address."""
-        if self not in self.layout.pinned:
+    def on_device(self):
+        """The segments as int64 words where a GPU kernel reads them, the same for every backend: uploaded at the first use, kept for as
+        long as a captured graph may read them."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._on_device is None:
+            if capturing:
+                raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
+            self._on_device = torch.from_numpy(self.segments.view(np.int64).copy()).to(self.device)
+        if capturing and self not in self.layout.pinned:
             self.layout.pinned.append(self)
+        return self._on_device
 
     def _check_overlap(self, has_base, has_anchor):
         s = self.segments

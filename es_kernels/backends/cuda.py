@@ -3,7 +3,6 @@
 import ctypes
 import functools
 
-import numpy as np
 import torch
 
 from .. import native
@@ -40,11 +39,8 @@ def add_noise_(pack, seeds, coefs, rounding_seed, decay):
     if seeds.numel() > _HOST_SEEDS:
         seeds, coefs = seeds.to(pack.device), coefs.to(pack.device)
     seeds, coefs = seeds.contiguous(), coefs.contiguous()
-    for name, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
-        if t is not None and t.device not in (pack.device, torch.device("cpu")):
-            raise ValueError(f"{name} are on {t.device}, the parameters on {pack.device}")
     status = _library().es_cuda_add_noise(
-        device_table(pack).data_ptr(), len(pack.segments), pack.units, seeds.data_ptr(), seeds.is_cuda, coefs.data_ptr(), coefs.is_cuda,
+        pack.on_device().data_ptr(), len(pack.segments), pack.units, seeds.data_ptr(), seeds.is_cuda, coefs.data_ptr(), coefs.is_cuda,
         seeds.numel(), decay, None if rounding_seed is None else rounding_seed.data_ptr(), rounding_seed is not None and rounding_seed.is_cuda,
         pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream,
     )  # fmt: skip
@@ -54,22 +50,10 @@ def add_noise_(pack, seeds, coefs, rounding_seed, decay):
 def fingerprint(pack):
     result = torch.zeros((), dtype=torch.int64, device=pack.device)
     status = _library().es_cuda_fingerprint(
-        device_table(pack).data_ptr(), len(pack.segments), pack.units, result.data_ptr(), pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream
+        pack.on_device().data_ptr(), len(pack.segments), pack.units, result.data_ptr(), pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream
     )
     native.check(status, _library().es_cuda_error)
     return result
-
-
-def device_table(pack):
-    """The segments in device memory: uploaded at the first use, kept for as long as a captured graph may read them."""
-    capturing = torch.cuda.is_current_stream_capturing()
-    if pack.on_device is None:
-        if capturing:
-            raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
-        pack.on_device = torch.from_numpy(pack.segments.view(np.uint8).copy()).to(pack.device)
-    if capturing:
-        pack.pin()
-    return pack.on_device
 
 
 @functools.cache

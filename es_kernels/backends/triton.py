@@ -43,7 +43,7 @@ def unavailable(device):
 
 
 def add_noise_(pack, seeds, coefs, rounding_seed, decay):
-    segments = _on_device(pack)
+    segments = _table(pack)
     seeds, coefs = seeds.to(pack.device).contiguous(), coefs.to(pack.device).contiguous()
     stochastic = rounding_seed is not None
     rounding_seed = rounding_seed.to(pack.device) if stochastic else seeds  # not read
@@ -56,7 +56,7 @@ def add_noise_(pack, seeds, coefs, rounding_seed, decay):
 
 
 def fingerprint(pack):
-    segments = _on_device(pack)
+    segments = _table(pack)
     grid, per_program = _split(pack)
     sums = torch.empty(grid, dtype=torch.int64, device=pack.device)
     with _launching(pack.device):
@@ -84,19 +84,12 @@ _TYPES = {"segments": "*i64", "n_segments": "i32", "units": "i64", "per_program"
 _TYPES |= {"n_seeds": "i32", "rounding_seed": "*i64", "minus_decay": "fp32", "sums": "*i64"}
 
 
-def _on_device(pack):
-    """The segments where the kernel reads them: uploaded at the first use, kept for as long as a captured graph may read them."""
-    capturing = pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if pack.on_device is None:
-        strided = pack.segments[pack.segments["rows"] > 1]
-        if len(strided) and (strided["rows"] * strided["units_per_row"]).max() >= 1 << 32:
-            raise ValueError("the triton backend takes up to 2^35 elements in a segment of several rows: split it")
-        if capturing:
-            raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
-        pack.on_device = torch.from_numpy(pack.segments.view(np.int64).copy()).to(pack.device)
-    if capturing:
-        pack.pin()
-    return pack.on_device
+def _table(pack):
+    """The segments where the kernel reads them."""
+    strided = pack.segments[pack.segments["rows"] > 1]
+    if len(strided) and (strided["rows"] * strided["units_per_row"]).max() >= 1 << 32:
+        raise ValueError("the triton backend takes up to 2^35 elements in a segment of several rows: split it")
+    return pack.on_device()
 
 
 def _split(pack):
@@ -387,7 +380,7 @@ if triton is not None:
             offset = step + tl.arange(0, UNITS) // (8 if PATH == 0 else 1)
             lane = tl.arange(0, UNITS) & 7 if PATH == 0 else 0
             unit = start + offset
-            # With several rows there are fewer than 2^32 units (_on_device): a 64-bit division would be a function call.
+            # With several rows there are fewer than 2^32 units (_table): a 64-bit division would be a function call.
             row = tl.where(rows > 1, unit.to(tl.uint32) // units_per_row.to(tl.uint32), 0).to(tl.int64)
             index = (first + row * index_stride).to(tl.uint64)
             number = (index >> 3) + (unit - row * units_per_row).to(tl.uint64)

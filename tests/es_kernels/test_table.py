@@ -342,3 +342,12 @@ def test_fewer_bytes_than_a_thousandth_of_the_model():
     model = {f"layers.{i}.{n}": torch.empty(shape, dtype=torch.bfloat16) for i in range(4) for n, shape in (("q", (896, 896)), ("up", (896, 4864)), ("norm", (896,)))}
     pack = ParamTable(model).layout.pack(list(model.values()), [], [])
     assert pack.segments.nbytes < 0.001 * sum(t.nbytes for t in model.values())
+
+
+def test_one_upload_serves_every_gpu_backend():
+    """CUDA and Triton may be asked in turn for the same tensors: what one uploaded must be what the other reads."""
+    tensor = torch.zeros(100)
+    pack = ParamTable({"w": tensor}).layout.pack([tensor])
+    words = pack.on_device()
+    assert words is pack.on_device() and words.dtype == torch.int64
+    assert words.numpy().tobytes() == pack.segments.tobytes()
