@@ -241,7 +241,7 @@ def check_tensor(name, what, t):
 
 
 def _is_pinned(t):
-    return t.device.type == "cpu" and t.is_pinned()
+    return t.device.type == "cpu" and (t.is_pinned() or not t.numel())  # no memory, which cannot be pinned
 
 
 def _segments(name, stream, explicit, group):

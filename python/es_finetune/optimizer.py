@@ -7,25 +7,28 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 import es_kernels
+from es_finetune.shaping import SHAPINGS
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
-BASES = ("fp32", "copy", None)
+BASES = ("fp32", "copy", "host", None)
 ROUNDINGS = ("nearest", "stochastic")
+_Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
+_Result = TypeVar("_Result")
 
 
 class Update(NamedTuple):
-    """What one generation did; with lr and weight decay it is all that a replay of the update needs."""
+    """What one generation did; with the param_groups' options of then it is all that `replay` needs."""
 
     generation: int  # counted from 0
-    mean: float  # of the rewards of the members not dropped
+    mean: float  # of the rewards of the members not dropped; with shaping="per_prompt" of their means over the prompts
     scored: int  # how many members that is
-    z: tuple[float, ...] | None  # f32 values, 0 for dropped members; None: all rewards were equal, nothing was changed
+    z: tuple[float, ...] | None  # f32 values, 0 for dropped members; None: the rewards hold no signal, nothing was changed
 
 
 class EvolutionStrategy(torch.optim.Optimizer):
@@ -38,31 +41,41 @@ class EvolutionStrategy(torch.optim.Optimizer):
     A generation, for member i = 0 .. N - 1 with noise eps_i ~ N(0, I) from its own seed:
 
         R_i = reward(theta + sigma * eps_i)
-        Z_i = (R_i - mean R) / std R                                        (std with ddof 0)
+        Z_i = (R_i - mean R) / std R                                        (std with ddof 0; see shaping)
         theta <- theta - decay * (theta - anchor) + lr / N * sum_i Z_i * eps_i,   decay = lr * weight_decay
 
     theta is kept apart from the live weights that the model computes with (`base`), so that undoing a perturbation is exact.
-    live == round-to-nearest(theta) after construction, `step`, `tell`, `load_state_dict` and on leaving `perturbed`, by
-    exception too. Equal rewards give equal bits of theta on every device and backend.
+    live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `replay`, `load_state_dict` and on leaving
+    `perturbed`, by exception too. Equal rewards give equal bits of theta on every device and backend.
 
     params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
                  "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
-                 unnamed parameters are refused. Those that do not require grad are left out; of tied ones the first name
-                 counts. f32, bf16 and f16 may be mixed.
-    sigma, lr:   scale of the noise and of the step, per group. The paper: 1e-3 and sigma / 2.
+                 unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
+                 [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require grad
+                 are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed.
+    sigma, lr:   scale of the noise and of the step, per group, read anew in every generation. The paper: 1e-3 and sigma / 2.
     weight_decay, anchored:  decay toward zero, or with anchored=True toward the weights at construction (of which it keeps
                  a copy in storage precision); per group.
     population:  members per generation, at least 2; even with antithetic.
     seed:        of the whole run, any u64. Generation and member number are the only other sources of the noise.
     base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in the
-                 storage dtype. None: the live weights themselves, nothing extra; bf16 and f16 weights then drift by
-                 rounding, as in the paper's code (one generation of 30 members leaves 48% of bf16 weights changed).
+                 storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which reads
+                 it over the bus for every member, while the CPU computes the update). None: the live weights themselves,
+                 nothing extra; bf16 and f16 weights then drift by rounding, as in the paper's code (one generation of 30
+                 members leaves 48% of bf16 weights changed).
     antithetic:  members 2k and 2k + 1 use the same noise with opposite signs.
+    shaping:     how rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
+                 sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three,
+                 so lr keeps its meaning (es_finetune.shaping).
+    momentum, momentum_window:  heavy ball, as in torch's SGD without dampening, over the last momentum_window generations,
+                 this one included. No state tensor: the update makes the noise of each of them again, oldest first, with
+                 coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation
+                 without signal changes nothing and is not part of any sum, but the others age by it.
     perturb_rounding, update_rounding:  "nearest" or "stochastic", for writing theta + sigma * eps into live and the update
                  into theta. The update rounds stochastically by default where theta is a "copy", since bf16 would lose
                  most small steps (N = 30, weights of scale 0.1: 53%), else to nearest.
 
-    Momentum or gradients do not exist here; `step` and the closure run without autograd.
+    There are no gradients here; `step`, `evaluate` and their closures run without autograd.
     """
 
     def __init__(
@@ -77,18 +90,27 @@ class EvolutionStrategy(torch.optim.Optimizer):
         seed: int = 0,
         base: str | None = "fp32",
         antithetic: bool = False,
+        shaping: str = "zscore",
+        momentum: float = 0.0,
+        momentum_window: int = 8,
         perturb_rounding: str = "nearest",
         update_rounding: str | None = None,
     ):
         if base not in BASES:
-            raise ValueError(f'base must be "fp32", "copy" or None, not {base!r}')
+            raise ValueError(f'base must be "fp32", "copy", "host" or None, not {base!r}')
+        if shaping not in SHAPINGS:
+            raise ValueError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and less than 1, not {momentum}")
+        if momentum_window < 1:
+            raise ValueError(f"momentum_window counts the present generation: it must be at least 1, not {momentum_window}")
         if update_rounding is None:
             update_rounding = "stochastic" if base == "copy" else "nearest"
         for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
             if rounding not in ROUNDINGS:
                 raise ValueError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
         if base is None and perturb_rounding != "nearest":
-            raise ValueError('perturb_rounding="stochastic" needs a base to return to: choose base="fp32" or "copy"')
+            raise ValueError('perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"')
         if population < 2:
             raise ValueError(f"population must be at least 2, not {population}: one reward alone has no direction")
         if antithetic and population % 2:
@@ -97,9 +119,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.population = population
         self.seed = seed
         self.antithetic = antithetic
+        self.shaping = shaping
+        self.momentum = momentum
+        self.momentum_window = momentum_window
         self.perturb_rounding = perturb_rounding
         self.update_rounding = update_rounding
         self.generation = 0
+        self._history: list[Update] = []  # with momentum: those with signal that the next update may need
         self._weights: list[_Weights] = []
         self._clock = _KernelClock()
         super().__init__(params, {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored})
@@ -112,51 +138,74 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for option in ("lr", "weight_decay"):
             if not (group[option] >= 0 and math.isfinite(group[option])):
                 raise ValueError(f"{option} must be a number >= 0, not {group[option]}")
-        named = self._select(group["params"])
-        weights = _Weights.of(named, self.base, group["anchored"])
-        super().add_param_group({**group, "params": list(named.items())})
+        entries = self._select(group["params"])
+        weights = _Weights.of(entries, self.base, group["anchored"])
+        super().add_param_group({**group, "params": [(name, parameter) for name, parameter, _ in entries]})
         self._weights.append(weights)
 
-    def _select(self, params) -> dict[str, torch.Tensor]:
-        """The parameters to perturb, by name: no frozen ones, no second name of a tied one."""
+    def _select(self, params) -> list[_Entry]:
+        """The parameters to perturb: no frozen ones, no second name of a tied one."""
         if isinstance(params, torch.Tensor):
             params = [params]
-        taken = {name for weights in self._weights for name in weights.live.names}
+        taken = {name for weights in self._weights for name in weights.names()}
         seen = {id(p) for group in self.param_groups for p in group["params"]}
-        named: dict[str, torch.Tensor] = {}
+        entries: list[_Entry] = []
         for entry in params:
-            if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
-                raise ValueError("EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not unnamed parameters")
-            name, parameter = entry
+            if not _is_named(entry):
+                raise ValueError(
+                    "EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not unnamed parameters "
+                    "(an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
+                )
+            name, parameter, segments = (*entry, None)[:3]
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
-            if name in named or name in taken:
-                raise ValueError(f"two different parameters are named {name!r}; they would get the same noise")
-            named[name] = parameter
+            clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
+            if clash:
+                raise ValueError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
+            entries.append((name, parameter, segments))
             seen.add(id(parameter))
-        if not named:
+        if not entries:
             raise ValueError("no parameter to tune in this group: each is frozen (requires_grad=False) or already in another group")
-        return named
+        return entries
 
     # --- one generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float]) -> float:
+    def step(self, closure: Callable[[], float | Sequence[float]]) -> float:
         """Run one generation: call `closure` once per member, with that member's weights in place, then update.
 
-        closure() returns the member's reward, higher is better. Returns the mean reward. If closure raises, or returns
-        something that is no finite number, theta is unchanged and live is theta again.
+        closure() returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one per prompt.
+        Returns the mean reward. If closure raises, or returns something that is no finite number, theta is unchanged and live
+        is theta again.
         """
         self._refuse_if_perturbed("step()")
-        rewards: list[float] = []
         try:
-            for member in self.ask():
-                self._move_to(member)
-                rewards.append(_finite(closure(), member))
-            return self._update(rewards).mean
+            rewards = self._visit(lambda member: self._reward(closure(), member))
+            return self._update(rewards).mean  # writes live, so that restoring it first would be in vain
         except BaseException:
             self._move_to(None)
             raise
+
+    @torch.no_grad()
+    def evaluate(self, closure: Callable[[int], _Result]) -> list[_Result]:
+        """Call `closure(member)` once per member of this generation, in order, with that member's weights in place.
+
+        Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by exception
+        too.
+        """
+        self._refuse_if_perturbed("evaluate()")
+        try:
+            return self._visit(closure)
+        finally:
+            self._move_to(None)
+
+    def _visit(self, closure: Callable[[int], _Result]) -> list[_Result]:
+        """closure(member) of each member. The last one's weights stay in place."""
+        results = []
+        for member in self.ask():
+            self._move_to(member)
+            results.append(closure(member))
+        return results
 
     def ask(self) -> range:
         """The members of this generation. Evaluate each inside `perturbed(member)`, in any order, then `tell`."""
@@ -174,11 +223,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
         finally:
             self._move_to(None)
 
-    def tell(self, fitness: Sequence[float], dropped: Collection[int] = ()) -> Update:
+    def tell(self, fitness: Sequence[float] | Sequence[Sequence[float]], dropped: Collection[int] = ()) -> Update:
         """Update theta from the reward of every member, in member order, and begin the next generation.
 
-        A missing (None) or non-finite reward is refused with ValueError and nothing changed, unless its member is named in
-        `dropped`: then mean, std and N are over the rest. With antithetic, a dropped member's partner goes too.
+        With shaping="per_prompt" the reward of a member is a sequence, one number per prompt. A missing (None) or non-finite
+        one is refused with ValueError and nothing changed, unless its member is named in `dropped`: then mean, std and N are
+        over the rest. With antithetic, a dropped member's partner goes too.
         """
         self._refuse_if_perturbed("tell()")
         if len(fitness) != self.population:
@@ -188,42 +238,82 @@ class EvolutionStrategy(torch.optim.Optimizer):
             raise ValueError(f"dropped members must be in 0..{self.population - 1}, not {sorted(out - set(self.ask()))}")
         if self.antithetic:
             out |= {member ^ 1 for member in out}
-        rewards = [None if member in out else _finite(reward, member) for member, reward in enumerate(fitness)]
+        rewards = [None if member in out else self._reward(reward, member) for member, reward in enumerate(fitness)]
         if len(out) == self.population:
             raise ValueError("every member was dropped: there is nothing to learn from")
-        update = self._update(rewards)
-        self._opt_called = True  # as LR schedulers mark a call of step()
-        return update
+        return self._update(rewards)
 
-    def _update(self, rewards: Sequence[float | None]) -> Update:
+    def replay(self, update: Update) -> Update:
+        """Do again what a recorded `update` of this generation did, from its z and scored, without evaluating anything.
+
+        The bits are those of the original run if the param_groups' options are those of then, and the generations before were
+        replayed too. With base=None each swap of members rounds, so all of them are repeated, in the order of `step` and
+        `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update is not of this generation
+        and population.
+        """
+        self._refuse_if_perturbed("replay()")
+        if update.generation != self.generation:
+            raise ValueError(f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay in order")
+        if update.z is not None and len(update.z) != self.population:
+            raise ValueError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
+        if self.base is None:
+            self.evaluate(lambda member: None)
+        return self._apply(update)
+
+    def _reward(self, reward: Any, member: int) -> float | list[float]:
+        """What the shaping takes: one finite number, or with "per_prompt" a list of them. ValueError for anything else."""
+        if self.shaping != "per_prompt":
+            return _finite(reward, member)
+        is_sequence = getattr(reward, "ndim", 0) == 1 or (isinstance(reward, Sequence) and not isinstance(reward, (str, bytes)))
+        if not is_sequence or not len(reward):
+            raise ValueError(f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}')
+        return [_finite(of_prompt, member) for of_prompt in reward]
+
+    def _update(self, rewards: Sequence[float | list[float] | None]) -> Update:
         scored = [reward for reward in rewards if reward is not None]
-        z = z_scores(rewards)
+        z = SHAPINGS[self.shaping](rewards)
+        if self.shaping == "per_prompt":
+            scored = [math.fsum(reward) / len(reward) for reward in scored]
+        return self._apply(Update(self.generation, math.fsum(scored) / len(scored), len(scored), z))
+
+    def _apply(self, update: Update) -> Update:
+        """Change theta by this update and those before it that momentum still carries, and begin the next generation."""
+        history = [past for past in self._history if self.generation - past.generation < self.momentum_window]
+        terms = [] if update.z is None else [*history, update]  # oldest first
         # All numbers before any weight: one that is no number is refused here, with nothing changed.
-        seeds = [self._noise_seed(m) for m in self.ask()[:: 2 if self.antithetic else 1]]
-        coefs = [self._coefs(z, len(scored), group["lr"]) for group in self.param_groups]
+        seeds = [seed for term in terms for seed in self._noise_seeds(term)]
+        coefs = [[coef for term in terms for coef in self._coefs(term, group["lr"])] for group in self.param_groups]
         if self.base is None:
             self._move_to(None)
         for group, coefs_of_group, weights in zip(self.param_groups, coefs, self._weights):
-            if z is not None:
+            weights.step = Step()
+            if terms:
                 decay = float(np.float32(group["lr"] * group["weight_decay"]))
                 pull = {"decay": decay, "anchor": weights.anchor} if decay else {}
+                weights.wait_for_readers()
                 self._add(weights.theta, seeds, coefs_of_group, **pull, **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING))
+                weights.step = Step(seeds, coefs_of_group, decay)
             if self.base is not None:
-                self._add(weights.live, [], [], base=weights.theta)
-                weights.inside = None
-        update = Update(self.generation, math.fsum(scored) / len(scored), len(scored), z)
+                self._restore(weights)
+        self._history = (terms or history) if self.momentum else []
         self.generation += 1
+        self._opt_called = True  # as LR schedulers mark a call of step()
         return update
 
-    def _coefs(self, z: tuple[float, ...] | None, scored: int, lr: float) -> list[float]:
-        """Coefficient of each noise seed, f32: lr / N * Z in f64, from the f32 Z, cast once."""
-        if z is None:
-            return []
+    def _noise_seeds(self, update: Update) -> list[int]:
+        """Of the members of that generation, or of its antithetic pairs."""
+        return [self._noise_seed(update.generation, member) for member in range(0, len(update.z), 2 if self.antithetic else 1)]
+
+    def _coefs(self, update: Update, lr: float) -> list[float]:
+        """Coefficient of each noise seed, f32: lr / N * momentum^age * Z in f64, from the f32 Z, cast once."""
         if not math.isfinite(lr):
             raise ValueError(f"lr must be a number, not {lr}")
+        # The power as a product, because pow() is not exactly rounded and differs among machines.
+        scale = lr / update.scored * math.prod([self.momentum] * (self.generation - update.generation))
+        z = update.z
         if self.antithetic:
             z = [plus - minus for plus, minus in zip(z[::2], z[1::2])]
-        return [float(np.float32(lr / scored * value)) for value in z]
+        return [float(np.float32(scale * value)) for value in z]
 
     def _move_to(self, member: int | None) -> None:
         """Make live the weights of this member, or with None theta itself."""
@@ -231,7 +321,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if member is None and weights.inside is None:
                 continue
             sign = -1.0 if self.antithetic and member is not None and member % 2 else 1.0
-            target = None if member is None else (self._noise_seed(member), sign * group["sigma"])
+            target = None if member is None else (self._noise_seed(self.generation, member), sign * group["sigma"])
             if self.base is None:
                 # One pass takes the old member out and puts the new one in.
                 terms = [] if weights.inside is None else [(weights.inside[0], -weights.inside[1])]
@@ -239,31 +329,41 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 self._add(weights.live, *zip(*terms))
                 weights.inside = target
             elif target is None:
-                self._add(weights.live, [], [], base=weights.theta)
-                weights.inside = None
+                self._restore(weights)
             else:
                 weights.inside = target  # before the write: if it is interrupted, live must be written again
                 rounding = self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)
                 self._add(weights.live, [target[0]], [target[1]], base=weights.theta, **rounding)
+
+    def _restore(self, weights: _Weights) -> None:
+        """live <- nearest(theta)."""
+        self._add(weights.live, [], [], base=weights.theta)
+        weights.inside = None
+        weights.wait_for_readers()  # theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
 
     def _add(self, out: es_kernels.ParamTable, seeds, coefs, **options) -> None:
         with torch.no_grad(), self._clock.on(out):
             es_kernels.add_noise_(out, seeds, coefs, **options)
 
     def _rounding(self, rounding: str, member: int, purpose: int) -> dict[str, Any]:
-        return {"rounding": rounding, "rounding_seed": self._seed(member, purpose)} if rounding == "stochastic" else {}
+        if rounding == "nearest":
+            return {}
+        return {"rounding": rounding, "rounding_seed": member_seed(self.seed, self.generation, member, purpose)}
 
-    def _seed(self, member: int, purpose: int) -> int:
-        return member_seed(self.seed, self.generation, member, purpose)
-
-    def _noise_seed(self, member: int) -> int:
-        return self._seed(member // 2 if self.antithetic else member, MEMBER_NOISE)
+    def _noise_seed(self, generation: int, member: int) -> int:
+        return member_seed(self.seed, generation, member // 2 if self.antithetic else member, MEMBER_NOISE)
 
     def _refuse_if_perturbed(self, what: str) -> None:
         if any(weights.inside is not None for weights in self._weights):
-            raise RuntimeError(f"{what} was called while a member's noise is in the weights: leave perturbed() or step() first")
+            raise RuntimeError(f"{what} was called while a member's noise is in the weights: leave perturbed(), evaluate() or step() first")
 
     # --- looking at it, saving it ------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> tuple[_Weights, ...]:
+        """Per param_group the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient of the noise
+        now in live, or None) and the last update's `step`: to look at, never to change."""
+        return tuple(self._weights)
 
     @property
     def kernel_seconds(self) -> float:
@@ -276,7 +376,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             return sum(es_kernels.fingerprint(getattr(weights, of)) for weights in self._weights) % 2**64
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim, plus "es" with theta (references, not copies), generation and the run's settings.
+        """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what momentum carries.
 
         With the same model built again, `load_state_dict` of it continues to the same bits.
         """
@@ -288,13 +388,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
             **{key: getattr(self, key) for key in _SETTINGS},
             "theta": _tensors(weights.theta for weights in self._weights),
             "anchor": _tensors(weights.anchor for weights in self._weights if weights.anchor is not None),
+            "history": [[past.generation, past.mean, past.scored, list(past.z)] for past in self._history],
         }
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict()`: theta, live, generation, seed, population, group options. ValueError, with nothing
-        changed, where the state is of another noise version, another base, or other tensors."""
+        """Continue from a `state_dict()`: theta, live, generation, settings (all but base), group options. ValueError, with
+        nothing changed, where the state is of another noise version, another base, or other tensors."""
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
@@ -314,27 +415,21 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 tensor.copy_(saved[kind][name])
         for key in _SETTINGS:
             setattr(self, key, saved[key])
+        self._history = [Update(generation, mean, scored, tuple(z)) for generation, mean, scored, z in saved["history"]]
         if self.base is not None:
             for weights in self._weights:
-                self._add(weights.live, [], [], base=weights.theta)
+                self._restore(weights)
 
 
-_SETTINGS = ("generation", "seed", "population", "antithetic", "perturb_rounding", "update_rounding")
+_SETTINGS = ("generation", "seed", "population", "antithetic", "shaping", "momentum", "momentum_window", "perturb_rounding", "update_rounding")
 
 
-def z_scores(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
-    """(R - mean) / std in f64 (fsum, ddof 0), cast to f32 once; 0 for a dropped member (None).
+class Step(NamedTuple):
+    """What the last update added to theta: coefs[k] * noise(seeds[k]), after `decay`. Nothing, if it had no signal."""
 
-    None if all rewards are equal. That is asked of the rewards and not of std: thirty times 0.015 has std 1.7e-18.
-    """
-    scored = [reward for reward in rewards if reward is not None]
-    if max(scored) == min(scored):
-        return None
-    mean = math.fsum(scored) / len(scored)
-    std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in scored) / len(scored))
-    if std == 0:  # the squares underflowed: a spread below 1e-162
-        return None
-    return tuple(0.0 if reward is None else float(np.float32((reward - mean) / std)) for reward in rewards)
+    seeds: Sequence[int] = ()
+    coefs: Sequence[float] = ()
+    decay: float = 0.0
 
 
 @dataclass
@@ -345,16 +440,35 @@ class _Weights:
     theta: es_kernels.ParamTable  # the exact weights; the same table as live where base=None
     anchor: es_kernels.ParamTable | None
     inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
+    step: Step = Step()
 
     @classmethod
-    def of(cls, named: dict[str, torch.Tensor], base: str | None, anchored: bool) -> _Weights:
-        live = es_kernels.ParamTable(named)
+    def of(cls, entries: list[_Entry], base: str | None, anchored: bool) -> _Weights:
+        live = es_kernels.ParamTable(entries)
+        device = torch.device("cpu") if base == "host" else live.tensors[0].device
+        if base == "host":
+            es_kernels.active_backend(device)  # which will compute the updates: if none can, say so before the first generation
 
-        def copy(dtype: torch.dtype | None) -> es_kernels.ParamTable:
-            return es_kernels.ParamTable({n: t.detach().to(dtype or t.dtype, copy=True) for n, t in zip(live.names, live.tensors)})
+        def copy(dtype: torch.dtype | None, pinned: bool = False) -> es_kernels.ParamTable:
+            def clone(tensor: torch.Tensor) -> torch.Tensor:
+                return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device=device, pin_memory=pinned).copy_(tensor.detach())
 
-        theta = live if base is None else copy(torch.float32 if base == "fp32" else None)
+            return es_kernels.ParamTable([(n, clone(t), s) for n, t, s in zip(live.names, live.tensors, live.layout.segments)])
+
+        if base is None:
+            theta = live
+        else:
+            theta = copy(None if base == "copy" else torch.float32, pinned=base == "host" and live.tensors[0].is_cuda)
         return cls(live, theta, copy(None) if anchored else None)
+
+    def names(self) -> set[str]:
+        """Of the tensors and of the segments in them."""
+        return {*self.live.names, *(segment.name for segments in self.live.layout.segments for segment in segments or ())}
+
+    def wait_for_readers(self) -> None:
+        """Returns when no kernel of the device reads a theta in host memory any more: what the CPU does next is in no queue."""
+        if self.live.tensors[0].is_cuda and not self.theta.tensors[0].is_cuda:
+            torch.cuda.synchronize(self.live.tensors[0].device)
 
 
 class _KernelClock:
@@ -385,10 +499,18 @@ class _KernelClock:
         return self._seconds
 
 
+def _is_named(entry: Any) -> bool:
+    """Whether it is (name, tensor) or (name, tensor, segments or None)."""
+    if not (isinstance(entry, tuple) and len(entry) in (2, 3) and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
+        return False
+    segments = (*entry, None)[2]
+    return segments is None or (isinstance(segments, (list, tuple)) and all(isinstance(segment, es_kernels.Segment) for segment in segments))
+
+
 def _finite(reward: Any, member: int) -> float:
     try:
         value = float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
         raise ValueError(f"the reward of member {member} must be one number, not {reward!r}") from None
     if not math.isfinite(value):
         raise ValueError(f"the reward of member {member} is {value}; a member that failed must be declared dropped")

@@ -2,10 +2,14 @@
 
 - theta and live: live == nearest(theta) after construction, step, tell, load_state_dict and on leaving perturbed(), by
   exception too, to the bit, for every base that is kept apart.
-- The update is the formula of its docstring, with f64 z-scores cast once; equal rewards change nothing; a reward that is
-  missing or no finite number is refused before any weight changed.
-- Equal rewards give equal bits on every backend, and after a resume from state_dict.
-- It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes.
+- The update is the formula of its docstring: one add_noise_ of the members' seeds, with momentum also those of the generations
+  before, oldest first; equal rewards change nothing; a reward that is missing or no finite number is refused before any weight
+  changed. (The Z of each shaping: test_shaping.py.)
+- Each option changes what it says and nothing else.
+- Equal rewards give equal bits on every backend, after a resume from state_dict, and in a replay of the recorded updates.
+- base="host" has the bits of "fp32", and writes theta only when no kernel reads it any more.
+- It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes; a tensor given with segments draws the noise
+  of the tensors that these name.
 """
 
 import copy
@@ -19,8 +23,8 @@ import pytest
 import torch
 
 import es_kernels
-from es_finetune import EvolutionStrategy
-from es_finetune.optimizer import z_scores
+from es_finetune import EvolutionStrategy, Update
+from es_finetune.shaping import centred_ranks, per_prompt, z_scores
 from es_kernels.noise import member_seed
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,7 +63,7 @@ def run(opt, generations):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("base", ["fp32", "copy"])
+@pytest.mark.parametrize("base", ["fp32", "copy", "host"])
 @pytest.mark.parametrize("perturb_rounding", ["nearest", "stochastic"])
 def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, base, perturb_rounding):
     opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=6, base=base, perturb_rounding=perturb_rounding)
@@ -91,7 +95,7 @@ def test_ten_thousand_members_leave_no_trace(bits, weights, base, dtypes):
     assert_live_is_theta(bits, opt)
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy"])
+@pytest.mark.parametrize("base", ["fp32", "copy", "host"])
 def test_an_exception_inside_perturbed_restores(bits, weights, base):
     opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, base=base)
     opt.tell(rewards(0, 4))
@@ -99,6 +103,14 @@ def test_an_exception_inside_perturbed_restores(bits, weights, base):
         with pytest.raises(kind), opt.perturbed(3):
             raise kind
         assert_live_is_theta(bits, opt)
+        with pytest.raises(kind):
+            opt.evaluate(lambda member: raise_if(member == 2, kind))
+        assert_live_is_theta(bits, opt)
+
+
+def raise_if(condition, kind):
+    if condition:
+        raise kind
 
 
 @pytest.mark.parametrize("bad", [lambda: 1 / 0, lambda: None, lambda: math.nan, lambda: "0.5x", lambda: math.inf])
@@ -143,10 +155,19 @@ def test_without_a_base_members_are_swapped_in_and_f32_comes_back_nearly(weights
         torch.testing.assert_close(t, start[name], rtol=0, atol=1e-6)
 
 
+def calls(opt):
+    yield lambda: opt.perturbed(1).__enter__()
+    yield lambda: opt.step(lambda: 0.0)
+    yield lambda: opt.evaluate(lambda member: 0.0)
+    yield lambda: opt.tell([0.0] * 4)
+    yield lambda: opt.replay(Update(0, 0.0, 4, None))
+    yield opt.state_dict
+
+
 def test_members_do_not_nest_and_nothing_else_runs_inside(weights):
     opt = EvolutionStrategy(weights(F32), population=4)
     with opt.perturbed(0):
-        for call in (lambda: opt.perturbed(1).__enter__(), lambda: opt.step(lambda: 0.0), lambda: opt.tell([0.0] * 4), opt.state_dict):
+        for call in calls(opt):
             with pytest.raises(RuntimeError, match="member's noise is in the weights"):
                 call()
     with pytest.raises(ValueError, match="0..3"), opt.perturbed(4):
@@ -154,16 +175,6 @@ def test_members_do_not_nest_and_nothing_else_runs_inside(weights):
 
 
 # --- the update ------------------------------------------------------------------------------------------------------
-
-
-def test_z_scores_are_f64_cast_once():
-    values = rewards(1, 30)
-    z = z_scores(values)
-    exact = (np.array(values) - np.mean(values)) / np.std(values)
-    assert all(value == float(np.float32(value)) for value in z)
-    np.testing.assert_allclose(z, exact, rtol=1e-6)
-    assert z_scores([0.015] * 30) is None and np.std([0.015] * 30) > 0
-    assert z_scores([1.0, None, 3.0]) == (-1.0, 0.0, 1.0)
 
 
 def test_the_update_is_the_formula(bits, weights):
@@ -266,13 +277,266 @@ def test_a_copy_rounds_its_update_stochastically_with_the_seed_of_the_generation
     assert_same(bits, theta, tensors(opt))
 
 
+@pytest.mark.parametrize("shaping, shaped", [("zscore", z_scores), ("ranks", centred_ranks)])
+def test_the_update_uses_the_z_of_its_shaping(bits, weights, shaping, shaped):
+    opt = EvolutionStrategy(weights(BF16), lr=0.03, population=6, shaping=shaping)
+    theta, fitness = tensors(opt), [3.0, 1.0, 1.0, None, -2.0, 1e9]
+    z = shaped(fitness)
+    es_kernels.add_noise_(theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 5 * value)) for value in z])
+    assert opt.tell(fitness, dropped=[3]) == Update(0, math.fsum([3.0, 1.0, 1.0, -2.0, 1e9]) / 5, 5, z)
+    assert_same(bits, theta, tensors(opt))
+
+
+def test_per_prompt_takes_a_sequence_of_rewards_from_each_member(bits, weights):
+    told, stepped = (EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.03, population=4, shaping="per_prompt") for _ in range(2))
+    fitness = [[0.0, 10.0, 1.0], [1.0, 10.0, 3.0], [1.0, 10.0, 2.5], [0.5, 10.0, -1.0]]
+    theta, z = tensors(told), per_prompt(fitness)
+    es_kernels.add_noise_(theta, [member_seed(0, 0, m) for m in range(4)], [float(np.float32(0.03 / 4 * value)) for value in z])
+    update = told.tell([tuple(fitness[0]), np.array(fitness[1]), torch.tensor(fitness[2]), fitness[3]])
+    assert update.z == z and update.scored == 4
+    assert update.mean == math.fsum(math.fsum(row) / 3 for row in fitness) / 4
+    rows = iter(fitness)
+    assert stepped.step(lambda: next(rows)) == update.mean
+    for opt in (told, stepped):
+        assert_same(bits, theta, tensors(opt))
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (1.0, "must be a sequence"),
+        ([], "must be a sequence"),
+        ("12", "must be a sequence"),
+        ({0: 1.0, 1: 2.0}, "must be a sequence"),
+        (torch.zeros(2, 1), "must be a sequence"),
+        (torch.tensor(1.0), "must be a sequence"),
+        (None, "must be a sequence"),
+        ([1.0, None], "must be one number"),
+        ([1.0, math.nan], "is nan"),
+        ([1.0, 2.0, 3.0], "has 3"),
+    ],
+    ids=str,
+)
+def test_per_prompt_refuses_what_is_no_reward_for_each_prompt(bits, weights, bad, words):
+    opt = EvolutionStrategy(weights(BF16), population=4, shaping="per_prompt")
+    theta = tensors(opt)
+    for drive in (opt.tell, lambda fitness: opt.step(iter(fitness).__next__)):
+        with pytest.raises(ValueError, match=f"member 2 .*{words}"):
+            drive([[0.0, 1.0], [1.0, 0.0], bad, [1.0, 1.0]])
+    assert_same(bits, theta, tensors(opt))
+    assert_live_is_theta(bits, opt)
+    assert opt.generation == 0
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weights, antithetic):
+    """Generation 2 has no signal, generation 3 drops two members, lr changes: every coefficient takes the present lr and its own N."""
+    opt = EvolutionStrategy(
+        weights(BF16), lr=0.5, weight_decay=0.1, population=6, momentum=0.7, momentum_window=4, antithetic=antithetic, update_rounding="stochastic"
+    )
+    past = []
+    for generation in range(8):
+        lr = opt.param_groups[0]["lr"] = 0.5 / (1 + generation)
+        theta, fitness = tensors(opt), [1.0] * 6 if generation == 2 else rewards(generation)
+        update = opt.tell(fitness, dropped=[2, 3] if generation == 3 else [])
+        if generation == 2:
+            assert update.z is None
+            assert_same(bits, theta, tensors(opt))
+            continue
+        past.append(update)
+        seeds, coefs = [], []
+        for then in past:
+            age = generation - then.generation
+            if age < 4:
+                z = [a - b for a, b in zip(then.z[::2], then.z[1::2])] if antithetic else then.z
+                seeds += [member_seed(0, then.generation, m) for m in range(len(z))]
+                coefs += [float(np.float32(lr / (4 if then.generation == 3 else 6) * 0.7**age * value)) for value in z]
+        es_kernels.add_noise_(theta, seeds, coefs, decay=lr * 0.1, rounding="stochastic", rounding_seed=member_seed(0, generation, 0, purpose=3))
+        assert_same(bits, theta, tensors(opt))
+        assert_live_is_theta(bits, opt)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.0, "momentum_window": 3}, {"momentum": 0.9, "momentum_window": 1}], ids=str)
+def test_without_momentum_nothing_is_carried_over(bits, weights, options):
+    plain, other = EvolutionStrategy(weights(BF16), population=6), EvolutionStrategy(weights(BF16), population=6, **options)
+    run(plain, 3)
+    run(other, 3)
+    assert_same(bits, tensors(plain), tensors(other))
+    assert plain.state_dict()["es"]["history"] == []
+    assert len(other.state_dict()["es"]["history"]) == (1 if options["momentum"] else 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shaping": "ranks"},
+        {"shaping": "per_prompt"},
+        {"momentum": 0.9},
+        {"weight_decay": 0.1},
+        {"lr": 0.3},
+        {"update_rounding": "stochastic"},
+        {"base": "copy"},
+        {"base": "host"},
+    ],
+    ids=str,
+)
+def test_what_changes_the_update_does_not_change_the_members(bits, weights, options):
+    """Weights in f32, where no base rounds."""
+    plain = EvolutionStrategy(weights(F32), sigma=0.05, population=6)
+    other = EvolutionStrategy(weights(F32), sigma=0.05, population=6, **options)
+    for member in plain.ask():
+        with plain.perturbed(member), other.perturbed(member):
+            assert_same(bits, tensors(plain, "live"), tensors(other, "live"))
+    for opt in (plain, other):
+        for generation in range(2):
+            fitness = [[r, -(r**2)] for r in rewards(generation)] if opt.shaping == "per_prompt" else rewards(generation)
+            opt.tell(fitness)
+    same = all(torch.equal(bits(t), bits(tensors(other)[name])) for name, t in tensors(plain).items())
+    assert same == ("base" in options or "update_rounding" in options)
+
+
+# --- evaluate and replay ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
+def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, base):
+    """Then told, it is a step; asked for nothing else, it is nothing."""
+    opt, stepped, looked = (EvolutionStrategy(weights(F32), sigma=0.05, population=6, base=base, seed=4) for _ in range(3))
+    before, seen = tensors(opt), []
+
+    def closure(member):
+        assert not torch.is_grad_enabled()
+        seen.append((member, tensors(opt, "live")))
+        return {"member": member}
+
+    assert opt.evaluate(closure) == [{"member": member} for member in range(6)]
+    assert [member for member, _ in seen] == list(range(6)) and opt.generation == 0
+    if base is not None:
+        assert_same(bits, before, tensors(opt))
+        assert_live_is_theta(bits, opt)
+        for member, live in seen:
+            with looked.perturbed(member):
+                assert_same(bits, live, tensors(looked, "live"))
+    fitness = iter(rewards(0))
+    seen_by_step = []
+    stepped.step(lambda: seen_by_step.append(tensors(stepped, "live")) or next(fitness))
+    for (_, live), other in zip(seen, seen_by_step):
+        assert_same(bits, live, other)
+    opt.tell(rewards(0))
+    assert_same(bits, tensors(opt), tensors(stepped))
+    assert_same(bits, tensors(opt, "live"), tensors(stepped, "live"))
+
+
+def test_a_generation_passes_over_memory_as_seldom_as_it_can(weights, monkeypatch):
+    passes = []
+    add_noise_ = es_kernels.add_noise_
+    monkeypatch.setattr(
+        es_kernels, "add_noise_", lambda out, seeds, coefs, **rest: passes.append(len(seeds)) or add_noise_(out, seeds, coefs, **rest)
+    )
+    for base, step, replay in (("fp32", [1, 1, 1, 1, 4, 0], [4, 0]), (None, [1, 2, 2, 2, 1, 4], [1, 2, 2, 2, 1, 4])):
+        opt = EvolutionStrategy(weights(F32), population=4, base=base)
+        fitness = iter(rewards(0, 4))
+        opt.step(fitness.__next__)
+        assert passes == step
+        passes.clear()
+        opt.replay(Update(1, 0.0, 4, z_scores(rewards(1, 4))))
+        assert passes == replay
+        passes.clear()
+
+
+REPLAYED = [
+    {"base": "fp32", "shaping": "ranks"},
+    {"base": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
+    {"base": "host", "momentum": 0.9, "weight_decay": 0.1, "anchored": True},
+    {"base": None},
+    {"base": None, "antithetic": True, "momentum": 0.5, "weight_decay": 0.1, "anchored": True},
+]
+
+
+@pytest.mark.parametrize("config", REPLAYED, ids=str)
+def test_a_replay_of_the_updates_is_the_run(bits, weights, config):
+    """In bf16, where with base=None each swap rounds; the second generation has no signal, and lr and sigma change."""
+    original, replayed = (EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.02, population=6, seed=3, **config) for _ in range(2))
+    shaped = centred_ranks if "shaping" in config else z_scores
+    for generation in range(4):
+        for opt in (original, replayed):
+            opt.param_groups[0].update(sigma=0.05 / (1 + generation), lr=0.02 * (1 + generation))
+        fitness = [1.0] * 6 if generation == 1 else rewards(generation)
+        if generation == 3:
+            original.evaluate(lambda member: None)
+            update = original.tell([*fitness[:4], None, None], dropped=[4, 5])
+        else:
+            left = iter(fitness)
+            update = Update(generation, original.step(lambda: next(left)), 6, shaped(fitness))
+        assert replayed.replay(update) == update
+        assert replayed.generation == generation + 1
+        assert_same(bits, tensors(original), tensors(replayed))
+        assert_same(bits, tensors(original, "live"), tensors(replayed, "live"))
+
+
+def test_an_update_of_another_generation_or_population_is_refused(bits, weights):
+    opt = EvolutionStrategy(weights(BF16), population=4, base=None)
+    theta = tensors(opt)
+    for update, words in (
+        (Update(1, 0.0, 4, (1.0, -1.0, 1.0, -1.0)), "of generation 1, but this optimizer is at 0"),
+        (Update(0, 0.0, 3, (1.0, -1.0, 0.5)), "3 values of z, but the population is 4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            opt.replay(update)
+    assert_same(bits, theta, tensors(opt))
+    assert opt.generation == 0
+
+
+# --- theta in host memory --------------------------------------------------------------------------------------------
+
+
+def test_host_has_the_bits_of_fp32_and_its_state_is_on_the_cpu(bits, weights):
+    options = {"sigma": 0.05, "lr": 0.02, "population": 6, "weight_decay": 0.1, "anchored": True, "perturb_rounding": "stochastic"}
+    fp32, host = (EvolutionStrategy(weights(F32, BF16, F16), base=base, **options) for base in ("fp32", "host"))
+    for generation in range(3):
+        for member in fp32.ask():
+            with fp32.perturbed(member), host.perturbed(member):
+                assert_same(bits, tensors(fp32, "live"), tensors(host, "live"))
+        assert fp32.tell(rewards(generation)) == host.tell(rewards(generation))
+        assert_same(bits, tensors(fp32), tensors(host))
+        assert fp32.fingerprint() == host.fingerprint()
+    assert {t.dtype for t in tensors(host).values()} == {F32}
+    assert all(t.device.type == "cpu" for w in host._weights for table in (w.theta, w.anchor) for t in table.tensors)
+
+
+def test_host_is_not_written_before_the_device_has_read_it(weights, monkeypatch):
+    """On a GPU kernels are queued, while the CPU writes at once: of each table that was read, a wait must come before the write. And
+    before the caller goes on, who may free it."""
+    opt = EvolutionStrategy([{"params": weights(F32)[:2]}, {"params": weights(F32)[2:]}], population=4, base="host")
+    add_noise_, pending, writes = es_kernels.add_noise_, set(), []
+
+    def watched(out, seeds, coefs, base=None, **options):
+        if base is None:
+            assert id(out) not in pending
+            writes.append(id(out))
+        else:
+            pending.add(id(base))
+        return add_noise_(out, seeds, coefs, base=base, **options)
+
+    monkeypatch.setattr(es_kernels, "add_noise_", watched)
+    monkeypatch.setattr("es_finetune.optimizer._Weights.wait_for_readers", lambda self: pending.discard(id(self.theta)))
+    fitness = iter(rewards(0, 4))
+    opt.step(lambda: next(fitness))
+    assert not pending and len(writes) == 2
+    with opt.perturbed(1):
+        assert len(pending) == 2
+    assert not pending
+    opt.tell(rewards(1, 4))
+    assert not pending and len(writes) == 4
+
+
 # --- the same bits everywhere ----------------------------------------------------------------------------------------
 
 CONFIGS = [
     {"base": "fp32"},
-    {"base": "copy", "perturb_rounding": "stochastic"},
-    {"base": None},
-    {"base": "fp32", "antithetic": True, "weight_decay": 0.1, "anchored": True},
+    {"base": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
+    {"base": None, "momentum": 0.5, "weight_decay": 0.1},
+    {"base": "host", "antithetic": True, "weight_decay": 0.1, "anchored": True, "shaping": "ranks", "momentum": 0.5},
 ]
 
 
@@ -297,19 +561,19 @@ def test_a_run_with_recorded_scores_is_the_same_on_every_backend(bits, weights, 
 def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(bits, weights, config):
     options = {"sigma": 0.05, "lr": 0.02, "population": 6, "seed": 2**64 - 1, **config}
     whole = EvolutionStrategy(weights(F32, BF16), **options)
-    run(whole, 2)
+    run(whole, 3)
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
-    run(whole, 3)
+    run(whole, 4)
 
     other = [(name, torch.nn.Parameter(torch.zeros_like(p))) for name, p in weights(F32, BF16)]
-    resumed = EvolutionStrategy(other, **{**options, "seed": 0})
+    resumed = EvolutionStrategy(other, base=config["base"], sigma=0.05, population=2, anchored="anchored" in config)  # the rest is in the state
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.generation == 2 and resumed.seed == 2**64 - 1
+    assert resumed.generation == 3 and resumed.seed == 2**64 - 1
     if config["base"]:
         assert_live_is_theta(bits, resumed)
-    run(resumed, 3)
+    run(resumed, 4)
     assert_same(bits, tensors(whole), tensors(resumed))
     assert_same(bits, tensors(whole, "live"), tensors(resumed, "live"))
     assert whole.fingerprint() == resumed.fingerprint()
@@ -366,7 +630,41 @@ def test_how_parameters_are_grouped_does_not_change_the_noise(bits, weights):
     assert whole.fingerprint() == parts.fingerprint()
 
 
-@pytest.mark.parametrize("drive", ["step", "tell"])
+FUSED = [es_kernels.Segment(f"experts.{i}.up", 1, 32, offset=32 * i) for i in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("config", [*CONFIGS, {"base": None, "anchored": True, "weight_decay": 0.1}], ids=str)
+def test_a_fused_tensor_is_the_tensors_of_its_segments(bits, dtype, config):
+    """[2, 4, 8] in memory, two of [4, 8] in the checkpoint."""
+    value = 0.1 * torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+
+    def parameter(tensor):
+        return torch.nn.Parameter(tensor.to(dtype, copy=True))
+
+    fused = EvolutionStrategy([("experts.up", parameter(value), FUSED), ("norm", parameter(torch.ones(3)))], sigma=0.05, population=6, **config)
+    apart = EvolutionStrategy(
+        [*((f"experts.{i}.up", parameter(value[i])) for i in range(2)), ("norm", parameter(torch.ones(3)))], sigma=0.05, population=6, **config
+    )
+
+    def compare(kind):
+        one, two = tensors(fused, kind), tensors(apart, kind)
+        assert one.keys() == {"experts.up", "norm"}
+        assert_same(bits, {f"experts.{i}.up": one["experts.up"][i] for i in range(2)} | {"norm": one["norm"]}, two)
+
+    for generation in range(2):
+        for member in range(6):
+            with fused.perturbed(member), apart.perturbed(member):
+                compare("live")
+        assert fused.tell(rewards(generation)) == apart.tell(rewards(generation))
+        compare("theta")
+        compare("live")
+    assert fused.fingerprint() == apart.fingerprint()
+    assert fused.state_dict()["es"]["theta"].keys() == {"experts.up", "norm"}
+    assert fused.state_dict()["param_groups"][0]["param_names"] == ["experts.up", "norm"]
+
+
+@pytest.mark.parametrize("drive", ["step", "tell", "replay"])
 def test_lr_schedulers_drive_lr(weights, drive, recwarn):
     opt = EvolutionStrategy(weights(F32), lr=0.08, population=4)
     schedule = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
@@ -377,8 +675,10 @@ def test_lr_schedulers_drive_lr(weights, drive, recwarn):
         if drive == "step":
             recorded = iter(rewards(0, 4))
             opt.step(lambda: next(recorded))
-        else:
+        elif drive == "tell":
             opt.tell(rewards(0, 4))
+        else:
+            opt.replay(Update(generation, 0.0, 4, z_scores(rewards(0, 4))))
         coefs = [float(np.float32(seen[-1] / 4 * z)) for z in z_scores(rewards(0, 4))]
         es_kernels.add_noise_(before, [member_seed(0, generation, m) for m in range(4)], coefs)
         assert torch.equal(before["layer0.weight"], tensors(opt)["layer0.weight"])
@@ -434,6 +734,11 @@ def test_it_learns_a_quadratic(weights):
         ({"base": "bf16"}, "base must be"),
         ({"perturb_rounding": "up"}, "perturb_rounding must be"),
         ({"base": None, "perturb_rounding": "stochastic"}, "needs a base"),
+        ({"shaping": "rank"}, "shaping must be"),
+        ({"momentum": 1.0}, "momentum must be"),
+        ({"momentum": -0.1}, "momentum must be"),
+        ({"momentum": math.nan}, "momentum must be"),
+        ({"momentum_window": 0}, "momentum_window"),
     ],
     ids=str,
 )
@@ -449,6 +754,11 @@ def test_bad_parameters_are_named(weights):
         ([("twice", named[0][1]), ("twice", named[1][1])], "'twice'"),
         ([("frozen", torch.nn.Parameter(torch.zeros(2), requires_grad=False))], "frozen"),
         ([{"params": named}, {"params": named}], "already in another group"),
+        ([("fused", named[2][1], ["experts.0.up"])], "es_kernels.Segment"),
+        ([("fused", torch.nn.Parameter(torch.zeros(2, 32)), [FUSED[0], FUSED[0]])], "'fused' and 'fused'"),
+        ([("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED), ("experts.1.up", named[0][1])], "'fused' and 'experts.1.up'"),
+        ([{"params": [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED)]}, {"params": [("experts.1.up", named[0][1])]}], "'experts.1.up'"),
+        ([{"params": [("experts.1.up", named[0][1])]}, {"params": [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED)]}], "'experts.1.up'"),
     ):
         with pytest.raises(ValueError, match=words):
             EvolutionStrategy(params)
