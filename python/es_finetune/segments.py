@@ -1,27 +1,202 @@
-"""The names that decide the noise: those of the checkpoint, whatever wraps the model in memory."""
+"""The names that decide the noise: those of the checkpoint, whatever wraps, fuses or adapts the model in memory."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterator
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+from es_kernels import Segment
+
+MAX_SEGMENTS = 1024  # for one part of a parameter; a layout that needs more is an interleave
 
 
-def named_segments(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(canonical name, parameter) of each parameter of `model`, tied ones once, under their first name.
+def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
+    """(canonical name, parameter), or (name, parameter, [es_kernels.Segment, ...]), of each parameter of `model`, tied ones
+    once, under their first name.
 
-    The canonical name is the one that `save_pretrained` writes: without what DataParallel ("module.") and torch.compile
-    ("_orig_mod.") put in. A parameter that a checkpoint holds as several tensors, as the fused experts of a mixture, keeps
-    its in-memory name, with a warning: its noise is not that of the checkpoint's tensors.
+    The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel ("module.") and
+    torch.compile ("_orig_mod.") put in; for the weights of a PEFT adapter, the name in adapter_model.safetensors; for the
+    weights under an adapter, the name in the base model's checkpoint. A parameter that the checkpoint holds as several
+    tensors, as the fused experts of a mixture, or as a part of one, comes with segments and its name in memory. Where the
+    checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, with a warning: its noise is not that
+    of the checkpoint's tensor.
     """
-    fused = []
+    model = unwrap(model)
+    adapter = _adapter_names(model)
+    base = model.get_base_model() if is_peft(model) else model
+    memory = {_clean(name): p for name, p in base.named_parameters() if id(p) not in adapter}
+    names = {id(p): name for name, p in memory.items()}
+    found, copied, error = _checkpoint_layout(base, memory)
     for name, parameter in model.named_parameters():
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
-        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        if parameter.ndim == 3 and ".experts." in name:
-            fused.append(name)
-        yield name, parameter
-    if fused:
-        warnings.warn(f"{len(fused)} fused expert tensor(s) draw their noise by in-memory name, e.g. {fused[0]}", stacklevel=2)
+        if id(parameter) in adapter:
+            yield adapter[id(parameter)], parameter
+        elif id(parameter) not in names:
+            yield _clean(name), parameter
+        else:
+            name = names[id(parameter)]
+            target, *segments = found.get(name, (name,))
+            yield target, parameter, *segments
+    if copied:
+        warnings.warn(
+            f"{len(copied)} parameter(s) draw noise by the name in memory, e.g. {copied[0]}, because the checkpoint holds them "
+            + (f"in a form that cannot be found out: {error}" if error else "permuted or otherwise than as views"),
+            stacklevel=2,
+        )
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of torch.compile, DataParallel and their like."""
+    while list(model._modules) in (["_orig_mod"], ["module"]) and not model._parameters:
+        (model,) = model._modules.values()
+    return model
+
+
+def is_peft(model: torch.nn.Module) -> bool:
+    """Whether `model` is a peft.PeftModel, asked without importing peft."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _clean(name: str) -> str:
+    """Without the components that wrappers, PEFT's included, put into a name."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "base_layer", "original_module"))
+
+
+def _adapter_names(model: torch.nn.Module) -> dict[int, str]:
+    """id(parameter) -> key in adapter_model.safetensors, of the active adapter; empty without PEFT."""
+    inside = not is_peft(model) and getattr(model, "_hf_peft_config_loaded", False)  # an adapter that transformers loaded
+    if not (is_peft(model) or inside):
+        return {}
+    from peft import get_peft_model_state_dict
+
+    active = model.active_adapters() if inside else model.active_adapters
+    # save_embedding_layers: "auto" would ask the hub for the base model's config.
+    state = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter_name=active[0], save_embedding_layers=False)
+    return {id(p): ("base_model.model." if inside else "") + _wrapperless(key) for key, p in state.items()}
+
+
+def _wrapperless(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "_orig_mod")
+
+
+class _Tracing(TorchFunctionMode):
+    """Under it the results of view operations stay views: `.contiguous()` does not copy, and what `torch.cat` joins is noted."""
+
+    def __init__(self):
+        super().__init__()
+        self.joined: dict[int, tuple] = {}  # storage of a concatenation -> (it, its tensors, dimension)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.contiguous:
+            return args[0]
+        result = function(*args, **kwargs)
+        if function in (torch.cat, torch.concat, torch.concatenate):
+            tensors = kwargs["tensors"] if "tensors" in kwargs else args[0]
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            self.joined[_storage(result)] = (result, list(tensors), dim % result.ndim)
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # on the meta device every data_ptr is 0
+
+
+def _checkpoint_layout(model, memory) -> tuple[dict[str, tuple], list[str], str]:
+    """How transformers would save the parameters `memory` (name -> parameter) of `model`.
+
+    Returns what differs from memory (name -> (checkpoint name,) or (name, segments)), the names that have no such
+    description, and why if that is an error. The conversion that `save_pretrained` makes is run on meta tensors.
+    """
+    if not hasattr(model, "save_pretrained"):
+        return {}, [], ""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before version 5 a model in memory is what the checkpoint is
+        return {}, [], ""
+    sources = {name: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta") for name, p in memory.items()}
+    owners = {_storage(tensor): name for name, tensor in sources.items()}
+    try:
+        with torch.no_grad(), _Tracing() as tracing:
+            saved = revert_weight_conversion(model, dict(sources))
+    except Exception as error:  # noqa: BLE001 - any of transformers' converters may raise anything
+        return {}, list(sources), next(iter(str(error).splitlines()), type(error).__name__)
+
+    whole: dict[str, str] = {}
+    parts: dict[str, list[Segment]] = {}
+    covered = dict.fromkeys(sources, 0)
+    for name, tensor in saved.items():
+        owner = owners.get(_storage(tensor))
+        if owner is not None and _same_order(tensor, sources[owner]):
+            whole[owner] = name
+            covered[owner] += tensor.numel()
+            continue
+        for owner, offset, dims, first in _parts(tensor, owners, tracing.joined):
+            segments = _segments(name, offset, dims, first)
+            parts.setdefault(owner, []).extend(segments)
+            covered[owner] += sum(s.rows * s.cols for s in segments)
+    exact = {name for name, n in covered.items() if n == sources[name].numel()}
+    found = {name: (whole[name],) if name in whole else (name, parts[name]) for name in exact & (whole.keys() | parts.keys())}
+    return found, [name for name in sources if name not in exact], ""
+
+
+def _same_order(view: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether `view` is all of `source`, with the same row-major index."""
+    if view.storage_offset() or view.numel() != source.numel():
+        return False
+    return (view.shape == source.shape and view.stride() == source.stride()) or (view.is_contiguous() and source.is_contiguous())
+
+
+def _parts(tensor, owners, joined) -> Iterator[tuple]:
+    """(parameter, offset in it, [(size, stride in memory, stride of the index)], first index) of each part of a checkpoint's
+    tensor that is a view of a parameter."""
+    if _storage(tensor) in owners:
+        pieces, whole, dim = [tensor], tensor, 0
+    elif _storage(tensor) in joined and _same_order(tensor, joined[_storage(tensor)][0]):
+        whole, pieces, dim = joined[_storage(tensor)]
+    else:
+        return
+    index_strides = [math.prod(whole.shape[i + 1 :]) for i in range(whole.ndim)]
+    first = 0
+    for piece in pieces:
+        if (owner := owners.get(_storage(piece))) is not None:
+            yield owner, piece.storage_offset(), list(zip(piece.shape, piece.stride(), index_strides)), first
+        first += piece.shape[dim] * index_strides[dim] if piece.ndim else 0
+
+
+def _segments(name, offset, dims, first) -> list[Segment]:
+    """The Segments of one part, without any if its columns are not contiguous."""
+    merged: list[tuple[int, int, int]] = []  # innermost last
+    for size, stride, index_stride in dims:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride and merged[-1][2] == size * index_stride:
+            merged[-1] = (merged[-1][0] * size, stride, index_stride)
+        else:
+            merged.append((size, stride, index_stride))
+    cols = 1
+    if merged:
+        cols, *strides = merged.pop()
+        if strides != [1, 1]:
+            return []
+    rows, row_stride, index_stride = merged.pop() if merged else (1, cols, cols)
+    if math.prod(size for size, *_ in merged) > MAX_SEGMENTS:
+        return []
+    return [
+        Segment(
+            name,
+            rows,
+            cols,
+            offset + sum(i * stride for i, (_, stride, _) in zip(outer, merged)),
+            row_stride,
+            first + sum(i * stride for i, (*_, stride) in zip(outer, merged)),
+            index_stride,
+        )
+        for outer in itertools.product(*(range(size) for size, *_ in merged))
+    ]

@@ -69,3 +69,71 @@ def tiny_llama():
             tie_word_embeddings=True,
         )
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def build_model():
+    """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
+
+    Kinds: llama; qwen2 (tied embeddings, biases); mixtral and qwen3_moe (experts fused in memory); lora (llama with a PEFT
+    adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the embedded model's tokenizer.
+    """
+
+    def build(kind, **config):
+        import transformers
+
+        if kind == "lora":
+            peft = pytest.importorskip("peft")
+            adapter = peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
+            torch.manual_seed(1)
+            model = peft.get_peft_model(build("llama"), adapter)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(0, 0.1)
+            return model.eval()
+        family, options = {
+            "llama": ("Llama", {}),
+            "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+            "mixtral": ("Mixtral", {"num_local_experts": 4}),
+            "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}),
+        }[kind]
+        options |= {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        options |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2}
+        options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **config}
+        torch.manual_seed(0)
+        return getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**options)).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_qwen2(build_model):
+    return build_model("qwen2")
+
+
+@pytest.fixture
+def tiny_mixtral(build_model):
+    return build_model("mixtral")
+
+
+@pytest.fixture
+def tiny_lora(build_model):
+    return build_model("lora")
+
+
+@pytest.fixture(scope="session")
+def save_tiny(build_model):
+    """save_tiny(folder, kind="llama", **config) -> folder, as a str: a model of `build_model` with the embedded model's tokenizer,
+    for `--model`."""
+
+    def save(folder, kind="llama", **config):
+        from transformers import AutoTokenizer
+
+        from es_finetune.model import EMBEDDED_MODEL
+
+        build_model(kind, **config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)
+        return str(folder)
+
+    return save

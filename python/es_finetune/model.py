@@ -1,0 +1,243 @@
+"""The model of a run: a transformers causal LM with its tokenizer, from a folder or the hub and back to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import es_kernels
+from es_finetune.segments import is_peft, named_segments, unwrap
+from es_kernels.table import DTYPES
+
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "countdown_char"
+WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+LORA_SEED = 0  # of the first values of every new adapter, whatever the run's seed: runs that differ in it start from one model
+
+# Options of a GenerationConfig that mean something only with do_sample.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def load_model(
+    name: str | os.PathLike,
+    *,
+    device: torch.device | str,
+    dtype: str = "auto",
+    lora_rank: int = 0,
+    pad_token: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+    """(model in eval mode on `device`, its tokenizer, which pads on the left, what to write into a log about them).
+
+    name: "embedded" (the character-level model of the demo), or a folder or hub name of a causal LM or of a PEFT adapter, which
+        comes with its base model. Of a model with an adapter only the adapter is trainable.
+    dtype: of the weights, one of WEIGHT_DTYPES; "auto" is that of the checkpoint.
+    lora_rank: above 0 adds a LoRA adapter of this rank to all linear layers but the output, alpha 2 * rank. Its first values are
+        the same on every machine and for every seed of a run.
+    pad_token: an existing token to pad with, for a tokenizer without one.
+
+    ValueError, of one line, if any of it cannot be had.
+    """
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(WEIGHT_DTYPES)}, not {dtype!r}")
+    if lora_rank < 0:
+        raise ValueError(f"lora_rank must be at least 0, not {lora_rank}")
+    name = os.fspath(name)
+    path = str(EMBEDDED_MODEL) if name == "embedded" else name
+    with _one_line(f"model {name}"):
+        from transformers.utils import find_adapter_config_file
+
+        adapter = find_adapter_config_file(path) is not None
+    if adapter:
+        if lora_rank:
+            raise ValueError(f"model {name} is an adapter already: leave out lora_rank, or give the base model")
+        peft = _peft()
+        with _one_line(f"adapter {name}"):
+            base_path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+        if not base_path:
+            raise ValueError(f"adapter {name} does not say of which model: set base_model_name_or_path in its adapter_config.json")
+        base = _load_base(base_path, f"base model {base_path} of adapter {name}", dtype, attn_implementation)
+        with _one_line(f"adapter {name}"):
+            model = peft.PeftModel.from_pretrained(base, path, is_trainable=True)
+    else:
+        base_path = path
+        model = base = _load_base(path, f"model {name}", dtype, attn_implementation)
+        if lora_rank:
+            model = _add_lora(base, lora_rank)
+    tokenizer = _load_tokenizer(name, path, base_path)
+    _set_pad_token(tokenizer, name, pad_token, base)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in DTYPES:
+            raise ValueError(
+                f"model {name}: {parameter_name} is {parameter.dtype}, and noise is added to float32, bfloat16 and float16 only: give a dtype"
+            )
+    with _one_line(f"model {name}"):
+        model = model.to(device).eval()
+    identity = {
+        "model": name,
+        "class": type(base).__name__,
+        "commit": getattr(base.config, "_commit_hash", None),  # of the hub; a folder has none
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "vocabulary": len(tokenizer),
+    }
+    if adapter:
+        identity["base_model"] = base_path
+    if lora_rank:
+        identity["lora_rank"] = lora_rank
+    return model, tokenizer, identity
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the GPU if there is one. ValueError for one that torch does not know or see."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown to torch: give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU: give --device cpu")
+    return device
+
+
+def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike, *, merge_lora: bool = False) -> None:
+    """Write what `from_pretrained` reads: safetensors, configs, tokenizer. `folder` is whole or, as before the call, what it was;
+    an older one of the name is replaced.
+
+    Of a model with a PEFT adapter the adapter is written, or with merge_lora the full model with the adapter added into its
+    weights (made on the CPU; `model` stays as it is).
+    """
+    model, folder = unwrap(model), Path(folder)
+    part, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    if is_peft(model) and not merge_lora:
+        # "auto" would ask the hub whether the vocabulary has grown.
+        model.save_pretrained(part, save_embedding_layers=False)
+    else:
+        if is_peft(model):
+            model = _merged(model)
+        with _savable_generation_config(model, part):
+            model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if folder.exists():  # a folder cannot be replaced in one step
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Any failure as a ValueError of one line: what transformers, peft and the hub say, in any type of error, can be a page."""
+    try:
+        yield
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(f"{what} could not be loaded: {line or type(error).__name__}") from error
+
+
+def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None) -> torch.nn.Module:
+    # trust_remote_code=False: left out, transformers asks at the terminal and waits.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _one_line(what):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{what} has quantised weights, and noise is added to float32, bfloat16 and float16 only: give the unquantised model")
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _one_line(what):
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
+    # transformers fills them with random numbers, others on every machine.
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{what} lacks {len(missing)} weight(s) of {type(model).__name__}, e.g. {missing[0]}: give a complete checkpoint of a causal LM"
+        )
+    return model
+
+
+def _load_tokenizer(name: str, path: str, base_path: str) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    with _one_line(f"tokenizer of {name}"):
+        # An adapter brings its own or leaves it to the base model.
+        own = path == base_path or get_tokenizer_config(path)
+        return AutoTokenizer.from_pretrained(path if own else base_path, padding_side="left", trust_remote_code=False)
+
+
+def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: torch.nn.Module) -> None:
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token {pad_token!r} is no token of {name}: give one that its tokenizer knows, e.g. {tokenizer.eos_token!r}")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name} has no pad token, which batches need: give --pad_token with an existing one, e.g. {tokenizer.eos_token!r}"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        raise ValueError(
+            f"pad token {tokenizer.pad_token!r} of {name} is number {tokenizer.pad_token_id}, but the model embeds {rows} tokens: give another --pad_token"
+        )
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("adapters need the package peft: pip install 'es-kernels[lora]'") from None
+    return peft
+
+
+def _add_lora(base: torch.nn.Module, rank: int) -> torch.nn.Module:
+    peft = _peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    with _one_line(f"LoRA adapter of {type(base).__name__}"), torch.random.fork_rng(devices=[]):
+        model = peft.get_peft_model(base, config)
+    # Instead of PEFT's own draw for A, which depends on the device and on torch's version: the kernels' noise, with the same
+    # variance, 1 / (3 * inputs). B starts at 0.
+    with torch.no_grad():
+        for name, parameter, *_ in named_segments(model):
+            if parameter.requires_grad and "lora_A" in name.split("."):
+                es_kernels.add_noise_(parameter.zero_(), [LORA_SEED], [1 / math.sqrt(3 * parameter.shape[1])], name=name)
+    return model
+
+
+def _merged(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy on the CPU with the adapter added into the weights."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    memo = {id(t): _on_cpu(t) for t in tensors}  # of which deepcopy makes no copies of its own
+    return copy.deepcopy(model, memo).merge_and_unload()
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().to("cpu", copy=True)
+    return torch.nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else copied
+
+
+@contextlib.contextmanager
+def _savable_generation_config(model: torch.nn.Module, folder: Path) -> Iterator[None]:
+    """Within, the model's generation config is one that can be saved: transformers refuses options of sampling without do_sample,
+    which published models have. They are left out of what is written; greedy text does not depend on them."""
+    config = model.generation_config
+    try:
+        config.save_pretrained(folder)
+    except ValueError:
+        model.generation_config = copy.deepcopy(config)
+        for option in _SAMPLING:
+            setattr(model.generation_config, option, None)
+    try:
+        yield
+    finally:
+        model.generation_config = config

@@ -1,0 +1,208 @@
+"""Contract under test: named_segments gives every parameter the names, shapes and indices of the tensors in the files that
+`save_pretrained` writes, whatever wraps, fuses or adapts the model in memory. So one fingerprint serves for the model and the
+files, and noise added in memory is, to the bit, noise added to the files' tensors. What cannot be named so keeps its name in
+memory, and a warning says it."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+import es_kernels
+from es_finetune.segments import named_segments
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+KINDS = ("llama", "qwen2", "mixtral", "qwen3_moe")
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors(request):
+    if "warns" in request.node.name:
+        yield
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*draw noise by the name in memory")
+            yield
+
+
+def read(folder):
+    """The tensors in a folder's safetensors files, by name."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(safetensors.load_file(file))
+    return tensors
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return read(folder)
+
+
+def fingerprint(named):
+    return es_kernels.fingerprint(es_kernels.ParamTable(named))
+
+
+def checkpoint_names(entries):
+    return {segment.name for entry in entries if len(entry) == 3 for segment in entry[2]} | {entry[0] for entry in entries if len(entry) == 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_fingerprint_for_the_model_and_its_files(build_model, tmp_path, kind, dtype):
+    model = build_model(kind).to(dtype)
+    files = saved(model, tmp_path)
+    assert checkpoint_names(list(named_segments(model))) == files.keys()
+    assert fingerprint(named_segments(model)) == fingerprint(files)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_read_from_files_has_their_names(build_model, tmp_path, kind):
+    files = saved(build_model(kind), tmp_path / "first")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert fingerprint(named_segments(model)) == fingerprint(files)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_in_memory_is_noise_on_the_files(build_model, bits, tmp_path, kind, dtype):
+    model = build_model(kind).to(dtype)
+    files = saved(model, tmp_path / "before")
+    with torch.no_grad():
+        es_kernels.add_noise_(es_kernels.ParamTable(named_segments(model)), [11, 12], [0.01, -0.02])
+    es_kernels.add_noise_(files, [11, 12], [0.01, -0.02])
+    after = saved(model, tmp_path / "after")
+    assert after.keys() == files.keys()
+    for name, tensor in after.items():
+        assert torch.equal(bits(tensor), bits(files[name])), name
+
+
+def test_experts_are_one_segment_per_file_tensor(tiny_mixtral):
+    pytest.importorskip("transformers.core_model_loading")  # nothing is fused before version 5
+    table = es_kernels.ParamTable(named_segments(tiny_mixtral))
+    segments = dict(zip(table.names, table.layout.segments))
+    fused = segments["model.layers.1.mlp.experts.gate_up_proj"]
+    assert len(fused) == 4 * 2
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    assert [s for s in fused if s.name == name] == [es_kernels.Segment(name, 1, 24 * 16, offset=(2 * 2 + 1) * 24 * 16)]
+
+
+@pytest.mark.parametrize("wrap", ["compile", "parallel", "both", "part"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_wrappers_do_not_show(build_model, tmp_path, kind, wrap):
+    model = build_model(kind)
+    files = saved(model, tmp_path)
+    if wrap == "part":
+        model.model.layers[1] = torch.compile(model.model.layers[1])
+    else:
+        if wrap in ("compile", "both"):
+            model = torch.compile(model)
+        if wrap in ("parallel", "both"):
+            model = torch.nn.DataParallel(model)
+    assert any("_orig_mod" in name or name.startswith("module.") for name, _ in model.named_parameters())
+    assert fingerprint(named_segments(model)) == fingerprint(files)
+
+
+def test_tied_weights_count_once_under_their_first_name(tiny_qwen2):
+    names = [entry[0] for entry in named_segments(tiny_qwen2)]
+    assert names == [name for name, _ in tiny_qwen2.named_parameters()]
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def compile_a_layer(model):
+    layers = model.get_base_model().model.layers
+    layers[1] = torch.compile(layers[1])
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, torch.nn.DataParallel, compile_a_layer])
+@pytest.mark.parametrize(
+    "adapter", [{}, {"modules_to_save": ["lm_head", "norm"]}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_an_adapter_has_the_names_of_its_file(build_model, tmp_path, adapter, wrap):
+    model = build_model("lora", **adapter)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    trained = [(name, p) for name, p in named_segments(wrap(model)) if p.requires_grad]
+    assert {name for name, _ in trained} == read(tmp_path).keys()
+    assert fingerprint(trained) == fingerprint(read(tmp_path))
+
+
+def test_an_adapter_inside_of_a_transformers_model(build_model, tmp_path):
+    build_model("lora").save_pretrained(tmp_path / "adapter")
+    model = build_model("llama")
+    model.load_adapter(str(tmp_path / "adapter"))
+    trained = [(name, p) for name, p in named_segments(model) if "lora" in name]
+    assert fingerprint(trained) == fingerprint(saved(model, tmp_path / "again"))
+
+
+@pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_weights_under_an_adapter_have_the_names_of_the_base_checkpoint(build_model, tmp_path, kind, adapter):
+    peft = pytest.importorskip("peft")
+    model = build_model(kind)
+    files = saved(model, tmp_path)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **adapter))
+    frozen = [entry for entry in named_segments(model) if not entry[1].requires_grad]
+    assert fingerprint(frozen) == fingerprint(files)
+
+
+def conversions(*operations):
+    """Put a conversion of the MLP's weights on a model: one that the mapping of this version of transformers has for some model."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    source, target, *names = operations
+    return [loading.WeightConverter(source, target, [getattr(loading, name)(**options) for name, options in names])]
+
+
+def test_parts_of_a_joined_tensor(build_model, tmp_path):
+    model = build_model("llama")
+    model._weight_conversions = conversions(
+        "self_attn.qkv.weight", [f"self_attn.{n}_proj.weight" for n in "qkv"], ("Split", {"dim": 0})
+    ) + conversions("mlp.gate_up.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ("Chunk", {"dim": 1}))
+    files = saved(model, tmp_path)
+    assert files["model.layers.0.self_attn.qkv.weight"].shape == (32, 16) and files["model.layers.0.mlp.gate_up.weight"].shape == (24, 32)
+    assert fingerprint(named_segments(model)) == fingerprint(files)
+
+
+@pytest.mark.parametrize("operation", [("Interleave", {"dim": 0}), ("Transpose", {"dim0": 0, "dim1": 1})])
+def test_warns_of_a_layout_that_is_no_view(build_model, tmp_path, operation):
+    model = build_model("llama")
+    model._weight_conversions = conversions("mlp.up.weight", ["mlp.up_proj.weight"], operation)
+    files = saved(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"2 parameter.*e\.g\. model\.layers\.0\.mlp\.up_proj\.weight") as caught:
+        entries = dict(named_segments(model))
+    assert len(caught) == 1
+    changed = {f"model.layers.{i}.mlp.up{part}.weight" for i in (0, 1) for part in ("", "_proj")}
+    assert entries.keys() == files.keys() ^ changed
+    kept = files.keys() - changed
+    assert fingerprint({name: entries[name] for name in kept}) == fingerprint({name: files[name] for name in kept})
+
+
+def test_warns_of_a_conversion_that_fails(build_model):
+    model = build_model("llama")
+    model._weight_conversions = conversions("mlp.up.weight", ["mlp.up_proj.weight"], ("Chunk", {"dim": 0}), ("Chunk", {"dim": 9}))
+    with pytest.warns(UserWarning, match="cannot be found out"):
+        names = [name for name, _ in named_segments(model)]
+    assert names == [name for name, _ in model.named_parameters()]
+
+
+def test_no_memory_is_needed():
+    """A Mixtral 8x7B of 47 billion parameters, none of which exists."""
+    pytest.importorskip("transformers.core_model_loading")
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig())
+    entries = list(named_segments(model))
+    assert sum(len(entry[2]) for entry in entries if len(entry) == 3) == 32 * 8 * 3
+    covered = sum(s.rows * s.cols for entry in entries if len(entry) == 3 for s in entry[2])
+    assert covered + sum(entry[1].numel() for entry in entries if len(entry) == 2) == sum(p.numel() for p in model.parameters())
+
+
+def test_before_version_5_nothing_is_fused(tiny_mixtral, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    assert [entry[0] for entry in named_segments(tiny_mixtral)] == [name for name, _ in tiny_mixtral.named_parameters()]
+
+
+def test_a_plain_module():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    assert list(named_segments(torch.compile(model))) == list(model.named_parameters())
