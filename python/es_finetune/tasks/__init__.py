@@ -1,32 +1,42 @@
 """Tasks: what is asked, and what an answer is worth.
 
-A task is a plain object with four attributes and one method (`Task`). Nothing in it knows about models, tokenizers or
-evolution strategies, and no method ever evaluates model text as code.
+A task is a plain object with a few attributes and one method (`Task`). Nothing in it knows about models, tokenizers or
+evolution strategies, and no method ever evaluates model text as code in this process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 
 class Item(NamedTuple):
     """One question.
 
-    `prompt` is the text given to the model. `key` says which question it is and is all that scoring needs; two items
-    with one key are the same question, however their prompts differ.
+    `prompt` is what the model is given: raw text, or chat messages ({"role": ..., "content": ...}) which the engine renders
+    with the tokenizer's chat template. `key` says which question it is; two items with one key are the same question,
+    however their prompts differ. `data` is what scoring needs beyond the key.
     """
 
-    prompt: str
+    prompt: str | tuple[dict, ...]
     key: Hashable
+    data: Any = None
 
 
 class Score(NamedTuple):
-    """What one completion is worth: `reward` is what ES maximises, `exact` and `format` (0 to 1) are parts to report."""
+    """What one completion is worth: `reward` is what ES maximises, `exact` and `format` (0 to 1) are parts to report.
 
-    reward: float
-    exact: float
-    format: float
+    `reward` is None where the reward function failed: the trainer then takes the task's `floor`. `exact` is None where the
+    task knows no right answer. `error` is one line saying what failed; a task that knows what a failure is worth gives a
+    number all the same (math: an answer that cannot be graded in time is wrong).
+    """
+
+    reward: float | None
+    exact: float | None = None
+    format: float | None = None
+    error: str | None = None
 
 
 class Task(Protocol):
@@ -36,19 +46,80 @@ class Task(Protocol):
     max_new_tokens: int
     train: Sequence[Item]
     test: Sequence[Item]
+    metric: str  # "exact" or "reward": the headline on held-out items
+    floor: float | None  # reward of an answer whose scoring failed; None: the lowest of its generation
+    eval_samples: int  # answers per held-out question: 1 is greedy, more are sampled at temperature 1
+    notes: Sequence[str]  # what loading left out or changed, one sentence each, to be shown when a run starts
 
     def score(self, item: Item, completion: str) -> Score: ...
 
 
-def load_task(name: str) -> Task:
-    """The task of this name. ValueError for an unknown name, or for a task whose train and test splits overlap."""
-    from es_finetune.tasks.countdown import Countdown
-    from es_finetune.tasks.countdown_char import CountdownChar
+NAMES = ("countdown", "countdown-char", "conciseness", "math", "reasoning-gym:<name>", "custom")
 
-    tasks = {task.name: task for task in (CountdownChar, Countdown)}
-    if name not in tasks:
-        raise ValueError(f"unknown task {name!r}; choose one of: {', '.join(tasks)}")
-    task = tasks[name]()
+Data = str | Path | Iterable[Mapping[str, Any]]
+
+
+def load_task(
+    name: str,
+    *,
+    data: Data | None = None,
+    test_data: Data | None = None,
+    reward: str | Callable[[str, dict], Any] | None = None,
+    seed: int = 0,
+    time_limit: float = 5.0,
+    test_share: float = 0.2,
+) -> Task:
+    """The task of this name, its splits checked to be disjoint.
+
+    countdown              needs nothing; `seed` decides the questions
+    countdown-char         needs nothing; its split is fixed, for the embedded model was trained on it
+    conciseness            needs nothing
+    math                   `data`, `test_data`: names of hub datasets, or local files and folders; the defaults are MATH
+                           levels 3 to 5 and MATH-500
+    reasoning-gym:<name>   any dataset of the package reasoning-gym; `seed` decides the questions
+    custom                 `data`: a JSON lines file or dicts, each with a "prompt"; `reward`: "module:function" or
+                           "file.py:function", run in a process of its own, or a callable, run in this one without a time
+                           limit. Without `test_data` the share `test_share` of the prompts is held out
+
+    `time_limit`: seconds that scoring one answer may take where it runs in a process of its own.
+    ValueError, in one sentence, for an unknown name, an argument that the task does not take, bad data, a reward that is
+    none, a package that is not installed, and splits that overlap.
+    """
+    if not (math.isfinite(time_limit) and time_limit > 0):
+        raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}; it must lie between 0 and 1")
+    if reward is not None and name != "custom":
+        raise ValueError(f"task {name!r} has a reward of its own; reward is for the task 'custom'")
+    if (data is not None or test_data is not None) and name not in ("custom", "math"):
+        raise ValueError(f"task {name!r} makes its own questions; data and test_data are for the tasks 'math' and 'custom'")
+
+    if name == "countdown":
+        from es_finetune.tasks.countdown import Countdown
+
+        task = Countdown(seed)
+    elif name == "countdown-char":
+        from es_finetune.tasks.countdown_char import CountdownChar
+
+        task = CountdownChar()
+    elif name == "conciseness":
+        from es_finetune.tasks.conciseness import Conciseness
+
+        task = Conciseness()
+    elif name == "math":
+        from es_finetune.tasks.mathematics import Mathematics
+
+        task = Mathematics(data, test_data, time_limit)
+    elif name.startswith("reasoning-gym:"):
+        from es_finetune.tasks.reasoning import Reasoning
+
+        task = Reasoning(name.removeprefix("reasoning-gym:"), seed, time_limit)
+    elif name == "custom":
+        from es_finetune.tasks.data import Custom
+
+        task = Custom(data, reward, test_data, time_limit, test_share)
+    else:
+        raise ValueError(f"unknown task {name!r}; choose one of: {', '.join(NAMES)}")
     check_disjoint(task)
     return task
 
@@ -57,4 +128,5 @@ def check_disjoint(task: Task) -> None:
     """ValueError if a question of the test split can also be trained on."""
     shared = {item.key for item in task.train} & {item.key for item in task.test}
     if shared:
-        raise ValueError(f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {next(iter(shared))}")
+        example = str(min(shared, key=str))
+        raise ValueError(f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {example[:200]}")

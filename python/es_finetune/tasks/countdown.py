@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from es_finetune.tasks import Item, Score
 from es_finetune.tasks.arithmetic import evaluate
+from es_finetune.tasks.extract import last_block
 
 OPENED = "<think>"  # the prompt ends with it, so a completion begins inside the block
 MAX_COMPLETION = 50_000  # characters; 1024 tokens of reasoning are about 4,000
@@ -21,6 +22,10 @@ class Countdown:
 
     name = "countdown"
     max_new_tokens = 1024
+    metric = "exact"
+    floor = 0.0
+    eval_samples = 1
+    notes = ()
 
     def __init__(self, seed: int = 0, train: int = 200, test: int = 2000):
         # One draw without repetition, then a cut: that is what makes the splits disjoint. A question is its multiset of
@@ -47,8 +52,8 @@ class Countdown:
         if len(completion) > MAX_COMPLETION:
             return Score(0.0, 0.0, 0.0)
         text = OPENED + completion
-        thought = _block(text, "think")
-        answer = _block(text, "answer")
+        thought = last_block(text, "think")
+        answer = last_block(text, "answer")
         if thought is not None and text == f"<think>{thought}</think>\n<answer>{answer}</answer>":
             format = 1.0
         else:
@@ -67,13 +72,6 @@ def prompt(numbers: list[int], target: int) -> str:
         "and only the operations +, -, * and /. Put your work inside <think> </think> tags and the final answer inside "
         "<answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>. Solve this step by step.\n" + OPENED
     )
-
-
-def _block(text: str, tag: str) -> str | None:
-    """Inside of the last complete block of this tag; linear in the length of the text, unlike a lazy regular expression."""
-    end = text.rfind(f"</{tag}>")
-    start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return text[start + len(tag) + 2 : end] if start >= 0 else None
 
 
 def _random_value(draws: random.Random, numbers: list[int]) -> int | None:
