@@ -1,0 +1,242 @@
+"""The engine over a transformers model that lives in this process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from es_finetune.engines import Answer
+
+PATHS = ("dynamic", "static", "continuous")
+_CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
+_LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in float32
+
+
+class HFEngine:
+    """Decoding with transformers' own loops. Greedy, or at `temperature` > 0 sampled from the whole vocabulary (no top_k, no top_p),
+    from `seed` anew in every call and leaving torch's generators as they were: equal weights give equal answers, and members of a
+    generation share their random numbers.
+
+    `path`: how. All three stop a row at its end token and a batch when each of its rows has ended or has `max_new_tokens`.
+
+    - "dynamic": left-padded batches of `batch_size` prompts of similar length, each with a KV cache of its own that grows. Fastest on a
+      CPU and for small models.
+    - "static": the same batches over KV caches of fixed size; on CUDA transformers compiles the decoding step and replays it as a CUDA
+      graph, which is captured for the addresses of weights and cache. So each cache is kept for the next call (only as memory: it is
+      zeroed before each batch) and weights must be changed in place, as EvolutionStrategy does, never assigned anew.
+    - "continuous": no batches; a prompt starts as soon as one of `batch_size` places is free, over a paged KV cache that lives for one
+      call and shares no blocks between prompts. With flash attention (float16 or bfloat16 on CUDA; used where it is installed) decoding
+      steps are CUDA graphs, captured anew in each call: it pays where answers are long and of very different lengths.
+
+    Which prompts are computed together depends only on the prompts and on `batch_size`: greedy text can differ in the last bits of the
+    logits when path, batch split, thread count or GPU changes, so runs that shall agree must fix them.
+    """
+
+    def __init__(self, model, tokenizer, max_new_tokens: int, batch_size: int, *, path: str = "dynamic", temperature: float = 0.0, seed: int = 0):
+        from transformers import GenerationConfig
+
+        if path not in PATHS:
+            raise ValueError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and save it")
+        # Without PEFT's wrapper, which adds nothing to generating: its layers sit inside the model, and so do the options to replace.
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
+        self.path, self.temperature, self.seed = path, temperature, seed
+        eos = self.model.generation_config.eos_token_id
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        self.options = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            **sampling,
+            eos_token_id=sorted(self.eos) or None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self._caches: dict[int, tuple] = {}  # rows -> (positions, StaticCache)
+
+    def tokenize(self, prompts: Sequence[str | Sequence[dict]]) -> list[list[int]]:
+        """Token ids of each prompt: text with the special tokens that the tokenizer adds by itself, messages as its chat template says."""
+        rendered = [prompt if isinstance(prompt, str) else self._render(number, prompt) for number, prompt in enumerate(prompts)]
+        ids: list[list[int]] = [[]] * len(rendered)
+        for raw in (True, False):  # the template has written the special tokens of a chat already
+            rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) == raw]
+            if rows:
+                found = self.tokenizer([rendered[row] for row in rows], add_special_tokens=raw)["input_ids"]
+                for row, tokens in zip(rows, found, strict=True):
+                    ids[row] = tokens
+        return ids
+
+    def encode(self, prompts: Sequence[str | Sequence[dict]]) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
+        """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the batch that needs most
+        memory runs first; for path "continuous" the prompts' ids, which need no batches.
+
+        ValueError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or for messages
+        where the tokenizer has no chat template.
+        """
+        tokens = self.tokenize(prompts)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        for number, ids in enumerate(tokens):
+            if not ids:
+                raise ValueError(f"prompt {number} has no tokens: leave it out, or use a tokenizer that begins texts with a special token")
+            if len(ids) + self.max_new_tokens > positions:
+                raise ValueError(
+                    f"prompt {number} has {len(ids)} tokens, too many for {self.max_new_tokens} new ones within the model's {positions} "
+                    f"positions: shorten it, or lower max_new_tokens"
+                )
+        if self.path == "continuous":
+            return tokens
+        order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
+        batches = []
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            longest = len(tokens[rows[0]])
+            ids = [[self.tokenizer.pad_token_id] * (longest - len(tokens[row])) + tokens[row] for row in rows]
+            mask = [[0] * (longest - len(tokens[row])) + [1] * len(tokens[row]) for row in rows]
+            device = self.model.device
+            batches.append((rows, {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}))
+        return batches
+
+    def generate(self, encoded: list) -> list[Answer]:
+        """One answer per prompt, in the prompts' order. RuntimeError where transformers' continuous batching gave up."""
+        with self._only_our_options(), self._own_random_numbers():
+            tokens = self._in_places(encoded) if self.path == "continuous" else self._in_batches(encoded)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
+
+    @torch.no_grad()
+    def log_probs(self, prompts: Sequence[str | Sequence[dict]], answers: Sequence[Answer]) -> list[torch.Tensor]:
+        """Natural log of the probability of each token of `answers` after its prompt and the tokens before it, at temperature 1 under the
+        weights of this moment: one f32 tensor [len(answer.ids)] on the CPU per answer, in their order."""
+        asked = self.tokenize(prompts)
+        whole = [ids + list(answer.ids) for ids, answer in zip(asked, answers, strict=True)]
+        order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
+        result: list[torch.Tensor] = [torch.empty(0)] * len(whole)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        while order:
+            longest = len(whole[order[0]])
+            rows = order[: max(1, min(self.batch_size, _LOGITS_AT_ONCE // (longest * vocabulary)))]
+            order = order[len(rows) :]
+            # Padded on the right: no real token sees what comes after it, and positions count from 0 without a word from us.
+            ids = torch.tensor([whole[row] + [self.tokenizer.pad_token_id] * (longest - len(whole[row])) for row in rows])
+            mask = torch.tensor([[1] * len(whole[row]) + [0] * (longest - len(whole[row])) for row in rows])
+            logits = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False).logits
+            for row, scores in zip(rows, logits):
+                begin, end = len(asked[row]), len(whole[row])
+                chosen = torch.tensor(whole[row][begin:end], device=logits.device)
+                log_p = torch.log_softmax(scores[begin - 1 : end - 1].float(), dim=-1)
+                result[row] = log_p.gather(1, chosen[:, None]).squeeze(1).cpu()
+        return result
+
+    def _render(self, number: int, messages: Sequence[dict]) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"prompt {number} is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text"
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(f"prompt {number}: the tokenizer's chat template refuses the messages: {error}") from error
+
+    def _in_batches(self, batches: list[tuple[list[int], dict[str, torch.Tensor]]]) -> list[list[int]]:
+        tokens: list[list[int]] = [[]] * sum(len(rows) for rows, _ in batches)
+        longest = max((inputs["input_ids"].shape[1] for _, inputs in batches), default=0)
+        for rows, inputs in batches:
+            cache = {"past_key_values": self._empty_cache(len(rows), longest)} if self.path == "static" else {}
+            ids = self.model.generate(**inputs, **cache, generation_config=self.options)
+            for row, answer in zip(rows, ids[:, inputs["input_ids"].shape[1] :].tolist()):
+                tokens[row] = self._until_end(answer)
+        return tokens
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """Without what generate() fills a row with after its end."""
+        return next((ids[: place + 1] for place, token in enumerate(ids) if token in self.eos), ids)
+
+    def _empty_cache(self, rows: int, longest: int):
+        """The cache for batches of so many rows. generate() would make one per call, at another address: a new CUDA graph each time."""
+        from transformers import StaticCache
+
+        length, cache = self._caches.pop(rows, (0, None))
+        if length < longest + self.max_new_tokens:
+            length = -(-(longest + self.max_new_tokens) // _CACHE_STEP) * _CACHE_STEP
+            cache = StaticCache(config=self.model.config, max_cache_len=length)
+        self._caches[rows] = length, cache
+        cache.reset()
+        return cache
+
+    @torch.no_grad()
+    def _in_places(self, prompts: list[list[int]]) -> list[list[int]]:
+        """transformers' continuous batching. As its generate_batch, but each prompt is in the queue before the loop starts, so that which
+        prompts share a step (and the order of random numbers) does not depend on the speed of a thread, and failures are raised."""
+        from transformers import ContinuousBatchingConfig
+        from transformers.generation.continuous_batching.utils import WorkloadHints
+
+        if not prompts:
+            return []
+        model, longest = self.model, max(len(ids) for ids in prompts)
+        places = min(self.batch_size, len(prompts))
+        page = ContinuousBatchingConfig.page_size
+        config = ContinuousBatchingConfig(
+            allow_block_sharing=False,
+            # What `places` of the longest prompts can fill, not what happens to be free on the device, lest text depend on that.
+            num_blocks=places * -(-(longest + self.max_new_tokens) // page) + 1,
+            safety_margin=0.0,
+            max_batch_tokens=max(places, min(8192, places * longest)),
+            max_requests_per_batch=places,
+            auto_switch_to_flash=model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16),
+        )
+        attention = model.config._attn_implementation
+        manager = None
+        try:
+            hints = WorkloadHints(max_prompt_length=longest, max_generated_length=self.max_new_tokens, num_requests=len(prompts))
+            manager = model.init_continuous_batching(self.options, config, hints)
+            manager.warmup()
+            names = manager.add_requests(prompts, max_new_tokens=self.max_new_tokens)
+            manager.start()
+            results = {}
+            while len(results) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.error is not None:
+                    raise RuntimeError(f"continuous batching failed: {result.error}; a smaller batch_size needs less memory")
+                if result is not None and result.is_finished():
+                    results[result.request_id] = result.generated_tokens
+                elif result is None and not manager.is_running():
+                    raise RuntimeError(f"continuous batching stopped by itself: {manager.background_thread_status.fatal_error}")
+            return [results[name] for name in names]
+        except MemoryError as error:
+            raise RuntimeError(f"no memory for the KV caches of {places} answers at a time: lower batch_size ({error})") from error
+        finally:
+            if manager is not None:
+                if manager.is_running():
+                    manager.stop(hard_stop=True)
+                manager.destroy()
+            if model.config._attn_implementation != attention:  # it switches back only when it ends well
+                model.set_attn_implementation(attention)
+
+    @contextmanager
+    def _only_our_options(self) -> Iterator[None]:
+        """Without the checkpoint's own: generate() fills what a caller leaves open from them, and e.g. Qwen2.5-Instruct ships sampling and
+        a repetition penalty."""
+        theirs = self.model.generation_config
+        self.model.generation_config = self.options
+        try:
+            yield
+        finally:
+            self.model.generation_config = theirs
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        if not self.temperature and self.path != "continuous":  # which draws a seed for torch's generators even where it is greedy
+            yield
+            return
+        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            yield

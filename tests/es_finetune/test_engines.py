@@ -1,0 +1,283 @@
+"""Contract under test: the engine over a transformers model, on each of its paths.
+
+- An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the path or what was
+  generated before (no KV block survives a weight change). It is greedy, or sampled from the model's own distribution, whatever sampling
+  options the checkpoint carries; sampled answers repeat, and torch's generators stay as they were.
+- An answer's ids end with its first end token; text leaves special tokens out.
+- Prompts are text as it is, or chats as the tokenizer's template writes them, with special tokens once. What cannot be asked is refused
+  before any work.
+- log_probs are those of the model at temperature 1, whatever the batches.
+"""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import es_finetune.models
+from es_finetune import EvolutionStrategy
+from es_finetune.engines import Answer, hf
+from es_finetune.engines.hf import PATHS, HFEngine
+from es_finetune.tasks import load_task
+
+EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "countdown_char"
+PROMPTS = [item.prompt for item in load_task("countdown-char").test[:40]]
+all_paths = pytest.mark.parametrize("path", PATHS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture
+def model():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval()
+
+
+@pytest.fixture
+def long_model():
+    """Random weights, large enough that each change of them changes what is written; positions for prompts of several cache blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=22,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """One token per character, <s> put in front by the tokenizer itself and also by its chat template."""
+    names = ["<pad>", "<s>", "</s>", "<user>", "<model>", *"abcdef "]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": ["<user>", "<model>"]})
+    made.chat_template = (
+        "<s>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+    )
+    return made
+
+
+def generate(model, tokenizer, prompts=PROMPTS, batch_size=16, new=12, **options):
+    engine = HFEngine(model, tokenizer, new, batch_size, **options)
+    return engine.generate(engine.encode(prompts))
+
+
+# --- what an answer depends on
+
+
+@all_paths
+def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches_and_the_path(model, tokenizer, path):
+    assert len({len(prompt) for prompt in PROMPTS}) > 1  # so batches are padded
+    expected = generate(model, tokenizer, batch_size=1)
+    assert len({answer.text for answer in expected}) > 20
+    assert generate(model, tokenizer, path=path) == expected
+    assert generate(model, tokenizer, PROMPTS[::-1], path=path) == expected[::-1]
+
+
+def test_rows_are_left_padded_and_the_longest_prompts_come_first(model, tokenizer):
+    batches = HFEngine(model, tokenizer, 12, 8).encode(PROMPTS)
+    assert sorted(i for rows, _ in batches for i in rows) == list(range(len(PROMPTS)))
+    lengths = [inputs["attention_mask"].sum(1) for _, inputs in batches]
+    assert torch.equal(torch.cat(lengths), torch.cat(lengths).sort(descending=True).values)
+    for rows, inputs in batches:
+        assert inputs["attention_mask"][:, -1].all()
+        assert [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*inputs.values())] == [PROMPTS[i] for i in rows]
+
+
+@all_paths
+def test_nothing_survives_a_weight_change(long_model, tokenizer, path):
+    common = "123456789+" * 60  # of more than two blocks of 256 positions, the size that prefix caches share
+    prompts = [common + tail for tail in ("1=", "2+3=", "4,5,6:")]
+    engine = HFEngine(long_model, tokenizer, 12, 64, path=path)
+    encoded = engine.encode(prompts)
+    before = engine.generate(encoded)
+    opt = EvolutionStrategy(long_model.named_parameters(), sigma=0.1, population=2)
+    with opt.perturbed(0):
+        inside = engine.generate(encoded)
+        assert inside == generate(long_model, tokenizer, prompts)
+        assert all(a != b for a, b in zip(inside, before))
+    assert engine.generate(encoded) == before
+
+
+@all_paths
+def test_calls_leave_nothing_behind(model, tokenizer, path):
+    model.set_attn_implementation("eager")  # continuous batching computes with another one
+    theirs, names = model.generation_config, set(vars(model))
+    engine = HFEngine(model, tokenizer, 12, 64, path=path)
+    threads, state = set(threading.enumerate()), torch.get_rng_state()
+    encoded = engine.encode(PROMPTS[:4])
+    for _ in range(2):
+        engine.generate(encoded)
+        assert set(threading.enumerate()) <= threads and torch.equal(torch.get_rng_state(), state)
+        assert model.config._attn_implementation == "eager" and model.generation_config is theirs and set(vars(model)) == names
+
+
+def test_a_static_cache_is_kept_at_its_address_and_serves_prompts_of_any_length(long_model, tokenizer):
+    engine = HFEngine(long_model, tokenizer, 12, 2, path="static")
+    long, short = ["12+" * 90, "3+4" * 80, "7-1" * 70], ["1+", "2+2=", "45"]
+    expected = {tuple(prompts): generate(long_model, tokenizer, prompts) for prompts in (long, short)}
+    addresses = []
+    for prompts in (short, long, short, long):
+        assert engine.generate(engine.encode(prompts)) == expected[tuple(prompts)]
+        addresses.append(sorted(cache.layers[0].keys.data_ptr() for _, cache in engine._caches.values()))
+    assert addresses[1] == addresses[2] == addresses[3] and len(addresses[1]) == 2  # one for two rows, one for the third
+
+
+def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(model, tokenizer, monkeypatch):
+    model.set_attn_implementation("eager")
+    engine = HFEngine(model, tokenizer, 12, 4, path="continuous")
+    encoded, threads = engine.encode(PROMPTS[:4]), set(threading.enumerate())
+    expected = engine.generate(encoded)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the forward pass broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", broken)
+        with pytest.raises(RuntimeError, match="continuous batching"):
+            engine.generate(encoded)
+    assert set(threading.enumerate()) <= threads and model.config._attn_implementation == "eager"
+    assert engine.generate(encoded) == expected
+
+
+# --- where an answer ends
+
+
+@all_paths
+def test_an_answer_ends_at_the_first_end_token_of_several(model, tokenizer, path):
+    eos, plus = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("+")
+    model.generation_config.eos_token_id = [eos, plus]
+    answers = generate(model, tokenizer, path=path)
+    last = [answer.ids[-1] for answer in answers]
+    assert last.count(eos) > 3 and last.count(plus) > 3
+    for text, ids in answers:
+        assert not set(ids[:-1]) & {eos, plus, tokenizer.pad_token_id}
+        assert text == tokenizer.decode(ids, skip_special_tokens=True) and not set(text) & set("_^$")
+
+
+@all_paths
+def test_an_answer_without_end_has_all_its_tokens(model, tokenizer, path):
+    assert all(len(answer.ids) == 3 for answer in generate(model, tokenizer, new=3, path=path))
+
+
+# --- sampling
+
+
+@all_paths
+def test_sampling_options_of_the_checkpoint_do_not_matter(model, tokenizer, path):
+    before = generate(model, tokenizer, path=path)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=5.0, max_new_tokens=2, suppress_tokens=[5, 6, 7]
+    )
+    assert generate(model, tokenizer, path=path) == before
+
+
+@all_paths
+def test_sampled_answers_repeat_and_follow_the_seed(model, tokenizer, path):
+    engine = HFEngine(model, tokenizer, 12, 16, path=path, temperature=1.5, seed=3)
+    encoded, state = engine.encode(PROMPTS[:8]), torch.get_rng_state()
+    first = engine.generate(encoded)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert engine.generate(encoded) == first
+    assert generate(model, tokenizer, PROMPTS[:8], path=path, temperature=1.5, seed=4) != first
+    assert first != generate(model, tokenizer, PROMPTS[:8])
+
+
+def test_samples_come_from_the_whole_distribution_at_the_temperature(model, tokenizer):
+    model.generation_config.update(do_sample=True, top_k=3, top_p=0.5)
+    answers = generate(model, tokenizer, PROMPTS[:1] * 4000, batch_size=4000, new=1, temperature=2.0)
+    found = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=22) / 4000
+    logits = model(tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]).logits[0, -1]
+    expected = torch.softmax(logits / 2.0, dim=-1)
+    assert (expected > 0.01).sum() > 4  # so top_k or top_p would show
+    assert (found - expected).abs().max() < 0.03  # 4 standard errors
+
+
+def test_samples_come_from_a_large_vocabulary_too(tokenizer):
+    """transformers' own top_k is 50, more than the tokens of the model above."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
+    engine = HFEngine(model, tokenizer, 1, 4000, temperature=1.0)
+    found = model.generate(**engine.encode(PROMPTS[:1] * 4000)[0][1], generation_config=engine.options)[:, -1]
+    assert len(found.unique()) > 190
+
+
+# --- prompts
+
+
+def test_text_is_taken_as_it_is_and_chats_by_the_template_with_special_tokens_once(tiny_llama, chat_tokenizer):
+    engine = HFEngine(tiny_llama, chat_tokenizer, 4, 4)
+    chat = ({"role": "user", "content": "ab"}, {"role": "user", "content": "c"})
+    assert engine.tokenize(["abc", chat, "d", list(chat)]) == [[1, 5, 6, 7], [1, 3, 5, 6, 3, 7, 4], [1, 8], [1, 3, 5, 6, 3, 7, 4]]
+    encoded = engine.encode(["abc", chat])
+    assert [rows for rows, _ in encoded] == [[1, 0]]
+    assert len(engine.generate(encoded)) == 2
+
+
+def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, chat_tokenizer):
+    engine = HFEngine(model, tokenizer, 12, 16)
+    with pytest.raises(ValueError, match="prompt 1 is a chat, but the tokenizer has no chat template"):
+        engine.encode(["1", [{"role": "user", "content": "2"}]])
+    with pytest.raises(ValueError, match=r"prompt 2 has 53 tokens, too many for 12 new ones within the model's 64 positions: shorten it, or"):
+        engine.encode(["1", "2", "3" * 53])
+    engine.encode(["3" * 52])
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        engine.encode(["1", ""])
+    with pytest.raises(ValueError, match="prompt 0: the tokenizer's chat template refuses the messages: no system role"):
+        HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "system", "content": "a"}]])
+
+
+def test_options_that_cannot_be_are_refused(model):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    with pytest.raises(ValueError, match="path must be one of dynamic, static, continuous, not 'paged'"):
+        HFEngine(model, tokenizer, 12, 16, path="paged")
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        HFEngine(model, tokenizer, 12, 16, temperature=-1.0)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        HFEngine(model, tokenizer, 12, 16)
+
+
+# --- log probabilities
+
+
+@pytest.mark.parametrize("at_once", [2**28, 1000])
+def test_log_probs_are_those_of_each_token_at_temperature_1(model, tokenizer, monkeypatch, at_once):
+    monkeypatch.setattr(hf, "_LOGITS_AT_ONCE", at_once)
+    engine = HFEngine(model, tokenizer, 12, 16, temperature=2.0)
+    answers = engine.generate(engine.encode(PROMPTS))
+    answers[3] = Answer("", ())
+    found = engine.log_probs(PROMPTS, answers)
+    assert len({len(row) for row in found}) > 3
+    for prompt, answer, log_p in zip(PROMPTS, answers, found, strict=True):
+        ids = tokenizer(prompt)["input_ids"] + list(answer.ids)
+        with torch.no_grad():
+            whole = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+        begin = len(ids) - len(answer.ids)
+        expected = torch.stack([whole[place - 1, ids[place]] for place in range(begin, len(ids))]) if answer.ids else torch.empty(0)
+        assert log_p.dtype == torch.float32 and not log_p.requires_grad
+        torch.testing.assert_close(log_p, expected, rtol=0, atol=1e-5)
+
+
+def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model, tokenizer):
+    peft = pytest.importorskip("peft")
+    base = generate(model, tokenizer)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    theirs = model.generation_config
+    adapted = generate(wrapped, tokenizer)
+    assert adapted != base and model.generation_config is theirs
+    assert adapted == generate(wrapped.merge_and_unload(), tokenizer)
