@@ -1,46 +1,212 @@
-"""`python -m es_finetune <command> [flags]`. Exit code 2 and one line on stderr for a config that cannot run."""
+"""`es-finetune COMMAND [flags]`. Exit code 2 and one line on stderr for what cannot run; 1 for a run that broke off."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-USAGE = """usage: python -m es_finetune <command> [flags]
+CONFIGS = Path(__file__).parent / "configs"
 
-commands:
-  train    fine-tune a model by evolution strategies; without flags but --output, a one-minute demo on an embedded model
+USAGE = """usage: es-finetune COMMAND [flags]
 
-`python -m es_finetune <command> --help` lists the flags."""
+  train [FILE.yaml]   fine-tune a model by evolution strategies; without flags, a one-minute demo on an embedded model.
+                      FILE.yaml holds flags; the experiments of the paper come with the package, as countdown-qwen2.5-1.5b
+  eval                accuracy of a model, or of a run's base or tuned weights, on a task's held-out questions
+  calibrate           find a sigma for a model and a task from a few members
+  replay RUN          make the tuned weights again from base model and log, and prove it by fingerprint
+  export RUN          write the tuned model, made again from the log, for transformers and vLLM
+  report RUN          one HTML page with the plots and sample answers of a run
+
+`es-finetune COMMAND --help` lists the flags."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train}
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "eval": _eval,
+        "calibrate": _calibrate,
+        "replay": _replay,
+        "export": _export,
+        "report": _report,
+    }
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
     if not arguments or arguments[0] not in commands:
         print(f"error: {'no command given' if not arguments else f'unknown command {arguments[0]!r}'}\n{USAGE}", file=sys.stderr)
         return 2
-    return commands[arguments[0]](arguments[1:])
+    try:
+        commands[arguments[0]](arguments[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except _BrokenOff as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
-def _train(arguments: list[str]) -> int:
+class _BrokenOff(Exception):
+    """A run that had begun ended before its end."""
+
+
+def _train(arguments: list[str]) -> None:
+    from es_finetune.config import TrainConfig
+    from es_finetune.runlog import read_log
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = _flags_of(_read_yaml(arguments[0]), TrainConfig) + arguments[1:]
+    if any(argument.partition("=")[0] == "--resume" for argument in arguments):
+        # The log's config, and over it what was given now: Trainer refuses what would make it another run.
+        folder = _flag(arguments, "output")
+        if folder is None:
+            raise ValueError("--resume continues the run in a folder: give it with --output")
+        arguments = _flags_of(read_log(Path(folder) / "run.log")[0]["config"], TrainConfig) + arguments
+    config = _parse(TrainConfig, arguments, "train")
+    from es_finetune.trainer import RewardFailed, Trainer
+
+    trainer = Trainer(config)
+    try:
+        summary = trainer.train()
+    except (OSError, RewardFailed, KeyboardInterrupt) as error:
+        how = f"continue with: es-finetune train --resume --output {config.output}"
+        words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
+        raise _BrokenOff(f"{words}. {trainer.optimizer.generation} generations are kept in {config.output}; {how}") from error
+    metric = summary["metric"]
+    print(
+        f"held-out {metric} {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "
+        f"({summary['share_outside']:.1%} outside generation and reward); theta {summary['fingerprint']}; {config.output}"
+    )
+
+
+def _eval(arguments: list[str]) -> None:
+    from es_finetune.assess import assess
+    from es_finetune.config import EvalConfig
+    from es_finetune.runlog import read_log
+
+    run = _flag(arguments, "run")
+    if run is not None:
+        asked = read_log(Path(run) / "run.log")[0]["config"]
+        names = set(EvalConfig.__dataclass_fields__) - {"output", "seed", "device"}
+        arguments = _flags_of({name: value for name, value in asked.items() if name in names}, EvalConfig) + arguments
+    print(json.dumps(assess(_parse(EvalConfig, arguments, "eval")), indent=2))
+
+
+def _calibrate(arguments: list[str]) -> None:
+    from es_finetune.calibrate import CalibrateConfig, calibrate
+
+    if arguments and not arguments[0].startswith("-"):
+        known = {name: value for name, value in _read_yaml(arguments[0]).items() if name in CalibrateConfig.__dataclass_fields__}
+        arguments = _flags_of(known, CalibrateConfig) + arguments[1:]
+    calibrate(_parse(CalibrateConfig, arguments, "calibrate"))
+
+
+def _replay(arguments: list[str]) -> None:
+    from es_finetune.config import ReplayConfig
+
+    config = _parse(ReplayConfig, _run_first(arguments), "replay")
+    rebuilt = _rebuild(config)
+    optimizer = rebuilt.optimizer
+    print(
+        f"{config.run}: {optimizer.generation} of {len(rebuilt.generations)} generations made again, each with the fingerprints of the log; "
+        f"theta {optimizer.fingerprint('theta'):016x}, live {optimizer.fingerprint('live'):016x}"
+    )
+
+
+def _export(arguments: list[str]) -> None:
+    from es_finetune.config import ExportConfig
+    from es_finetune.model import save_model
+
+    config = _parse(ExportConfig, _run_first(arguments), "export")
+    output = Path(config.output or Path(config.run) / "model")
+    if output.exists() and not config.overwrite:
+        raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it")
+    rebuilt = _rebuild(config)
+    save_model(rebuilt.model, rebuilt.tokenizer, output, merge_lora=config.merge_lora)
+    print(f"{output}: the model after {rebuilt.optimizer.generation} generations, live {rebuilt.optimizer.fingerprint('live'):016x}")
+
+
+def _rebuild(config):
+    from es_finetune.progress import Counter
+    from es_finetune.replay import rebuild
+
+    with Counter(f"replaying {config.run}") as count:
+        return rebuild(config.run, model=config.model, device=config.device, generation=config.generation, on_generation=count)
+
+
+def _report(arguments: list[str]) -> None:
+    from es_finetune.config import ReportConfig
+    from es_finetune.report import report
+
+    print(report(Path(_parse(ReportConfig, _run_first(arguments), "report").run)))
+
+
+# --- flags --------------------------------------------------------------------------------------------------------------
+
+
+def _parse(kind: type, arguments: list[str], command: str) -> Any:
     from transformers import HfArgumentParser
     from transformers.utils.logging import disable_progress_bar
 
-    from es_finetune.trainer import TrainConfig, Trainer
-
     disable_progress_bar()  # "Loading weights", "Writing model shards": two bars of a second each around our own
-    parser = HfArgumentParser(TrainConfig, prog="python -m es_finetune train")
+    parser = HfArgumentParser(kind, prog=f"es-finetune {command}", allow_abbrev=False)
+    parser.error = _refuse  # instead of the usage of fifty flags
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    return config
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _run_first(arguments: list[str]) -> list[str]:
+    return ["--run", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+def _flag(arguments: list[str], name: str) -> str | None:
+    """The value of --name in `arguments`, before they are parsed; the last if there are several."""
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}")
+    return getattr(parser.parse_known_args(arguments)[0], name)
+
+
+def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
+    """The flags that ask for `values`. Through flags, so that types and wrong names are checked in one place."""
+    flags = []
+    for name, value in values.items():
+        if name not in kind.__dataclass_fields__:
+            raise ValueError(f"unknown option {name!r}; `es-finetune train --help` lists them")
+        if value is not None and value != []:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    """The options in a YAML file, or in one that comes with the package."""
+    import yaml
+
+    path = Path(name)
+    if not path.exists():
+        path = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.exists():
+        ready = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"there is no file {name}, and no ready config of that name; ready are {ready}")
     try:
-        (config,) = parser.parse_args_into_dataclasses(arguments)
-        trainer = Trainer(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    summary = trainer.run()
-    print(
-        f"held-out exact {summary['base_exact']:.3f} -> {summary['final_exact']:.3f} in {summary['generations']} generations and "
-        f"{summary['seconds_total']:.1f} s (kernels {summary['seconds_kernels']:.2f} s); theta {summary['fingerprint']}; {config.output}"
-    )
-    return 0
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no options: it must be lines of NAME: VALUE")
+    return values
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

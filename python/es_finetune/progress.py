@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TextColumn
+from rich.table import Column
+
+
+def value(metric: str, number: float | None) -> str:
+    """`exact` in percent, `reward` as a number of about four digits, `?` where it was not measured."""
+    if number is None:
+        return "?"
+    if metric == "exact":
+        return f"{number:.1%}"
+    return f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" if abs(number) < 10_000 else f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """At most seven characters up to 9,999 hours."""
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    if seconds < 119.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:.0f} h"
 
 
 class Progress:
-    """Use as a context manager; `update` after every generation."""
+    """Use as a context manager; `update` after every generation. `metric`: the headline on held-out items, exact or reward."""
 
-    def __init__(self, generations: int, console: Console | None = None):
-        self.generations = generations
+    def __init__(self, generations: int, metric: str = "exact", console: Console | None = None):
+        self.generations, self.metric = generations, metric
         self.console = console or Console(highlight=False, soft_wrap=True)
-        # One column of text under 80 characters: a bar beside it would push the generation off a narrow terminal.
-        self.bar = Bar(TextColumn("{task.description}", markup=False), console=self.console, disable=not self.console.is_terminal)
-        self.row = self.bar.add_task(f"generation 0/{generations}", total=generations)
+        # In a notebook rich draws its live line with ipywidgets; without them it would only complain.
+        self.live = self.console.is_terminal or (self.console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+        # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower still, its end is cut.
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self.bar = Bar(text, console=self.console, disable=not self.live)
+        self.row = self.bar.add_task(f"0/{generations}", total=generations)
+        self.first: tuple[int, float] | None = None
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -27,15 +51,40 @@ class Progress:
         self.bar.stop()
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        """A line that stays: a warning, an estimate, a look at the held-out items."""
+        self.console.print(text, markup=False, highlight=False)
 
-    def update(self, row: dict[str, Any], held_out: float, seconds: float, kernel_share: float) -> None:
-        """`row`: the generation's metrics; `held_out`: latest exact share of theta on held-out prompts; `kernel_share` of `seconds`."""
+    def update(self, row: dict[str, Any], held_out: float | None, seconds: float) -> None:
+        """`row`: the generation's metrics; `held_out`: the latest headline on held-out items; `seconds`: since this process began the run."""
         done = row["generation"] + 1
+        # Looks at the held-out items between generations count, what came before the first one does not.
+        first, then = self.first = self.first or (done, seconds)
+        each = (seconds - then) / (done - first) if done > first else row["seconds"]
+        held = value(self.metric, held_out) if self.metric == "reward" else f"{self.metric} {value(self.metric, held_out)}"
         text = (
-            f"generation {done:{len(str(self.generations))}d}/{self.generations}  reward {row['reward_mean']:.3f} max {row['reward_max']:.3f} exact {row['exact_mean']:.0%} "
-            f"held-out {held_out:.0%}  {seconds:.0f} s  kernels {kernel_share:.1%}"
+            f"{done:{len(str(self.generations))}d}/{self.generations}  reward {value('reward', row['reward_mean'])}  "
+            f"held-out {held}  {duration(seconds)}, {duration(each * (self.generations - done))} left  "
+            f"outside {row['share_outside']:.1%}"
         )
         self.bar.update(self.row, completed=done, description=text)
-        if not self.console.is_terminal and (done % max(1, self.generations // 10) == 0 or done == 1):
+        if not self.live and (done % max(1, self.generations // 10) == 0 or done == 1):
             self.note(text)
+
+
+class Counter:
+    """A live line "what: n" on a terminal, nothing elsewhere; call it with n."""
+
+    def __init__(self, what: str, console: Console | None = None):
+        self.what, self.bar = what, Bar(TextColumn("{task.description}", markup=False), console=console, transient=True)
+        self.bar.disable = not self.bar.console.is_terminal
+        self.row = self.bar.add_task(what, total=None)
+
+    def __enter__(self) -> Counter:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.stop()
+
+    def __call__(self, n: int) -> None:
+        self.bar.update(self.row, description=f"{self.what}: {n}")

@@ -1,272 +1,368 @@
-"""One ES run from a config to a folder: load, measure, train, measure again, write.
+"""One ES run in a folder: load, measure, train, measure again, write; or continue where a killed one stopped.
 
-The folder holds config.json (what was asked for), metrics.jsonl (one object per generation, written as it ends), and at
-the end summary.json, reward.png and model/ (weights, tokenizer, generation config as `save_pretrained` writes them).
+What the folder holds is in README ("A run is a folder"). run.log and journal decide how a run continues (runlog.py); all
+other files are for people and can be made again from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
+import math
 import random
+import resource
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import es_kernels
-from es_finetune.evaluate import Evaluation, Evaluator, HFEngine
-from es_finetune.optimizer import EvolutionStrategy
-from es_finetune.progress import Progress
-from es_finetune.segments import named_segments
-from es_finetune.tasks import Item, load_task
+from es_finetune.config import FREE, TrainConfig, asked, model_options
+from es_finetune.engines.hf import HFEngine
+from es_finetune.evaluate import Evaluation, Evaluator
+from es_finetune.files import append_row, read_rows, write_atomically
+from es_finetune.health import Health, warnings_of
+from es_finetune.measure import headline, interval, save_answers
+from es_finetune.model import load_model, pick_device, save_model
+from es_finetune.plot import plot_run
+from es_finetune.progress import Progress, duration
+from es_finetune.replay import check_start, config_of, fast_forward, start_of
+from es_finetune.runlog import FORMAT, Generation, SealedLines, parse_log, read_log
+from es_finetune.snapshot import save_snapshot
+from es_finetune.tasks import Item, Task, load_task
+from es_finetune.tracking import Tracker, require
+from es_finetune.tuning import make_optimizer, set_schedules
 from es_kernels.noise import PROMPT_CHOICE, member_seed
 
-EMBEDDED_MODEL = Path(__file__).parent / "models" / "countdown_char"
-
-# What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87
-# points of exact plain answers and 0.02 costs 14; threads=1 because a model this small gains nothing from a second one, and
-# with two a busy neighbour on either core makes every small matrix product wait (10 times slower in a trial).
-PAPER = {"sigma": 1e-3, "lr": 5e-4, "generations": 500, "prompts": 0, "eval_every": 25, "batch_size": 100, "threads": 0}
-DEMO = {"sigma": 0.01, "lr": 0.01, "generations": 30, "prompts": 128, "eval_every": 5, "batch_size": 128, "threads": 1}
+# All that a run may leave in its folder. Another name in it means that the folder is somebody else's.
+FILES = ("config.json", "run.log", "journal", "metrics.jsonl", "evals.jsonl", "summary.json", "reward.png", "report.html", "wandb-id")
+FOLDERS = ("answers", "snapshots", "model", "tensorboard", "wandb")
 
 
-def _flag(help: str, default: Any = None):
-    return field(default=default, metadata={"help": help})
-
-
-def _preset(name: str, help: str):
-    return _flag(f"{help}; {DEMO[name]} with the embedded model, else {PAPER[name]}")
-
-
-@dataclass
-class TrainConfig:
-    """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one, else
-    the paper's."""
-
-    output: str = field(metadata={"help": "folder of the run; a run of the same config in it is done again"})
-    task: str = _flag("what to learn: countdown-char or countdown", "countdown-char")
-    model: str | None = _flag("folder or hub name of a causal LM; countdown-char brings its own")
-    population: int = _flag("members per generation", 30)
-    generations: int | None = _preset("generations", "how many updates")
-    sigma: float | None = _preset("sigma", "scale of the noise")
-    lr: float | None = _preset("lr", "scale of the update")
-    weight_decay: float = _flag("per update, times lr", 0.0)
-    anchored: bool = _flag("decay toward the initial weights instead of zero", False)
-    antithetic: bool = _flag("members in pairs of opposite noise", False)
-    base: str = _flag("where the exact weights live: fp32, copy or none", "fp32")
-    prompts: int | None = _preset("prompts", "training prompts per generation, drawn anew each time; 0: all of them, always")
-    batch_size: int | None = _preset("batch_size", "prompts per call of generate")
-    max_new_tokens: int | None = _flag("length of an answer; the task's own if not given")
-    eval_every: int | None = _preset("eval_every", "generations between looks at the held-out prompts; 0: only first and last")
-    eval_items: int = _flag("how many held-out prompts; 0: all", 0)
-    seed: int = _flag("of the whole run", 0)
-    threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
-    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
-    overwrite: bool = _flag("replace a run of another config in the output folder", False)
-
-    def __post_init__(self):
-        if self.model is None:
-            if self.task == "countdown":
-                raise ValueError("task 'countdown' needs a model: give --model with a folder or hub name")
-            self.model = "embedded"
-        for name, value in (DEMO if self.model == "embedded" else PAPER).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        for name, least in (("generations", 1), ("batch_size", 1), ("prompts", 0), ("eval_every", 0), ("eval_items", 0), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.base not in ("fp32", "copy", "none"):
-            raise ValueError(f"base must be fp32, copy or none, not {self.base!r}")
-        # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
-        EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **self.es_options())
-
-    def es_options(self) -> dict[str, Any]:
-        names = ("sigma", "lr", "weight_decay", "anchored", "population", "seed", "antithetic")
-        return {"base": None if self.base == "none" else self.base, **{name: getattr(self, name) for name in names}}
+class RewardFailed(RuntimeError):
+    """A reward raised, hung or returned no number, and the run was asked to stop then."""
 
 
 class Trainer:
-    """Everything a run needs, made and checked before it starts; `run` does the work.
+    """Everything a run needs, made and checked before it starts; `train` does the work.
 
-    A bad config, model or folder raises ValueError or OSError from the constructor.
+    config:            what to do. Its `model` and `task` are loaded, unless objects are given:
+    model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its tokenizer,
+                       which must pad on the left. config.model is then only the name in the log.
+    task:              any object with the attributes of tasks.Task, as load_task("custom", data=[...], reward=function).
+
+    A bad config, model, task or folder raises ValueError or OSError from the constructor, before any long work.
     """
 
-    def __init__(self, config: TrainConfig):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
         self.config = config
-        self.task = load_task(config.task)
-        if config.prompts > len(self.task.train):
-            raise ValueError(f"prompts must be at most {len(self.task.train)}, the training prompts of {config.task}, not {config.prompts}")
         self.folder = Path(config.output)
-        _refuse_other_contents(self.folder, config)
-        device = _device(config.device)
+        self._claim_folder()
+        require(config.report_to)
         if config.threads:
             torch.set_num_threads(config.threads)
-        path = str(EMBEDDED_MODEL) if config.model == "embedded" else config.model
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
-        except (ValueError, OSError) as error:  # transformers' own words can be a page
-            raise ValueError(f"model {path} could not be loaded: {str(error).splitlines()[0]}") from error
-        self.engine = HFEngine(self.model, self.tokenizer, config.max_new_tokens or self.task.max_new_tokens, config.batch_size)
-        self.optimizer = EvolutionStrategy(named_segments(self.model), **config.es_options())
-        self.backend = es_kernels.active_backend(self.model.device)
-        _begin(self.folder, config)
+        self.task = task or load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
+        if config.prompts > len(self.task.train):
+            raise ValueError(f"prompts must be at most {len(self.task.train)}, the training prompts of {config.task}, not {config.prompts}")
+        if (model is None) != (tokenizer is None):
+            raise ValueError("give model and tokenizer together, or neither to load the config's")
+        if model is None:
+            model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
+        else:
+            identity = {"name": config.model, "class": type(model).__name__, "in_memory": True}
+        self.model, self.tokenizer = model, tokenizer
+        self.engine = HFEngine(model, tokenizer, config.max_new_tokens or self.task.max_new_tokens, config.batch_size, path=config.decoding)
+        self.optimizer = make_optimizer(model, config)
+        self.backend = es_kernels.active_backend(model.device)
+        self.held_out = Evaluator(self.engine, self.task, self.task.test[: config.eval_items or None])
+        self._training = None if config.prompts else Evaluator(self.engine, self.task, self.task.train)
+        self._rows: list[dict[str, Any]] = []
+        self._looks: list[dict[str, Any]] = []
+        self.health = Health(self.optimizer)  # before resuming: it counts the drift from here
+        self._begin(identity)
+        self.tracker = Tracker(config.report_to, self.folder, asked(config), done=self.optimizer.generation)
 
-    def run(self) -> dict[str, Any]:
-        """Train; returns what summary.json holds."""
+    # --- the folder ---------------------------------------------------------------------------------------------------
+
+    def _claim_folder(self) -> None:
+        """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output {self.folder} is a file: give a folder")
+        found = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        foreign = [name for name in found if name.removesuffix(".tmp").removesuffix(".old") not in FILES + FOLDERS and not name.startswith("eval-")]
+        if foreign:
+            raise ValueError(f"output {self.folder} holds {foreign[0]}, which is no part of a run: give another folder")
+        # A run that was killed before its first line had reached the disk is none.
+        begun = (self.folder / "run.log").exists() and (self.folder / "run.log").stat().st_size > 0
+        if self.config.resume and not begun:
+            raise ValueError(f"output {self.folder} holds no run to resume: leave out --resume, or give the folder of a run")
+        if begun and not (self.config.resume or self.config.overwrite):
+            raise ValueError(f"output {self.folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
+        if self.config.resume:
+            header, generations = read_log(self.folder / "run.log")
+            _refuse_other_config(self.config, config_of(header, self.folder), len(generations))
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        """Open the log, and bring the optimizer to where it ends. A new run also empties the folder and writes config.json."""
+        config, path = self.config, self.folder / "run.log"
+        start = start_of(self.model, self.optimizer)
+        start |= {"metric": self.task.metric, "train_items": _digest(self.task.train)}
+        if not config.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
+            header = {"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), "model": identity, **start, "versions": versions}
+            # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
+            self.log = SealedLines(path)
+            self.log.clear()
+            for name in set(FILES) - {"run.log"}:
+                (self.folder / name).unlink(missing_ok=True)
+            for name in FOLDERS:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            write_atomically(self.folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
+            self.journal = SealedLines(self.folder / "journal", sync=False)
+            self.log.append(header)
+            return
+        self.log = SealedLines(path)
+        header, generations = parse_log(path, self.log.lines)
+        check_start(header, self.model, self.optimizer, config.model)
+        if header["train_items"] != start["train_items"]:
+            raise ValueError(f"the training items of task {config.task} are not those that the run in {self.folder} began with")
+        fast_forward(self.optimizer, generations, snapshots=self.folder / "snapshots")
+        self.journal = SealedLines(self.folder / "journal", sync=False)
+        for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._looks, "evals.jsonl", 1)):
+            rows += [row for row in read_rows(self.folder / name) if row["generation"] < len(generations) + least]
+            write_atomically(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last generation; returns what summary.json holds. Call it once; to go on later, resume."""
+        try:
+            with Progress(self.config.generations, self.task.metric) as progress:
+                self._run(progress)
+            return self._finish()
+        finally:
+            self.tracker.close()
+            self.log.close()
+            self.journal.close()
+
+    def _run(self, progress: Progress) -> None:
         config, optimizer = self.config, self.optimizer
-        start = time.perf_counter()
-        held_out = Evaluator(self.engine, self.task, self.task.test[: config.eval_items or None])
-        curve = [(0, held_out().mean("exact"))]  # (updates done, share of held-out prompts answered exactly)
-        rows: list[dict[str, Any]] = []
-        training = None
-        with Progress(config.generations) as progress, open(self.folder / "metrics.jsonl", "w") as metrics:
-            progress.note(
-                f"{config.task}: {len(held_out.items)} held-out prompts, exact {curve[0][1]:.3f} before; "
-                f"{sum(p.numel() for p in self.model.parameters()):,} parameters, backend {self.backend}"
-            )
-            for generation in range(config.generations):
-                if training is None or config.prompts:
-                    training = Evaluator(self.engine, self.task, self._draw(generation))
-                row = self._generation(training)
-                rows.append(row)
-                metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
-                done = generation + 1
-                if done == config.generations or (config.eval_every and done % config.eval_every == 0):
-                    curve.append((done, held_out().mean("exact")))
-                seconds = time.perf_counter() - start
-                progress.update(row, curve[-1][1], seconds, optimizer.kernel_seconds / seconds)
+        progress.note(
+            f"{self.folder}: {config.task}, {len(self.task.train)} training and {len(self.held_out.items)} held-out prompts; "
+            f"{sum(p.numel() for p in self.model.parameters()):,} parameters, backend {self.backend}"
+        )
+        for note in self.task.notes:
+            progress.note(note)
+        while True:
+            done = optimizer.generation
+            if done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
+                self._look_at_held_out()
+            if done >= config.generations:
+                return
+            row = self._generation()
+            self.tracker.log(row, optimizer.generation)
+            if len(self._rows) == 1:
+                progress.note(self._estimate(row))
+            for warning in row["warnings"]:
+                progress.note(f"generation {row['generation'] + 1}: {warning}")
+            progress.update(row, self._looks[-1][self.task.metric], self._seconds())
+
+    def _generation(self) -> dict[str, Any]:
+        """One generation: score the members that the journal does not hold, update, log. Returns its row of metrics.jsonl."""
+        config, optimizer = self.config, self.optimizer
+        begin, kernels = time.perf_counter(), optimizer.kernel_seconds
+        generation = optimizer.generation
+        set_schedules(optimizer, config)
+        group = dict(optimizer.param_groups[0])
+        training = self._training or Evaluator(self.engine, self.task, self._draw(generation))
+        known = {line["member"]: line for line in self.journal.lines if line["generation"] == generation}
+        if not known:
+            self.journal.clear()
+        looking = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
+
+        def score(member: int) -> dict[str, Any]:
+            if looking and member == 0:
+                self.health.look_at_member()
+            if member not in known:
+                known[member] = {"generation": generation, "member": member, **_line(training())}
+                self.journal.append(known[member])
+            if known[member]["error"] is not None and config.on_reward_error == "stop":
+                raise RewardFailed(f"generation {generation + 1}, member {member}: {known[member]['error']}")
+            return known[member]
+
+        members = optimizer.evaluate(score)
+        if looking:
+            self.health.look_before_update()
+        floor = _floor(self.task, members)
+        rewards = [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
+        means = [math.fsum(row) / len(row) for row in rewards]
+        update = optimizer.tell(rewards if config.shaping == "per_prompt" else means)
+        theta, live = optimizer.fingerprint("theta"), optimizer.fingerprint("live")
+        lr, sigma = (tuple(group[key] for group in optimizer.param_groups) for key in ("lr", "sigma"))
+        digests = [member["digest"] for member in members]
+        seconds = time.perf_counter() - begin
+        generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
+        tokens = sum(member["tokens"] for member in members)
+        row = {
+            "generation": generation,
+            "reward_mean": update.mean,
+            "reward_std": math.sqrt(math.fsum((mean - update.mean) ** 2 for mean in means) / len(means)),
+            "reward_min": min(means),
+            "reward_max": max(means),
+            **{f"{part}_mean": _mean([member[part] for member in members]) for part in ("exact", "format")},
+            "sigma": group["sigma"],
+            "lr": group["lr"],
+            "seconds": seconds,
+            "seconds_generate": generating,
+            "seconds_score": scoring,
+            "seconds_kernels": optimizer.kernel_seconds - kernels,
+            "share_outside": max(0.0, 1 - (generating + scoring) / seconds),
+            "tokens": tokens,
+            "tokens_per_second": tokens / generating if generating else 0.0,
+            "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
+            "failed": sum(member["failed"] for member in members),
+            "failed_example": next((member["error"] for member in members if member["error"] is not None), None),
+            "theta": f"{theta:016x}",
+            "live": f"{live:016x}",
+            "peak_memory_bytes": _peak_memory(self.model.device),
+            **({"health": self.health.look_after_update()} if looking else {}),
+        }
+        row["warnings"] = warnings_of([*self._rows, row], config, base_reward=self._looks[-1]["reward"])
+        append_row(self.folder / "metrics.jsonl", row)
+        self.log.append(Generation(generation, update.z, update.scored, update.mean, lr, sigma, theta, live).to_json())
+        # From here on the generation is made; what follows can be lost.
+        self._rows.append(row)
+        if config.snapshot_every and optimizer.generation % config.snapshot_every == 0:
+            save_snapshot(self.folder / "snapshots", optimizer)
+        return row
+
+    def _draw(self, generation: int) -> list[Item]:
+        """The generation's training prompts, the same for all its members: a draw without repetition."""
+        draws = random.Random(member_seed(self.config.seed, generation, 0, PROMPT_CHOICE))
+        return draws.sample(list(self.task.train), self.config.prompts)
+
+    def _look_at_held_out(self) -> None:
+        """Answer the held-out prompts with theta, unless that is already in evals.jsonl."""
+        done = self.optimizer.generation
+        if any(look["generation"] == done for look in self._looks):
+            return
+        begin = time.perf_counter()
+        evaluation = self.held_out()
+        values = headline(self.task, evaluation.scores)
+        low, high = interval(values, binary=set(values) <= {0.0, 1.0})
+        look = {
+            "generation": done,
+            "items": len(values),
+            **{part: evaluation.mean(part) for part in ("reward", "exact", "format")},
+            "low": low,
+            "high": high,
+            "seconds": time.perf_counter() - begin,
+        }
+        (self.folder / "answers").mkdir(exist_ok=True)
+        save_answers(self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"), self.held_out.items, evaluation.answers, evaluation.scores)
+        append_row(self.folder / "evals.jsonl", look)
+        self._looks.append(look)
+        self.tracker.log(look, done, prefix="held_out")
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the model, the plot and the summary, in this order: a folder that has a summary is complete."""
+        config = self.config
+        first, last = self._looks[0], self._looks[-1]
+        metric = self.task.metric
+        seconds = self._seconds()
+        parts = {key: math.fsum(row[key] for row in self._rows) for key in ("seconds_generate", "seconds_score", "seconds_kernels")}
         summary = {
             "task": config.task,
             "model": config.model,
-            "base_exact": curve[0][1],
-            "final_exact": curve[-1][1],
-            "held_out": len(held_out.items),
-            "held_out_exact": curve,
-            "generations": config.generations,
-            "seconds_total": time.perf_counter() - start,
-            "seconds_generate": sum(row["seconds_generate"] for row in rows),
-            "seconds_score": sum(row["seconds_score"] for row in rows),
-            "seconds_kernels": optimizer.kernel_seconds,
+            "metric": metric,
+            "base": first[metric],
+            "base_interval": [first["low"], first["high"]],
+            "final": last[metric],
+            "final_interval": [last["low"], last["high"]],
+            "held_out": last["items"],
+            "held_out_curve": [[look["generation"], look[metric]] for look in self._looks],
+            "generations": len(self._rows),
+            "seconds_total": seconds,
+            **parts,
+            "share_outside": 1 - (parts["seconds_generate"] + parts["seconds_score"]) / math.fsum(row["seconds"] for row in self._rows),
+            "tokens": sum(row["tokens"] for row in self._rows),
             "backend": self.backend,
             "noise_version": es_kernels.noise.VERSION,
             "seed": config.seed,
-            "fingerprint": f"{optimizer.fingerprint():016x}",
+            "fingerprint": f"{self.optimizer.fingerprint('theta'):016x}",
+            "live": f"{self.optimizer.fingerprint('live'):016x}",
+            "log_bytes": (self.folder / "run.log").stat().st_size,
         }
-        self._leave(summary, rows, curve)
+        if config.save_model:
+            save_model(self.model, self.tokenizer, self.folder / "model")
+        plot_run(self.folder / "reward.png", f"Evolution strategies on {config.task}", metric, self._rows, self._looks)
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _draw(self, generation: int) -> list[Item]:
-        """The generation's training prompts, the same for all its members: all, or a draw without repetition."""
-        if not self.config.prompts:
-            return list(self.task.train)
-        draws = random.Random(member_seed(self.config.seed, generation, 0, PROMPT_CHOICE))
-        return draws.sample(self.task.train, self.config.prompts)
+    def _seconds(self) -> float:
+        return math.fsum([*(row["seconds"] for row in self._rows), *(look["seconds"] for look in self._looks)])
 
-    def _generation(self, training: Evaluator) -> dict[str, Any]:
-        """One step of the optimizer, as a row of metrics.jsonl."""
-        optimizer = self.optimizer
-        start, kernels = time.perf_counter(), optimizer.kernel_seconds
-        members: list[Evaluation] = []
-
-        def reward() -> float:
-            members.append(training())
-            return members[-1].mean("reward")
-
-        generation, group = optimizer.generation, dict(optimizer.param_groups[0])
-        mean = optimizer.step(reward)
-        rewards = [member.mean("reward") for member in members]
-        return {
-            "generation": generation,
-            "reward_mean": mean,
-            "reward_std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
-            "reward_min": min(rewards),
-            "reward_max": max(rewards),
-            "exact_mean": sum(member.mean("exact") for member in members) / len(members),
-            "format_mean": sum(member.mean("format") for member in members) / len(members),
-            "sigma": group["sigma"],
-            "lr": group["lr"],
-            "seconds": time.perf_counter() - start,
-            "seconds_generate": sum(member.seconds_generate for member in members),
-            "seconds_score": sum(member.seconds_score for member in members),
-            "seconds_kernels": optimizer.kernel_seconds - kernels,
-            "theta": f"{optimizer.fingerprint('theta'):016x}",
-            "live": f"{optimizer.fingerprint('live'):016x}",
-        }
-
-    def _leave(self, summary: dict[str, Any], rows: list[dict[str, Any]], curve: list[tuple[int, float]]) -> None:
-        from es_finetune.plot import plot_run
-
-        part = self.folder / "model.tmp"
-        self.model.save_pretrained(part)
-        self.tokenizer.save_pretrained(part)
-        os.replace(part, self.folder / "model")
-        plot_run(self.folder / "reward.png", self.config.task, rows, curve)
-        _write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: a folder that has it is complete
+    def _estimate(self, row: dict[str, Any]) -> str:
+        """What the first generation says of the whole run."""
+        config = self.config
+        looks = 2 + ((config.generations - 1) // config.eval_every if config.eval_every else 0)
+        seconds = row["seconds"] * config.generations + self._looks[0]["seconds"] * looks
+        return (
+            f"estimate: {duration(seconds)} for {config.generations} generations of {row['seconds']:.1f} s and {looks} looks at the held-out prompts "
+            f"of {self._looks[0]['seconds']:.1f} s; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB"
+        )
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Run `config`; returns what summary.json holds."""
-    return Trainer(config).run()
+def _line(evaluation: Evaluation) -> dict[str, Any]:
+    """What the journal keeps of a member's evaluation: all that the generation's update and metrics need."""
+    error = evaluation.error
+    return {
+        "rewards": [score.reward for score in evaluation.scores],
+        "exact": evaluation.mean("exact"),
+        "format": evaluation.mean("format"),
+        "digest": evaluation.digest,
+        "tokens": evaluation.tokens,
+        "failed": evaluation.failed,
+        "error": None if error is None else f"prompt {error[0]}: {error[1]}",
+        "seconds_generate": evaluation.seconds_generate,
+        "seconds_score": evaluation.seconds_score,
+    }
 
 
-def _asked(config: TrainConfig) -> dict[str, Any]:
-    """What config.json holds: all that decides the run."""
-    asked = dataclasses.asdict(config)
-    del asked["output"], asked["overwrite"]
-    return asked
+def _floor(task: Task, members: Sequence[dict[str, Any]]) -> float:
+    """The reward of an answer whose scoring failed: the task's, else the lowest of the generation, else 0."""
+    if task.floor is not None:
+        return task.floor
+    return min((reward for member in members for reward in member["rewards"] if reward is not None), default=0.0)
 
 
-def _refuse_other_contents(folder: Path, config: TrainConfig) -> None:
-    """ValueError unless `folder` is new, empty, or holds a run of the same config (of any, with overwrite)."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file: give a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.keys() != _asked(config).keys():
-        raise ValueError(f"output {folder} holds files that are no run of es_finetune: give another folder")
-    if found != _asked(config) and not config.overwrite:
-        raise ValueError(f"output {folder} holds a run of another config: give another folder, or --overwrite to replace that run")
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
-def _begin(folder: Path, config: TrainConfig) -> None:
-    """Make the folder, without what an earlier run left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "metrics.jsonl", "reward.png"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("model", "model.tmp"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    _write(folder / "config.json", json.dumps(_asked(config), indent=2) + "\n")
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.blake2b(repr([(item.prompt, item.key) for item in items]).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown to torch: give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU: give --device cpu")
-    return device
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text)
-    os.replace(part, path)
+def _refuse_other_config(here: TrainConfig, then: TrainConfig, done: int) -> None:
+    """ValueError if a resumed run would not be the run that was begun."""
+    for field in dataclasses.fields(TrainConfig):
+        name, was, now = field.name, getattr(then, field.name), getattr(here, field.name)
+        if name in FREE or was == now:
+            continue
+        if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
+            continue  # only then does the number of generations decide nothing before its end
+        raise ValueError(f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another folder")

@@ -1,53 +1,85 @@
-"""Contract under test: a run from the command line.
+"""Contract under test: a run and its folder.
 
-It leaves metrics.jsonl, summary.json, reward.png and a model/ that transformers loads, whose weights have the fingerprint
-of the summary; two runs with one seed have one fingerprint; the demo can be run again in its folder, and no other folder is
-ever overwritten; a config that cannot run is one line on stderr and exit code 2, with nothing written.
+A run leaves what README promises, and a model that transformers loads, whose weights have the fingerprint of the log; one
+seed gives one fingerprint. Every option changes what it should. Any model of transformers with noise-capable weights is
+tuned: tied embeddings, fused experts, adapters. A reward that raises or hangs costs its answer, not the run.
 """
 
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import es_kernels
-from es_finetune.cli import main
-from es_finetune.segments import named_segments
-from es_finetune.trainer import EMBEDDED_MODEL, TrainConfig
+from es_finetune import TrainConfig, Trainer
+from es_finetune.files import read_rows
+from es_finetune.runlog import read_log
+from es_finetune.tasks import Item, Score, load_task
+from es_finetune.trainer import RewardFailed
+from es_finetune.tuning import scale
 
-SMALL = ["--generations", "2", "--population", "4", "--prompts", "16", "--eval_items", "32"]
+SMALL = {"generations": 2, "population": 4, "prompts": 16, "eval_items": 32, "report_to": ["none"]}
 
 
-def train(output, *flags):
-    return main(["train", "--output", str(output), *SMALL, *flags])
+def train(output, task=None, **options):
+    options |= {} if task is None else {"task": task.name}
+    trainer = Trainer(TrainConfig(output=str(output), **{**SMALL, **options}), task=task)
+    trainer.train()
+    return trainer
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+class Letters:
+    """Any model's answers have some of the letters that the embedded tokenizer knows: a reward that even random weights can move."""
+
+    name, metric, floor, max_new_tokens, eval_samples, notes = "letters", "reward", None, 4, 1, ()
+    train = [Item(f"^{a},{b}:", (a, b)) for a in range(1, 5) for b in range(5, 9)]
+    test = [Item(f"^{a}:", (a,)) for a in range(1, 9)]
+
+    def score(self, item, completion):
+        return Score(sum(map(ord, completion)) / 100)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "demo"
-    assert train(output) == 0
-    return output
-
-
-def summary(output):
-    return json.loads((output / "summary.json").read_text())
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    train(folder, report_to=["tensorboard"])
+    return folder
 
 
 def test_a_run_leaves_what_it_promises(run):
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "model", "reward.png", "summary.json"]
+    names = "answers config.json evals.jsonl journal metrics.jsonl model reward.png run.log summary.json tensorboard"
+    assert sorted(path.name for path in run.iterdir()) == names.split()
     found = summary(run)
-    assert {"base_exact", "final_exact", "generations", "seconds_total", "seconds_kernels", "backend", "noise_version", "fingerprint"} <= set(found)
-    assert found["generations"] == 2 and found["noise_version"] == es_kernels.noise.VERSION
-    assert 0 < found["seconds_kernels"] < found["seconds_total"]
+    assert found["generations"] == 2 and found["noise_version"] == es_kernels.noise.VERSION and found["metric"] == "exact"
     assert found["backend"] == es_kernels.active_backend(torch.device("cpu"))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["generation"] for row in rows] == [0, 1]
-    for row in rows:
-        assert row["reward_min"] <= row["reward_mean"] <= row["reward_max"]
-        assert row["theta"] == row["live"]  # f32 weights, so both are the same numbers
-    assert rows[-1]["theta"] == found["fingerprint"]
+    assert 0 < found["seconds_kernels"] < found["seconds_total"] and 0 < found["share_outside"] < 1
+    low, high = found["base_interval"]
+    assert 0 < low < found["base"] < high < 1
+    assert found["log_bytes"] == (run / "run.log").stat().st_size
     assert (run / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read_rows(run / "answers" / "base.jsonl")) == len(read_rows(run / "answers" / "tuned.jsonl")) == 32
+    assert [row["generation"] for row in read_rows(run / "evals.jsonl")] == [0, 2]
+
+
+def test_rows_and_log_say_the_same(run):
+    rows = read_rows(run / "metrics.jsonl")
+    header, generations = read_log(run / "run.log")
+    assert [row["generation"] for row in rows] == [g.generation for g in generations] == [0, 1]
+    assert header["model"]["model"] == "embedded" and header["config"]["population"] == 4
+    for row, logged in zip(rows, generations):
+        assert row["reward_min"] <= row["reward_mean"] == logged.reward <= row["reward_max"]
+        assert row["theta"] == row["live"] == f"{logged.theta:016x}"  # f32 weights, so both are the same numbers
+        assert (logged.lr, logged.sigma) == ((row["lr"],), (row["sigma"],))
+        assert row["tokens"] > 0 and row["peak_memory_bytes"] > 1e6 and row["failed"] == 0
+        assert row["seconds"] >= row["seconds_generate"] + row["seconds_score"]
+    assert rows[-1]["theta"] == summary(run)["fingerprint"]
+    assert rows[0]["health"]["correlation_min"][1] > 0.999 and rows[0]["health"]["drift"] > 0
 
 
 def test_the_model_loads_and_is_theta(run):
@@ -59,98 +91,221 @@ def test_the_model_loads_and_is_theta(run):
 
 
 def test_one_seed_one_fingerprint(run, tmp_path):
-    assert train(tmp_path / "again") == 0
+    train(tmp_path / "again")
     assert summary(tmp_path / "again")["fingerprint"] == summary(run)["fingerprint"]
-    assert train(tmp_path / "other", "--seed", "1") == 0
+    train(tmp_path / "other", seed=1)
     assert summary(tmp_path / "other")["fingerprint"] != summary(run)["fingerprint"]
 
 
-def test_the_same_run_may_be_done_again_and_another_only_by_overwrite(run, capsys):
-    before = summary(run)
-    assert train(run) == 0
-    assert summary(run)["fingerprint"] == before["fingerprint"]
-    assert train(run, "--seed", "5") == 2
-    assert "holds a run of another config" in capsys.readouterr().err
-    assert summary(run)["fingerprint"] == before["fingerprint"]
-    assert train(run, "--seed", "5", "--overwrite") == 0
-    assert summary(run)["fingerprint"] != before["fingerprint"]
-    assert train(run, "--overwrite") == 0  # as the other tests found it
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "qwen3_moe", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_model_is_tuned_and_exported(save_tiny, tmp_path, kind, dtype):
+    """The checkpoint's own tensors, read without transformers, have the fingerprint of the log."""
+    model = save_tiny(tmp_path / "base", "llama" if kind == "lora" else kind)
+    options = {"lora_rank": 2} if kind == "lora" else {}
+    trainer = train(tmp_path / "run", Letters(), model=model, dtype=dtype, sigma=0.05, lr=0.05, prompts=0, batch_size=16, **options)
+    _, generations = read_log(tmp_path / "run" / "run.log")
+    assert generations[-1].z is not None
+    (weights,) = (tmp_path / "run" / "model").glob("*.safetensors")
+    tensors = load_file(weights)
+    assert es_kernels.fingerprint(tensors) == generations[-1].live == trainer.optimizer.fingerprint("live")
+    assert {t.dtype for t in tensors.values()} == {torch.float32 if kind == "lora" else getattr(torch, dtype)}
+    if kind == "lora":
+        base = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        fresh = dict(Trainer(TrainConfig(output=str(tmp_path / "fresh"), model=model, task="letters", dtype=dtype, lora_rank=2), task=Letters()).model.named_parameters())
+        assert base and all(torch.equal(p, fresh[name]) for name, p in base.items())
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert train(tmp_path, "--overwrite") == 2
-    assert "no run of es_finetune" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert train(tmp_path / "thesis.tex") == 2
-    assert "is a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--sigma", "0"], "sigma must be"),
-        (["--sigma", "-1"], "sigma must be"),
-        (["--population", "1"], "population must be"),
-        (["--population", "5", "--antithetic"], "even"),
-        (["--generations", "0"], "generations must be"),
-        (["--task", "sudoku"], "unknown task 'sudoku'"),
-        (["--task", "countdown"], "needs a model"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--base", "fp8"], "base must be"),
-        (["--prompts", "100000"], "prompts must be at most"),
-        (["--device", "abacus"], "abacus"),
-        (["--no_such_flag", "1"], "no_such_flag"),
-    ],
-    ids=str,
-)
-def test_a_bad_config_is_one_clear_line_and_exit_code_2(tmp_path, capsys, flags, words):
-    assert train(tmp_path / "run", *flags) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ") and words in lines[-1]
-    assert not (tmp_path / "run").exists()
-
-
-def test_commands(capsys):
-    assert main(["--help"]) == 0 and "train" in capsys.readouterr().out
-    assert main([]) == 2 and main(["fly"]) == 2
-    assert "unknown command 'fly'" in capsys.readouterr().err
-
-
-def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):
-    assert train(tmp_path / "run") == 0
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "\r" not in out
-    assert "generation 1/2  reward 0." in out and "generation 2/2" in out and "kernels" in out and "%" in out
-
-
-@pytest.mark.parametrize("base", ["fp32", "copy", "none"])
+@pytest.mark.parametrize("base", ["fp32", "copy", "host", "none"])
 def test_a_bf16_model_stays_bf16(tmp_path, base):
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "bf16")
-    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "bf16")
-    assert train(tmp_path / "run", "--model", str(tmp_path / "bf16"), "--sigma", "0.01", "--lr", "0.01", "--base", base) == 0
+    train(tmp_path / "run", dtype="bfloat16", base=base)
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert tuned.dtype == torch.bfloat16
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert f"{es_kernels.fingerprint(dict(tuned.named_parameters())):016x}" == rows[-1]["live"]
-    assert (rows[-1]["live"] == rows[-1]["theta"]) == (base != "fp32")
+    last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert f"{es_kernels.fingerprint(dict(tuned.named_parameters())):016x}" == last["live"]
+    assert (last["live"] == last["theta"]) == (base in ("copy", "none"))
 
 
-def test_countdown_runs_on_a_model_given_by_path(tmp_path):
-    flags = ["--model", str(EMBEDDED_MODEL), "--task", "countdown", "--prompts", "2", "--eval_items", "2", "--max_new_tokens", "4"]
-    assert train(tmp_path / "run", *flags) == 0
-    assert summary(tmp_path / "run")["final_exact"] == 0
+def test_the_engine_option_host_has_the_bits_of_fp32(tmp_path):
+    found = {base: summary_of(tmp_path / base, dtype="bfloat16", base=base)["fingerprint"] for base in ("fp32", "host")}
+    assert found["fp32"] == found["host"]
+
+
+def summary_of(folder, **options):
+    train(folder, **options)
+    return summary(folder)
+
+
+# --- options ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A generation's reward of each member, z, and theta, without any option."""
+    return outcome(tmp_path_factory.mktemp("plain") / "run")
+
+
+def outcome(folder, **options):
+    task = Letters()
+    trainer = train(folder, task, **{"model": "embedded", "prompts": 0, "sigma": 0.02, "lr": 0.02, **options})
+    rows = read_rows(folder / "metrics.jsonl")
+    return {
+        "rewards": (rows[0]["reward_min"], rows[0]["reward_mean"], rows[0]["reward_max"]),  # of the first population
+        "z": read_log(folder / "run.log")[1][0].z,
+        "theta": [row["theta"] for row in rows],
+        "trainer": trainer,
+        "rows": rows,
+    }
+
+
+# What an option changes, of: the rewards of the first population (its perturbations), their z, theta after one generation, after two.
+CHANGES = [
+    ({"shaping": "ranks"}, "z 1 2"),
+    ({"shaping": "per_prompt"}, "z 1 2"),
+    ({"antithetic": True}, "rewards z 1 2"),
+    ({"momentum": 0.9}, "2"),
+    ({"momentum": 0.9, "momentum_window": 1}, ""),
+    ({"weight_decay": 0.1}, "1 2"),
+    ({"weight_decay": 0.1, "anchored": True}, "2"),  # in the first generation theta is where the anchor is
+    ({"lr": 0.01}, "1 2"),
+    ({"lr_schedule": "linear"}, "2"),
+    ({"lr_schedule": "cosine"}, "2"),
+    ({"sigma_schedule": "linear"}, "2"),
+    ({"sigma_for": ["*norm*=0.5"]}, "rewards z 1 2"),
+    ({"freeze": ["*embed*"]}, "rewards z 1 2"),
+    ({"tune": ["*layers.0*"]}, "rewards z 1 2"),
+    ({"prompts": 8}, "rewards z 1 2"),
+    ({"base": "host"}, ""),
+    ({"base": "copy"}, ""),  # of f32 weights
+    ({"seed": 1}, "rewards z 1 2"),
+    ({"batch_size": 16, "eval_every": 1, "health_every": 1, "snapshot_every": 1, "save_model": False}, ""),
+]
+
+
+@pytest.mark.parametrize("options, changed", CHANGES, ids=[str(options) for options, _ in CHANGES])
+def test_every_option_changes_what_it_should_and_nothing_else(plain, tmp_path, options, changed):
+    found = outcome(tmp_path / "run", **options)
+    changes = [
+        name
+        for name, here, there in (
+            ("rewards", found["rewards"], plain["rewards"]),
+            ("z", found["z"], plain["z"]),
+            ("1", found["theta"][0], plain["theta"][0]),
+            ("2", found["theta"][1], plain["theta"][1]),
+        )
+        if here != there
+    ]
+    assert " ".join(changes) == changed
+
+
+def test_masks_and_own_sigmas_reach_the_parameters_they_name(tmp_path):
+    options = {"freeze": ["*embed*"], "sigma_for": ["*norm*=0.5", "*layers.1*=0.25"]}
+    trainer = outcome(tmp_path / "run", **options)["trainer"]
+    sigmas = {name: group["sigma"] for group, weights in zip(trainer.optimizer.param_groups, trainer.optimizer.tables) for name in weights.live.names}
+    assert {name for name, sigma in sigmas.items() if sigma == 0.5} == {name for name, _ in trainer.model.named_parameters() if "norm" in name}
+    assert sigmas["model.layers.1.mlp.up_proj.weight"] == 0.25 and sigmas["model.layers.0.mlp.up_proj.weight"] == 0.02
+    assert not any("embed" in name for name in sigmas)
+    start = AutoModelForCausalLM.from_pretrained(Trainer(TrainConfig(output=str(tmp_path / "x"))).model.name_or_path)
+    assert torch.equal(start.model.embed_tokens.weight, trainer.model.model.embed_tokens.weight)
+
+
+def test_schedules_begin_at_one_and_end_where_they_should():
+    for schedule in ("linear", "cosine"):
+        values = [scale(schedule, g, 11, 0.1) for g in range(11)]
+        assert values[0] == 1 and values[-1] == pytest.approx(0.1) and values == sorted(values, reverse=True)
+        assert values[5] == pytest.approx(0.55)
+    assert scale("constant", 5, 11, 0.1) == scale("linear", 0, 1, 0.1) == 1
+
+
+def test_all_members_see_the_same_prompts_and_each_generation_draws_its_own(tmp_path):
+    seen = []
+
+    class Watched(Letters):
+        def score(self, item, completion):
+            seen.append(item.key)
+            return super().score(item, completion)
+
+    task = Watched()
+    train(tmp_path / "run", task, model="embedded", prompts=5, eval_items=1)
+    inner = seen[1:-1]  # without the looks at the one held-out item
+    members = [inner[i : i + 5] for i in range(0, len(inner), 5)]
+    assert len(members) == 8 and members[0] == members[1] == members[2] == members[3] != members[4] == members[7]
+
+
+# --- rewards that fail --------------------------------------------------------------------------------------------------
+
+
+class Failing(Letters):
+    def score(self, item, completion):
+        return Score(None, error="ValueError: no luck") if item.key == (2, 6) else super().score(item, completion)
+
+
+def test_a_reward_that_fails_gets_the_lowest_reward_is_counted_and_shown(tmp_path):
+    class Lowest(Letters):
+        def score(self, item, completion):
+            return Score(-1000.0) if item.key == (2, 6) else super().score(item, completion)
+
+    class SometimesLowest(Lowest):
+        def score(self, item, completion):
+            return Score(None, error="late") if item.key == (3, 7) else super().score(item, completion)
+
+    class BothLowest(Lowest):
+        def score(self, item, completion):
+            return Score(-1000.0) if item.key == (3, 7) else super().score(item, completion)
+
+    same = {"model": "embedded", "prompts": 0}
+    train(tmp_path / "failing", SometimesLowest(), **same)
+    train(tmp_path / "both", BothLowest(), **same)
+    assert summary(tmp_path / "failing")["fingerprint"] == summary(tmp_path / "both")["fingerprint"]
+    row = read_rows(tmp_path / "failing" / "metrics.jsonl")[0]
+    assert row["failed"] == 4 and "late" in row["failed_example"]
+
+
+def test_a_declared_floor_counts_instead(tmp_path):
+    class Floored(Failing):
+        floor = -7.5
+
+    class Explicit(Letters):
+        def score(self, item, completion):
+            return Score(-7.5) if item.key == (2, 6) else super().score(item, completion)
+
+    same = {"model": "embedded", "prompts": 0}
+    train(tmp_path / "floored", Floored(), **same)
+    train(tmp_path / "explicit", Explicit(), **same)
+    assert summary(tmp_path / "floored")["fingerprint"] == summary(tmp_path / "explicit")["fingerprint"]
+
+
+def test_a_run_may_be_asked_to_stop_at_a_failing_reward(tmp_path):
+    with pytest.raises(RewardFailed, match="generation 1, member 0: prompt .* no luck"):
+        train(tmp_path / "run", Failing(), model="embedded", prompts=0, on_reward_error="stop")
+
+
+def test_a_reward_that_always_fails_changes_nothing(tmp_path):
+    class Broken(Letters):
+        floor = 0.0
+
+        def score(self, item, completion):
+            return Score(None, error="always")
+
+    trainer = train(tmp_path / "run", Broken(), model="embedded", prompts=0)
+    header, generations = read_log(tmp_path / "run" / "run.log")
+    assert [g.z for g in generations] == [None, None] and f"{trainer.optimizer.fingerprint():016x}" == header["theta"]
+
+
+# --- Python -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(Trainer(TrainConfig(output=str(tmp_path / "x"))).model.name_or_path, padding_side="left")
+    task = load_task("custom", data=[{"prompt": f"^{a}:", "length": a} for a in range(1, 10)], reward=lambda completion, item: -abs(len(completion) - item["length"]))
+    config = TrainConfig(output=str(tmp_path / "run"), model="mine", task="custom", max_new_tokens=6, **{**SMALL, "prompts": 0, "sigma": 0.05})
+    before = {name: p.clone() for name, p in tiny_llama.named_parameters()}
+    found = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
+    assert found["metric"] == "reward" and found["final"] <= 0
+    assert all(not torch.equal(before[name], p) for name, p in tiny_llama.named_parameters())
 
 
 def test_without_flags_the_papers_run_is_meant():
-    config = TrainConfig(output="x", task="countdown", model="some/model")
+    config = TrainConfig(task="countdown", model="some/model")
     assert (config.sigma, config.lr, config.population, config.generations, config.prompts) == (1e-3, 5e-4, 30, 500, 0)
-
-
-def test_names_are_those_of_the_checkpoint(tiny_llama):
-    plain = [name for name, _ in tiny_llama.named_parameters()]
-    wrapped = torch.nn.Module()
-    wrapped.module = torch.nn.Module()
-    wrapped.module._orig_mod = tiny_llama
-    assert [name for name, _ in named_segments(wrapped)] == plain
+    assert config.output == "runs/countdown-model"

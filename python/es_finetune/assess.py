@@ -1,0 +1,80 @@
+"""`es-finetune eval`: how good a model is on a task, base, tuned or any checkpoint, by the protocol of the paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from es_finetune.config import EvalConfig, model_options
+from es_finetune.engines.hf import HFEngine
+from es_finetune.files import write_atomically
+from es_finetune.measure import kl_to_base, measure, save_answers
+from es_finetune.model import load_model, pick_device
+from es_finetune.replay import rebuild
+from es_finetune.tasks import load_task
+
+
+def assess(config: EvalConfig) -> dict[str, Any]:
+    """Answer the questions, score them, and write answers.jsonl and result.json; returns what result.json holds.
+
+    With config.run the weights are made again from the run's log. ValueError for what cannot be measured, before long work.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    task = load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
+    items = list(getattr(task, config.split))[: config.items or None]
+    device = pick_device(config.device)
+    generation = None
+    if config.run is not None:
+        rebuilt = rebuild(config.run, device=config.device, generation=config.generation)
+        model, tokenizer, generation = rebuilt.model, rebuilt.tokenizer, rebuilt.optimizer.generation
+    else:
+        model, tokenizer, _ = load_model(config.model, device=device, **model_options(config))
+    samples = config.samples or task.eval_samples
+    # The divergence is estimated from answers that the model itself drew.
+    temperature = 1.0 if samples > 1 or config.kl else 0.0
+
+    def engine(of_model, of_tokenizer) -> HFEngine:
+        new_tokens = config.max_new_tokens or task.max_new_tokens
+        return HFEngine(of_model, of_tokenizer, new_tokens, config.batch_size, path=config.decoding, temperature=temperature, seed=config.seed)
+
+    here = engine(model, tokenizer)
+    found = measure(here, task, items, samples)
+    result = {
+        "task": task.name,
+        "model": config.model,
+        "run": config.run,
+        "generation": generation,
+        "split": config.split,
+        "questions": len(items),
+        "samples": samples,
+        "decoding": "greedy" if temperature == 0 else f"temperature {temperature}, seed {config.seed}",
+        "metric": found.metric,
+        "value": found.value,
+        "interval_95": [found.low, found.high],
+        **{part: found.evaluation.mean(part) for part in ("reward", "exact", "format")},
+        "failed": found.evaluation.failed,
+        "tokens": found.evaluation.tokens,
+        "seconds_generate": found.evaluation.seconds_generate,
+        "seconds_score": found.evaluation.seconds_score,
+    }
+    if config.kl:
+        prompts = [item.prompt for item in found.items]
+        tuned = here.log_probs(prompts, found.evaluation.answers)
+        base, base_tokenizer, _ = load_model(config.kl_model or config.model, device=device, **model_options(config))
+        kl = kl_to_base(found.evaluation.answers, tuned, engine(base, base_tokenizer).log_probs(prompts, found.evaluation.answers))
+        result |= {"kl": kl.value, "kl_standard_error": kl.standard_error, "kl_tokens": kl.tokens}
+    output = Path(config.output or _folder(config, generation))
+    output.mkdir(parents=True, exist_ok=True)
+    save_answers(output / "answers.jsonl", found.items, found.evaluation.answers, found.evaluation.scores)
+    write_atomically(output / "result.json", json.dumps(result, indent=2) + "\n")
+    return {**result, "answers": str(output / "answers.jsonl")}
+
+
+def _folder(config: EvalConfig, generation: int | None) -> str:
+    if config.run is not None:
+        return str(Path(config.run) / f"eval-{generation}")
+    return str(Path("runs") / f"eval-{config.task}-{Path(config.model).name}".replace(":", "-"))

@@ -1,0 +1,233 @@
+"""Which sigma suits a model and a task: a few members at each of a row of them, and what became of their reward."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from es_finetune.config import DEMO, PAPER, ModelConfig, TaskConfig, at_least
+from es_finetune.engines.hf import HFEngine
+from es_finetune.evaluate import Evaluation, Evaluator
+from es_finetune.health import Health
+from es_finetune.model import load_model, pick_device
+from es_finetune.optimizer import EvolutionStrategy
+from es_finetune.replay import model_options
+from es_finetune.segments import named_segments
+from es_finetune.tasks import Task, load_task
+
+SIGMAS = tuple(1e-4 * 2**k for k in range(9))  # to 0.0256; the paper's is 0.001
+PROMPTS = 64
+
+# Share of the reward that noise may cost. On the embedded model (lr = sigma, 30 generations, 3 seeds) sigma 0.005 / 0.01 / 0.014 / 0.02 / 0.03
+# comes to 50 / 86 / 84 / 80 / 68 % exact, and this limit finds 0.007 to 0.014 for five choices of noise and prompts. The spread of
+# the members as a limit put it a factor of 3 apart.
+_BEARABLE = 0.1
+_COLLAPSED = 0.5  # no larger sigma needs to be tried
+_CERTAIN = 2  # standard errors from which a loss is one
+
+
+@dataclass
+class CalibrateConfig(ModelConfig, TaskConfig):
+    """Find a sigma for a model and a task from a few members."""
+
+    sigmas: list[float] = field(default_factory=list, metadata={"help": "sigmas to try, smallest first; 0.0001, 0.0002, ... 0.0256 if not given"})
+    members: int = field(default=8, metadata={"help": "members per sigma, in pairs of opposite noise; the same noise for every sigma"})
+    prompts: int | None = field(
+        default=None, metadata={"help": f"training prompts, the same for all members; 0: all; {PROMPTS}, or all if fewer, if not given"}
+    )
+    seed: int = field(default=0, metadata={"help": "of noise and prompts"})
+
+    def __post_init__(self):
+        if self.task is None:
+            self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
+            if self.task is None:
+                raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
+        if self.model is None:
+            if self.task != "countdown-char":
+                raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
+            self.model = "embedded"
+        for name in ("batch_size", "threads"):
+            if getattr(self, name) is None:
+                setattr(self, name, (DEMO if self.model == "embedded" else PAPER)[name])
+        self.check_task()
+        self.check_model()
+        at_least(self, members=4)
+        if self.members % 2:
+            raise ValueError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
+        if self.prompts is not None:
+            at_least(self, prompts=0)
+        for sigma in self.sigmas:
+            if not (sigma > 0 and math.isfinite(sigma)):
+                raise ValueError(f"sigmas must be positive numbers, not {sigma}")
+        self.sigmas = sorted(set(self.sigmas or SIGMAS))
+
+
+def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:
+    """Try the sigmas, smallest first, until the reward has fallen by half; print a table and what it means.
+
+    Every member answers the same prompts, and has the same noise, scaled, at every sigma. Returns {"base_reward", "sigmas": the
+    rows of `measure_sigma`, "sigma": the one to use, or None, "lr": half of it, "reason": one sentence}.
+    ValueError for a model, task or number of prompts that cannot be had, before any answer is generated.
+    """
+    console = console or Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    task = load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
+    items = list(task.train)
+    count = min(PROMPTS, len(items)) if config.prompts is None else config.prompts or len(items)
+    if count > len(items):
+        raise ValueError(f"prompts must be at most {len(items)}, the training prompts of {config.task}, not {count}")
+    model, tokenizer, _ = load_model(config.model, device=pick_device(config.device), **model_options(config))
+    engine = HFEngine(model, tokenizer, config.max_new_tokens or task.max_new_tokens, config.batch_size, path=config.decoding)
+    evaluator = Evaluator(engine, task, random.Random(config.seed).sample(items, count))
+    # theta is never updated, so a copy in storage precision is exact.
+    optimizer = EvolutionStrategy(named_segments(model), population=config.members, seed=config.seed, antithetic=True, base="copy")
+    health = Health(optimizer)
+
+    say(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
+    say(_line(_COLUMNS))
+    base_reward = _reward(task, evaluator())
+    say(_line(["0", f"{base_reward:.4g}"]))
+    rows: list[dict[str, Any]] = []
+    for sigma in config.sigmas:
+        rows.append(measure_sigma(sigma, base_reward, optimizer, evaluator, health))
+        say(_line(_cells(rows[-1])))
+        if _harm(rows[-1], base_reward) > _COLLAPSED / _BEARABLE:
+            break
+    sigma, reason = recommend(base_reward, rows)
+    lr = None if sigma is None else sigma / 2
+    say(reason if sigma is None else f"sigma {sigma:g}, lr {lr:g}: {reason}")
+    return {"task": config.task, "model": config.model, "base_reward": base_reward, "sigmas": rows, "sigma": sigma, "lr": lr, "reason": reason}
+
+
+def measure_sigma(sigma: float, base_reward: float, optimizer: EvolutionStrategy, evaluator: Evaluator, health: Health) -> dict[str, Any]:
+    """What this sigma does to the reward. With R+ and R- of a pair:
+
+    reward, lost        mean over the members; base_reward - that, and its standard error (over pairs, in which the slope cancels)
+    spread              standard deviation of the members' rewards (ddof 1), and its standard error if they are normal
+    signal              rms of (R+ - R-) / 2, what a step can follow
+    damage              rms of (R+ + R-) / 2 - base_reward, what both directions do alike
+    identical           share of members with the very answers of another
+    correlation         [tensor, realised noise with intended noise] of the lowest tensor, or None; `swallowed`: how many are under 0.9
+    """
+    begin = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["sigma"] = sigma
+    arrived: dict[str, Any] = {}
+
+    def answer(member: int) -> Evaluation:
+        if member == 0:
+            arrived.update(health.look_at_member())
+        return evaluator()
+
+    members = optimizer.evaluate(answer)
+    rewards = [_reward(evaluator.task, member) for member in members]
+    digests = [member.digest for member in members]
+    odd = [(plus - minus) / 2 for plus, minus in zip(rewards[::2], rewards[1::2])]
+    even = [(plus + minus) / 2 - base_reward for plus, minus in zip(rewards[::2], rewards[1::2])]
+    mean, spread = math.fsum(rewards) / len(rewards), stdev(rewards)
+    return {
+        "sigma": sigma,
+        "reward": mean,
+        "lost": base_reward - mean,
+        "lost_error": stdev(even) / math.sqrt(len(even)),
+        "spread": spread,
+        "spread_error": spread / math.sqrt(2 * (len(rewards) - 1)),
+        "signal": _rms(odd),
+        "damage": _rms(even),
+        "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
+        "correlation": arrived["correlation_min"],
+        "swallowed": len(arrived["correlation"]),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
+    """(sigma or None, why), from the rows of `measure_sigma`, smallest sigma first.
+
+    The largest sigma at which members lose no more than a tenth of the base reward, or no more than chance explains: noise has to
+    be felt, since the step is as large as it, and not to break what it explores. Between two sigmas it is interpolated, on
+    logarithmic scales.
+    """
+    if not any(row["spread"] for row in rows):
+        gets = "never gets a reward" if base_reward == 0 else f"gets {base_reward:.4g} whatever the noise"
+        remedy = "use more or easier prompts, a reward that also pays for a part, or larger sigmas"
+        return None, f"no sigma can be told from another: the model {gets}; {remedy}"
+    harm = [_harm(row, base_reward) for row in rows]
+    beyond = next((place for place, value in enumerate(harm) if value > 1), None)
+    if beyond == 0:
+        return None, f"even sigma {rows[0]['sigma']:g} costs {rows[0]['lost']:.3g} of a reward of {base_reward:.3g}: try smaller ones with --sigmas"
+    bearable = rows[:beyond]
+    loudest = max(bearable, key=lambda row: row["spread"])
+    if not loudest["spread"]:
+        between = f"up to {bearable[-1]['sigma']:g} all members score the same, and {rows[beyond]['sigma']:g} harms"
+        return None, f"no sigma serves: {between}; use more prompts, or sigmas between these"
+    if bearable[-1]["spread"] < loudest["spread"] / 2:  # the model no longer answers, which costs nothing where the base gets nothing
+        sigma, reason = loudest["sigma"], "members differ most there, and beyond they all fail"
+    elif beyond is None:
+        sigma, reason = bearable[-1]["sigma"], "the largest one tried, and it does no harm yet: a larger one may learn faster"
+    else:
+        below, above = harm[beyond - 1 : beyond + 1]
+        place = math.log(1 / below) / math.log(above / below) if below > 0 else 0.5
+        low, high = rows[beyond - 1]["sigma"], rows[beyond]["sigma"]
+        sigma = float(f"{low * (high / low) ** max(0.0, min(1.0, place)):.2g}")
+        costs = f"{rows[beyond]['lost'] / abs(base_reward):.0%}"
+        reason = f"the largest one that costs members no more than a tenth of the reward; {high:g} costs {costs}"
+    nearest = min(rows, key=lambda row: abs(math.log(row["sigma"] / sigma)))
+    if nearest["swallowed"]:
+        name, correlation = nearest["correlation"]
+        reason += f". In {nearest['swallowed']} tensor(s) the dtype swallows part of the noise ({name}: correlation {correlation:.2f}): "
+        reason += "give them a larger sigma with --sigma_for, or float32 with --dtype, or --freeze them"
+    return sigma, reason
+
+
+def _harm(row: dict[str, Any], base_reward: float) -> float:
+    """What its members certainly lose, in units of what they may lose; 0 where the base reward is 0 or they lose nothing."""
+    if row["lost"] <= max(0.0, _CERTAIN * row["lost_error"]) or not base_reward:
+        return 0.0
+    return row["lost"] / (_BEARABLE * abs(base_reward))
+
+
+def _reward(task: Task, evaluation: Evaluation) -> float:
+    """Mean reward; an answer whose scoring failed gets the task's floor, or the lowest of the others."""
+    known = [score.reward for score in evaluation.scores if score.reward is not None]
+    floor = min(known, default=0.0) if task.floor is None else task.floor
+    return math.fsum([*known, floor * evaluation.failed]) / len(evaluation.scores)
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(value * value for value in values) / len(values))
+
+
+_COLUMNS = {"sigma": 8, "reward": 9, "lost": 18, "spread": 18, "signal": 9, "damage": 9, "alike": 7, "noise": 14, "seconds": 9}  # and their widths
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values()))
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    noise = "-" if row["correlation"] is None else f"{row['correlation'][1]:.2f}" + (f" ({row['swallowed']} low)" if row["swallowed"] else "")
+    return [
+        f"{row['sigma']:.3g}",
+        f"{row['reward']:.4g}",
+        f"{row['lost']:.2g} ± {row['lost_error']:.1g}",
+        f"{row['spread']:.2g} ± {row['spread_error']:.1g}",
+        f"{row['signal']:.2g}",
+        f"{row['damage']:.2g}",
+        f"{row['identical']:.0%}",
+        noise,
+        f"{row['seconds']:.1f}",
+    ]

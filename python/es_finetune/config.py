@@ -1,0 +1,252 @@
+"""What a user can ask for: the dataclasses behind the commands' flags, YAML files and the Python API."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from es_finetune.optimizer import EvolutionStrategy
+
+# What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87
+# points of exact plain answers and 0.02 costs 14; threads=1 because a model this small gains nothing from a second one, and
+# with two a busy neighbour on either core makes every small matrix product wait (10 times slower in a trial).
+PAPER = {"sigma": 1e-3, "lr": 5e-4, "generations": 500, "prompts": 0, "eval_every": 25, "batch_size": 100, "threads": 0}
+DEMO = {"sigma": 0.01, "lr": 0.01, "generations": 30, "prompts": 128, "eval_every": 5, "batch_size": 128, "threads": 1}
+
+SCHEDULES = ("constant", "linear", "cosine")
+PATHS = ("dynamic", "static", "continuous")
+
+# Fields that may differ when a run is resumed: they decide where, how fast and how closely watched it runs, not what the log
+# holds, since equal scores give equal weights anywhere.
+FREE = frozenset(
+    "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
+    "save_model report_to time_limit on_reward_error".split()
+)
+
+
+def _flag(help: str, default: Any = None):
+    return field(default=default, metadata={"help": help})
+
+
+def _list(help: str, *default: str):
+    return field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+def _preset(name: str, help: str):
+    return _flag(f"{help}; {DEMO[name]} with the embedded model, else {PAPER[name]}")
+
+
+@dataclass
+class TaskConfig:
+    """What is asked and how answers are scored."""
+
+    task: str | None = _flag("countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward")
+    data: str | None = _flag("training items: a .jsonl file with one object a line that has a prompt (custom), or a dataset's name or folder (math)")
+    test_data: str | None = _flag("held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)")
+    reward: str | None = _flag("your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own")
+    time_limit: float = _flag("seconds after which the scoring of one answer is stopped, where it runs in a process of its own", 5.0)
+    max_new_tokens: int | None = _flag("length of an answer; the task's own if not given")
+
+    def check_task(self) -> None:
+        if self.time_limit <= 0 or not math.isfinite(self.time_limit):
+            raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
+        if self.max_new_tokens is not None:
+            at_least(self, max_new_tokens=1)
+
+
+@dataclass
+class ModelConfig:
+    """The model and where it computes."""
+
+    model: str | None = _flag("folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own")
+    dtype: str = _flag("auto (as saved), float32, bfloat16 or float16", "auto")
+    lora_rank: int = _flag("tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)
+    pad_token: str | None = _flag("an existing token to pad with, for a tokenizer that has none")
+    batch_size: int | None = _preset("batch_size", "prompts per call of generate")
+    decoding: str = _flag("how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)", "dynamic")
+    attn_implementation: str | None = _flag("transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given")
+    threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
+    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
+
+    def check_model(self) -> None:
+        at_least(self, lora_rank=0, batch_size=1, threads=0)
+        one_of(self, decoding=PATHS, dtype=("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass
+class TrainConfig(ModelConfig, TaskConfig):
+    """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one, else
+    the paper's (arXiv:2509.24372)."""
+
+    output: str | None = _flag("folder of the run; runs/TASK-MODEL if not given")
+    generations: int | None = _preset("generations", "how many updates")
+    population: int = _flag("members per generation", 30)
+    sigma: float | None = _preset("sigma", "scale of the noise")
+    lr: float | None = _preset("lr", "scale of the update")
+    sigma_schedule: str = _flag("constant, linear or cosine: sigma falls from its value to final_scale times it", "constant")
+    lr_schedule: str = _flag("the same for lr", "constant")
+    final_scale: float = _flag("where the schedules end", 0.1)
+    shaping: str = _flag("rewards to coefficients: zscore, ranks (centred ranks) or per_prompt (z-scores for each prompt, averaged)", "zscore")
+    antithetic: bool = _flag("members in pairs of opposite noise", False)
+    momentum: float = _flag("of past updates, 0 <= momentum < 1; kept as seeds and coefficients, not as a tensor", 0.0)
+    momentum_window: int = _flag("generations that momentum remembers", 8)
+    weight_decay: float = _flag("per update, times lr", 0.0)
+    anchored: bool = _flag("decay toward the initial weights instead of zero", False)
+    base: str = _flag("where the exact weights live: fp32, copy, host or none", "fp32")
+    perturb_rounding: str = _flag("nearest or stochastic, of perturbed weights", "nearest")
+    update_rounding: str | None = _flag("nearest or stochastic, of the update; stochastic with base copy, else nearest")
+    tune: list[str] = _list("name patterns (as *.mlp.*) of the parameters to tune; all if not given")
+    freeze: list[str] = _list("name patterns of parameters to leave out")
+    sigma_for: list[str] = _list("PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts")
+    prompts: int | None = _preset("prompts", "training prompts per generation, drawn anew each time, the same for all members; 0: all of them")
+    seed: int = _flag("of the whole run", 0)
+    eval_every: int | None = _preset("eval_every", "generations between looks at the held-out prompts; 0: only first and last")
+    eval_items: int = _flag("how many held-out prompts; 0: all", 0)
+    health_every: int = _flag("generations between looks at the realised noise and step and at the distance from the base model; 0: never", 10)
+    snapshot_every: int = _flag("generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough", 0)
+    save_model: bool = _flag("write the tuned model at the end", True)
+    report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
+    on_reward_error: str = _flag("floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor")
+    resume: bool = _flag("continue the run in the output folder; its config counts, and flags may only repeat it or change how it is watched", False)
+    overwrite: bool = _flag("replace the run in the output folder", False)
+
+    def __post_init__(self):
+        if self.task is None:
+            self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
+            if self.task is None:
+                raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
+        if self.model is None:
+            if self.task != "countdown-char":
+                raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
+            self.model = "embedded"
+        for name, value in (DEMO if self.model == "embedded" else PAPER).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.output is None:
+            self.output = str(Path("runs") / f"{self.task}-{Path(self.model).name}".replace(":", "-"))
+        self.check_task()
+        self.check_model()
+        at_least(self, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
+        if not 0 < self.final_scale <= 1:
+            raise ValueError(f"final_scale must be in (0, 1], not {self.final_scale}")
+        own_sigmas(self)
+        # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
+        EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))
+        if self.resume and self.overwrite:
+            raise ValueError("resume continues the run in the output folder and overwrite replaces it: give one of them")
+
+
+@dataclass
+class EvalConfig(ModelConfig, TaskConfig):
+    """The accuracy of a model on a task's held-out questions, by the protocol of the paper."""
+
+    run: str | None = _flag("folder of a run: its model, task and settings, the tuned weights made again from its log")
+    generation: int | None = _flag("with --run: the weights after this many updates; 0: the base model; the last if not given")
+    split: str = _flag("test or train", "test")
+    items: int = _flag("how many questions; 0: all", 0)
+    samples: int | None = _flag("answers to each question; 1: greedy, more: sampled at temperature 1; the task's own if not given")
+    kl: bool = _flag("also the KL divergence to the base model: the run's, or --kl_model", False)
+    kl_model: str | None = _flag("the base model of --kl")
+    seed: int = _flag("of the sampling", 0)
+    output: str | None = _flag("folder for answers.jsonl and result.json; runs/eval-TASK-MODEL, or RUN/eval-GENERATION, if not given")
+
+    def __post_init__(self):
+        if self.run is None and self.generation is not None:
+            raise ValueError("generation goes with --run: it is counted in that run's log")
+        if self.run is None and self.kl and self.kl_model is None:
+            raise ValueError("--kl needs a model to compare with: give --kl_model, or --run")
+        if self.task is None:
+            raise ValueError("no task was given: add --task, e.g. countdown")
+        if self.model is None:
+            if self.task != "countdown-char":
+                raise ValueError("give --model with a folder or hub name, or --run with the folder of a run")
+            self.model = "embedded"
+        for name in ("batch_size", "threads"):
+            if getattr(self, name) is None:
+                setattr(self, name, (DEMO if self.model == "embedded" else PAPER)[name])
+        self.check_task()
+        self.check_model()
+        at_least(self, items=0)
+        one_of(self, split=("test", "train"))
+        if self.samples is not None:
+            at_least(self, samples=1)
+
+
+@dataclass
+class ReplayConfig:
+    """Make the tuned weights again from base model and log, and prove it by fingerprint."""
+
+    run: str = field(metadata={"help": "folder of the run"})
+    model: str | None = _flag("where the base model is now; as in the log if not given")
+    generation: int | None = _flag("stop after this many updates; all if not given")
+    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
+
+    def __post_init__(self):
+        if self.generation is not None:
+            at_least(self, generation=0)
+
+
+@dataclass
+class ExportConfig(ReplayConfig):
+    """Write the tuned model, made again from base model and log, as transformers and vLLM load it."""
+
+    output: str | None = _flag("folder to write; RUN/model if not given")
+    merge_lora: bool = _flag("write the whole model with the adapter added in, instead of the adapter", False)
+    overwrite: bool = _flag("replace the output folder", False)
+
+
+@dataclass
+class ReportConfig:
+    """Write report.html, one page with the plots and sample answers of a run."""
+
+    run: str = field(metadata={"help": "folder of the run"})
+
+
+def at_least(config, **least: float) -> None:
+    """ValueError unless each named field is at least the value given for it."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name} must be at least {value}, not {getattr(config, name)}")
+
+
+def one_of(config, **choices) -> None:
+    """ValueError unless each named field is one of its choices."""
+    for name, values in choices.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, not {getattr(config, name)!r}")
+
+
+def asked(config) -> dict[str, Any]:
+    """The config as JSON holds it."""
+    return dataclasses.asdict(config)
+
+
+def model_options(config: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments of load_model that a config holds."""
+    return {name: getattr(config, name) for name in ("dtype", "lora_rank", "pad_token", "attn_implementation")}
+
+
+def optimizer_options(config: TrainConfig) -> dict[str, Any]:
+    """The keyword arguments of EvolutionStrategy that a config holds."""
+    names = "sigma lr weight_decay anchored population seed antithetic shaping momentum momentum_window perturb_rounding update_rounding".split()
+    return {"base": None if config.base == "none" else config.base, **{name: getattr(config, name) for name in names}}
+
+
+def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
+    """(name pattern, sigma) of each entry of sigma_for. ValueError for one that is not PATTERN=SIGMA."""
+    found = []
+    for text in config.sigma_for:
+        pattern, _, sigma = text.rpartition("=")
+        try:
+            found.append((pattern, float(sigma)))
+        except ValueError:
+            found.append(("", 0.0))
+        if not (pattern and found[-1][1] > 0 and math.isfinite(found[-1][1])):
+            raise ValueError(f"sigma_for must be PATTERN=SIGMA with a positive sigma, not {text!r}; to leave parameters out use freeze")
+    return found

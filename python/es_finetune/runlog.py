@@ -1,0 +1,138 @@
+"""The run as a log: with the base model, run.log is all that is needed to make the tuned weights again, bit for bit.
+
+run.log is JSON, one object a line, each with a CRC-32 of what stands before it as its last key:
+
+    {"run": ..., "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}                     the header
+    {"generation": 0, "z": "<base64 of N little-endian f32>", "scored": 30, "reward": 0.41, "lr": [...], "sigma": [...],
+     "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}                                                one per generation
+
+z is null where all rewards were equal and nothing was changed. lr and sigma are one number for each param_group, theta and
+live the fingerprints after the update. About 400 bytes a generation with N = 30.
+
+The journal beside it has the same form, one line for each member of the generation in progress that has been scored. A
+score that is in it is never computed again: greedy text may differ between machines, and the run must not.
+
+Both files only grow, a line per write, so what a killed writer leaves is whole lines and at most one torn last one, which
+is dropped. A line of run.log has reached the disk before the run goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FORMAT = 1
+_SEAL = ', "crc": "%08x"}\n'
+_SEAL_LENGTH = len(_SEAL % 0)
+
+
+class Generation(NamedTuple):
+    """One generation as the log keeps it."""
+
+    generation: int  # counted from 0
+    z: tuple[float, ...] | None  # f32 values, one per member
+    scored: int
+    reward: float  # mean over the members; not needed to replay
+    lr: tuple[float, ...]  # of each param_group
+    sigma: tuple[float, ...]
+    theta: int  # fingerprints after the update
+    live: int
+
+    def to_json(self) -> dict[str, Any]:
+        z = None if self.z is None else base64.b64encode(np.array(self.z, "<f4").tobytes()).decode()
+        return {**self._asdict(), "z": z, "theta": f"{self.theta:016x}", "live": f"{self.live:016x}"}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Generation:
+        z = None if found["z"] is None else tuple(np.frombuffer(base64.b64decode(found["z"]), "<f4").astype(float).tolist())
+        lr, sigma = tuple(found["lr"]), tuple(found["sigma"])
+        theta, live = int(found["theta"], 16), int(found["live"], 16)
+        return cls(found["generation"], z, found["scored"], found["reward"], lr, sigma, theta, live)
+
+
+class SealedLines:
+    """A file of JSON objects, one a line, each sealed by a CRC; open for appending by one process at a time."""
+
+    def __init__(self, path: Path, sync: bool = True):
+        """Open `path` or make it, drop a torn last line, and hold a lock on it until it is closed.
+
+        sync=False leaves it to the system when a line reaches the disk: enough where the process may be killed, but not the
+        machine. ValueError if another process holds the file, or if a line before the last is damaged.
+        """
+        self.path, self._sync = path, sync
+        self._file = open(path, "ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process: wait for it, or give another output folder") from None
+        self.lines, whole = _read(path)
+        self._file.truncate(whole)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add one line. OSError, as of a full disk, leaves the file as it was."""
+        data = memoryview(_sealed(line))
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            while data:
+                data = data[os.write(self._file.fileno(), data) :]
+            if self._sync:
+                os.fsync(self._file)
+        except OSError as error:
+            self._file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def clear(self) -> None:
+        """Drop all lines."""
+        self._file.truncate(0)
+        self.lines = []
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
+    """Header and generations of a run.log, also of one that is being written. ValueError if it is damaged or no run.log."""
+    try:
+        lines, _ = _read(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_log(path, lines)
+
+
+def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:
+    """The lines of a run.log as header and generations."""
+    if not lines or lines[0].get("run") != FORMAT:
+        raise ValueError(f"{path} is no log of a run (format {FORMAT})")
+    generations = [Generation.from_json(line) for line in lines[1:]]
+    if [g.generation for g in generations] != list(range(len(generations))):
+        raise ValueError(f"{path} is damaged: its generations are not 0, 1, 2, ...")
+    return lines[0], generations
+
+
+def _sealed(line: dict[str, Any]) -> bytes:
+    body = json.dumps(line, allow_nan=False)[:-1].encode()
+    return body + (_SEAL % zlib.crc32(body)).encode()
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of the file, and the length in bytes of what they take."""
+    data = path.read_bytes()
+    lines, at = [], 0
+    while at < len(data):
+        end = data.find(b"\n", at) + 1
+        line = data[at:end] if end else b""
+        body = line[:-_SEAL_LENGTH]
+        if not end or line != body + (_SEAL % zlib.crc32(body)).encode():
+            if end and end < len(data):
+                raise ValueError(f"{path} is damaged in line {len(lines) + 1}, which is not the last: its CRC does not fit")
+            break
+        lines.append(json.loads(line))
+        at = end
+    return lines, at

@@ -1,0 +1,59 @@
+"""Snapshots of the exact weights, so that a long run resumes without repeating every update. The log alone is enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from es_finetune.optimizer import EvolutionStrategy
+from es_finetune.runlog import Generation
+
+
+def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
+    """Write theta as FOLDER/theta-GENERATION.safetensors, whole or not at all, and then remove older ones."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    path = folder / f"theta-{optimizer.generation:06d}.safetensors"
+    part = path.with_suffix(".tmp")
+    older = _snapshots(folder)
+    try:
+        save_file(optimizer.state_dict()["es"]["theta"], part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(f"the snapshot {path} could not be written: {error}") from error
+    for old in older:
+        if old != path:
+            old.unlink()
+    return path
+
+
+def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Sequence[Generation]) -> int:
+    """Put the newest snapshot of a generation in `generations` into the optimizer, if there is one; returns its updates.
+
+    `generations` are those of the log, from the first; what momentum remembers comes of them. A snapshot is
+    used only if its fingerprints are those of the log: otherwise ValueError.
+    """
+    from safetensors.torch import load_file
+
+    for path in reversed(_snapshots(folder)):
+        done = int(path.stem.removeprefix("theta-"))
+        if not 0 < done <= len(generations):
+            continue
+        state = optimizer.state_dict()
+        remembered = generations[max(0, done - optimizer.momentum_window) : done] if optimizer.momentum else ()
+        history = [[g.generation, g.reward, g.scored, list(g.z)] for g in remembered if g.z is not None]
+        state["es"] = {**state["es"], "theta": load_file(path), "generation": done, "history": history}
+        optimizer.load_state_dict(state)
+        if (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) != (generations[done - 1].theta, generations[done - 1].live):
+            raise ValueError(f"{path} is damaged: its fingerprint is not that of generation {done - 1} in the log; remove it, and the log serves")
+        return done
+    return 0
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    return sorted(folder.glob("theta-*.safetensors"))

@@ -1,0 +1,65 @@
+"""From a model and a config to its optimizer: which parameters are tuned, with which sigma, and how sigma and lr fall."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+
+import torch
+
+from es_finetune.config import TrainConfig, optimizer_options, own_sigmas
+from es_finetune.optimizer import EvolutionStrategy
+from es_finetune.segments import named_segments
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> EvolutionStrategy:
+    """The optimizer of this config over the parameters of `model` that require grad, one group for each sigma.
+
+    A pattern is matched with the whole name, as a shell does it: * stands for anything. A parameter that a checkpoint holds
+    as several tensors is matched by any of their names. ValueError for a pattern that fits no parameter.
+    """
+    own_sigma = own_sigmas(config)
+    unused = {*config.tune, *config.freeze, *(pattern for pattern, _ in own_sigma)}
+    groups: dict[float, list] = {}
+    for entry in named_segments(model):
+        if not entry[1].requires_grad:
+            continue
+        names = [entry[0], *(segment.name for segment in (entry[2] if len(entry) == 3 else ()))]
+
+        def fits(pattern: str) -> bool:
+            found = bool(fnmatch.filter(names, pattern))
+            if found:
+                unused.discard(pattern)
+            return found
+
+        # Lists, not generators: every pattern shall be seen to fit, though the first decides.
+        tuned = any([fits(pattern) for pattern in config.tune]) or not config.tune
+        frozen = any([fits(pattern) for pattern in config.freeze])
+        sigmas = [sigma for pattern, sigma in own_sigma if fits(pattern)]
+        if tuned and not frozen:
+            groups.setdefault(sigmas[0] if sigmas else config.sigma, []).append(entry)
+    if unused:
+        raise ValueError(f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {names[0]!r}")
+    if not groups:
+        raise ValueError("tune and freeze leave no parameter to tune")
+    return EvolutionStrategy([{"params": entries, "sigma": sigma, "initial_sigma": sigma} for sigma, entries in groups.items()], **optimizer_options(config))
+
+
+def set_schedules(optimizer: EvolutionStrategy, config: TrainConfig) -> None:
+    """Set lr and sigma of each group for the optimizer's present generation. A function of its number alone, so that a
+    resumed run needs no state for it."""
+    lr_scale = scale(config.lr_schedule, optimizer.generation, config.generations, config.final_scale)
+    sigma_scale = scale(config.sigma_schedule, optimizer.generation, config.generations, config.final_scale)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * lr_scale
+        group["sigma"] = group["initial_sigma"] * sigma_scale
+
+
+def scale(schedule: str, generation: int, generations: int, final: float) -> float:
+    """1 in the first generation, `final` in the last; in between on a line, on half a cosine, or 1 all along."""
+    if schedule == "constant" or generations == 1:
+        return 1.0
+    progress = min(generation / (generations - 1), 1.0)
+    if schedule == "linear":
+        return 1 + (final - 1) * progress
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,212 @@
+"""Contract under test: `calibrate` recommends a sigma.
+
+It finds the sigma where noise begins to cost, whatever the scale and sign of the rewards, and says so where there is none;
+it stops once the reward is gone; it measures what it says it measures; the model is as before; bad input is refused before a
+model is loaded.
+"""
+
+import json
+import math
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+import es_finetune.calibrate as calibrate_module
+from es_finetune.calibrate import SIGMAS, CalibrateConfig, calibrate, measure_sigma, recommend
+from es_finetune.cli import main
+from es_finetune.engines import Answer
+from es_finetune.evaluate import Evaluator
+from es_finetune.health import Health
+from es_finetune.optimizer import EvolutionStrategy
+from es_finetune.tasks import Item, Score
+
+QUICK = {"members": 4, "prompts": 16}
+
+
+def rows(*lost, base=1.0, spread=0.05, sigma=0.001, error=0.001):
+    """As measure_sigma's, sigma doubling; spread: of all, or of each."""
+    spreads = [spread] * len(lost) if isinstance(spread, float) else spread
+    return [
+        {"sigma": sigma * 2**i, "reward": base - x, "lost": x, "lost_error": error, "spread": s, "correlation": ["w", 1.0], "swallowed": 0}
+        for i, (x, s) in enumerate(zip(lost, spreads))
+    ]
+
+
+def test_the_largest_sigma_that_costs_a_tenth():
+    assert recommend(1.0, rows(0.0, 0.01, 0.1, 0.4))[0] == 0.004
+    # between 0.002, which costs 0.05, and 0.004, which costs 0.2: where a loss that grows as a power of sigma is 0.1
+    assert recommend(1.0, rows(0.0, 0.05, 0.2, 0.8))[0] == float(f"{0.002 * math.sqrt(2):.2g}")
+    assert recommend(1.0, rows(-0.1, -0.2, 0.3))[0] == float(f"{0.002 * math.sqrt(2):.2g}")  # noise may help
+
+
+@pytest.mark.parametrize("scale", [1000.0, 0.001, -1000.0])
+def test_scale_and_sign_of_the_rewards_do_not_matter(scale):
+    lost, size = (0.01, 0.03, 0.08, 0.3, 0.9), abs(scale)
+    expected = recommend(1.0, rows(*lost))
+    found = recommend(scale, rows(*(size * x for x in lost), spread=0.05 * size, error=0.001 * size))
+    assert found == expected and "costs 30%" in found[1]
+
+
+def test_a_loss_within_its_error_is_none():
+    assert recommend(0.1, rows(0.0, 0.02, 0.02, 0.09, error=0.015, base=0.1))[0] > 0.004
+
+
+def test_a_base_model_without_reward():
+    """Nothing can be lost; the sigma that finds most is taken, not the one beyond which all is broken."""
+    sigma, reason = recommend(0.0, rows(0.0, -0.01, -0.02, -0.001, 0.0, spread=[0.0, 0.01, 0.02, 0.002, 0.0]))
+    assert sigma == 0.004 and "beyond they all fail" in reason
+
+
+@pytest.mark.parametrize(
+    "base, measured, words",
+    [
+        (0.0, rows(0.0, 0.0, spread=0.0), "never gets a reward"),
+        (0.3, rows(0.0, 0.0, spread=0.0), "gets 0.3 whatever the noise"),
+        (1.0, rows(0.3, 0.9), "even sigma 0.001 costs 0.3"),
+        (1.0, rows(0.0, 0.0, 0.9, spread=[0.0, 0.0, 0.1]), "up to 0.002 all members score the same, and 0.004 harms"),
+    ],
+)
+def test_where_no_sigma_serves_it_says_so(base, measured, words):
+    sigma, reason = recommend(base, measured)
+    assert sigma is None and words in reason and "\n" not in reason
+
+
+def test_caveats():
+    sigma, reason = recommend(1.0, rows(0.0, 0.01, 0.02))
+    assert sigma == 0.004 and "a larger one may learn faster" in reason
+    measured = rows(0.0, 0.1, 0.4)
+    measured[1] |= {"swallowed": 3, "correlation": ["norm.weight", 0.36]}
+    assert "In 3 tensor(s) the dtype swallows part of the noise (norm.weight: correlation 0.36)" in recommend(1.0, measured)[1]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return calibrate(CalibrateConfig(sigmas=[0.3, 0.001, 0.01, 0.4], **QUICK))
+
+
+def test_a_result(embedded):
+    assert json.loads(json.dumps(embedded)) == embedded
+    tried = embedded["sigmas"]
+    assert [row["sigma"] for row in tried] == [0.001, 0.01, 0.3]  # smallest first, and none after the collapse
+    assert 0 < embedded["base_reward"] < 1
+    for row in tried:
+        assert row["reward"] + row["lost"] == pytest.approx(embedded["base_reward"])
+        assert row["correlation"][1] > 0.999 and row["swallowed"] == 0 and row["seconds"] > 0
+    assert tried[0]["identical"] >= 0.5 > tried[1]["identical"]
+    assert tried[2]["reward"] < 0.1 * embedded["base_reward"]
+    assert 0.001 < embedded["sigma"] < 0.3 and embedded["lr"] == embedded["sigma"] / 2
+
+
+def test_what_is_printed(capsys):
+    found = calibrate(CalibrateConfig(sigmas=[0.01], **QUICK))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "countdown-char, embedded: 4 members, 16 prompts"
+    assert lines[1].split() == ["sigma", "reward", "lost", "spread", "signal", "damage", "alike", "noise", "seconds"]
+    assert [line.split()[0] for line in lines[2:4]] == ["0", "0.01"]
+    assert found["reason"] in lines[4] and len(lines) == 5
+
+
+def test_one_seed_one_result(embedded):
+    again, other = (calibrate(CalibrateConfig(sigmas=[0.01], seed=seed, **QUICK)) for seed in (0, 1))
+    without_time = [{**row, "seconds": 0} for row in (again["sigmas"][0], embedded["sigmas"][1])]
+    assert without_time[0] == without_time[1] and again["base_reward"] == embedded["base_reward"]
+    assert other["base_reward"] != again["base_reward"]
+
+
+def test_bf16_that_swallows_the_noise():
+    (row,) = calibrate(CalibrateConfig(sigmas=[1e-4], dtype="bfloat16", **QUICK))["sigmas"]
+    assert row["correlation"][1] < 0.5 and row["swallowed"] > 5
+
+
+class Thermometer:
+    """An engine whose answer is the weight, and a task that pays it and fails on more than 2.5."""
+
+    floor = -7.0
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def encode(self, prompts):
+        return prompts
+
+    def generate(self, encoded):
+        return [Answer(str(self.weight.item()), ()) for _ in encoded]
+
+    def score(self, item, completion):
+        return Score(None, error="hot") if float(completion) > 2.5 else Score(float(completion))
+
+
+def test_what_is_measured():
+    scalar, large = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.zeros(100))
+    optimizer = EvolutionStrategy([("scalar", scalar), ("large", large)], population=6, antithetic=True, base="copy")
+    before = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
+    machine = Thermometer(scalar)
+    evaluator, health = Evaluator(machine, machine, [Item("", 0), Item("", 1)]), Health(optimizer)
+    row = measure_sigma(3.0, 0.5, optimizer, evaluator, health)
+    assert (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) == before
+    rewards = []
+    for member in optimizer.ask():
+        with optimizer.perturbed(member):
+            rewards.append(machine.floor if scalar.item() > 2.5 else scalar.item())
+    assert machine.floor in rewards and len(set(rewards)) > 3
+    odd = [(a - b) / 2 for a, b in zip(rewards[::2], rewards[1::2])]
+    even = [(a + b) / 2 - 0.5 for a, b in zip(rewards[::2], rewards[1::2])]
+    expected = {
+        "sigma": 3.0,
+        "reward": mean(rewards),
+        "lost": 0.5 - mean(rewards),
+        "lost_error": stdev(even) / math.sqrt(3),
+        "spread": stdev(rewards),
+        "spread_error": stdev(rewards) / math.sqrt(10),
+        "signal": math.sqrt(mean(x * x for x in odd)),
+        "damage": math.sqrt(mean(x * x for x in even)),
+        "identical": 0.0,
+        "swallowed": 0,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert row["correlation"] == ["large", pytest.approx(1)]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sigmas": [0.0]}, "sigmas must be positive numbers, not 0.0"),
+        ({"sigmas": [0.1, math.nan]}, "not nan"),
+        ({"members": 3}, "members must be at least 4"),
+        ({"members": 5}, "must be even, not 5"),
+        ({"prompts": -1}, "prompts must be at least 0"),
+        ({"task": "countdown"}, "needs a model"),
+        ({"model": "somewhere"}, "no task was given"),
+        ({"dtype": "int8"}, "dtype must be"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        CalibrateConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"prompts": 10**6}, "prompts must be at most"), ({"task": "no-such-task", "model": "embedded"}, "unknown task 'no-such-task'")],
+)
+def test_refused_before_a_model_is_loaded(options, words, monkeypatch):
+    monkeypatch.setattr(calibrate_module, "load_model", None)
+    with pytest.raises(ValueError, match=words):
+        calibrate(CalibrateConfig(**options))
+
+
+def test_defaults():
+    config = CalibrateConfig()
+    assert (config.task, config.model, config.members, config.batch_size) == ("countdown-char", "embedded", 8, 128)
+    assert tuple(config.sigmas) == SIGMAS and SIGMAS[0] == 1e-4 and 0.025 < SIGMAS[-1] < 0.03
+    assert CalibrateConfig(sigmas=[0.2, 0.1, 0.2]).sigmas == [0.1, 0.2]
+
+
+def test_command_line(capsys):
+    assert main(["calibrate", "--sigmas", "0.01", "0.001", "--members", "4", "--prompts", "8"]) == 0
+    assert "sigma 0.01" in capsys.readouterr().out
+    for flags in (["--sigmas", "-1"], ["--sigmas", "much"], ["--members", "7"], ["--model", "/no/such/folder", "--task", "countdown"]):
+        assert main(["calibrate", *flags]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1 and not captured.out

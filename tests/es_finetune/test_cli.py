@@ -1,0 +1,213 @@
+"""Contract under test: the command line.
+
+Bad input is one clear line on stderr and exit code 2, with nothing written. Flags override YAML files; the ready ones are
+the paper's experiments. A run that breaks off says how to go on, with exit code 1.
+"""
+
+import json
+
+import pytest
+
+from es_finetune.cli import CONFIGS, _flags_of, _parse, _read_yaml, main
+from es_finetune.config import TrainConfig
+from es_finetune.files import read_rows
+from es_finetune.runlog import read_log
+
+SMALL = ["--generations", "2", "--population", "4", "--prompts", "16", "--eval_items", "32", "--report_to", "none"]
+
+
+def train(output, *flags):
+    return main(["train", "--output", str(output), *SMALL, *flags])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--sigma", "0"], "sigma must be"),
+        (["--sigma", "-1"], "sigma must be"),
+        (["--sigma", "nan"], "sigma must be"),
+        (["--sigma", "much"], "invalid float value: 'much'"),
+        (["--lr", "-1"], "lr must be"),
+        (["--population", "1"], "population must be"),
+        (["--population", "5", "--antithetic"], "even"),
+        (["--generations", "0"], "generations must be"),
+        (["--momentum", "1"], "momentum must be"),
+        (["--momentum_window", "0"], "momentum_window"),
+        (["--shaping", "softmax"], "shaping must be"),
+        (["--lr_schedule", "wavy"], "lr_schedule must be"),
+        (["--final_scale", "0"], "final_scale must be"),
+        (["--model", "embedded", "--task", "sudoku"], "unknown task 'sudoku'"),
+        (["--task", "reasoning-gym:chess_boxing"], "chess_boxing"),
+        (["--task", "countdown"], "needs a model"),
+        (["--model", "embedded", "--task", "custom"], "data"),
+        (["--model", "some/model"], "no task was given"),
+        (["--model", "/nowhere/at/all", "--task", "countdown"], "/nowhere/at/all"),
+        (["--base", "fp8"], "base must be"),
+        (["--dtype", "int4"], "dtype must be"),
+        (["--decoding", "magic"], "decoding must be"),
+        (["--prompts", "100000"], "prompts must be at most"),
+        (["--device", "abacus"], "abacus"),
+        (["--device", "cuda:7"], "sees no GPU"),
+        (["--freeze", "*nothing*"], "'*nothing*' fits no parameter"),
+        (["--freeze", "*"], "leave no parameter"),
+        (["--sigma_for", "*norm*"], "PATTERN=SIGMA"),
+        (["--sigma_for", "*norm*=0"], "PATTERN=SIGMA"),
+        (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
+        (["--resume"], "cannot be read"),
+        (["--resume", "--overwrite"], "cannot be read|give one of them"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--pad_token", "<nosuch>"], "<nosuch>"),
+        (["--lora_rank", "-1"], "lora_rank"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, capsys, flags, words):
+    assert train(tmp_path / "run", *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and any(word in lines[0] for word in words.split("|")), lines
+    assert not (tmp_path / "run").exists()
+
+
+REWARDS = """
+def good(completion, item): return float(len(completion))
+number = 3
+def text(completion, item): return "high"
+"""
+
+
+GOOD = "".join('{"prompt": "^%d:"}\n' % n for n in range(9))
+
+
+@pytest.mark.parametrize(
+    "data, reward, words",
+    [
+        ("", "r.py:good", "data.jsonl"),
+        ("{}\n", "r.py:good", "prompt"),
+        ("not json\n", "r.py:good", "line 1"),
+        ('{"prompt": "^1:"}\n' * 9, "r.py:good", "1 different prompts"),
+        (GOOD, "r.py:missing", "missing"),
+        (GOOD, "r.py:number", "number"),
+        (GOOD, "nofile.py:good", "nofile.py"),
+        (GOOD, "r.py:text", "text"),
+        (GOOD, "r.py", "FUNCTION|function"),
+    ],
+)
+def test_bad_data_and_bad_rewards_too(tmp_path, capsys, data, reward, words):
+    (tmp_path / "data.jsonl").write_text(data)
+    (tmp_path / "r.py").write_text(REWARDS)
+    flags = ["--model", "embedded", "--data", str(tmp_path / "data.jsonl"), "--reward", str(tmp_path / reward), "--prompts", "0", "--max_new_tokens", "4"]
+    assert train(tmp_path / "run", *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and any(word in lines[0] for word in words.split("|")), lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_pad_token_says_what_to_do(tmp_path, save_tiny, capsys):
+    model = save_tiny(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    pad = config.pop("pad_token")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    pads = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({**pads, "padding": None}))
+    assert train(tmp_path / "run", "--model", model, "--task", "countdown-char") == 2
+    assert "has no pad token" in (error := capsys.readouterr().err) and "--pad_token" in error and error.count("\n") == 1
+    assert train(tmp_path / "run", "--model", model, "--task", "countdown-char", "--pad_token", pad) == 0
+
+
+REWARD = """
+import time
+
+def reward(completion, item):
+    if item["n"] == 3:
+        time.sleep(60)
+    if item["n"] == 4:
+        1 / 0
+    return len(completion)
+"""
+
+
+def test_a_reward_from_a_file_trains_though_it_hangs_and_raises(tmp_path, capsys):
+    for name, numbers in (("train", range(6)), ("test", range(6, 9))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"^{n}:", "n": n}) + "\n" for n in numbers))
+    (tmp_path / "r.py").write_text(REWARD)
+    flags = ["--model", "embedded", "--data", str(tmp_path / "train.jsonl"), "--test_data", str(tmp_path / "test.jsonl"), "--max_new_tokens", "4"]
+    flags += ["--reward", f"{tmp_path / 'r.py'}:reward", "--prompts", "0", "--time_limit", "0.3", "--generations", "1"]
+    assert train(tmp_path / "run", *flags) == 0
+    out = capsys.readouterr().out
+    assert "held-out reward" in out and "0.3" in out[out.index("generation 1:") :]
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["failed"] == 4 * 2 and "0.3" in row["failed_example"]
+
+
+def test_commands(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("train", "eval", "calibrate", "replay", "export", "report"):
+        assert command in out
+        assert command == "train" or main([command, "--no_such_flag"]) == 2
+    assert main([]) == 2 and main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+
+
+def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):
+    assert train(tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\r" not in out
+    assert "1/2  reward 0." in out and "estimate: " in out and "held-out exact" in out
+
+
+def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tmp_path):
+    (tmp_path / "run.yaml").write_text("sigma: 2e-3  # a text for YAML\ngenerations: 7\nantithetic: true\nfreeze: ['*norm*', '*embed*']\n")
+    config = _parse(TrainConfig, [*_flags_of(_read_yaml(str(tmp_path / "run.yaml")), TrainConfig), "--generations", "9"], "train")
+    assert (config.sigma, config.generations, config.antithetic, config.freeze) == (2e-3, 9, True, ["*norm*", "*embed*"])
+    (tmp_path / "bad.yaml").write_text("sigmma: 1\n")
+    with pytest.raises(ValueError, match="unknown option 'sigmma'"):
+        _flags_of(_read_yaml(str(tmp_path / "bad.yaml")), TrainConfig)
+    for content, words in (("- 1\n", "holds no options"), ("a: [", "is no YAML")):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            _read_yaml(str(tmp_path / "bad.yaml"))
+    with pytest.raises(ValueError, match="ready are .*countdown-qwen2.5-1.5b"):
+        _read_yaml("countdown-qwen9")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_configs_are_the_papers(path):
+    config = _parse(TrainConfig, _flags_of(_read_yaml(path.stem), TrainConfig), "train")
+    assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (30, 1e-3, 5e-4, "zscore", False)
+    assert config.task.split(":")[0] in ("countdown", "conciseness", "math", "reasoning-gym")
+
+
+def test_resume_takes_the_config_of_the_log(tmp_path, capsys):
+    assert train(tmp_path / "run", "--sigma", "0.02") == 0
+    assert main(["train", "--resume", "--output", str(tmp_path / "run")]) == 0
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--sigma", "0.01"]) == 2
+    assert "begun with sigma 0.02, not 0.01" in capsys.readouterr().err
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "3"]) == 0
+    assert len(read_log(tmp_path / "run" / "run.log")[1]) == 3
+
+
+def test_a_run_that_breaks_off_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    from es_finetune.runlog import SealedLines
+
+    real = SealedLines.append
+
+    def append(self, line):
+        if line.get("generation") == 1 and "member" in line:
+            raise OSError(28, "No space left on device", str(self.path))
+        real(self, line)
+
+    monkeypatch.setattr(SealedLines, "append", append)
+    assert train(tmp_path / "run") == 1
+    error = capsys.readouterr().err.strip()
+    assert "No space left on device" in error and "1 generations are kept" in error
+    monkeypatch.undo()
+    command = error[error.index("es-finetune train") :].split()
+    assert main(command[1:]) == 0
+    assert len(read_log(tmp_path / "run" / "run.log")[1]) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "run") == 2
+    assert "error: " in capsys.readouterr().err

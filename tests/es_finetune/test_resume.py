@@ -1,0 +1,230 @@
+"""Contract under test: a run that was killed goes on as if it had not been.
+
+After kill -9 at any moment `resume` ends with the fingerprint of a run never interrupted, for every base; what was scored
+before the kill is never scored again. A snapshot shortens the way and changes no bit. A log, model, task or config of
+another run is refused by name, with nothing changed. A disk that fills up ends the run with what was written intact.
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+from es_finetune import TrainConfig, Trainer
+from es_finetune.files import read_rows
+from es_finetune.runlog import SealedLines, read_log
+from es_finetune.tasks.countdown_char import CountdownChar
+
+
+OPTIONS = {"generations": 5, "population": 4, "prompts": 24, "eval_items": 24, "eval_every": 2, "report_to": ["none"], "health_every": 2}
+
+
+class Counted(CountdownChar):
+    """Writes down every answer that it scores."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def score(self, item, completion):
+        os.write(self.file, b".")
+        return super().score(item, completion)
+
+
+def run(folder, resume=False, **options):
+    trainer = Trainer(TrainConfig(output=str(folder), resume=resume, **{**OPTIONS, **options}), task=Counted(f"{folder}.scored"))
+    return trainer.train()
+
+
+def child(folder, resume, options):
+    torch.set_num_threads(1)
+    run(folder, resume, **options)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers", "es_finetune.trainer", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+CONFIGS = [
+    {},
+    {"dtype": "bfloat16", "base": "copy", "perturb_rounding": "stochastic", "snapshot_every": 1},
+    {"dtype": "bfloat16", "base": "none"},
+    {"dtype": "bfloat16", "momentum": 0.5, "antithetic": True, "weight_decay": 0.1, "anchored": True, "snapshot_every": 2, "sigma_schedule": "cosine"},
+    {"shaping": "per_prompt", "lr_schedule": "linear", "sigma_for": ["*norm*=0.02"]},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_path, config):
+    whole = run(tmp_path / "whole", **config)
+    folder, kills, moments = tmp_path / "killed", 0, random.Random(str(config))
+
+    def begun():
+        return (folder / "run.log").exists() and (folder / "run.log").stat().st_size > 0
+
+    def scored():
+        return os.path.getsize(f"{folder}.scored") if os.path.exists(f"{folder}.scored") else 0
+
+    while True:
+        process = server.Process(target=child, args=(folder, begun(), config))
+        process.start()
+        enough = scored() + moments.randint(1, 200)
+        while process.exitcode is None and scored() < enough:
+            process.join(0.001)
+        process.join(moments.uniform(0, 0.05))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills >= 3
+    found = json.loads((folder / "summary.json").read_text())
+    assert found["fingerprint"] == whole["fingerprint"] and found["live"] == whole["live"]
+    assert read_log(folder / "run.log")[1] == read_log(tmp_path / "whole" / "run.log")[1]
+    assert [row["generation"] for row in read_rows(folder / "metrics.jsonl")] == list(range(5))
+    assert [row["generation"] for row in read_rows(folder / "evals.jsonl")] == [0, 2, 4, 5]
+    # A kill costs at most what was being answered: one member or one look.
+    once = os.path.getsize(f"{tmp_path}/whole.scored")
+    assert once <= scored() <= once + kills * 24
+
+
+def stop_at(monkeypatch, generation, member):
+    """The run breaks off where this member has been scored."""
+    real = SealedLines.append
+
+    def append(self, line):
+        real(self, line)
+        if line.get("generation") == generation and line.get("member", None) == member:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SealedLines, "append", append)
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A run that was interrupted in its third generation, after two members."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, 1)
+        trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), **OPTIONS), task=Counted(f"{tmp_path}/run.scored"))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    return tmp_path / "run"
+
+
+def test_scores_in_the_journal_are_used_and_not_computed_again(interrupted):
+    """Proven by a journal in which a score was changed: the run takes it."""
+    lines = [json.loads(line) for line in (interrupted / "journal").read_text().splitlines()]
+    assert [(line["generation"], line["member"]) for line in lines] == [(2, 0), (2, 1)]
+    (interrupted / "journal").unlink()
+    journal = SealedLines(interrupted / "journal")
+    for line in lines:
+        line.pop("crc")
+        journal.append({**line, "rewards": [5.0 + line["member"]] * 24})
+    journal.close()
+    run(interrupted, resume=True)
+    assert read_rows(interrupted / "metrics.jsonl")[2]["reward_max"] == 6.0
+
+
+def test_a_snapshot_changes_no_bit_and_a_damaged_one_is_refused(tmp_path):
+    whole = run(tmp_path / "run", snapshot_every=2)
+    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["theta-000004.safetensors"]
+    trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), resume=True, **OPTIONS))
+    assert f"{trainer.optimizer.fingerprint():016x}" == whole["fingerprint"]
+    trainer.log.close(), trainer.journal.close()
+    snapshot = tmp_path / "run" / "snapshots" / "theta-000004.safetensors"
+    data = bytearray(snapshot.read_bytes())
+    data[-1] ^= 1
+    snapshot.write_bytes(data)
+    with pytest.raises(ValueError, match="theta-000004.safetensors is damaged"):
+        Trainer(TrainConfig(output=str(tmp_path / "run"), resume=True, **OPTIONS))
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    whole = run(tmp_path / "whole", generations=4)
+    run(tmp_path / "parts", generations=2)
+    parts = run(tmp_path / "parts", resume=True, generations=4)
+    assert parts["fingerprint"] == whole["fingerprint"] and parts["generations"] == 4
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sigma": 0.02}, "begun with sigma 0.01, not 0.02"),
+        ({"population": 6}, "begun with population 4, not 6"),
+        ({"seed": 7}, "begun with seed 0, not 7"),
+        ({"task": "countdown"}, "begun with task 'countdown-char', not 'countdown'"),
+        ({"generations": 9, "lr_schedule": "linear"}, "begun with generations 5|begun with lr_schedule"),
+        ({"generations": 1}, "begun with generations 5, not 1"),
+    ],
+    ids=str,
+)
+def test_another_config_is_refused_by_name(interrupted, options, words):
+    before = {path: path.read_bytes() for path in interrupted.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=words):
+        Trainer(TrainConfig(output=str(interrupted), resume=True, **{**OPTIONS, "model": "embedded", **options}))
+    assert {path: path.read_bytes() for path in interrupted.iterdir() if path.is_file()} == before
+
+
+def test_another_model_and_other_items_are_refused(interrupted, build_model):
+    other, tokenizer = build_model("llama"), Trainer(TrainConfig(output=f"{interrupted}-x")).tokenizer
+    with pytest.raises(ValueError, match="is not the one the run began with"):
+        Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), model=other, tokenizer=tokenizer)
+    task = CountdownChar()
+    task.train = task.train[1:]
+    with pytest.raises(ValueError, match="training items of task countdown-char are not those"):
+        Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), task=task)
+
+
+def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):
+    with pytest.raises(ValueError, match="holds a run: --resume continues it, --overwrite replaces it"):
+        run(interrupted)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        run(tmp_path / "new", resume=True)
+    (interrupted / "thesis.tex").write_text("years of work")
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(ValueError, match="holds thesis.tex, which is no part of a run"):
+            run(interrupted, **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        run(tmp_path / "file")
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(interrupted, tmp_path):
+    found = run(interrupted, overwrite=True)
+    assert found["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    first = Trainer(TrainConfig(output=str(tmp_path / "run"), **OPTIONS))
+    with pytest.raises(ValueError, match="written by another process"):
+        Trainer(TrainConfig(output=str(tmp_path / "run"), resume=True, **OPTIONS))
+    first.log.close()
+
+
+@pytest.mark.parametrize("at", [3, 8, 14])
+def test_a_full_disk_loses_nothing_written(tmp_path, monkeypatch, at):
+    whole, calls, real = run(tmp_path / "whole"), [], os.write
+
+    def write(file, data):
+        if os.readlink(f"/proc/self/fd/{file}").endswith(("run.log", "journal")):
+            calls.append(1)
+            if len(calls) == at:
+                real(file, data[:7])
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), **OPTIONS), task=Counted(f"{tmp_path}/run.scored"))
+        with pytest.raises(OSError, match="No space left on device"):
+            trainer.train()
+    assert run(tmp_path / "run", resume=True)["fingerprint"] == whole["fingerprint"]
