@@ -1,6 +1,6 @@
 # The front door. `make demo` and `make test` set up everything they need in .venv.
 #
-#   make demo            ES on a small language model, watched live; leaves runs/demo/
+#   make demo            ES on a small language model, watched live; leaves runs/demo/ with report.html
 #   make test            every test that needs no GPU
 #   make build           the native libraries, in place
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
@@ -21,7 +21,9 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 .PHONY: demo test build wheel bench clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python -m es_finetune train --task countdown-char --output runs/demo
+	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
+	$(BIN)/python -m es_finetune replay runs/demo
+	$(BIN)/python -m es_finetune report runs/demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest

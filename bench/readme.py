@@ -49,8 +49,18 @@ def noise():
     return table(["", "over all 2^32 words, the worse of x and y"], [[k, f"{v:.4g}"] for k, v in results("noise").items()])
 
 
+def learning():
+    report = results("learning")
+    body = [
+        [r["option"], f"{r['final']:.1%} ± {r['error']:.1%}", "" if i == 0 else f"{100 * r['difference']:+.1f} ± {100 * r['difference_error']:.1f}"]
+        for i, r in enumerate(report["rows"])
+    ]
+    header = [f"{report['seeds']} seeds, mean ± standard error", "held-out exact", "points to the first row, paired by seed"]
+    return table(header, body)
+
+
 def filled(text):
-    for name, make in (("cpu", cpu), ("sass", sass), ("noise", noise)):
+    for name, make in (("cpu", cpu), ("learning", learning), ("noise", noise), ("sass", sass)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + make() + "\n" + m[2], text, flags=re.S)
     return text
 

@@ -6,24 +6,21 @@ import math
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from statistics import stdev
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from es_finetune.config import DEMO, PAPER, ModelConfig, TaskConfig, at_least
+from es_finetune.config import CalibrateConfig, model_options
 from es_finetune.engines.hf import HFEngine
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.health import Health
 from es_finetune.model import load_model, pick_device
 from es_finetune.optimizer import EvolutionStrategy
-from es_finetune.replay import model_options
 from es_finetune.segments import named_segments
 from es_finetune.tasks import Task, load_task
 
-SIGMAS = tuple(1e-4 * 2**k for k in range(9))  # to 0.0256; the paper's is 0.001
 PROMPTS = 64
 
 # Share of the reward that noise may cost. On the embedded model (lr = sigma, 30 generations, 3 seeds) sigma 0.005 / 0.01 / 0.014 / 0.02 / 0.03
@@ -32,42 +29,6 @@ PROMPTS = 64
 _BEARABLE = 0.1
 _COLLAPSED = 0.5  # no larger sigma needs to be tried
 _CERTAIN = 2  # standard errors from which a loss is one
-
-
-@dataclass
-class CalibrateConfig(ModelConfig, TaskConfig):
-    """Find a sigma for a model and a task from a few members."""
-
-    sigmas: list[float] = field(default_factory=list, metadata={"help": "sigmas to try, smallest first; 0.0001, 0.0002, ... 0.0256 if not given"})
-    members: int = field(default=8, metadata={"help": "members per sigma, in pairs of opposite noise; the same noise for every sigma"})
-    prompts: int | None = field(
-        default=None, metadata={"help": f"training prompts, the same for all members; 0: all; {PROMPTS}, or all if fewer, if not given"}
-    )
-    seed: int = field(default=0, metadata={"help": "of noise and prompts"})
-
-    def __post_init__(self):
-        if self.task is None:
-            self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
-            if self.task is None:
-                raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
-        if self.model is None:
-            if self.task != "countdown-char":
-                raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
-            self.model = "embedded"
-        for name in ("batch_size", "threads"):
-            if getattr(self, name) is None:
-                setattr(self, name, (DEMO if self.model == "embedded" else PAPER)[name])
-        self.check_task()
-        self.check_model()
-        at_least(self, members=4)
-        if self.members % 2:
-            raise ValueError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
-        if self.prompts is not None:
-            at_least(self, prompts=0)
-        for sigma in self.sigmas:
-            if not (sigma > 0 and math.isfinite(sigma)):
-                raise ValueError(f"sigmas must be positive numbers, not {sigma}")
-        self.sigmas = sorted(set(self.sigmas or SIGMAS))
 
 
 def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:

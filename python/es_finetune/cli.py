@@ -99,7 +99,8 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _calibrate(arguments: list[str]) -> None:
-    from es_finetune.calibrate import CalibrateConfig, calibrate
+    from es_finetune.calibrate import calibrate
+    from es_finetune.config import CalibrateConfig
 
     if arguments and not arguments[0].startswith("-"):
         known = {name: value for name, value in _read_yaml(arguments[0]).items() if name in CalibrateConfig.__dataclass_fields__}

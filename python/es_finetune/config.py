@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from es_finetune.engines.hf import PATHS
+from es_finetune.model import WEIGHT_DTYPES
 from es_finetune.optimizer import EvolutionStrategy
 
 # What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87
@@ -19,7 +21,6 @@ PAPER = {"sigma": 1e-3, "lr": 5e-4, "generations": 500, "prompts": 0, "eval_ever
 DEMO = {"sigma": 0.01, "lr": 0.01, "generations": 30, "prompts": 128, "eval_every": 5, "batch_size": 128, "threads": 1}
 
 SCHEDULES = ("constant", "linear", "cosine")
-PATHS = ("dynamic", "static", "continuous")
 
 # Fields that may differ when a run is resumed: they decide where, how fast and how closely watched it runs, not what the log
 # holds, since equal scores give equal weights anywhere.
@@ -52,12 +53,6 @@ class TaskConfig:
     time_limit: float = _flag("seconds after which the scoring of one answer is stopped, where it runs in a process of its own", 5.0)
     max_new_tokens: int | None = _flag("length of an answer; the task's own if not given")
 
-    def check_task(self) -> None:
-        if self.time_limit <= 0 or not math.isfinite(self.time_limit):
-            raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
-        if self.max_new_tokens is not None:
-            at_least(self, max_new_tokens=1)
-
 
 @dataclass
 class ModelConfig:
@@ -73,13 +68,33 @@ class ModelConfig:
     threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
     device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
-    def check_model(self) -> None:
+
+class _Setup(ModelConfig, TaskConfig):
+    """A model on a task: what training, evaluating and calibrating begin with."""
+
+    def fill(self) -> None:
+        """Replace each None that has a default by it, and check. ValueError for what is missing or wrong."""
+        if self.task is None:
+            self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
+            if self.task is None:
+                raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
+        if self.model is None:
+            if self.task != "countdown-char":
+                raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
+            self.model = "embedded"
+        for name, value in (DEMO if self.model == "embedded" else PAPER).items():
+            if getattr(self, name, value) is None:
+                setattr(self, name, value)
         at_least(self, lora_rank=0, batch_size=1, threads=0)
-        one_of(self, decoding=PATHS, dtype=("auto", "float32", "bfloat16", "float16"))
+        one_of(self, decoding=PATHS, dtype=WEIGHT_DTYPES)
+        if not 0 < self.time_limit < math.inf:
+            raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
+        if self.max_new_tokens is not None:
+            at_least(self, max_new_tokens=1)
 
 
 @dataclass
-class TrainConfig(ModelConfig, TaskConfig):
+class TrainConfig(_Setup):
     """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one, else
     the paper's (arXiv:2509.24372)."""
 
@@ -116,21 +131,9 @@ class TrainConfig(ModelConfig, TaskConfig):
     overwrite: bool = _flag("replace the run in the output folder", False)
 
     def __post_init__(self):
-        if self.task is None:
-            self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
-            if self.task is None:
-                raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
-        if self.model is None:
-            if self.task != "countdown-char":
-                raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
-            self.model = "embedded"
-        for name, value in (DEMO if self.model == "embedded" else PAPER).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        self.fill()
         if self.output is None:
             self.output = str(Path("runs") / f"{self.task}-{Path(self.model).name}".replace(":", "-"))
-        self.check_task()
-        self.check_model()
         at_least(self, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
         one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
         if not 0 < self.final_scale <= 1:
@@ -143,7 +146,7 @@ class TrainConfig(ModelConfig, TaskConfig):
 
 
 @dataclass
-class EvalConfig(ModelConfig, TaskConfig):
+class EvalConfig(_Setup):
     """The accuracy of a model on a task's held-out questions, by the protocol of the paper."""
 
     run: str | None = _flag("folder of a run: its model, task and settings, the tuned weights made again from its log")
@@ -161,21 +164,35 @@ class EvalConfig(ModelConfig, TaskConfig):
             raise ValueError("generation goes with --run: it is counted in that run's log")
         if self.run is None and self.kl and self.kl_model is None:
             raise ValueError("--kl needs a model to compare with: give --kl_model, or --run")
-        if self.task is None:
-            raise ValueError("no task was given: add --task, e.g. countdown")
-        if self.model is None:
-            if self.task != "countdown-char":
-                raise ValueError("give --model with a folder or hub name, or --run with the folder of a run")
-            self.model = "embedded"
-        for name in ("batch_size", "threads"):
-            if getattr(self, name) is None:
-                setattr(self, name, (DEMO if self.model == "embedded" else PAPER)[name])
-        self.check_task()
-        self.check_model()
+        self.fill()
         at_least(self, items=0)
         one_of(self, split=("test", "train"))
         if self.samples is not None:
             at_least(self, samples=1)
+
+
+@dataclass
+class CalibrateConfig(_Setup):
+    """Find a sigma for a model and a task from a few members."""
+
+    sigmas: list[float] = _list("sigmas to try; 0.0001, 0.0002, 0.0004, ... 0.0256 if not given")
+    members: int = _flag("members per sigma, in pairs of opposite noise; the same noise for every sigma", 8)
+    prompts: int | None = _flag("training prompts, the same for all members; 0: all; 64, or all if fewer, if not given")
+    seed: int = _flag("of noise and prompts", 0)
+
+    def __post_init__(self):
+        asked = self.prompts  # has a meaning of its own here, not the one of a run
+        self.fill()
+        self.prompts = asked
+        at_least(self, members=4)
+        if self.members % 2:
+            raise ValueError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
+        if self.prompts is not None:
+            at_least(self, prompts=0)
+        for sigma in self.sigmas:
+            if not 0 < sigma < math.inf:
+                raise ValueError(f"sigmas must be positive numbers, not {sigma}")
+        self.sigmas = sorted(set(self.sigmas or [1e-4 * 2**k for k in range(9)]))  # the paper's is 0.001
 
 
 @dataclass

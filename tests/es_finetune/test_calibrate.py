@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import es_finetune.calibrate as calibrate_module
-from es_finetune.calibrate import SIGMAS, CalibrateConfig, calibrate, measure_sigma, recommend
+from es_finetune.calibrate import calibrate, measure_sigma, recommend
 from es_finetune.cli import main
+from es_finetune.config import CalibrateConfig
 from es_finetune.engines import Answer
 from es_finetune.evaluate import Evaluator
 from es_finetune.health import Health
@@ -199,7 +200,7 @@ def test_refused_before_a_model_is_loaded(options, words, monkeypatch):
 def test_defaults():
     config = CalibrateConfig()
     assert (config.task, config.model, config.members, config.batch_size) == ("countdown-char", "embedded", 8, 128)
-    assert tuple(config.sigmas) == SIGMAS and SIGMAS[0] == 1e-4 and 0.025 < SIGMAS[-1] < 0.03
+    assert config.sigmas[0] == 1e-4 and 0.025 < config.sigmas[-1] < 0.03 and config.sigmas == sorted(config.sigmas)
     assert CalibrateConfig(sigmas=[0.2, 0.1, 0.2]).sigmas == [0.1, 0.2]
 
 

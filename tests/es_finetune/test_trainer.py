@@ -6,6 +6,8 @@ tuned: tied embeddings, fused experts, adapters. A reward that raises or hangs c
 """
 
 import json
+import pathlib
+import re
 
 import pytest
 import torch
@@ -309,3 +311,14 @@ def test_without_flags_the_papers_run_is_meant():
     config = TrainConfig(task="countdown", model="some/model")
     assert (config.sigma, config.lr, config.population, config.generations, config.prompts) == (1e-3, 5e-4, 30, 500, 0)
     assert config.output == "runs/countdown-model"
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path, save_tiny, monkeypatch, capsys):
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer(" in block)
+    assert len(example.splitlines()) < 20
+    model = save_tiny(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", model).replace("generations=50", "generations=2, population=4")
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    assert "->" in capsys.readouterr().out and (tmp_path / "runs" / "short" / "summary.json").exists()
