@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from es_finetune.config import EvalConfig, model_options
 from es_finetune.engines.hf import HFEngine
 from es_finetune.files import write_atomically
-from es_finetune.measure import kl_to_base, measure, save_answers
+from es_finetune.measure import kl_to_base, measure, rewards, save_answers
 from es_finetune.model import load_model, pick_device
 from es_finetune.replay import rebuild
+from es_finetune.runlog import read_log
 from es_finetune.tasks import load_task
 
 
@@ -24,13 +26,22 @@ def assess(config: EvalConfig) -> dict[str, Any]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    generation = None
+    if config.run is not None:
+        header, generations = read_log(Path(config.run) / "run.log")
+        generation = len(generations) if config.generation is None else config.generation
+        for name, value in model_options(config).items():
+            if value != header["config"][name] and name != "attn_implementation":
+                raise ValueError(f"with --run the model is the run's, whose {name} is {header['config'][name]!r}: leave out --{name}")
+    output = Path(config.output or _folder(config, generation))
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file: give a folder")
     task = load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
     items = list(getattr(task, config.split))[: config.items or None]
     device = pick_device(config.device)
-    generation = None
     if config.run is not None:
-        rebuilt = rebuild(config.run, device=config.device, generation=config.generation)
-        model, tokenizer, generation = rebuilt.model, rebuilt.tokenizer, rebuilt.optimizer.generation
+        rebuilt = rebuild(config.run, model=config.model, device=config.device, generation=generation)
+        model, tokenizer = rebuilt.model, rebuilt.tokenizer
     else:
         model, tokenizer, _ = load_model(config.model, device=device, **model_options(config))
     samples = config.samples or task.eval_samples
@@ -43,6 +54,7 @@ def assess(config: EvalConfig) -> dict[str, Any]:
 
     here = engine(model, tokenizer)
     found = measure(here, task, items, samples)
+    paid = rewards(task, found.evaluation.scores)
     result = {
         "task": task.name,
         "model": config.model,
@@ -55,7 +67,9 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         "metric": found.metric,
         "value": found.value,
         "interval_95": [found.low, found.high],
-        **{part: found.evaluation.mean(part) for part in ("reward", "exact", "format")},
+        "reward": math.fsum(paid) / len(paid),
+        "exact": found.evaluation.mean("exact"),
+        "format": found.evaluation.mean("format"),
         "failed": found.evaluation.failed,
         "tokens": found.evaluation.tokens,
         "seconds_generate": found.evaluation.seconds_generate,
@@ -67,7 +81,6 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         base, base_tokenizer, _ = load_model(config.kl_model or config.model, device=device, **model_options(config))
         kl = kl_to_base(found.evaluation.answers, tuned, engine(base, base_tokenizer).log_probs(prompts, found.evaluation.answers))
         result |= {"kl": kl.value, "kl_standard_error": kl.standard_error, "kl_tokens": kl.tokens}
-    output = Path(config.output or _folder(config, generation))
     output.mkdir(parents=True, exist_ok=True)
     save_answers(output / "answers.jsonl", found.items, found.evaluation.answers, found.evaluation.scores)
     write_atomically(output / "result.json", json.dumps(result, indent=2) + "\n")

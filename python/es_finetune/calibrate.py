@@ -16,6 +16,7 @@ from es_finetune.config import CalibrateConfig, model_options
 from es_finetune.engines.hf import HFEngine
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.health import Health
+from es_finetune.measure import rewards
 from es_finetune.model import load_model, pick_device
 from es_finetune.optimizer import EvolutionStrategy
 from es_finetune.segments import named_segments
@@ -94,18 +95,18 @@ def measure_sigma(sigma: float, base_reward: float, optimizer: EvolutionStrategy
         return evaluator()
 
     members = optimizer.evaluate(answer)
-    rewards = [_reward(evaluator.task, member) for member in members]
+    means = [_reward(evaluator.task, member) for member in members]
     digests = [member.digest for member in members]
-    odd = [(plus - minus) / 2 for plus, minus in zip(rewards[::2], rewards[1::2])]
-    even = [(plus + minus) / 2 - base_reward for plus, minus in zip(rewards[::2], rewards[1::2])]
-    mean, spread = math.fsum(rewards) / len(rewards), stdev(rewards)
+    odd = [(plus - minus) / 2 for plus, minus in zip(means[::2], means[1::2])]
+    even = [(plus + minus) / 2 - base_reward for plus, minus in zip(means[::2], means[1::2])]
+    mean, spread = math.fsum(means) / len(means), stdev(means)
     return {
         "sigma": sigma,
         "reward": mean,
         "lost": base_reward - mean,
         "lost_error": stdev(even) / math.sqrt(len(even)),
         "spread": spread,
-        "spread_error": spread / math.sqrt(2 * (len(rewards) - 1)),
+        "spread_error": spread / math.sqrt(2 * (len(means) - 1)),
         "signal": _rms(odd),
         "damage": _rms(even),
         "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
@@ -162,10 +163,7 @@ def _harm(row: dict[str, Any], base_reward: float) -> float:
 
 
 def _reward(task: Task, evaluation: Evaluation) -> float:
-    """Mean reward; an answer whose scoring failed gets the task's floor, or the lowest of the others."""
-    known = [score.reward for score in evaluation.scores if score.reward is not None]
-    floor = min(known, default=0.0) if task.floor is None else task.floor
-    return math.fsum([*known, floor * evaluation.failed]) / len(evaluation.scores)
+    return math.fsum(rewards(task, evaluation.scores)) / len(evaluation.scores)
 
 
 def _rms(values: Sequence[float]) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
+_OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
 CONFIGS = Path(__file__).parent / "configs"
 
 USAGE = """usage: es-finetune COMMAND [flags]
@@ -57,31 +61,36 @@ class _BrokenOff(Exception):
 
 
 def _train(arguments: list[str]) -> None:
+    import traceback
+
     from es_finetune.config import TrainConfig
     from es_finetune.runlog import read_log
 
     if arguments and not arguments[0].startswith("-"):
         arguments = _flags_of(_read_yaml(arguments[0]), TrainConfig) + arguments[1:]
-    if any(argument.partition("=")[0] == "--resume" for argument in arguments):
+    if _flag(arguments, "resume", "false").lower() in ("true", "yes", "y", "t", "1"):
         # The log's config, and over it what was given now: Trainer refuses what would make it another run.
         folder = _flag(arguments, "output")
         if folder is None:
             raise ValueError("--resume continues the run in a folder: give it with --output")
         arguments = _flags_of(read_log(Path(folder) / "run.log")[0]["config"], TrainConfig) + arguments
     config = _parse(TrainConfig, arguments, "train")
+    from es_finetune.progress import value
     from es_finetune.trainer import RewardFailed, Trainer
 
     trainer = Trainer(config)
     try:
         summary = trainer.train()
-    except (OSError, RewardFailed, KeyboardInterrupt) as error:
-        how = f"continue with: es-finetune train --resume --output {config.output}"
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, (OSError, RewardFailed, KeyboardInterrupt)):
+            traceback.print_exc()  # nobody foresaw it
         words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
-        raise _BrokenOff(f"{words}. {trainer.optimizer.generation} generations are kept in {config.output}; {how}") from error
-    metric = summary["metric"]
+        kept = f"{trainer.optimizer.generation} generations are kept in {config.output}"
+        raise _BrokenOff(f"{words}. {kept}; continue with: es-finetune train --resume --output {shlex.quote(config.output)}") from error
+    base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(
-        f"held-out {metric} {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "
-        f"({summary['share_outside']:.1%} outside generation and reward); theta {summary['fingerprint']}; {config.output}"
+        f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "
+        f"({summary['share_outside'] or 0:.1%} outside generation and reward); theta {summary['fingerprint']}; {config.output}"
     )
 
 
@@ -128,9 +137,17 @@ def _export(arguments: list[str]) -> None:
     output = Path(config.output or Path(config.run) / "model")
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it")
+    if output.exists() and not _is_model(output):
+        raise ValueError(f"{output} is no folder of a model alone, which --overwrite could replace: give another --output")
     rebuilt = _rebuild(config)
     save_model(rebuilt.model, rebuilt.tokenizer, output, merge_lora=config.merge_lora)
     print(f"{output}: the model after {rebuilt.optimizer.generation} generations, live {rebuilt.optimizer.fingerprint('live'):016x}")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether the folder holds what `save_model` writes and nothing that it does not."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names & {"config.json", "adapter_config.json"}) and all((folder / name).is_file() and Path(name).suffix in _OF_MODELS for name in names)
 
 
 def _rebuild(config):
@@ -156,10 +173,19 @@ def _parse(kind: type, arguments: list[str], command: str) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # "Loading weights", "Writing model shards": two bars of a second each around our own
-    parser = HfArgumentParser(kind, prog=f"es-finetune {command}", allow_abbrev=False)
+    first = {"train": " [FILE.yaml]", "calibrate": " [FILE.yaml]", "replay": " RUN", "export": " RUN", "report": " RUN"}.get(command, "")
+    usage = f"es-finetune {command}{first} [flags]"
+    parser = HfArgumentParser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
     parser.error = _refuse  # instead of the usage of fifty flags
     (config,) = parser.parse_args_into_dataclasses(arguments)
     return config
+
+
+class _Help(argparse.HelpFormatter):
+    """Names the default of a flag where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help + ("" if action.default in (None, [], argparse.SUPPRESS) else " (default: %(default)s)")
 
 
 def _refuse(message: str) -> None:
@@ -170,12 +196,10 @@ def _run_first(arguments: list[str]) -> list[str]:
     return ["--run", *arguments] if arguments and not arguments[0].startswith("-") else arguments
 
 
-def _flag(arguments: list[str], name: str) -> str | None:
-    """The value of --name in `arguments`, before they are parsed; the last if there are several."""
-    import argparse
-
+def _flag(arguments: list[str], name: str, default: str | None = None) -> str | None:
+    """The value of --name in `arguments`, before they are parsed; the last if there are several, "true" if it has none."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}")
+    parser.add_argument(f"--{name}", nargs="?", const="true", default=default)
     return getattr(parser.parse_known_args(arguments)[0], name)
 
 
@@ -184,8 +208,10 @@ def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
     flags = []
     for name, value in values.items():
         if name not in kind.__dataclass_fields__:
-            raise ValueError(f"unknown option {name!r}; `es-finetune train --help` lists them")
-        if value is not None and value != []:
+            raise ValueError(f"unknown option {name!r}; --help lists them")
+        if value in (None, []):
+            value = _NOTHING.get(name)
+        if value is not None:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 

@@ -26,7 +26,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 # holds, since equal scores give equal weights anywhere.
 FREE = frozenset(
     "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
-    "save_model report_to time_limit on_reward_error".split()
+    "save_model report_to time_limit on_reward_error model data test_data".split()  # the last three are known by fingerprint and digest
 )
 
 
@@ -239,9 +239,9 @@ def one_of(config, **choices) -> None:
             raise ValueError(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, not {getattr(config, name)!r}")
 
 
-def asked(config) -> dict[str, Any]:
-    """The config as JSON holds it."""
-    return dataclasses.asdict(config)
+def asked(config: TrainConfig) -> dict[str, Any]:
+    """What the config asks for, wherever it runs: as log and config.json hold it."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "overwrite", "resume")}
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:

@@ -17,9 +17,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -49,5 +49,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
         elif any(later.strip() for later in lines[index + 1 :]):
-            raise ValueError(f"{path} is damaged in line {index + 1}, which is not the last: it is no JSON object")
+            raise ValueError(f"{path} is damaged in line {index + 1}, which is not the last: it is no JSON object; remove that line")
     return rows

@@ -47,23 +47,25 @@ def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1)
         raise ValueError(f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1")
     asked = [item for item in items for _ in range(samples)]
     evaluation = Evaluator(engine, task, asked)()
+    if evaluation.failed == len(asked):
+        raise ValueError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
     values = headline(task, evaluation.scores)
     questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]
     low, high = interval(questions, binary=samples == 1 and task.metric == "exact" and set(values) <= {0.0, 1.0})
     return Measurement(task.metric, math.fsum(values) / len(values), low, high, samples, asked, values, evaluation)
 
 
-def headline(task: Task, scores: Sequence[Score]) -> list[float]:
-    """The task's metric for each score. An answer whose scoring failed is not exact; its reward is the task's floor, or where that is None the
-    smallest of the others. ValueError if there are no others."""
-    if task.metric == "exact":
-        return [score.exact or 0.0 for score in scores]
+def rewards(task: Task, scores: Sequence[Score]) -> list[float]:
+    """The reward of each score. One that failed gets the task's floor, or where that is None the lowest of the others, or 0 without any."""
     floor = task.floor
     if floor is None:
-        floor = min((score.reward for score in scores if score.reward is not None), default=None)
-    if floor is None and scores:
-        raise ValueError(f"task {task.name!r}: no answer could be scored; the first failure: {scores[0].error}")
+        floor = min((score.reward for score in scores if score.reward is not None), default=0.0)
     return [floor if score.reward is None else score.reward for score in scores]
+
+
+def headline(task: Task, scores: Sequence[Score]) -> list[float]:
+    """The task's metric for each score. An answer whose scoring failed is not exact."""
+    return [score.exact or 0.0 for score in scores] if task.metric == "exact" else rewards(task, scores)
 
 
 def interval(values: Sequence[float], binary: bool) -> tuple[float, float] | tuple[None, None]:

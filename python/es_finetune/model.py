@@ -112,24 +112,30 @@ def pick_device(name: str) -> torch.device:
 
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike, *, merge_lora: bool = False) -> None:
     """Write what `from_pretrained` reads: safetensors, configs, tokenizer. `folder` is whole or, as before the call, what it was;
-    an older one of the name is replaced.
+    an older one of the name is replaced. OSError if it cannot be written.
 
     Of a model with a PEFT adapter the adapter is written, or with merge_lora the full model with the adapter added into its
     weights (made on the CPU; `model` stays as it is).
     """
+    from safetensors import SafetensorError
+
     model, folder = unwrap(model), Path(folder)
     part, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    if is_peft(model) and not merge_lora:
-        # "auto" would ask the hub whether the vocabulary has grown.
-        model.save_pretrained(part, save_embedding_layers=False)
-    else:
-        if is_peft(model):
-            model = _merged(model)
-        with _savable_generation_config(model, part):
-            model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    try:
+        if is_peft(model) and not merge_lora:
+            # "auto" would ask the hub whether the vocabulary has grown.
+            model.save_pretrained(part, save_embedding_layers=False)
+        else:
+            if is_peft(model):
+                model = _merged(model)
+            with _savable_generation_config(model, part):
+                model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    except (OSError, SafetensorError) as error:  # the second where the disk is full
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"the model could not be written to {folder}: {error}") from error
     if folder.exists():  # a folder cannot be replaced in one step
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)

@@ -64,7 +64,8 @@ class SealedLines:
         """Open `path` or make it, drop a torn last line, and hold a lock on it until it is closed.
 
         sync=False leaves it to the system when a line reaches the disk: enough where the process may be killed, but not the
-        machine. ValueError if another process holds the file, or if a line before the last is damaged.
+        machine, after which lines are dropped from the first damaged one on. With sync a damaged line before the last is a
+        ValueError, as is a file that another process holds.
         """
         self.path, self._sync = path, sync
         self._file = open(path, "ab", buffering=0)
@@ -72,7 +73,7 @@ class SealedLines:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process: wait for it, or give another output folder") from None
-        self.lines, whole = _read(path)
+        self.lines, whole = _read(path, strict=sync)
         self._file.truncate(whole)
 
     def append(self, line: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ class SealedLines:
 def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
     """Header and generations of a run.log, also of one that is being written. ValueError if it is damaged or no run.log."""
     try:
-        lines, _ = _read(path)
+        lines, _ = _read(path, strict=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return parse_log(path, lines)
@@ -121,8 +122,13 @@ def _sealed(line: dict[str, Any]) -> bytes:
     return body + (_SEAL % zlib.crc32(body)).encode()
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of the file, and the length in bytes of what they take."""
+def is_begun(path: Path) -> bool:
+    """Whether `path` is a log whose first line has been written; before that there is no run."""
+    return path.exists() and bool(_read(path, strict=False)[0])
+
+
+def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
+    """The lines of the file before the first that is not whole, and the length in bytes of what they take. With `strict` that one must be the last."""
     data = path.read_bytes()
     lines, at = [], 0
     while at < len(data):
@@ -130,7 +136,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         line = data[at:end] if end else b""
         body = line[:-_SEAL_LENGTH]
         if not end or line != body + (_SEAL % zlib.crc32(body)).encode():
-            if end and end < len(data):
+            if strict and end and end < len(data):
                 raise ValueError(f"{path} is damaged in line {len(lines) + 1}, which is not the last: its CRC does not fit")
             break
         lines.append(json.loads(line))

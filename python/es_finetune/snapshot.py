@@ -12,6 +12,7 @@ from es_finetune.runlog import Generation
 
 def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
     """Write theta as FOLDER/theta-GENERATION.safetensors, whole or not at all, and then remove older ones."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -23,7 +24,7 @@ def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except (OSError, SafetensorError) as error:  # the second where the disk is full
         part.unlink(missing_ok=True)
         raise OSError(f"the snapshot {path} could not be written: {error}") from error
     for old in older:
@@ -38,6 +39,7 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
     `generations` are those of the log, from the first; what momentum remembers comes of them. A snapshot is
     used only if its fingerprints are those of the log: otherwise ValueError.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for path in reversed(_snapshots(folder)):
@@ -47,10 +49,15 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
         state = optimizer.state_dict()
         remembered = generations[max(0, done - optimizer.momentum_window) : done] if optimizer.momentum else ()
         history = [[g.generation, g.reward, g.scored, list(g.z)] for g in remembered if g.z is not None]
-        state["es"] = {**state["es"], "theta": load_file(path), "generation": done, "history": history}
+        damaged = f"{path} is damaged: remove it, and the log serves"
+        try:
+            theta = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{damaged} ({error})") from error
+        state["es"] = {**state["es"], "theta": theta, "generation": done, "history": history}
         optimizer.load_state_dict(state)
         if (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) != (generations[done - 1].theta, generations[done - 1].live):
-            raise ValueError(f"{path} is damaged: its fingerprint is not that of generation {done - 1} in the log; remove it, and the log serves")
+            raise ValueError(f"{damaged} (its fingerprint is not that of generation {done - 1} in the log)")
         return done
     return 0
 

@@ -14,7 +14,7 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from es_finetune.engines.hf import HFEngine
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.files import append_row, read_rows, write_atomically
 from es_finetune.health import Health, warnings_of
-from es_finetune.measure import headline, interval, save_answers
+from es_finetune.measure import headline, interval, rewards, save_answers
 from es_finetune.model import load_model, pick_device, save_model
 from es_finetune.plot import plot_run
 from es_finetune.progress import Progress, duration
 from es_finetune.replay import check_start, config_of, fast_forward, start_of
-from es_finetune.runlog import FORMAT, Generation, SealedLines, parse_log, read_log
+from es_finetune.runlog import FORMAT, Generation, SealedLines, is_begun, parse_log, read_log
 from es_finetune.snapshot import save_snapshot
 from es_finetune.tasks import Item, Task, load_task
 from es_finetune.tracking import Tracker, require
@@ -39,8 +39,9 @@ from es_finetune.tuning import make_optimizer, set_schedules
 from es_kernels.noise import PROMPT_CHOICE, member_seed
 
 # All that a run may leave in its folder. Another name in it means that the folder is somebody else's.
-FILES = ("config.json", "run.log", "journal", "metrics.jsonl", "evals.jsonl", "summary.json", "reward.png", "report.html", "wandb-id")
-FOLDERS = ("answers", "snapshots", "model", "tensorboard", "wandb")
+FILES = ("config.json", "run.log", "journal", "metrics.jsonl", "evals.jsonl", "summary.json", "reward.png", "report.html")
+FOLDERS = ("answers", "snapshots", "model")
+CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
 
 
 class RewardFailed(RuntimeError):
@@ -83,59 +84,71 @@ class Trainer:
         self._rows: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
         self.health = Health(self.optimizer)  # before resuming: it counts the drift from here
-        self._begin(identity)
-        self.tracker = Tracker(config.report_to, self.folder, asked(config), done=self.optimizer.generation)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = SealedLines(self.folder / "run.log")
+        try:
+            self._resume() if config.resume else self._begin(identity)
+        except BaseException:
+            self.log.close()
+            raise
 
     # --- the folder ---------------------------------------------------------------------------------------------------
 
     def _claim_folder(self) -> None:
         """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"output {self.folder} is a file: give a folder")
-        found = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
-        foreign = [name for name in found if name.removesuffix(".tmp").removesuffix(".old") not in FILES + FOLDERS and not name.startswith("eval-")]
-        if foreign:
-            raise ValueError(f"output {self.folder} holds {foreign[0]}, which is no part of a run: give another folder")
-        # A run that was killed before its first line had reached the disk is none.
-        begun = (self.folder / "run.log").exists() and (self.folder / "run.log").stat().st_size > 0
-        if self.config.resume and not begun:
-            raise ValueError(f"output {self.folder} holds no run to resume: leave out --resume, or give the folder of a run")
-        if begun and not (self.config.resume or self.config.overwrite):
-            raise ValueError(f"output {self.folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
-        if self.config.resume:
-            header, generations = read_log(self.folder / "run.log")
-            _refuse_other_config(self.config, config_of(header, self.folder), len(generations))
+        folder, config = self.folder, self.config
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output {folder} is a file: give a folder")
+        if is_begun(folder / "run.log"):
+            if not (config.resume or config.overwrite):
+                raise ValueError(f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
+            if config.resume:
+                header, generations = read_log(folder / "run.log")
+                _refuse_other_config(config, config_of(header, folder), len(generations))
+        elif config.resume:
+            raise ValueError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
+        else:
+            names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+            foreign = [name for name in names if not _is_ours(name)]
+            if foreign:
+                raise ValueError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
+
+    def _start(self) -> dict[str, Any]:
+        """What must be the same where a run is resumed."""
+        splits = {f"{name}_items": _digest(items) for name, items in (("train", self.task.train), ("test", self.task.test))}
+        return {**start_of(self.model, self.optimizer), "metric": self.task.metric, **splits}
 
     def _begin(self, identity: dict[str, Any]) -> None:
-        """Open the log, and bring the optimizer to where it ends. A new run also empties the folder and writes config.json."""
-        config, path = self.config, self.folder / "run.log"
-        start = start_of(self.model, self.optimizer)
-        start |= {"metric": self.task.metric, "train_items": _digest(self.task.train)}
-        if not config.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
-            header = {"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), "model": identity, **start, "versions": versions}
-            # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
-            self.log = SealedLines(path)
-            self.log.clear()
-            for name in set(FILES) - {"run.log"}:
-                (self.folder / name).unlink(missing_ok=True)
-            for name in FOLDERS:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            write_atomically(self.folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
-            self.journal = SealedLines(self.folder / "journal", sync=False)
-            self.log.append(header)
-            return
-        self.log = SealedLines(path)
-        header, generations = parse_log(path, self.log.lines)
+        """A new run: empty the folder of what an older one left, and begin the log."""
+        config, folder = self.config, self.folder
+        if self.log.lines and not config.overwrite:
+            raise ValueError(f"output {folder} holds a run that another process has begun meanwhile: give another folder")
+        _remove(folder / name for name in CURVES)
+        self.tracker = Tracker(config.report_to, folder, asked(config))
+        # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
+        self.log.clear()
+        _remove(path for path in folder.iterdir() if _is_ours(path.name) and path.name not in ("run.log", *CURVES))
+        write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
+        self.journal = SealedLines(folder / "journal", sync=False)
+        versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
+        self.log.append({"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), "model": identity, **self._start(), "versions": versions})
+
+    def _resume(self) -> None:
+        """Bring the optimizer to where the log ends, and the files for people with it."""
+        config, folder = self.config, self.folder
+        header, generations = parse_log(folder / "run.log", self.log.lines)
         check_start(header, self.model, self.optimizer, config.model)
-        if header["train_items"] != start["train_items"]:
-            raise ValueError(f"the training items of task {config.task} are not those that the run in {self.folder} began with")
-        fast_forward(self.optimizer, generations, snapshots=self.folder / "snapshots")
-        self.journal = SealedLines(self.folder / "journal", sync=False)
+        for split in ("train", "test"):
+            if header[f"{split}_items"] != self._start()[f"{split}_items"]:
+                raise ValueError(f"the {split} items of task {config.task} are not those that the run in {folder} began with")
+        fast_forward(self.optimizer, generations, snapshots=folder / "snapshots")
         for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._looks, "evals.jsonl", 1)):
-            rows += [row for row in read_rows(self.folder / name) if row["generation"] < len(generations) + least]
-            write_atomically(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+            rows += [row for row in read_rows(folder / name) if row["generation"] < len(generations) + least]
+            write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if len(generations) < config.generations:
+            _remove([folder / "summary.json"])  # it says that a run is complete
+        self.journal = SealedLines(folder / "journal", sync=False)
+        self.tracker = Tracker(config.report_to, folder, asked(config), done=len(generations))
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -160,7 +173,7 @@ class Trainer:
             progress.note(note)
         while True:
             done = optimizer.generation
-            if done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
+            if not self._looks or done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
                 self._look_at_held_out()
             if done >= config.generations:
                 return
@@ -180,7 +193,10 @@ class Trainer:
         set_schedules(optimizer, config)
         group = dict(optimizer.param_groups[0])
         training = self._training or Evaluator(self.engine, self.task, self._draw(generation))
-        known = {line["member"]: line for line in self.journal.lines if line["generation"] == generation}
+        stop = config.on_reward_error == "stop"
+        known = {line["member"]: line for line in self.journal.lines if line["generation"] == generation and not (stop and line["error"])}
+        # Seconds of an earlier process, which this one's clock does not hold.
+        before = math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values())
         if not known:
             self.journal.clear()
         looking = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
@@ -190,22 +206,22 @@ class Trainer:
                 self.health.look_at_member()
             if member not in known:
                 known[member] = {"generation": generation, "member": member, **_line(training())}
+                if stop and known[member]["error"] is not None:
+                    raise RewardFailed(f"generation {generation + 1}, member {member}: {known[member]['error']}")
                 self.journal.append(known[member])
-            if known[member]["error"] is not None and config.on_reward_error == "stop":
-                raise RewardFailed(f"generation {generation + 1}, member {member}: {known[member]['error']}")
             return known[member]
 
         members = optimizer.evaluate(score)
         if looking:
             self.health.look_before_update()
         floor = _floor(self.task, members)
-        rewards = [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
-        means = [math.fsum(row) / len(row) for row in rewards]
-        update = optimizer.tell(rewards if config.shaping == "per_prompt" else means)
+        by_prompt = [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
+        means = [math.fsum(row) / len(row) for row in by_prompt]
+        update = optimizer.tell(by_prompt if config.shaping == "per_prompt" else means)
         theta, live = optimizer.fingerprint("theta"), optimizer.fingerprint("live")
         lr, sigma = (tuple(group[key] for group in optimizer.param_groups) for key in ("lr", "sigma"))
         digests = [member["digest"] for member in members]
-        seconds = time.perf_counter() - begin
+        seconds = before + time.perf_counter() - begin
         generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
         tokens = sum(member["tokens"] for member in members)
         row = {
@@ -253,12 +269,16 @@ class Trainer:
             return
         begin = time.perf_counter()
         evaluation = self.held_out()
-        values = headline(self.task, evaluation.scores)
+        values, paid = headline(self.task, evaluation.scores), rewards(self.task, evaluation.scores)
         low, high = interval(values, binary=set(values) <= {0.0, 1.0})
         look = {
             "generation": done,
             "items": len(values),
-            **{part: evaluation.mean(part) for part in ("reward", "exact", "format")},
+            "reward": math.fsum(paid) / len(paid),
+            "exact": evaluation.mean("exact"),
+            "format": evaluation.mean("format"),
+            "failed": evaluation.failed,
+            self.task.metric: math.fsum(values) / len(values),
             "low": low,
             "high": high,
             "seconds": time.perf_counter() - begin,
@@ -272,8 +292,9 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Write the model, the plot and the summary, in this order: a folder that has a summary is complete."""
         config = self.config
-        first, last = self._looks[0], self._looks[-1]
-        metric = self.task.metric
+        metric, last = self.task.metric, self._looks[-1]
+        first = next((look for look in self._looks if look["generation"] == 0), {metric: None, "low": None, "high": None})
+        whole = math.fsum(row["seconds"] for row in self._rows)
         seconds = self._seconds()
         parts = {key: math.fsum(row[key] for row in self._rows) for key in ("seconds_generate", "seconds_score", "seconds_kernels")}
         summary = {
@@ -286,10 +307,10 @@ class Trainer:
             "final_interval": [last["low"], last["high"]],
             "held_out": last["items"],
             "held_out_curve": [[look["generation"], look[metric]] for look in self._looks],
-            "generations": len(self._rows),
+            "generations": self.optimizer.generation,
             "seconds_total": seconds,
             **parts,
-            "share_outside": 1 - (parts["seconds_generate"] + parts["seconds_score"]) / math.fsum(row["seconds"] for row in self._rows),
+            "share_outside": 1 - (parts["seconds_generate"] + parts["seconds_score"]) / whole if whole else None,
             "tokens": sum(row["tokens"] for row in self._rows),
             "backend": self.backend,
             "noise_version": es_kernels.noise.VERSION,
@@ -348,6 +369,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _digest(items: Sequence[Item]) -> str:
     return hashlib.blake2b(repr([(item.prompt, item.key) for item in items]).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a run, or eval of it, leaves something of this name in its folder."""
+    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith("eval-")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _peak_memory(device: torch.device) -> int:

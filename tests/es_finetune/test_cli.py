@@ -161,6 +161,9 @@ def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tm
     config = _parse(TrainConfig, [*_flags_of(_read_yaml(str(tmp_path / "run.yaml")), TrainConfig), "--generations", "9"], "train")
     assert (config.sigma, config.generations, config.antithetic, config.freeze) == (2e-3, 9, True, ["*norm*", "*embed*"])
     (tmp_path / "bad.yaml").write_text("sigmma: 1\n")
+    (tmp_path / "nothing.yaml").write_text("base: null\nreport_to: []\nresume: false\nlr:\n")
+    config = _parse(TrainConfig, _flags_of(_read_yaml(str(tmp_path / "nothing.yaml")), TrainConfig), "train")
+    assert (config.base, config.report_to, config.resume, config.lr) == ("none", ["none"], False, 0.01)
     with pytest.raises(ValueError, match="unknown option 'sigmma'"):
         _flags_of(_read_yaml(str(tmp_path / "bad.yaml")), TrainConfig)
     for content, words in (("- 1\n", "holds no options"), ("a: [", "is no YAML")):
@@ -176,6 +179,47 @@ def test_the_ready_configs_are_the_papers(path):
     config = _parse(TrainConfig, _flags_of(_read_yaml(path.stem), TrainConfig), "train")
     assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (30, 1e-3, 5e-4, "zscore", False)
     assert config.task.split(":")[0] in ("countdown", "conciseness", "math", "reasoning-gym")
+
+
+def test_a_runs_config_is_a_yaml_file_for_another(tmp_path, capsys):
+    assert train(tmp_path / "one", "--sigma", "0.02", "--overwrite") == 0
+    assert main(["train", str(tmp_path / "one" / "config.json"), "--output", str(tmp_path / "two")]) == 0
+    one, two = (read_log(tmp_path / name / "run.log") for name in ("one", "two"))
+    assert one[0]["config"] == two[0]["config"] and one[1] == two[1]
+    assert main(["train", "--resume", "--output", str(tmp_path / "one")]) == 0
+
+
+def test_export_replaces_a_model_and_nothing_else(tmp_path, capsys):
+    assert train(tmp_path / "run", "--no_save_model") == 0
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "precious").write_text("")
+    for output in (tmp_path / "keep", tmp_path / "run", tmp_path):
+        assert main(["export", str(tmp_path / "run"), "--output", str(output), "--overwrite"]) == 2
+        assert "is no folder of a model alone" in capsys.readouterr().err
+    assert (tmp_path / "keep" / "precious").exists() and (tmp_path / "run" / "run.log").exists()
+    for _ in range(2):
+        assert main(["export", str(tmp_path / "run"), "--overwrite"]) == 0
+    assert main(["export", str(tmp_path / "run")]) == 2
+
+
+def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    from es_finetune.engines.hf import HFEngine
+
+    def out_of_memory(self, encoded):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(HFEngine, "generate", out_of_memory)
+    assert train(tmp_path / "run") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "CUDA out of memory" in last and "train --resume --output" in last
+
+
+def test_help_of_a_command_says_how_it_is_called(capsys):
+    for command, usage in (("train", "train [FILE.yaml] [flags]"), ("replay", "replay RUN [flags]"), ("eval", "eval [flags]")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0 and f"usage: es-finetune {usage}" in out and "default: None" not in out
 
 
 def test_resume_takes_the_config_of_the_log(tmp_path, capsys):

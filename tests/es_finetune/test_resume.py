@@ -10,13 +10,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import sys
 
 import pytest
 import torch
 
 from es_finetune import TrainConfig, Trainer
 from es_finetune.files import read_rows
+from es_finetune.model import EMBEDDED_MODEL
 from es_finetune.runlog import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
 
@@ -77,10 +80,10 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_pa
     while True:
         process = server.Process(target=child, args=(folder, begun(), config))
         process.start()
-        enough = scored() + moments.randint(1, 200)
+        enough = scored() + moments.randint(1, 90)
         while process.exitcode is None and scored() < enough:
             process.join(0.001)
-        process.join(moments.uniform(0, 0.05))
+        process.join(moments.uniform(0, 0.02))
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
@@ -162,6 +165,7 @@ def test_a_finished_run_can_be_extended(tmp_path):
         ({"population": 6}, "begun with population 4, not 6"),
         ({"seed": 7}, "begun with seed 0, not 7"),
         ({"task": "countdown"}, "begun with task 'countdown-char', not 'countdown'"),
+        ({"task": "countdown-char", "reward": "r.py:f"}, "begun with reward None, not 'r.py:f'"),
         ({"generations": 9, "lr_schedule": "linear"}, "begun with generations 5|begun with lr_schedule"),
         ({"generations": 1}, "begun with generations 5, not 1"),
     ],
@@ -180,8 +184,69 @@ def test_another_model_and_other_items_are_refused(interrupted, build_model):
         Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), model=other, tokenizer=tokenizer)
     task = CountdownChar()
     task.train = task.train[1:]
-    with pytest.raises(ValueError, match="training items of task countdown-char are not those"):
+    with pytest.raises(ValueError, match="train items of task countdown-char are not those"):
         Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), task=task)
+
+
+def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
+    config = TrainConfig(output=str(interrupted), resume=True, **{**OPTIONS, "model": str(tmp_path / "copy"), "task": "countdown-char", "sigma": 0.01, "lr": 0.01, "batch_size": 128, "threads": 1})
+    assert Trainer(config, task=CountdownChar()).optimizer.generation == 2
+
+
+def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):
+    for name in ("metrics.jsonl", "evals.jsonl", "config.json", "journal"):
+        (interrupted / name).unlink()
+    whole = run(tmp_path / "whole")
+    found = run(interrupted, resume=True)
+    assert (found["fingerprint"], found["generations"], found["base"]) == (whole["fingerprint"], 5, None)
+    (interrupted / "metrics.jsonl").unlink()
+    assert run(interrupted, resume=True)["share_outside"] is None  # of a run that is finished
+
+
+def test_time_of_members_scored_before_is_counted(interrupted):
+    run(interrupted, resume=True)
+    assert all(0 <= row["share_outside"] < 0.9 and row["seconds"] >= row["seconds_generate"] for row in read_rows(interrupted / "metrics.jsonl"))
+
+
+def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted, tmp_path):
+    data = bytearray((interrupted / "journal").read_bytes())
+    data[10] ^= 1
+    (interrupted / "journal").write_bytes(data)
+    assert run(interrupted, resume=True)["fingerprint"] == run(tmp_path / "whole")["fingerprint"]
+
+
+@pytest.mark.parametrize("log", [b"", b'{"run": 1, "no'])
+def test_a_folder_whose_log_was_never_begun_is_free(tmp_path, log):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.log").write_bytes(log)
+    (tmp_path / "run" / "journal").write_text("{}")
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        run(tmp_path / "run", resume=True)
+    assert run(tmp_path / "run")["generations"] == 5
+
+
+def test_a_tracker_that_refuses_leaves_the_old_run_as_it_was(interrupted, monkeypatch):
+    class Refusing:
+        def init(self, **options):
+            raise RuntimeError("no login")
+
+    before = {path: path.read_bytes() for path in interrupted.iterdir() if path.is_file()}
+    monkeypatch.setitem(sys.modules, "wandb", Refusing())
+    with pytest.raises(ValueError, match="wandb could not be started: .*no login"):
+        run(interrupted, overwrite=True, report_to=["wandb"])
+    assert {path: path.read_bytes() for path in interrupted.iterdir() if path.is_file() and path.name != "wandb-id"} == before
+    run(interrupted, resume=True)
+
+
+def test_a_truncated_snapshot_is_refused_too(tmp_path):
+    run(tmp_path / "run", snapshot_every=2, generations=2)
+    snapshot = tmp_path / "run" / "snapshots" / "theta-000002.safetensors"
+    snapshot.write_bytes(snapshot.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="theta-000002.safetensors is damaged: remove it, and the log serves"):
+        run(tmp_path / "run", resume=True, generations=3)
+    snapshot.unlink()
+    assert run(tmp_path / "run", resume=True, generations=3)["generations"] == 3
 
 
 def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):
@@ -189,18 +254,24 @@ def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):
         run(interrupted)
     with pytest.raises(ValueError, match="holds no run to resume"):
         run(tmp_path / "new", resume=True)
-    (interrupted / "thesis.tex").write_text("years of work")
-    for options in ({"overwrite": True}, {"resume": True}):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years of work")
+    for options in ({}, {"overwrite": True}):
         with pytest.raises(ValueError, match="holds thesis.tex, which is no part of a run"):
-            run(interrupted, **options)
+            run(tmp_path / "work", **options)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.tex"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         run(tmp_path / "file")
 
 
 def test_overwrite_leaves_nothing_of_the_run_before(interrupted, tmp_path):
+    (interrupted / "notes.txt").write_text("mine")
+    (interrupted / "eval-2").mkdir()
     found = run(interrupted, overwrite=True)
     assert found["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
+    assert {path.name for path in interrupted.iterdir()} - {path.name for path in (tmp_path / "fresh").iterdir()} == {"notes.txt"}
+    run(interrupted, resume=True)  # and the log does not remember how it was begun
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):

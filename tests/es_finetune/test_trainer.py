@@ -278,20 +278,40 @@ def test_a_declared_floor_counts_instead(tmp_path):
 
 
 def test_a_run_may_be_asked_to_stop_at_a_failing_reward(tmp_path):
+    class Mended(Letters):
+        name = "letters"
+
+    options = {"model": "embedded", "prompts": 0, "on_reward_error": "stop"}
     with pytest.raises(RewardFailed, match="generation 1, member 0: prompt .* no luck"):
-        train(tmp_path / "run", Failing(), model="embedded", prompts=0, on_reward_error="stop")
+        train(tmp_path / "run", Failing(), **options)
+    with pytest.raises(RewardFailed, match="no luck"):
+        train(tmp_path / "run", Failing(), resume=True, **options)
+    train(tmp_path / "run", Mended(), resume=True, **options)  # what failed is scored again
+    train(tmp_path / "whole", Letters(), **options)
+    assert summary(tmp_path / "run")["fingerprint"] == summary(tmp_path / "whole")["fingerprint"]
 
 
 def test_a_reward_that_always_fails_changes_nothing(tmp_path):
     class Broken(Letters):
-        floor = 0.0
-
         def score(self, item, completion):
             return Score(None, error="always")
 
     trainer = train(tmp_path / "run", Broken(), model="embedded", prompts=0)
     header, generations = read_log(tmp_path / "run" / "run.log")
     assert [g.z for g in generations] == [None, None] and f"{trainer.optimizer.fingerprint():016x}" == header["theta"]
+    assert [(look["reward"], look["failed"]) for look in read_rows(tmp_path / "run" / "evals.jsonl")] == [(0.0, 8), (0.0, 8)]
+
+
+def test_a_held_out_answer_that_fails_counts_as_the_floor(tmp_path):
+    class Half(Letters):
+        floor = -10.0
+
+        def score(self, item, completion):
+            return Score(None, error="half of them") if item.key in [(a,) for a in range(1, 5)] else Score(2.0)
+
+    train(tmp_path / "run", Half(), model="embedded", prompts=0)
+    look = read_rows(tmp_path / "run" / "evals.jsonl")[0]
+    assert look["reward"] == -4.0 == summary(tmp_path / "run")["base"] and look["low"] < -4 < look["high"]
 
 
 # --- Python -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import math
 import resource
 import select
 import signal
@@ -34,6 +33,7 @@ from typing import Any
 
 LOAD_SECONDS = 60.0  # to start Python and import the function's module
 MEMORY_BYTES = 4 << 30  # address space beyond what the child has after importing; more is a MemoryError in the function
+LARGEST = 1e100  # of a reward: sums of squares of them are finite
 MAX_REPLY = 64 << 20  # bytes; the questions of a reasoning-gym dataset are a few million
 PR_SET_PDEATHSIG = 1
 
@@ -189,7 +189,7 @@ def _ending(code: int) -> str:
 
 
 def number(value: Any, what: str) -> float:
-    """`value` as a finite float: numbers, bools, NumPy and torch scalars, but no text. WrongType, or ValueError for NaN and infinities."""
+    """`value` as a finite float: numbers, bools, NumPy and torch scalars, but no text. WrongType, or ValueError for NaN, infinities and what is nearly one."""
     kind = type(value)
     if isinstance(value, (str, bytes)) or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
         raise WrongType(f"{what} is {'None' if value is None else 'of type ' + kind.__name__}, not a number")
@@ -199,7 +199,7 @@ def number(value: Any, what: str) -> float:
         raise ValueError(f"{what} is too large a number") from None
     except Exception:
         raise WrongType(f"{what} is of type {kind.__name__} and no single number") from None
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:
         raise ValueError(f"{what} is {value}")
     return value
 
