@@ -1,47 +1,41 @@
 """One ES run in a folder: load, measure, train, measure again, write; or continue where a killed one stopped.
 
-What the folder holds is in README ("A run is a folder"). run.log and journal decide how a run continues (runlog.py); all
+What the folder holds is in README ("A run is a log"). run.log and journal decide how a run continues (runlog.py); all
 other files are for people and can be made again from them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import random
-import resource
-import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import es_kernels
-from es_finetune.config import FREE, TrainConfig, asked, model_options
+from es_finetune.config import TrainConfig, asked, model_options
 from es_finetune.engines.hf import HFEngine
-from es_finetune.evaluate import Evaluation, Evaluator
+from es_finetune.evaluate import Evaluator
 from es_finetune.files import append_row, read_rows, write_atomically
+from es_finetune.folder import CURVES, claim, is_ours, remove
 from es_finetune.health import Health, warnings_of
-from es_finetune.measure import headline, interval, rewards, save_answers
+from es_finetune.measure import save_answers
+from es_finetune.metrics import estimate, look_row, member_line, peak_memory, population_row, rewards_of, summary, total_seconds
 from es_finetune.model import load_model, pick_device, save_model
 from es_finetune.plot import plot_run
-from es_finetune.progress import Progress, duration
-from es_finetune.replay import check_start, config_of, fast_forward, start_of
-from es_finetune.runlog import FORMAT, Generation, SealedLines, is_begun, parse_log, read_log
+from es_finetune.progress import Progress
+from es_finetune.replay import check_start, fast_forward, start_of
+from es_finetune.runlog import FORMAT, Generation, SealedLines, parse_log
 from es_finetune.snapshot import save_snapshot
 from es_finetune.tasks import Item, Task, load_task
 from es_finetune.tracking import Tracker, require
 from es_finetune.tuning import make_optimizer, set_schedules
 from es_kernels.noise import PROMPT_CHOICE, member_seed
-
-# All that a run may leave in its folder. Another name in it means that the folder is somebody else's.
-FILES = ("config.json", "run.log", "journal", "metrics.jsonl", "evals.jsonl", "summary.json", "reward.png", "report.html")
-FOLDERS = ("answers", "snapshots", "model")
-CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
 
 
 class RewardFailed(RuntimeError):
@@ -62,7 +56,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
         self.config = config
         self.folder = Path(config.output)
-        self._claim_folder()
+        claim(self.folder, config)
         require(config.report_to)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -94,25 +88,6 @@ class Trainer:
 
     # --- the folder ---------------------------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced."""
-        folder, config = self.folder, self.config
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output {folder} is a file: give a folder")
-        if is_begun(folder / "run.log"):
-            if not (config.resume or config.overwrite):
-                raise ValueError(f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
-            if config.resume:
-                header, generations = read_log(folder / "run.log")
-                _refuse_other_config(config, config_of(header, folder), len(generations))
-        elif config.resume:
-            raise ValueError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
-        else:
-            names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-            foreign = [name for name in names if not _is_ours(name)]
-            if foreign:
-                raise ValueError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
-
     def _start(self) -> dict[str, Any]:
         """What must be the same where a run is resumed."""
         splits = {f"{name}_items": _digest(items) for name, items in (("train", self.task.train), ("test", self.task.test))}
@@ -123,11 +98,11 @@ class Trainer:
         config, folder = self.config, self.folder
         if self.log.lines and not config.overwrite:
             raise ValueError(f"output {folder} holds a run that another process has begun meanwhile: give another folder")
-        _remove(folder / name for name in CURVES)
+        remove(folder / name for name in CURVES)
         self.tracker = Tracker(config.report_to, folder, asked(config))
         # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
         self.log.clear()
-        _remove(path for path in folder.iterdir() if _is_ours(path.name) and path.name not in ("run.log", *CURVES))
+        remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", *CURVES))
         write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
         self.journal = SealedLines(folder / "journal", sync=False)
         versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
@@ -146,7 +121,7 @@ class Trainer:
             rows += [row for row in read_rows(folder / name) if row["generation"] < len(generations) + least]
             write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         if len(generations) < config.generations:
-            _remove([folder / "summary.json"])  # it says that a run is complete
+            remove([folder / "summary.json"])  # it says that a run is complete
         self.journal = SealedLines(folder / "journal", sync=False)
         self.tracker = Tracker(config.report_to, folder, asked(config), done=len(generations))
 
@@ -180,10 +155,10 @@ class Trainer:
             row = self._generation()
             self.tracker.log(row, optimizer.generation)
             if len(self._rows) == 1:
-                progress.note(self._estimate(row))
+                progress.note(estimate(row, self._looks[0], config.generations, config.eval_every))
             for warning in row["warnings"]:
                 progress.note(f"generation {row['generation'] + 1}: {warning}")
-            progress.update(row, self._looks[-1][self.task.metric], self._seconds())
+            progress.update(row, self._looks[-1][self.task.metric], total_seconds(self._rows, self._looks))
 
     def _generation(self) -> dict[str, Any]:
         """One generation: score the members that the journal does not hold, update, log. Returns its row of metrics.jsonl."""
@@ -205,51 +180,33 @@ class Trainer:
             if looking and member == 0:
                 self.health.look_at_member()
             if member not in known:
-                known[member] = {"generation": generation, "member": member, **_line(training())}
+                known[member] = member_line(generation, member, training())
                 if stop and known[member]["error"] is not None:
                     raise RewardFailed(f"generation {generation + 1}, member {member}: {known[member]['error']}")
                 self.journal.append(known[member])
             return known[member]
 
         members = optimizer.evaluate(score)
+        by_prompt = rewards_of(self.task, members)
+        means = [math.fsum(row) / len(row) for row in by_prompt]
         if looking:
             self.health.look_before_update()
-        floor = _floor(self.task, members)
-        by_prompt = [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
-        means = [math.fsum(row) / len(row) for row in by_prompt]
         update = optimizer.tell(by_prompt if config.shaping == "per_prompt" else means)
         theta, live = optimizer.fingerprint("theta"), optimizer.fingerprint("live")
-        lr, sigma = (tuple(group[key] for group in optimizer.param_groups) for key in ("lr", "sigma"))
-        digests = [member["digest"] for member in members]
-        seconds = before + time.perf_counter() - begin
-        generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
-        tokens = sum(member["tokens"] for member in members)
         row = {
             "generation": generation,
-            "reward_mean": update.mean,
-            "reward_std": math.sqrt(math.fsum((mean - update.mean) ** 2 for mean in means) / len(means)),
-            "reward_min": min(means),
-            "reward_max": max(means),
-            **{f"{part}_mean": _mean([member[part] for member in members]) for part in ("exact", "format")},
             "sigma": group["sigma"],
             "lr": group["lr"],
-            "seconds": seconds,
-            "seconds_generate": generating,
-            "seconds_score": scoring,
+            **population_row(members, means, before + time.perf_counter() - begin),
             "seconds_kernels": optimizer.kernel_seconds - kernels,
-            "share_outside": max(0.0, 1 - (generating + scoring) / seconds),
-            "tokens": tokens,
-            "tokens_per_second": tokens / generating if generating else 0.0,
-            "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
-            "failed": sum(member["failed"] for member in members),
-            "failed_example": next((member["error"] for member in members if member["error"] is not None), None),
             "theta": f"{theta:016x}",
             "live": f"{live:016x}",
-            "peak_memory_bytes": _peak_memory(self.model.device),
+            "peak_memory_bytes": peak_memory(self.model.device),
             **({"health": self.health.look_after_update()} if looking else {}),
         }
         row["warnings"] = warnings_of([*self._rows, row], config, base_reward=self._looks[-1]["reward"])
         append_row(self.folder / "metrics.jsonl", row)
+        lr, sigma = (tuple(group[key] for group in optimizer.param_groups) for key in ("lr", "sigma"))
         self.log.append(Generation(generation, update.z, update.scored, update.mean, lr, sigma, theta, live).to_json())
         # From here on the generation is made; what follows can be lost.
         self._rows.append(row)
@@ -269,20 +226,7 @@ class Trainer:
             return
         begin = time.perf_counter()
         evaluation = self.held_out()
-        values, paid = headline(self.task, evaluation.scores), rewards(self.task, evaluation.scores)
-        low, high = interval(values, binary=set(values) <= {0.0, 1.0})
-        look = {
-            "generation": done,
-            "items": len(values),
-            "reward": math.fsum(paid) / len(paid),
-            "exact": evaluation.mean("exact"),
-            "format": evaluation.mean("format"),
-            "failed": evaluation.failed,
-            self.task.metric: math.fsum(values) / len(values),
-            "low": low,
-            "high": high,
-            "seconds": time.perf_counter() - begin,
-        }
+        look = look_row(self.task, evaluation, done, time.perf_counter() - begin)
         (self.folder / "answers").mkdir(exist_ok=True)
         save_answers(self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"), self.held_out.items, evaluation.answers, evaluation.scores)
         append_row(self.folder / "evals.jsonl", look)
@@ -291,112 +235,27 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the model, the plot and the summary, in this order: a folder that has a summary is complete."""
-        config = self.config
-        metric, last = self.task.metric, self._looks[-1]
-        first = next((look for look in self._looks if look["generation"] == 0), {metric: None, "low": None, "high": None})
-        whole = math.fsum(row["seconds"] for row in self._rows)
-        seconds = self._seconds()
-        parts = {key: math.fsum(row[key] for row in self._rows) for key in ("seconds_generate", "seconds_score", "seconds_kernels")}
-        summary = {
+        config, optimizer = self.config, self.optimizer
+        found = {
             "task": config.task,
             "model": config.model,
-            "metric": metric,
-            "base": first[metric],
-            "base_interval": [first["low"], first["high"]],
-            "final": last[metric],
-            "final_interval": [last["low"], last["high"]],
-            "held_out": last["items"],
-            "held_out_curve": [[look["generation"], look[metric]] for look in self._looks],
-            "generations": self.optimizer.generation,
-            "seconds_total": seconds,
-            **parts,
-            "share_outside": 1 - (parts["seconds_generate"] + parts["seconds_score"]) / whole if whole else None,
-            "tokens": sum(row["tokens"] for row in self._rows),
+            **summary(self.task.metric, self._rows, self._looks),
+            "generations": optimizer.generation,
             "backend": self.backend,
             "noise_version": es_kernels.noise.VERSION,
             "seed": config.seed,
-            "fingerprint": f"{self.optimizer.fingerprint('theta'):016x}",
-            "live": f"{self.optimizer.fingerprint('live'):016x}",
+            "fingerprint": f"{optimizer.fingerprint('theta'):016x}",
+            "live": f"{optimizer.fingerprint('live'):016x}",
             "log_bytes": (self.folder / "run.log").stat().st_size,
         }
         if config.save_model:
             save_model(self.model, self.tokenizer, self.folder / "model")
-        plot_run(self.folder / "reward.png", f"Evolution strategies on {config.task}", metric, self._rows, self._looks)
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        return summary
-
-    def _seconds(self) -> float:
-        return math.fsum([*(row["seconds"] for row in self._rows), *(look["seconds"] for look in self._looks)])
-
-    def _estimate(self, row: dict[str, Any]) -> str:
-        """What the first generation says of the whole run."""
-        config = self.config
-        looks = 2 + ((config.generations - 1) // config.eval_every if config.eval_every else 0)
-        seconds = row["seconds"] * config.generations + self._looks[0]["seconds"] * looks
-        return (
-            f"estimate: {duration(seconds)} for {config.generations} generations of {row['seconds']:.1f} s and {looks} looks at the held-out prompts "
-            f"of {self._looks[0]['seconds']:.1f} s; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB"
-        )
-
-
-def _line(evaluation: Evaluation) -> dict[str, Any]:
-    """What the journal keeps of a member's evaluation: all that the generation's update and metrics need."""
-    error = evaluation.error
-    return {
-        "rewards": [score.reward for score in evaluation.scores],
-        "exact": evaluation.mean("exact"),
-        "format": evaluation.mean("format"),
-        "digest": evaluation.digest,
-        "tokens": evaluation.tokens,
-        "failed": evaluation.failed,
-        "error": None if error is None else f"prompt {error[0]}: {error[1]}",
-        "seconds_generate": evaluation.seconds_generate,
-        "seconds_score": evaluation.seconds_score,
-    }
-
-
-def _floor(task: Task, members: Sequence[dict[str, Any]]) -> float:
-    """The reward of an answer whose scoring failed: the task's, else the lowest of the generation, else 0."""
-    if task.floor is not None:
-        return task.floor
-    return min((reward for member in members for reward in member["rewards"] if reward is not None), default=0.0)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+        plot_run(self.folder / "reward.png", f"Evolution strategies on {config.task}", self.task.metric, self._rows, self._looks)
+        write_atomically(self.folder / "summary.json", json.dumps(found, indent=2) + "\n")
+        return found
 
 
 def _digest(items: Sequence[Item]) -> str:
     return hashlib.blake2b(repr([(item.prompt, item.key) for item in items]).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
-def _is_ours(name: str) -> bool:
-    """Whether a run, or eval of it, leaves something of this name in its folder."""
-    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith("eval-")
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in list(paths):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _refuse_other_config(here: TrainConfig, then: TrainConfig, done: int) -> None:
-    """ValueError if a resumed run would not be the run that was begun."""
-    for field in dataclasses.fields(TrainConfig):
-        name, was, now = field.name, getattr(then, field.name), getattr(here, field.name)
-        if name in FREE or was == now:
-            continue
-        if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
-            continue  # only then does the number of generations decide nothing before its end
-        raise ValueError(f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another folder")

@@ -26,7 +26,7 @@ def optimizer(base, **options):
 
 
 def test_theta_is_pinned():
-    weights = optimizer("host")._weights[0]
+    weights = optimizer("host").tables[0]
     assert all(t.is_pinned() for t in weights.theta.tensors if t.numel()) and all(p.is_cuda for p in weights.live.tensors)
     assert all(t.device.type == "cpu" for t in weights.anchor.tensors)
 

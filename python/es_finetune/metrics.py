@@ -1,0 +1,132 @@
+"""What a run measures of itself: lines of the journal, rows of metrics.jsonl and evals.jsonl, summary.json. Plain numbers, seconds and bytes."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from es_finetune.evaluate import Evaluation
+from es_finetune.measure import headline, interval, rewards
+from es_finetune.progress import duration
+from es_finetune.tasks import Task
+
+Row = dict[str, Any]
+
+
+def member_line(generation: int, member: int, evaluation: Evaluation) -> Row:
+    """What the journal keeps of a member: all that the generation's update and metrics need."""
+    error = evaluation.error
+    return {
+        "generation": generation,
+        "member": member,
+        "rewards": [score.reward for score in evaluation.scores],
+        "exact": evaluation.mean("exact"),
+        "format": evaluation.mean("format"),
+        "digest": evaluation.digest,
+        "tokens": evaluation.tokens,
+        "failed": evaluation.failed,
+        "error": None if error is None else f"prompt {error[0]}: {error[1]}",
+        "seconds_generate": evaluation.seconds_generate,
+        "seconds_score": evaluation.seconds_score,
+    }
+
+
+def rewards_of(task: Task, members: Sequence[Row]) -> list[list[float]]:
+    """[member][prompt]. An answer whose scoring failed gets the task's floor, or where that is None the lowest reward of the generation, or 0
+    without any."""
+    floor = task.floor
+    if floor is None:
+        floor = min((reward for member in members for reward in member["rewards"] if reward is not None), default=0.0)
+    return [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
+
+
+def population_row(members: Sequence[Row], means: Sequence[float], seconds: float) -> Row:
+    """The part of a row of metrics.jsonl that the members' lines and mean rewards give; `seconds`: of the whole generation."""
+    mean = math.fsum(means) / len(means)
+    generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
+    tokens, digests = sum(member["tokens"] for member in members), [member["digest"] for member in members]
+    return {
+        "reward_mean": mean,
+        "reward_std": math.sqrt(math.fsum((reward - mean) ** 2 for reward in means) / len(means)),
+        "reward_min": min(means),
+        "reward_max": max(means),
+        "exact_mean": _mean([member["exact"] for member in members]),
+        "format_mean": _mean([member["format"] for member in members]),
+        "seconds": seconds,
+        "seconds_generate": generating,
+        "seconds_score": scoring,
+        "share_outside": max(0.0, 1 - (generating + scoring) / seconds),
+        "tokens": tokens,
+        "tokens_per_second": tokens / generating if generating else 0.0,
+        "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
+        "failed": sum(member["failed"] for member in members),
+        "failed_example": next((member["error"] for member in members if member["error"] is not None), None),
+    }
+
+
+def look_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> Row:
+    """A row of evals.jsonl: what the held-out answers are worth after `done` updates, with the headline metric's 95 % interval."""
+    values, paid = headline(task, evaluation.scores), rewards(task, evaluation.scores)
+    low, high = interval(values, binary=set(values) <= {0.0, 1.0})
+    return {
+        "generation": done,
+        "items": len(values),
+        "reward": math.fsum(paid) / len(paid),
+        "exact": evaluation.mean("exact"),
+        "format": evaluation.mean("format"),
+        "failed": evaluation.failed,
+        task.metric: math.fsum(values) / len(values),
+        "low": low,
+        "high": high,
+        "seconds": seconds,
+    }
+
+
+def summary(metric: str, rows: Sequence[Row], looks: Sequence[Row]) -> Row:
+    """What the rows come to. Unknown is None: the base model's part, if the first look was lost, and shares of no time at all."""
+    last = looks[-1]
+    first = next((look for look in looks if look["generation"] == 0), {metric: None, "low": None, "high": None})
+    seconds = {f"seconds{part}": math.fsum(row[f"seconds{part}"] for row in rows) for part in ("", "_generate", "_score", "_kernels")}
+    training = seconds.pop("seconds")
+    return {
+        "metric": metric,
+        "base": first[metric],
+        "base_interval": [first["low"], first["high"]],
+        "final": last[metric],
+        "final_interval": [last["low"], last["high"]],
+        "held_out": last["items"],
+        "held_out_curve": [[look["generation"], look[metric]] for look in looks],
+        "seconds_total": total_seconds(rows, looks),
+        **seconds,
+        "share_outside": 1 - (seconds["seconds_generate"] + seconds["seconds_score"]) / training if training else None,
+        "tokens": sum(row["tokens"] for row in rows),
+    }
+
+
+def total_seconds(rows: Sequence[Row], looks: Sequence[Row]) -> float:
+    return math.fsum([*(row["seconds"] for row in rows), *(look["seconds"] for look in looks)])
+
+
+def estimate(row: Row, look: Row, generations: int, eval_every: int) -> str:
+    """What the first generation and the first look say of the whole run."""
+    looks = 2 + ((generations - 1) // eval_every if eval_every else 0)
+    return (
+        f"estimate: {duration(row['seconds'] * generations + look['seconds'] * looks)} for {generations} generations of {row['seconds']:.1f} s and {looks} "
+        f"looks at the held-out prompts of {look['seconds']:.1f} s; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

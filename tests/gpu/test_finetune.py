@@ -1,0 +1,38 @@
+"""Contract under test: a run on a GPU is the run that its log describes.
+
+Each way of decoding trains; the log replayed on the CPU gives the same bits; a run resumed on the GPU goes on from them;
+perturbing in place keeps captured graphs valid (an engine that has answered before answers like a fresh one).
+"""
+
+import pytest
+
+from es_finetune import EvolutionStrategy, TrainConfig, Trainer
+from es_finetune.engines.hf import PATHS, HFEngine
+from es_finetune.model import load_model
+from es_finetune.replay import rebuild
+from es_finetune.tasks import load_task
+
+OPTIONS = {"generations": 3, "population": 4, "prompts": 32, "eval_items": 32, "report_to": ["none"], "health_every": 1, "device": "cuda", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("base", ["fp32", "copy", "host", "none"])
+@pytest.mark.parametrize("decoding", PATHS)
+def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
+    found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, **OPTIONS)).train()
+    optimizer = rebuild(tmp_path / "run", device="cpu").optimizer
+    assert (f"{optimizer.fingerprint('theta'):016x}", f"{optimizer.fingerprint('live'):016x}") == (found["fingerprint"], found["live"])
+    assert Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)).optimizer.generation == 3
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_engine_that_has_answered_before_answers_like_a_fresh_one(path):
+    model, tokenizer, _ = load_model("embedded", device="cuda", dtype="bfloat16")
+    prompts = [item.prompt for item in load_task("countdown-char").test[:64]]
+    engine = HFEngine(model, tokenizer, 12, 16, path=path)
+    encoded = engine.encode(prompts)
+    before = engine.generate(encoded)
+    with EvolutionStrategy(model.named_parameters(), sigma=0.05, population=2).perturbed(0):
+        inside = engine.generate(encoded)
+        fresh = HFEngine(model, tokenizer, 12, 16, path=path)
+        assert inside == fresh.generate(fresh.encode(prompts)) != before
+    assert engine.generate(encoded) == before
