@@ -4,7 +4,7 @@
 #   make test            every test that needs no GPU
 #   make build           the native libraries, in place
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
-#   make bench           the CPU microbenchmark and the static analysis -> bench/results/
+#   make bench           CPU microbenchmark, static analysis, learning with the options -> bench/results/
 #
 # PYTHON=python3.12    the interpreter
 # TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
@@ -37,6 +37,7 @@ wheel:
 bench: $(VENV)/test.stamp
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/static_analysis.py
+	$(BIN)/python bench/learning.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }

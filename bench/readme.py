@@ -51,11 +51,11 @@ def noise():
 
 def learning():
     report = results("learning")
-    body = [
-        [r["option"], f"{r['final']:.1%} ± {r['error']:.1%}", "" if i == 0 else f"{100 * r['difference']:+.1f} ± {100 * r['difference_error']:.1f}"]
-        for i, r in enumerate(report["rows"])
-    ]
-    header = [f"{report['seeds']} seeds, mean ± standard error", "held-out exact", "points to the first row, paired by seed"]
+    body = []
+    for r in report["rows"]:
+        difference = f"{100 * r['difference']:+.1f} ± {100 * r['difference_error']:.1f} to {r['reference']}"
+        body.append([r["option"], f"{r['final']:.1%} ± {r['error']:.1%}", "" if r["reference"] == r["option"] else difference])
+    header = [f"{report['seeds']} seeds, mean ± standard error", "held-out exact", "points, paired by seed"]
     return table(header, body)
 
 

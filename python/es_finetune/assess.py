@@ -7,16 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from es_finetune.config import EvalConfig, model_options
-from es_finetune.engines.hf import HFEngine
 from es_finetune.files import write_atomically
-from es_finetune.measure import kl_to_base, measure, rewards, save_answers
+from es_finetune.measure import kl_to_base, measure, rewards_of, save_answers
 from es_finetune.model import load_model, pick_device
+from es_finetune.prepare import make_engine, make_task
 from es_finetune.replay import rebuild
 from es_finetune.runlog import read_log
-from es_finetune.tasks import load_task
 
 
 def assess(config: EvalConfig) -> dict[str, Any]:
@@ -24,8 +21,6 @@ def assess(config: EvalConfig) -> dict[str, Any]:
 
     With config.run the weights are made again from the run's log. ValueError for what cannot be measured, before long work.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     generation = None
     if config.run is not None:
         header, generations = read_log(Path(config.run) / "run.log")
@@ -36,25 +31,21 @@ def assess(config: EvalConfig) -> dict[str, Any]:
     output = Path(config.output or _folder(config, generation))
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file: give a folder")
-    task = load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
+    task = make_task(config)
     items = list(getattr(task, config.split))[: config.items or None]
     device = pick_device(config.device)
     if config.run is not None:
         rebuilt = rebuild(config.run, model=config.model, device=config.device, generation=generation)
         model, tokenizer = rebuilt.model, rebuilt.tokenizer
+        del rebuilt  # and with it the exact weights, which only updates need
     else:
         model, tokenizer, _ = load_model(config.model, device=device, **model_options(config))
     samples = config.samples or task.eval_samples
     # The divergence is estimated from answers that the model itself drew.
     temperature = 1.0 if samples > 1 or config.kl else 0.0
-
-    def engine(of_model, of_tokenizer) -> HFEngine:
-        new_tokens = config.max_new_tokens or task.max_new_tokens
-        return HFEngine(of_model, of_tokenizer, new_tokens, config.batch_size, path=config.decoding, temperature=temperature, seed=config.seed)
-
-    here = engine(model, tokenizer)
+    here = make_engine(config, task, model, tokenizer, temperature=temperature, seed=config.seed)
     found = measure(here, task, items, samples)
-    paid = rewards(task, found.evaluation.scores)
+    rewards = rewards_of(task, found.evaluation.scores)
     result = {
         "task": task.name,
         "model": config.model,
@@ -67,7 +58,7 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         "metric": found.metric,
         "value": found.value,
         "interval_95": [found.low, found.high],
-        "reward": math.fsum(paid) / len(paid),
+        "reward": math.fsum(rewards) / len(rewards),
         "exact": found.evaluation.mean("exact"),
         "format": found.evaluation.mean("format"),
         "failed": found.evaluation.failed,
@@ -79,7 +70,7 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         prompts = [item.prompt for item in found.items]
         tuned = here.log_probs(prompts, found.evaluation.answers)
         base, base_tokenizer, _ = load_model(config.kl_model or config.model, device=device, **model_options(config))
-        kl = kl_to_base(found.evaluation.answers, tuned, engine(base, base_tokenizer).log_probs(prompts, found.evaluation.answers))
+        kl = kl_to_base(found.evaluation.answers, tuned, make_engine(config, task, base, base_tokenizer).log_probs(prompts, found.evaluation.answers))
         result |= {"kl": kl.value, "kl_standard_error": kl.standard_error, "kl_tokens": kl.tokens}
     output.mkdir(parents=True, exist_ok=True)
     save_answers(output / "answers.jsonl", found.items, found.evaluation.answers, found.evaluation.scores)

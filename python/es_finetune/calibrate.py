@@ -9,18 +9,17 @@ from collections.abc import Iterable, Sequence
 from statistics import stdev
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from es_finetune.config import CalibrateConfig, model_options
-from es_finetune.engines.hf import HFEngine
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.health import Health
-from es_finetune.measure import rewards
+from es_finetune.measure import rewards_of
 from es_finetune.model import load_model, pick_device
 from es_finetune.optimizer import EvolutionStrategy
+from es_finetune.prepare import make_engine, make_task
 from es_finetune.segments import named_segments
-from es_finetune.tasks import Task, load_task
+from es_finetune.tasks import Task
 
 PROMPTS = 64
 
@@ -44,16 +43,13 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    task = load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
+    task = make_task(config)
     items = list(task.train)
     count = min(PROMPTS, len(items)) if config.prompts is None else config.prompts or len(items)
     if count > len(items):
         raise ValueError(f"prompts must be at most {len(items)}, the training prompts of {config.task}, not {count}")
     model, tokenizer, _ = load_model(config.model, device=pick_device(config.device), **model_options(config))
-    engine = HFEngine(model, tokenizer, config.max_new_tokens or task.max_new_tokens, config.batch_size, path=config.decoding)
-    evaluator = Evaluator(engine, task, random.Random(config.seed).sample(items, count))
+    evaluator = Evaluator(make_engine(config, task, model, tokenizer), task, random.Random(config.seed).sample(items, count))
     # theta is never updated, so a copy in storage precision is exact.
     optimizer = EvolutionStrategy(named_segments(model), population=config.members, seed=config.seed, antithetic=True, base="copy")
     health = Health(optimizer)
@@ -163,7 +159,7 @@ def _harm(row: dict[str, Any], base_reward: float) -> float:
 
 
 def _reward(task: Task, evaluation: Evaluation) -> float:
-    return math.fsum(rewards(task, evaluation.scores)) / len(evaluation.scores)
+    return math.fsum(rewards_of(task, evaluation.scores)) / len(evaluation.scores)
 
 
 def _rms(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from es_finetune.engines.hf import PATHS
+from es_finetune.engines.hf import DECODINGS
 from es_finetune.model import WEIGHT_DTYPES
 from es_finetune.optimizer import EvolutionStrategy
 
@@ -69,7 +69,7 @@ class ModelConfig:
     device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
 
-class _Setup(ModelConfig, TaskConfig):
+class Setup(ModelConfig, TaskConfig):
     """A model on a task: what training, evaluating and calibrating begin with."""
 
     def fill(self) -> None:
@@ -86,7 +86,7 @@ class _Setup(ModelConfig, TaskConfig):
             if getattr(self, name, value) is None:
                 setattr(self, name, value)
         at_least(self, lora_rank=0, batch_size=1, threads=0)
-        one_of(self, decoding=PATHS, dtype=WEIGHT_DTYPES)
+        one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES)
         if not 0 < self.time_limit < math.inf:
             raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
         if self.max_new_tokens is not None:
@@ -94,7 +94,7 @@ class _Setup(ModelConfig, TaskConfig):
 
 
 @dataclass
-class TrainConfig(_Setup):
+class TrainConfig(Setup):
     """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one, else
     the paper's (arXiv:2509.24372)."""
 
@@ -146,7 +146,7 @@ class TrainConfig(_Setup):
 
 
 @dataclass
-class EvalConfig(_Setup):
+class EvalConfig(Setup):
     """The accuracy of a model on a task's held-out questions, by the protocol of the paper."""
 
     run: str | None = _flag("folder of a run: its model, task and settings, the tuned weights made again from its log")
@@ -172,7 +172,7 @@ class EvalConfig(_Setup):
 
 
 @dataclass
-class CalibrateConfig(_Setup):
+class CalibrateConfig(Setup):
     """Find a sigma for a model and a task from a few members."""
 
     sigmas: list[float] = _list("sigmas to try; 0.0001, 0.0002, 0.0004, ... 0.0256 if not given")

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from es_finetune.engines import Answer, Engine
 from es_finetune.tasks import Item, Score, Task
 
@@ -43,14 +45,14 @@ class Evaluation:
 
     @property
     def failed(self) -> int:
-        """How many answers have no reward because scoring them failed."""
-        return sum(score.reward is None for score in self.scores)
+        """How many answers were not scored as they should: the reward raised or hung, or the grader did, on which an answer is worth 0."""
+        return sum(score.reward is None or score.error is not None for score in self.scores)
 
     @property
     def error(self) -> tuple[int, str] | None:
         """The first answer whose scoring failed, and why."""
         for place, score in enumerate(self.scores):
-            if score.reward is None:
+            if score.reward is None or score.error is not None:
                 return place, score.error or "no reward and no reason given"
         return None
 
@@ -63,6 +65,8 @@ class Evaluator:
         self.encoded = engine.encode([item.prompt for item in items])
 
     def __call__(self) -> Evaluation:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # perturbing is queued, and no part of generating
         start = time.perf_counter()
         answers = self.engine.generate(self.encoded)
         generated = time.perf_counter()

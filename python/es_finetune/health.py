@@ -22,7 +22,7 @@ from es_kernels.noise import stream_id
 # Elements of a chunk. An unrelated chunk of 4096 has |correlation| < 0.05, drift is off by 1 %; 16384 cost four times as much.
 SAMPLES = 4096
 _LEAST = 64  # with fewer elements a correlation is a matter of chance
-_FAITHFUL = 0.9  # correlation under which a tensor is named: a fifth of what moves it is then rounding (1 - 0.9^2)
+FAITHFUL = 0.9  # correlation under which a tensor is named: a fifth of what moves it is then rounding (1 - 0.9^2)
 
 
 class _Chunk(NamedTuple):
@@ -112,7 +112,7 @@ class Health:
         ratio = np.sqrt(xx / yy)
         lowest, weakest = (int(np.where(large, values, np.inf).argmin()) for values in (correlation, ratio))
         self._noise = {
-            "correlation": {self.names[i]: float(correlation[i]) for i in np.flatnonzero(large & (correlation < _FAITHFUL))},
+            "correlation": {self.names[i]: [float(correlation[i]), float(ratio[i])] for i in np.flatnonzero(large & (correlation < FAITHFUL))},
             "correlation_min": [self.names[lowest], float(correlation[lowest])],
             "rms_ratio_min": [self.names[weakest], float(ratio[weakest])],
         }
@@ -126,10 +126,10 @@ class Health:
     def look_after_update(self) -> dict[str, Any]:
         """What metrics.jsonl holds as a generation's health. Over all tuned weights, each tensor's chunk standing for the tensor:
 
-        correlation         name -> correlation of realised and intended noise, of tensors with less than 0.9
-        correlation_min     [name, correlation] of the tensor with the lowest, rms_ratio_min [name, rms of realised / rms of
-                            intended noise] of the one with the smallest; tensors of under 64 elements are left out, and
-                            these are None without any others
+        correlation         name -> [correlation of realised and intended noise, rms of realised / rms of intended noise], of
+                            tensors with a correlation under 0.9
+        correlation_min     [name, correlation] of the tensor with the lowest, rms_ratio_min [name, rms ratio] of the one with
+                            the smallest; tensors of under 64 elements are left out, and these are None without any others
         step_correlation    of the change of live by this update with the update before any rounding (made again in f32, decay
                             and momentum included); None if there was no update. With base "fp32" and "host" what live
                             does not show yet is kept in theta; with "copy" and None the rest is noise or lost.
@@ -286,9 +286,10 @@ def _findings(rows, row, config, base_reward) -> Iterator[tuple[str, str]]:
         yield _FAR, f": reward {row['reward_mean']:.3g} on average, {base_reward:.3g} without noise: lower {sigma}"
     swallowed = sorted((row.get("health") or {}).get("correlation", {}).items(), key=lambda item: item[1])
     if swallowed:
-        named = ", ".join(f"{name} {correlation:.2f}" for name, correlation in swallowed[:3]) + (", ..." if len(swallowed) > 3 else "")
+        named = "; ".join(f"{name} {correlation:.2f}, {ratio:.2f}" for name, (correlation, ratio) in swallowed[:3])
+        named += "; ..." if len(swallowed) > 3 else ""
         remedy = "give them a larger sigma with --sigma_for, or float32 with --dtype, or --freeze them"
-        yield _SWALLOWED, f" in {len(swallowed)} tensor(s), being too small for their dtype (correlation: {named}): {remedy}"
+        yield _SWALLOWED, f" in {len(swallowed)} tensor(s), being too small for their dtype (correlation, rms realised / meant: {named}): {remedy}"
     if row["failed"]:
         yield _FAILED, f" for {row['failed']} answers, {row['failed'] / config.population:.3g} of each member; the first: {row['failed_example']}"
     outside = [earlier["share_outside"] for earlier in rows[-_NOW:]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,31 +47,34 @@ def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1)
         raise ValueError(f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1")
     asked = [item for item in items for _ in range(samples)]
     evaluation = Evaluator(engine, task, asked)()
-    if evaluation.failed == len(asked):
+    if all(score.reward is None for score in evaluation.scores):
         raise ValueError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
     values = headline(task, evaluation.scores)
     questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]
-    low, high = interval(questions, binary=samples == 1 and task.metric == "exact" and set(values) <= {0.0, 1.0})
+    low, high = interval(questions)
     return Measurement(task.metric, math.fsum(values) / len(values), low, high, samples, asked, values, evaluation)
 
 
-def rewards(task: Task, scores: Sequence[Score]) -> list[float]:
-    """The reward of each score. One that failed gets the task's floor, or where that is None the lowest of the others, or 0 without any."""
-    floor = task.floor
-    if floor is None:
-        floor = min((score.reward for score in scores if score.reward is not None), default=0.0)
+def floor_of(task: Task, rewards: Iterable[float | None]) -> float:
+    """What an answer is worth whose scoring failed: the task's floor, or where that is None the lowest of these rewards, or 0 without any."""
+    return min((reward for reward in rewards if reward is not None), default=0.0) if task.floor is None else task.floor
+
+
+def rewards_of(task: Task, scores: Sequence[Score]) -> list[float]:
+    """The reward of each score, of one that failed the floor among them."""
+    floor = floor_of(task, (score.reward for score in scores))
     return [floor if score.reward is None else score.reward for score in scores]
 
 
 def headline(task: Task, scores: Sequence[Score]) -> list[float]:
     """The task's metric for each score. An answer whose scoring failed is not exact."""
-    return [score.exact or 0.0 for score in scores] if task.metric == "exact" else rewards(task, scores)
+    return [score.exact or 0.0 for score in scores] if task.metric == "exact" else rewards_of(task, scores)
 
 
-def interval(values: Sequence[float], binary: bool) -> tuple[float, float] | tuple[None, None]:
+def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
     """95 % confidence interval of the mean of `values`, one per question: answers to one question are alike, so of several the mean counts once.
 
-    `binary` (each 0 or 1): Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
+    If each is 0 or 1: Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     J. Am. Stat. Assoc. 22, 1927), which stays in [0, 1] and is right near 0 and 1 too. Else mean +- 1.96 standard errors (ddof 1), which
     is somewhat too narrow below 30 questions; (None, None) for a single one.
     """
@@ -79,9 +82,7 @@ def interval(values: Sequence[float], binary: bool) -> tuple[float, float] | tup
     if not n:
         raise ValueError("an interval needs at least one value")
     mean = math.fsum(values) / n
-    if binary:
-        if not set(values) <= {0, 1}:
-            raise ValueError("a binary interval needs values of 0 and 1: pass binary=False")
+    if set(values) <= {0, 1}:
         centre = (mean + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
         half = _Z / (1 + _Z * _Z / n) * math.sqrt(mean * (1 - mean) / n + _Z * _Z / (4 * n * n))
         return (centre - half if mean > 0 else 0.0), (centre + half if mean < 1 else 1.0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from es_finetune.evaluate import Evaluation
-from es_finetune.measure import headline, interval, rewards
+from es_finetune.measure import floor_of, headline, interval, rewards_of
 from es_finetune.progress import duration
 from es_finetune.tasks import Task
 
@@ -35,12 +35,9 @@ def member_line(generation: int, member: int, evaluation: Evaluation) -> Row:
     }
 
 
-def rewards_of(task: Task, members: Sequence[Row]) -> list[list[float]]:
-    """[member][prompt]. An answer whose scoring failed gets the task's floor, or where that is None the lowest reward of the generation, or 0
-    without any."""
-    floor = task.floor
-    if floor is None:
-        floor = min((reward for member in members for reward in member["rewards"] if reward is not None), default=0.0)
+def rewards_by_prompt(task: Task, members: Sequence[Row]) -> list[list[float]]:
+    """[member][prompt]; of an answer whose scoring failed the floor among the whole generation's."""
+    floor = floor_of(task, (reward for member in members for reward in member["rewards"]))
     return [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
 
 
@@ -70,12 +67,12 @@ def population_row(members: Sequence[Row], means: Sequence[float], seconds: floa
 
 def look_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> Row:
     """A row of evals.jsonl: what the held-out answers are worth after `done` updates, with the headline metric's 95 % interval."""
-    values, paid = headline(task, evaluation.scores), rewards(task, evaluation.scores)
-    low, high = interval(values, binary=set(values) <= {0.0, 1.0})
+    values, rewards = headline(task, evaluation.scores), rewards_of(task, evaluation.scores)
+    low, high = interval(values)
     return {
         "generation": done,
         "items": len(values),
-        "reward": math.fsum(paid) / len(paid),
+        "reward": math.fsum(rewards) / len(rewards),
         "exact": evaluation.mean("exact"),
         "format": evaluation.mean("format"),
         "failed": evaluation.failed,

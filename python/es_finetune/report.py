@@ -7,6 +7,7 @@ at any time, also of a run that is going on or was killed. One folder gives one 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from typing import Any
 
 from es_finetune import plot
 from es_finetune.files import read_rows, write_atomically
+from es_finetune.health import FAITHFUL
 from es_finetune.progress import duration, value
 from es_finetune.runlog import read_log
 
@@ -23,7 +25,6 @@ Row = dict[str, Any]
 
 SAMPLES = 4  # of each kind
 LONGEST = 1200  # characters of a text that are shown
-POOR = 0.9  # a realised correlation below this is named
 
 
 def report(folder: str | Path) -> Path:
@@ -73,6 +74,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "plots": _plots(rows, metric, looks),
         "warnings": _warnings(rows),
         "poor": _poor(rows),
+        "faithful": FAITHFUL,
         "correlation_measured": any(_health("correlation_min")(row) is not None for row in rows),
         "failed": sum(row.get("failed") or 0 for row in rows),
         "failures": _failures(rows),
@@ -160,6 +162,7 @@ def _plots(rows: list[Row], metric: str, looks: list[Row]) -> list[dict[str, Any
     drift = _health("drift_relative" if relative else "drift")
     noise, step = _health("correlation_min"), _health("step_correlation")
     realised = {"noise, worst tensor": noise, "step": step}
+    kept = "In bf16 with base fp32 or host a step below 1 is normal: what the weights cannot show yet is kept in theta."
     held_out = "Items that were never trained on, with 95% intervals. Dotted: the base model."
     groups = [
         (
@@ -191,7 +194,7 @@ def _plots(rows: list[Row], metric: str, looks: list[Row]) -> list[dict[str, Any
                 ),
                 (
                     "Realised noise and step",
-                    "Correlation of the change that was meant with the one the weights' dtype could hold. 1 is all of it.",
+                    f"Correlation of the change that was meant with the one the weights' dtype could hold. 1 is all of it. {kept}",
                     has(noise) or has(step),
                     partial(plot.draw_lines, rows=rows, lines={label: read for label, read in realised.items() if has(read)}, correlation=True),
                 ),
@@ -241,16 +244,14 @@ def _ranges(numbers: list[int], most: int = 8) -> str:
 
 
 def _poor(rows: list[Row]) -> list[dict[str, Any]]:
-    """Tensors whose realised correlation was seen under POOR, the worst first: name, worst, in which generation, how often."""
+    """Tensors whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation, how often."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        for name, correlation in ((row.get("health") or {}).get("correlation") or {}).items():
-            if correlation is None or correlation >= POOR:
-                continue
-            entry = found.setdefault(name, {"name": name, "worst": correlation, "generation": row["generation"] + 1, "times": 0})
+        for name, (correlation, ratio) in (row.get("health") or {}).get("correlation", {}).items():
+            entry = found.setdefault(name, {"name": name, "worst": math.inf, "times": 0})
             entry["times"] += 1
             if correlation < entry["worst"]:
-                entry.update(worst=correlation, generation=row["generation"] + 1)
+                entry.update(worst=correlation, ratio=ratio, generation=row["generation"] + 1)
     return sorted(found.values(), key=lambda entry: entry["worst"])
 
 

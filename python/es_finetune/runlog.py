@@ -72,7 +72,7 @@ class SealedLines:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process: wait for it, or give another output folder") from None
+            raise ValueError(f"{path} is being written by another process or Trainer: wait for it, close() it, or give another output folder") from None
         self.lines, whole = _read(path, strict=sync)
         self._file.truncate(whole)
 

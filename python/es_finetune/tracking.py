@@ -70,14 +70,14 @@ class Tracker:
 
 
 def scalars(row: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a row, by path: {"health": {"drift": 1.0}} gives prefix/health/drift. A pair [name, number] gives its number."""
+    """The numbers of a row, by path: {"health": {"drift": 1.0}} gives prefix/health/drift. A pair [name, number] gives its number,
+    any other list each of its numbers, under its place: prefix/health/correlation/w/0 and /1."""
     for key, found in row.items():
+        if isinstance(found, (list, tuple)):
+            found = found[1] if len(found) == 2 and isinstance(found[0], str) else {str(place): part for place, part in enumerate(found)}
         if isinstance(found, dict):
             yield from scalars(found, f"{prefix}/{key}")
-            continue
-        if isinstance(found, (list, tuple)) and len(found) == 2 and isinstance(found[0], str):
-            found = found[1]
-        if isinstance(found, (int, float)):  # true and false are 1 and 0
+        elif isinstance(found, (int, float)):  # true and false are 1 and 0
             yield f"{prefix}/{key}", found
 
 

@@ -19,20 +19,20 @@ import torch
 
 import es_kernels
 from es_finetune.config import TrainConfig, asked, model_options
-from es_finetune.engines.hf import HFEngine
 from es_finetune.evaluate import Evaluator
 from es_finetune.files import append_row, read_rows, write_atomically
 from es_finetune.folder import CURVES, claim, is_ours, remove
 from es_finetune.health import Health, warnings_of
 from es_finetune.measure import save_answers
-from es_finetune.metrics import estimate, look_row, member_line, peak_memory, population_row, rewards_of, summary, total_seconds
+from es_finetune.metrics import estimate, look_row, member_line, peak_memory, population_row, rewards_by_prompt, summary, total_seconds
 from es_finetune.model import load_model, pick_device, save_model
 from es_finetune.plot import plot_run
+from es_finetune.prepare import make_engine, make_task
 from es_finetune.progress import Progress
 from es_finetune.replay import check_start, fast_forward, start_of
 from es_finetune.runlog import FORMAT, Generation, SealedLines, parse_log
 from es_finetune.snapshot import save_snapshot
-from es_finetune.tasks import Item, Task, load_task
+from es_finetune.tasks import Item, Task
 from es_finetune.tracking import Tracker, require
 from es_finetune.tuning import make_optimizer, set_schedules
 from es_kernels.noise import PROMPT_CHOICE, member_seed
@@ -46,8 +46,8 @@ class Trainer:
     """Everything a run needs, made and checked before it starts; `train` does the work.
 
     config:            what to do. Its `model` and `task` are loaded, unless objects are given:
-    model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its tokenizer,
-                       which must pad on the left. config.model is then only the name in the log.
+    model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its tokenizer.
+                       config.model is then only the name in the log.
     task:              any object with the attributes of tasks.Task, as load_task("custom", data=[...], reward=function).
 
     A bad config, model, task or folder raises ValueError or OSError from the constructor, before any long work.
@@ -58,9 +58,10 @@ class Trainer:
         self.folder = Path(config.output)
         claim(self.folder, config)
         require(config.report_to)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.task = task or load_task(config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit)
+        self.task = task or make_task(config)
+        for split in ("train", "test"):
+            if not getattr(self.task, split):
+                raise ValueError(f"task {config.task} has no {split} items")
         if config.prompts > len(self.task.train):
             raise ValueError(f"prompts must be at most {len(self.task.train)}, the training prompts of {config.task}, not {config.prompts}")
         if (model is None) != (tokenizer is None):
@@ -68,9 +69,9 @@ class Trainer:
         if model is None:
             model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
         else:
-            identity = {"name": config.model, "class": type(model).__name__, "in_memory": True}
+            identity = {"model": config.model, "class": type(model).__name__, "in_memory": True}
         self.model, self.tokenizer = model, tokenizer
-        self.engine = HFEngine(model, tokenizer, config.max_new_tokens or self.task.max_new_tokens, config.batch_size, path=config.decoding)
+        self.engine = make_engine(config, self.task, model, tokenizer)
         self.optimizer = make_optimizer(model, config)
         self.backend = es_kernels.active_backend(model.device)
         self.held_out = Evaluator(self.engine, self.task, self.task.test[: config.eval_items or None])
@@ -129,14 +130,20 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Run to the last generation; returns what summary.json holds. Call it once; to go on later, resume."""
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)  # of an earlier run of this process
         try:
             with Progress(self.config.generations, self.task.metric) as progress:
                 self._run(progress)
             return self._finish()
         finally:
-            self.tracker.close()
-            self.log.close()
-            self.journal.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the run's folder, for a Trainer that shall not train; `train` does so at its end."""
+        self.tracker.close()
+        self.log.close()
+        self.journal.close()
 
     def _run(self, progress: Progress) -> None:
         config, optimizer = self.config, self.optimizer
@@ -169,7 +176,7 @@ class Trainer:
         group = dict(optimizer.param_groups[0])
         training = self._training or Evaluator(self.engine, self.task, self._draw(generation))
         stop = config.on_reward_error == "stop"
-        known = {line["member"]: line for line in self.journal.lines if line["generation"] == generation and not (stop and line["error"])}
+        known = {line["member"]: line for line in self.journal.lines if line["generation"] == generation and not (stop and None in line["rewards"])}
         # Seconds of an earlier process, which this one's clock does not hold.
         before = math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values())
         if not known:
@@ -181,13 +188,13 @@ class Trainer:
                 self.health.look_at_member()
             if member not in known:
                 known[member] = member_line(generation, member, training())
-                if stop and known[member]["error"] is not None:
+                if stop and None in known[member]["rewards"]:
                     raise RewardFailed(f"generation {generation + 1}, member {member}: {known[member]['error']}")
                 self.journal.append(known[member])
             return known[member]
 
         members = optimizer.evaluate(score)
-        by_prompt = rewards_of(self.task, members)
+        by_prompt = rewards_by_prompt(self.task, members)
         means = [math.fsum(row) / len(row) for row in by_prompt]
         if looking:
             self.health.look_before_update()

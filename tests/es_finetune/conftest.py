@@ -83,7 +83,8 @@ def build_model():
         import transformers
 
         if kind == "lora":
-            peft = pytest.importorskip("peft")
+            import peft
+
             adapter = peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
             torch.manual_seed(1)
             model = peft.get_peft_model(build("llama"), adapter)

@@ -174,11 +174,28 @@ def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tm
         _read_yaml("countdown-qwen9")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_ready_configs_are_the_papers(path):
-    config = _parse(TrainConfig, _flags_of(_read_yaml(path.stem), TrainConfig), "train")
-    assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (30, 1e-3, 5e-4, "zscore", False)
-    assert config.task.split(":")[0] in ("countdown", "conciseness", "math", "reasoning-gym")
+PAPER = {
+    "countdown-qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", "countdown", 0, 1024),
+    "countdown-qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "countdown", 0, 1024),
+    "countdown-qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", "countdown", 0, 1024),
+    "countdown-qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", "countdown", 0, 1024),
+    "countdown-llama-3.2-1b": ("meta-llama/Llama-3.2-1B-Instruct", "countdown", 0, 1024),
+    "countdown-llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", "countdown", 0, 1024),
+    "countdown-llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", "countdown", 0, 1024),
+    "conciseness-qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", "conciseness", 0, 100),
+    "math-qwen2.5-math-7b": ("Qwen/Qwen2.5-Math-7B", "math", 64, 3000),
+    "mini-sudoku-qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", "reasoning-gym:mini_sudoku", 0, None),
+    "arc-qwen2.5-14b": ("Qwen/Qwen2.5-14B-Instruct", "reasoning-gym:arc_agi", 0, None),
+}
+
+
+def test_each_experiment_of_the_paper_has_a_ready_config():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PAPER)
+    for name, expected in PAPER.items():
+        config = _parse(TrainConfig, _flags_of(_read_yaml(name), TrainConfig), "train")
+        assert (config.model, config.task, config.prompts, config.max_new_tokens) == expected
+        assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (30, 1e-3, 5e-4, "zscore", False)
+        assert bool(config.pad_token) == ("Llama" in config.model)
 
 
 def test_a_runs_config_is_a_yaml_file_for_another(tmp_path, capsys):

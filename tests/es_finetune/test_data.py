@@ -265,7 +265,7 @@ def test_a_failure_is_a_score_with_a_reason(rewards, completion, problem):
     score = task.score(task.train[0], completion)
     assert time.perf_counter() - start < 5
     assert score[:3] == (None, None, None)
-    assert re.fullmatch(problem, score.error), score.error
+    assert re.fullmatch(problem + f", completion '{completion}'", score.error), score.error
     assert task.score(task.train[0], "good") == (2.0, 1.0, 0.5, None)
 
 

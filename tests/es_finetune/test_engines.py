@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import es_finetune.models
 from es_finetune import EvolutionStrategy
 from es_finetune.engines import Answer, hf
-from es_finetune.engines.hf import PATHS, HFEngine
+from es_finetune.engines.hf import DECODINGS, HFEngine
 from es_finetune.tasks import load_task
 
 EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "countdown_char"
 PROMPTS = [item.prompt for item in load_task("countdown-char").test[:40]]
-all_paths = pytest.mark.parametrize("path", PATHS)
+all_decodings = pytest.mark.parametrize("decoding", DECODINGS)
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def generate(model, tokenizer, prompts=PROMPTS, batch_size=16, new=12, **options
 # --- what an answer depends on
 
 
-@all_paths
-def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches_and_the_path(model, tokenizer, path):
+@all_decodings
+def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches_and_the_path(model, tokenizer, decoding):
     assert len({len(prompt) for prompt in PROMPTS}) > 1  # so batches are padded
     expected = generate(model, tokenizer, batch_size=1)
     assert len({answer.text for answer in expected}) > 20
-    assert generate(model, tokenizer, path=path) == expected
-    assert generate(model, tokenizer, PROMPTS[::-1], path=path) == expected[::-1]
+    assert generate(model, tokenizer, decoding=decoding) == expected
+    assert generate(model, tokenizer, PROMPTS[::-1], decoding=decoding) == expected[::-1]
 
 
 def test_rows_are_left_padded_and_the_longest_prompts_come_first(model, tokenizer):
@@ -98,11 +98,11 @@ def test_rows_are_left_padded_and_the_longest_prompts_come_first(model, tokenize
         assert [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*inputs.values())] == [PROMPTS[i] for i in rows]
 
 
-@all_paths
-def test_nothing_survives_a_weight_change(long_model, tokenizer, path):
+@all_decodings
+def test_nothing_survives_a_weight_change(long_model, tokenizer, decoding):
     common = "123456789+" * 60  # of more than two blocks of 256 positions, the size that prefix caches share
     prompts = [common + tail for tail in ("1=", "2+3=", "4,5,6:")]
-    engine = HFEngine(long_model, tokenizer, 12, 64, path=path)
+    engine = HFEngine(long_model, tokenizer, 12, 64, decoding=decoding)
     encoded = engine.encode(prompts)
     before = engine.generate(encoded)
     opt = EvolutionStrategy(long_model.named_parameters(), sigma=0.1, population=2)
@@ -113,11 +113,11 @@ def test_nothing_survives_a_weight_change(long_model, tokenizer, path):
     assert engine.generate(encoded) == before
 
 
-@all_paths
-def test_calls_leave_nothing_behind(model, tokenizer, path):
+@all_decodings
+def test_calls_leave_nothing_behind(model, tokenizer, decoding):
     model.set_attn_implementation("eager")  # continuous batching computes with another one
     theirs, names = model.generation_config, set(vars(model))
-    engine = HFEngine(model, tokenizer, 12, 64, path=path)
+    engine = HFEngine(model, tokenizer, 12, 64, decoding=decoding)
     threads, state = set(threading.enumerate()), torch.get_rng_state()
     encoded = engine.encode(PROMPTS[:4])
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_calls_leave_nothing_behind(model, tokenizer, path):
 
 
 def test_a_static_cache_is_kept_at_its_address_and_serves_prompts_of_any_length(long_model, tokenizer):
-    engine = HFEngine(long_model, tokenizer, 12, 2, path="static")
+    engine = HFEngine(long_model, tokenizer, 12, 2, decoding="static")
     long, short = ["12+" * 90, "3+4" * 80, "7-1" * 70], ["1+", "2+2=", "45"]
     expected = {tuple(prompts): generate(long_model, tokenizer, prompts) for prompts in (long, short)}
     addresses = []
@@ -139,7 +139,7 @@ def test_a_static_cache_is_kept_at_its_address_and_serves_prompts_of_any_length(
 
 def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(model, tokenizer, monkeypatch):
     model.set_attn_implementation("eager")
-    engine = HFEngine(model, tokenizer, 12, 4, path="continuous")
+    engine = HFEngine(model, tokenizer, 12, 4, decoding="continuous")
     encoded, threads = engine.encode(PROMPTS[:4]), set(threading.enumerate())
     expected = engine.generate(encoded)
 
@@ -157,11 +157,11 @@ def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(mode
 # --- where an answer ends
 
 
-@all_paths
-def test_an_answer_ends_at_the_first_end_token_of_several(model, tokenizer, path):
+@all_decodings
+def test_an_answer_ends_at_the_first_end_token_of_several(model, tokenizer, decoding):
     eos, plus = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("+")
     model.generation_config.eos_token_id = [eos, plus]
-    answers = generate(model, tokenizer, path=path)
+    answers = generate(model, tokenizer, decoding=decoding)
     last = [answer.ids[-1] for answer in answers]
     assert last.count(eos) > 3 and last.count(plus) > 3
     for text, ids in answers:
@@ -169,32 +169,32 @@ def test_an_answer_ends_at_the_first_end_token_of_several(model, tokenizer, path
         assert text == tokenizer.decode(ids, skip_special_tokens=True) and not set(text) & set("_^$")
 
 
-@all_paths
-def test_an_answer_without_end_has_all_its_tokens(model, tokenizer, path):
-    assert all(len(answer.ids) == 3 for answer in generate(model, tokenizer, new=3, path=path))
+@all_decodings
+def test_an_answer_without_end_has_all_its_tokens(model, tokenizer, decoding):
+    assert all(len(answer.ids) == 3 for answer in generate(model, tokenizer, new=3, decoding=decoding))
 
 
 # --- sampling
 
 
-@all_paths
-def test_sampling_options_of_the_checkpoint_do_not_matter(model, tokenizer, path):
-    before = generate(model, tokenizer, path=path)
+@all_decodings
+def test_sampling_options_of_the_checkpoint_do_not_matter(model, tokenizer, decoding):
+    before = generate(model, tokenizer, decoding=decoding)
     model.generation_config.update(
         do_sample=True, temperature=5.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=5.0, max_new_tokens=2, suppress_tokens=[5, 6, 7]
     )
-    assert generate(model, tokenizer, path=path) == before
+    assert generate(model, tokenizer, decoding=decoding) == before
 
 
-@all_paths
-def test_sampled_answers_repeat_and_follow_the_seed(model, tokenizer, path):
-    engine = HFEngine(model, tokenizer, 12, 16, path=path, temperature=1.5, seed=3)
+@all_decodings
+def test_sampled_answers_repeat_and_follow_the_seed(model, tokenizer, decoding):
+    engine = HFEngine(model, tokenizer, 12, 16, decoding=decoding, temperature=1.5, seed=3)
     encoded, state = engine.encode(PROMPTS[:8]), torch.get_rng_state()
     first = engine.generate(encoded)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1)
     assert engine.generate(encoded) == first
-    assert generate(model, tokenizer, PROMPTS[:8], path=path, temperature=1.5, seed=4) != first
+    assert generate(model, tokenizer, PROMPTS[:8], decoding=decoding, temperature=1.5, seed=4) != first
     assert first != generate(model, tokenizer, PROMPTS[:8])
 
 
@@ -243,8 +243,8 @@ def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, 
 
 def test_options_that_cannot_be_are_refused(model):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    with pytest.raises(ValueError, match="path must be one of dynamic, static, continuous, not 'paged'"):
-        HFEngine(model, tokenizer, 12, 16, path="paged")
+    with pytest.raises(ValueError, match="decoding must be one of dynamic, static, continuous, not 'paged'"):
+        HFEngine(model, tokenizer, 12, 16, decoding="paged")
     with pytest.raises(ValueError, match="temperature must be 0"):
         HFEngine(model, tokenizer, 12, 16, temperature=-1.0)
     tokenizer.pad_token = None
@@ -274,10 +274,19 @@ def test_log_probs_are_those_of_each_token_at_temperature_1(model, tokenizer, mo
 
 
 def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model, tokenizer):
-    peft = pytest.importorskip("peft")
+    import peft
     base = generate(model, tokenizer)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
     theirs = model.generation_config
     adapted = generate(wrapped, tokenizer)
     assert adapted != base and model.generation_config is theirs
     assert adapted == generate(wrapped.merge_and_unload(), tokenizer)
+
+
+def test_a_model_in_training_mode_answers_without_dropout(model, tokenizer):
+    expected = generate(model, tokenizer)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert generate(model, tokenizer) == expected

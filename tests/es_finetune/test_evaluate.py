@@ -46,9 +46,10 @@ def test_means_leave_out_what_is_missing_and_do_not_depend_on_order():
 
 
 def test_failures_are_counted_and_the_first_is_told():
-    worth_something = Score(0.0, 0.0, error="took too long")  # a failure of the answer, not of the reward
-    found = evaluation(scores=[worth_something, Score(1.0), worth_something, Score(None, error="KeyError: 'x'"), Score(None)])
-    assert found.failed == 2 and found.error == (3, "KeyError: 'x'")
+    worth_nothing = Score(0.0, 0.0, error="took too long")  # a grader's failure
+    found = evaluation(scores=[Score(1.0), Score(None, error="KeyError: 'x'"), worth_nothing, Score(None)])
+    assert found.failed == 3 and found.error == (1, "KeyError: 'x'")
+    assert evaluation(scores=[Score(1.0), worth_nothing]).error == (1, "took too long")
     assert evaluation(scores=[Score(None)]).error == (0, "no reward and no reason given")
 
 

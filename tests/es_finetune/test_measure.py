@@ -47,7 +47,7 @@ def test_greedy_right_or_wrong_gives_a_share_and_its_wilson_interval():
     task = make_task(lambda item, text: Score(-5.0, float(item.key in "ab")))
     found = measure(Echo(), task, ITEMS)
     assert (found.metric, found.value, found.values, found.items) == ("exact", 0.5, [1.0, 1.0, 0.0, 0.0], ITEMS)
-    assert (found.low, found.high) == interval([1, 1, 0, 0], binary=True)
+    assert (found.low, found.high) == interval([1, 1, 0, 0])
     assert [answer.text for answer in found.evaluation.answers] == ["a0", "b1", "c2", "d3"]
 
 
@@ -56,13 +56,13 @@ def test_several_samples_are_clustered_by_question():
     found = measure(Echo(temperature=1.0), task, ITEMS[:2], samples=3)
     assert [item.key for item in found.items] == list("aaabbb")
     assert found.values == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and found.value == 2.5
-    assert (found.low, found.high) == interval([1.0, 4.0], binary=False)
+    assert (found.low, found.high) == interval([1.0, 4.0])
 
 
 def test_several_samples_of_right_or_wrong_are_not_so_many_questions():
     task = make_task(lambda item, text: Score(1.0, float(item.key in "ab")))
     found = measure(Echo(temperature=1.0), task, ITEMS, samples=100)
-    assert (found.low, found.high) == interval([1.0, 1.0, 0.0, 0.0], binary=False)
+    assert (found.low, found.high) == interval([1.0, 1.0, 0.0, 0.0])
 
 
 def test_what_tells_nothing_is_refused():
@@ -88,7 +88,7 @@ def test_failed_answers_count():
 )
 def test_wilson_interval(right, n, low, high):
     """The roots of |p - right / n| = z sqrt(p (1 - p) / n), and published or easily computed values of them."""
-    found = interval([1] * right + [0] * (n - right), binary=True)
+    found = interval([1] * right + [0] * (n - right))
     assert found == pytest.approx((low, high), abs=1e-4)
     for p in found:
         if 0 < p < 1:
@@ -98,19 +98,17 @@ def test_wilson_interval(right, n, low, high):
 def test_interval_of_a_mean():
     values = [0.3, 1.7, -2.0, 0.4, 5.0]
     half = 1.959964 * statistics.stdev(values) / math.sqrt(5)
-    assert interval(values, binary=False) == pytest.approx((statistics.mean(values) - half, statistics.mean(values) + half))
-    assert interval([3.0], binary=False) == (None, None)
-    with pytest.raises(ValueError, match="values of 0 and 1"):
-        interval([0.5], binary=True)
+    assert interval(values) == pytest.approx((statistics.mean(values) - half, statistics.mean(values) + half))
+    assert interval([3.0]) == (None, None)
     with pytest.raises(ValueError, match="at least one value"):
-        interval([], binary=False)
+        interval([])
 
 
 def test_intervals_hold_the_truth_95_times_in_100():
     draw = random.Random(0)
     within = 0
     for _ in range(2000):
-        low, high = interval([float(draw.random() < 0.3) for _ in range(60)], binary=True)
+        low, high = interval([float(draw.random() < 0.3) for _ in range(60)])
         within += low <= 0.3 <= high
     assert 0.93 < within / 2000 < 0.97
 

@@ -8,14 +8,13 @@ import re
 import sys
 
 import pytest
+import safetensors.torch as safetensors
 import torch
+import transformers
 
 import es_kernels
 from es_finetune.model import EMBEDDED_MODEL, load_model, save_model
 from es_finetune.segments import named_segments
-
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
 
 
 def text(model, tokenizer):
@@ -144,7 +143,6 @@ def test_an_older_folder_is_replaced_and_a_failure_leaves_it(build_model, tmp_pa
 
 
 def test_a_new_adapter_is_all_that_is_trainable(save_tiny, tmp_path):
-    pytest.importorskip("peft")
     folder = save_tiny(tmp_path)
     base, tokenizer, _ = load_model(folder, device="cpu")
     model, _, identity = load_model(folder, device="cpu", lora_rank=3)
@@ -158,7 +156,6 @@ def test_a_new_adapter_is_all_that_is_trainable(save_tiny, tmp_path):
 
 def test_the_first_values_of_an_adapter(save_tiny, bits, tmp_path):
     """They are the kernels' noise for seed 0, of variance 1 / (3 * inputs), whatever torch's generator holds, which stays as it was."""
-    pytest.importorskip("peft")
     folder = save_tiny(tmp_path)
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -178,7 +175,6 @@ def test_the_first_values_of_an_adapter(save_tiny, bits, tmp_path):
 @pytest.fixture
 def tuned(save_tiny, tmp_path):
     """(model with a moved adapter, tokenizer) over a bfloat16 base in tmp_path/base."""
-    pytest.importorskip("peft")
     model, tokenizer, _ = load_model(save_tiny(tmp_path / "base"), device="cpu", dtype="bfloat16", lora_rank=2)
     with torch.no_grad():
         es_kernels.add_noise_(es_kernels.ParamTable((n, p) for n, p in named_segments(model) if p.requires_grad), [5], [0.3])
@@ -217,7 +213,6 @@ def test_merged_it_is_a_full_model_and_the_one_in_memory_stays(tuned, tmp_path):
 
 
 def test_a_merged_mixture_keeps_its_checkpoint_names(save_tiny, tmp_path):
-    pytest.importorskip("peft")
     folder = save_tiny(tmp_path / "base", "mixtral")
     model, tokenizer, _ = load_model(folder, device="cpu", lora_rank=2)
     save_model(model, tokenizer, tmp_path / "merged", merge_lora=True)

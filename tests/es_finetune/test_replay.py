@@ -25,6 +25,7 @@ CONFIGS = {
     "qwen2": {"base": "copy", "antithetic": True, "momentum": 0.5},
     "mixtral": {"base": "fp32", "weight_decay": 0.1, "anchored": True, "sigma_for": ["*experts*=0.1"]},
     "lora": {"lora_rank": 2},
+    "host": {"base": "host", "shaping": "ranks"},
     "none": {"base": "none", "lr_schedule": "cosine", "sigma_schedule": "linear"},
 }
 
@@ -46,7 +47,7 @@ def runs(save_tiny, tmp_path_factory):
     def folder_of(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            model = save_tiny(folder / "base", {"lora": "llama", "none": "llama"}.get(name, name))
+            model = save_tiny(folder / "base", name if name in ("llama", "qwen2", "mixtral") else "llama")
             options = {"dtype": "bfloat16", "sigma": 0.05, "lr": 0.05, "generations": 3, "population": 4, "prompts": 0, "report_to": ["none"]}
             Trainer(TrainConfig(output=str(folder / "run"), model=model, task="letters", **options, **CONFIGS[name]), task=Letters()).train()
             assert all(g.z for g in read_log(folder / "run" / "run.log")[1])

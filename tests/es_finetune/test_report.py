@@ -18,6 +18,7 @@ import pytest
 
 from es_finetune import plot
 from es_finetune.files import read_rows
+from es_finetune.health import FAITHFUL
 from es_finetune.report import report
 from es_finetune.runlog import Generation, SealedLines
 
@@ -76,7 +77,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         if health and generation % 10 == 0:
             worst = 0.86 + 0.1 * draws.random()
             row["health"] = {
-                "correlation": {"model.layers.3.input_layernorm.weight": worst} if worst < 0.9 else {},
+                "correlation": {"model.layers.3.input_layernorm.weight": [worst, worst + 0.02]} if worst < 0.9 else {},
                 "correlation_min": ["model.layers.3.input_layernorm.weight", worst], "rms_ratio_min": ["model.norm.weight", 0.97],
                 "step_correlation": 0.995 + 0.004 * draws.random(), "step_rms": 1e-5, "drift": 2e-5 * math.sqrt(generation + 1),
                 "drift_relative": 8e-4 * math.sqrt(generation + 1),
@@ -224,12 +225,16 @@ def test_a_warning_is_shown_once_with_its_generations(long):
 def test_tensors_that_lost_noise_are_named_with_their_worst(long):
     text = Page(long).text
     seen = [c for row in read_rows(long.parent / "metrics.jsonl") for c in row.get("health", {}).get("correlation", {}).values()]
-    assert seen and f"model.layers.3.input_layernorm.weight {min(seen):.3f}" in text
+    (worst, ratio), last = min(seen), seen[-1]
+    columns = "tensor lowest correlation rms, realised / meant in generation times seen"
+    assert worst < last[0] and f"{columns} model.layers.3.input_layernorm.weight {worst:.3f} {ratio:.3f}" in text
+    assert f"under {FAITHFUL}:" in text and "--sigma_for" in text and "a step below 1 is normal" in text
 
 
 def test_failed_rewards_are_counted_and_shown(long):
     text = Page(long).text
-    assert "failed on 3 answers" in text and "ZeroDivisionError" in text
+    assert "failed on 3 answers, which got the task's floor as reward, or the lowest of their generation if it declares none." in text
+    assert "ZeroDivisionError" in text
 
 
 def test_what_was_written_by_others_stays_text(long):

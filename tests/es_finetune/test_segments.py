@@ -6,14 +6,14 @@ memory, and a warning says it."""
 import sys
 import warnings
 
+import peft
 import pytest
+import safetensors.torch as safetensors
 import torch
+import transformers
 
 import es_kernels
 from es_finetune.segments import named_segments
-
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
 
 KINDS = ("llama", "qwen2", "mixtral", "qwen3_moe")
 
@@ -140,7 +140,6 @@ def test_an_adapter_inside_of_a_transformers_model(build_model, tmp_path):
 @pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["lm_head"]}])
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_weights_under_an_adapter_have_the_names_of_the_base_checkpoint(build_model, tmp_path, kind, adapter):
-    peft = pytest.importorskip("peft")
     model = build_model(kind)
     files = saved(model, tmp_path)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **adapter))

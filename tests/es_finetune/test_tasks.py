@@ -18,6 +18,7 @@ import sys
 import time
 from fractions import Fraction
 
+import datasets
 import pytest
 from es_finetune.tasks import Item, check_disjoint, load_task
 from es_finetune.tasks.arithmetic import MAX_DEPTH, MAX_LENGTH, evaluate
@@ -287,7 +288,6 @@ MATH_TEST = [{"question": " In\nboth? ", "answer": "1", "level": 1}, {"question"
 
 @pytest.fixture(scope="module")
 def mathematics():
-    pytest.importorskip("math_verify")
     return load_task("math", data=MATH, test_data=MATH_TEST, time_limit=2.0)
 
 
@@ -309,7 +309,6 @@ def test_math_reads_the_columns_and_counts_what_it_leaves_out(mathematics):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder", "split folder", "save_to_disk", "dict to disk"])
 def test_math_loads_local_files(kind, tmp_path, mathematics, monkeypatch):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("es_finetune.tasks.mathematics.RewardProcess", lambda *_: None)  # nothing is graded here
     path = tmp_path / (f"data.{kind}" if kind in ("jsonl", "json", "parquet") else "data")
     data = datasets.Dataset.from_list(MATH)
@@ -347,7 +346,6 @@ def test_math_loads_local_files(kind, tmp_path, mathematics, monkeypatch):
     ],
 )
 def test_math_right_answers(row, gold, monkeypatch):
-    pytest.importorskip("math_verify")
     monkeypatch.setattr("es_finetune.tasks.mathematics.RewardProcess", lambda *_: None)
     assert load_task("math", data=[{"problem": "p", **row}], test_data=MATH_TEST).train[0].data["gold"] == gold
 
@@ -363,13 +361,11 @@ def test_math_right_answers(row, gold, monkeypatch):
     ],
 )
 def test_math_bad_data(data, problem):
-    pytest.importorskip("datasets")
     with pytest.raises(ValueError, match=problem):
         load_task("math", data=data, test_data=MATH_TEST)
 
 
 def test_math_wants_to_know_the_split(tmp_path):
-    datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(MATH)
     datasets.DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="has the splits a, b, and none is called train"):
@@ -421,7 +417,6 @@ def test_math_goes_on_after_a_kill(mathematics):
 
 @pytest.fixture(scope="module")
 def sudoku():
-    pytest.importorskip("reasoning_gym")
     return load_task("reasoning-gym:mini_sudoku", time_limit=2.0)
 
 
@@ -460,7 +455,6 @@ def test_questions_are_the_same_every_time_and_others_with_another_seed(sudoku):
 
 
 def test_arc():
-    pytest.importorskip("reasoning_gym")
     task = load_task("reasoning-gym:arc_agi")
     assert len(task.train) == 200 and len(task.test) == 500
     score = task.score(task.train[0], "<answer>1 2\n3 4</answer>")
@@ -468,7 +462,6 @@ def test_arc():
 
 
 def test_few_questions_are_cut_in_proportion():
-    pytest.importorskip("reasoning_gym")
     task = load_task("reasoning-gym:coin_flip")
     total = len(task.train) + len(task.test)
     assert total < 700 and len(task.train) == total * 2 // 7
@@ -486,7 +479,6 @@ def test_sudoku_gives_hostile_answers_nothing(sudoku, text, frame):
 
 
 def test_a_scorer_that_evaluates_is_killed():
-    pytest.importorskip("reasoning_gym")
     task = load_task("reasoning-gym:binary_matrix", time_limit=2.0)
     for text, problem in (("9**9**9**9", "no result within 2 s, killed"), ("(" * 10_000, None), ("__import__('os')._exit(0)", None)):
         start = time.perf_counter()
@@ -512,7 +504,6 @@ EVIL = [
 )
 def test_no_grader_runs_an_answer(name, good, reward, tmp_path):
     """Nor does it lose what needs a scorer's own reading: a list is part of the credit, another form of a formula all of it."""
-    pytest.importorskip("reasoning_gym")
     task = load_task(f"reasoning-gym:{name}")
     entry = pickle.loads(base64.b64decode(task.train[0].data["entry"]))
     for text in EVIL:
@@ -523,7 +514,6 @@ def test_no_grader_runs_an_answer(name, good, reward, tmp_path):
 
 
 def test_an_answer_that_repeats_the_question_is_none():
-    pytest.importorskip("reasoning_gym")
     task = load_task("reasoning-gym:simple_integration")
     metadata = pickle.loads(base64.b64decode(task.train[0].data["entry"]))["metadata"]
     assert task.score(task.train[0], f"<answer>Integral({metadata['integrand']}, {metadata['variable']})</answer>").reward == 0
@@ -536,14 +526,12 @@ def test_math_runs_no_answer(mathematics, tmp_path):
 
 
 def test_no_number_is_not_the_right_number():
-    pytest.importorskip("reasoning_gym")
     task = load_task("reasoning-gym:complex_arithmetic")
     for text in ("nan", "NaN", "nanj", "nan+1j", "1+nanj", "inf", "-infj", "1e999"):
         assert task.score(task.train[0], f"<answer>{text}</answer>").reward == 0
 
 
 def test_an_unknown_dataset_gets_near_names():
-    pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=r"reasoning-gym has no dataset 'mini_soduku'; did you mean mini_sudoku"):
         load_task("reasoning-gym:mini_soduku")
     with pytest.raises(ValueError, match="cannot be made: AssertionError: Must specify at least one dataset"):
@@ -553,7 +541,6 @@ def test_an_unknown_dataset_gets_near_names():
 
 
 def test_slow_questions_are_given_up(monkeypatch):
-    pytest.importorskip("reasoning_gym")
     monkeypatch.setattr("es_finetune.tasks.reasoning.GENERATION_SECONDS", 0.01)
     with pytest.raises(ValueError, match="its questions cannot be made: no result within 0.01 s"):
         load_task("reasoning-gym:futoshiki")

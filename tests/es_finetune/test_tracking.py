@@ -15,7 +15,7 @@ from es_finetune.tracking import Tracker, require, scalars
 
 ROW = {
     "generation": 3, "reward_mean": 0.5, "exact_mean": None, "theta": "00ff", "failed_example": "x", "identical": 0,
-    "health": {"drift": 0.25, "step_correlation": None, "correlation": {"a.weight": 0.8}, "correlation_min": ["a.weight", 0.8]},
+    "health": {"drift": 0.25, "step_correlation": None, "correlation": {"a.weight": [0.8, 1.1]}, "correlation_min": ["a.weight", 0.8]},
     "warnings": ["raise sigma", "lower lr"],
 }  # fmt: skip
 NUMBERS = {
@@ -23,7 +23,8 @@ NUMBERS = {
     "reward_mean": 0.5,
     "identical": 0,
     "health/drift": 0.25,
-    "health/correlation/a.weight": 0.8,
+    "health/correlation/a.weight/0": 0.8,
+    "health/correlation/a.weight/1": 1.1,
     "health/correlation_min": 0.8,
 }
 

@@ -78,7 +78,8 @@ def test_rows_and_log_say_the_same(run):
         assert row["reward_min"] <= row["reward_mean"] == logged.reward <= row["reward_max"]
         assert row["theta"] == row["live"] == f"{logged.theta:016x}"  # f32 weights, so both are the same numbers
         assert (logged.lr, logged.sigma) == ((row["lr"],), (row["sigma"],))
-        assert row["tokens"] > 0 and row["peak_memory_bytes"] > 1e6 and row["failed"] == 0
+        assert row["peak_memory_bytes"] > 1e6 and row["failed"] == 0
+        assert 4 * 16 * 2 <= row["tokens"] <= 4 * 16 * 12 and row["tokens_per_second"] == row["tokens"] / row["seconds_generate"]
         assert row["seconds"] >= row["seconds_generate"] + row["seconds_score"]
     assert rows[-1]["theta"] == summary(run)["fingerprint"]
     assert rows[0]["health"]["correlation_min"][1] > 0.999 and rows[0]["health"]["drift"] > 0
@@ -128,7 +129,7 @@ def test_a_bf16_model_stays_bf16(tmp_path, base):
     assert (last["live"] == last["theta"]) == (base in ("copy", "none"))
 
 
-def test_the_engine_option_host_has_the_bits_of_fp32(tmp_path):
+def test_base_host_has_the_bits_of_fp32(tmp_path):
     found = {base: summary_of(tmp_path / base, dtype="bfloat16", base=base)["fingerprint"] for base in ("fp32", "host")}
     assert found["fp32"] == found["host"]
 
@@ -160,6 +161,11 @@ def outcome(folder, **options):
     }
 
 
+def differing(found, plain):
+    pairs = {"rewards": (found["rewards"], plain["rewards"]), "z": (found["z"], plain["z"]), **dict(zip("12", zip(found["theta"], plain["theta"])))}
+    return [name for name, (here, there) in pairs.items() if here != there]
+
+
 # What an option changes, of: the rewards of the first population (its perturbations), their z, theta after one generation, after two.
 CHANGES = [
     ({"shaping": "ranks"}, "z 1 2"),
@@ -187,17 +193,40 @@ CHANGES = [
 @pytest.mark.parametrize("options, changed", CHANGES, ids=[str(options) for options, _ in CHANGES])
 def test_every_option_changes_what_it_should_and_nothing_else(plain, tmp_path, options, changed):
     found = outcome(tmp_path / "run", **options)
-    changes = [
-        name
-        for name, here, there in (
-            ("rewards", found["rewards"], plain["rewards"]),
-            ("z", found["z"], plain["z"]),
-            ("1", found["theta"][0], plain["theta"][0]),
-            ("2", found["theta"][1], plain["theta"][1]),
-        )
-        if here != there
-    ]
-    assert " ".join(changes) == changed
+    assert " ".join(differing(found, plain)) == changed
+
+
+# The same of a bf16 model, in which roundings matter.
+CHANGES_BF16 = [
+    ({"update_rounding": "stochastic", "base": "copy"}, "1 2"),
+    ({"update_rounding": "nearest", "base": "copy"}, "1 2"),
+    ({"base": "copy"}, "1 2"),
+    ({"base": "host"}, ""),
+    ({"base": "none"}, "1 2"),
+    ({"lora_rank": 2}, "rewards z 1 2"),
+    ({"lr_schedule": "linear", "final_scale": 1.0}, ""),
+    ({"decoding": "static"}, None),  # text may depend on it, but theta on the rewards only
+]
+
+
+@pytest.fixture(scope="module")
+def plain_bf16(tmp_path_factory):
+    return outcome(tmp_path_factory.mktemp("plain") / "run", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("options, changed", CHANGES_BF16, ids=[str(options) for options, _ in CHANGES_BF16])
+def test_and_of_a_bf16_model(plain_bf16, tmp_path, options, changed):
+    found = outcome(tmp_path / "run", dtype="bfloat16", **options)
+    if changed is None:
+        assert (found["rewards"] == plain_bf16["rewards"]) == (found["theta"][0] == plain_bf16["theta"][0])
+    else:
+        assert " ".join(differing(found, plain_bf16)) == changed
+
+
+def test_roundings_reach_the_optimizer(tmp_path):
+    options = {"perturb_rounding": "stochastic", "update_rounding": "stochastic"}
+    optimizer = Trainer(TrainConfig(output=str(tmp_path / "run"), **options)).optimizer
+    assert (optimizer.perturb_rounding, optimizer.update_rounding) == ("stochastic", "stochastic")
 
 
 def test_masks_and_own_sigmas_reach_the_parameters_they_name(tmp_path):
@@ -325,6 +354,33 @@ def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
     found = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
     assert found["metric"] == "reward" and found["final"] <= 0
     assert all(not torch.equal(before[name], p) for name, p in tiny_llama.named_parameters())
+
+
+def test_a_trainer_that_shall_not_train_lets_go_of_its_folder(tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), overwrite=True, **SMALL)
+    first = Trainer(config)
+    with pytest.raises(ValueError, match="another process or Trainer"):
+        Trainer(config)
+    first.close()
+    Trainer(config).close()
+
+
+def test_a_task_without_items_is_refused(tmp_path):
+    for split in ("train", "test"):
+        task = Letters()
+        setattr(task, split, [])
+        with pytest.raises(ValueError, match=f"task letters has no {split} items"):
+            train(tmp_path / "run", task, model="embedded", prompts=0)
+
+
+def test_a_graders_failure_is_counted_and_shown_and_worth_nothing(tmp_path):
+    class Grader(Letters):
+        def score(self, item, completion):
+            return Score(0.0, error="the grader was killed") if item.key == (2, 6) else super().score(item, completion)
+
+    train(tmp_path / "run", Grader(), model="embedded", prompts=0, on_reward_error="stop")
+    row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["failed"] == 4 and "the grader was killed" in row["failed_example"]
 
 
 def test_without_flags_the_papers_run_is_meant():

@@ -7,7 +7,7 @@ perturbing in place keeps captured graphs valid (an engine that has answered bef
 import pytest
 
 from es_finetune import EvolutionStrategy, TrainConfig, Trainer
-from es_finetune.engines.hf import PATHS, HFEngine
+from es_finetune.engines.hf import DECODINGS, HFEngine
 from es_finetune.model import load_model
 from es_finetune.replay import rebuild
 from es_finetune.tasks import load_task
@@ -16,7 +16,7 @@ OPTIONS = {"generations": 3, "population": 4, "prompts": 32, "eval_items": 32, "
 
 
 @pytest.mark.parametrize("base", ["fp32", "copy", "host", "none"])
-@pytest.mark.parametrize("decoding", PATHS)
+@pytest.mark.parametrize("decoding", DECODINGS)
 def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
     found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, **OPTIONS)).train()
     optimizer = rebuild(tmp_path / "run", device="cpu").optimizer
@@ -24,15 +24,15 @@ def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
     assert Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)).optimizer.generation == 3
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_an_engine_that_has_answered_before_answers_like_a_fresh_one(path):
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_an_engine_that_has_answered_before_answers_like_a_fresh_one(decoding):
     model, tokenizer, _ = load_model("embedded", device="cuda", dtype="bfloat16")
     prompts = [item.prompt for item in load_task("countdown-char").test[:64]]
-    engine = HFEngine(model, tokenizer, 12, 16, path=path)
+    engine = HFEngine(model, tokenizer, 12, 16, decoding=decoding)
     encoded = engine.encode(prompts)
     before = engine.generate(encoded)
     with EvolutionStrategy(model.named_parameters(), sigma=0.05, population=2).perturbed(0):
         inside = engine.generate(encoded)
-        fresh = HFEngine(model, tokenizer, 12, 16, path=path)
+        fresh = HFEngine(model, tokenizer, 12, 16, decoding=decoding)
         assert inside == fresh.generate(fresh.encode(prompts)) != before
     assert engine.generate(encoded) == before

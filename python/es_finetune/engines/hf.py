@@ -10,7 +10,7 @@ import torch
 
 from es_finetune.engines import Answer
 
-PATHS = ("dynamic", "static", "continuous")
+DECODINGS = ("dynamic", "static", "continuous")
 _CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
 _LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in float32
 
@@ -20,7 +20,7 @@ class HFEngine:
     from `seed` anew in every call and leaving torch's generators as they were: equal weights give equal answers, and members of a
     generation share their random numbers.
 
-    `path`: how. All three stop a row at its end token and a batch when each of its rows has ended or has `max_new_tokens`.
+    `decoding`: how. All three stop a row at its end token and a batch when each of its rows has ended or has `max_new_tokens`.
 
     - "dynamic": left-padded batches of `batch_size` prompts of similar length, each with a KV cache of its own that grows. Fastest on a
       CPU and for small models.
@@ -32,22 +32,23 @@ class HFEngine:
       steps are CUDA graphs, captured anew in each call: it pays where answers are long and of very different lengths.
 
     Which prompts are computed together depends only on the prompts and on `batch_size`: greedy text can differ in the last bits of the
-    logits when path, batch split, thread count or GPU changes, so runs that shall agree must fix them.
+    logits when decoding, batch split, thread count or GPU changes, so runs that shall agree must fix them.
     """
 
-    def __init__(self, model, tokenizer, max_new_tokens: int, batch_size: int, *, path: str = "dynamic", temperature: float = 0.0, seed: int = 0):
+    def __init__(self, model, tokenizer, max_new_tokens: int, batch_size: int, *, decoding: str = "dynamic", temperature: float = 0.0, seed: int = 0):
         from transformers import GenerationConfig
 
-        if path not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
+        if decoding not in DECODINGS:
+            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, not {decoding!r}")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and save it")
         # Without PEFT's wrapper, which adds nothing to generating: its layers sit inside the model, and so do the options to replace.
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model.eval()  # dropout would be noise that no seed explains
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
-        self.path, self.temperature, self.seed = path, temperature, seed
+        self.decoding, self.temperature, self.seed = decoding, temperature, seed
         eos = self.model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -75,7 +76,7 @@ class HFEngine:
 
     def encode(self, prompts: Sequence[str | Sequence[dict]]) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
         """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the batch that needs most
-        memory runs first; for path "continuous" the prompts' ids, which need no batches.
+        memory runs first; for "continuous" the prompts' ids, which need no batches.
 
         ValueError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or for messages
         where the tokenizer has no chat template.
@@ -90,7 +91,7 @@ class HFEngine:
                     f"prompt {number} has {len(ids)} tokens, too many for {self.max_new_tokens} new ones within the model's {positions} "
                     f"positions: shorten it, or lower max_new_tokens"
                 )
-        if self.path == "continuous":
+        if self.decoding == "continuous":
             return tokens
         order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
         batches = []
@@ -106,7 +107,7 @@ class HFEngine:
     def generate(self, encoded: list) -> list[Answer]:
         """One answer per prompt, in the prompts' order. RuntimeError where transformers' continuous batching gave up."""
         with self._only_our_options(), self._own_random_numbers():
-            tokens = self._in_places(encoded) if self.path == "continuous" else self._in_batches(encoded)
+            tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
 
@@ -150,7 +151,7 @@ class HFEngine:
         tokens: list[list[int]] = [[]] * sum(len(rows) for rows, _ in batches)
         longest = max((inputs["input_ids"].shape[1] for _, inputs in batches), default=0)
         for rows, inputs in batches:
-            cache = {"past_key_values": self._empty_cache(len(rows), longest)} if self.path == "static" else {}
+            cache = {"past_key_values": self._empty_cache(len(rows), longest)} if self.decoding == "static" else {}
             ids = self.model.generate(**inputs, **cache, generation_config=self.options)
             for row, answer in zip(rows, ids[:, inputs["input_ids"].shape[1] :].tolist()):
                 tokens[row] = self._until_end(answer)
@@ -182,6 +183,9 @@ class HFEngine:
         if not prompts:
             return []
         model, longest = self.model, max(len(ids) for ids in prompts)
+        if model.device.type == "cuda":
+            # It computes on a stream of its own, which waits for nothing: the weights' last change must have ended.
+            torch.cuda.current_stream(model.device).synchronize()
         places = min(self.batch_size, len(prompts))
         page = ContinuousBatchingConfig.page_size
         config = ContinuousBatchingConfig(
@@ -234,7 +238,7 @@ class HFEngine:
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
-        if not self.temperature and self.path != "continuous":  # which draws a seed for torch's generators even where it is greedy
+        if not self.temperature and self.decoding != "continuous":  # which draws a seed for torch's generators even where it is greedy
             yield
             return
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):

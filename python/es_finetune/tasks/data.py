@@ -106,7 +106,7 @@ class Custom:
                 return Score(*parts(value))
             except ValueError as error:
                 problem = str(error)
-        return Score(None, error=f"{self._label}: {problem}; prompt {_shortened(item.prompt)}")
+        return Score(None, error=f"{self._label}: {problem}; prompt {_shortened(item.prompt)}, completion {_shortened(completion)}")
 
 
 def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any, str]:
