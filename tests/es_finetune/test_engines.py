@@ -1,6 +1,6 @@
-"""Contract under test: the engine over a transformers model, on each of its paths.
+"""Contract under test: the engine over a transformers model, in each of its ways of decoding.
 
-- An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the path or what was
+- An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the decoding or what was
   generated before (no KV block survives a weight change). It is greedy, or sampled from the model's own distribution, whatever sampling
   options the checkpoint carries; sampled answers repeat, and torch's generators stay as they were.
 - An answer's ids end with its first end token; text leaves special tokens out.
@@ -9,13 +9,15 @@
 - log_probs are those of the model at temperature 1, whatever the batches.
 """
 
+import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import es_finetune.models
 from es_finetune import EvolutionStrategy
@@ -290,3 +292,11 @@ def test_a_model_in_training_mode_answers_without_dropout(model, tokenizer):
         layer.self_attn.attention_dropout = 0.5
     model.train()
     assert generate(model, tokenizer) == expected
+
+
+def test_a_transformers_without_continuous_batching_is_refused_at_once(model, tokenizer, monkeypatch):
+    older = types.ModuleType("transformers")
+    older.__dict__.update(GenerationConfig=GenerationConfig, __version__="5.0.0")
+    monkeypatch.setitem(sys.modules, "transformers", older)
+    with pytest.raises(ValueError, match="needs a newer transformers than 5.0.0"):
+        HFEngine(model, tokenizer, 12, 16, decoding="continuous")

@@ -36,10 +36,16 @@ class HFEngine:
     """
 
     def __init__(self, model, tokenizer, max_new_tokens: int, batch_size: int, *, decoding: str = "dynamic", temperature: float = 0.0, seed: int = 0):
+        import transformers
         from transformers import GenerationConfig
 
         if decoding not in DECODINGS:
             raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, not {decoding!r}")
+        if decoding == "continuous":
+            try:
+                from transformers import ContinuousBatchingConfig  # noqa: F401
+            except ImportError:
+                raise ValueError(f"decoding 'continuous' needs a newer transformers than {transformers.__version__}: pip install -U transformers") from None
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
         if tokenizer.pad_token_id is None:
