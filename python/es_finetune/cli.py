@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,6 @@ class _BrokenOff(Exception):
 
 
 def _train(arguments: list[str]) -> None:
-    import traceback
-
     from es_finetune.config import TrainConfig
     from es_finetune.runlog import read_log
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import es_kernels
 from es_finetune import TrainConfig, Trainer
+from es_finetune.assess import assess
+from es_finetune.config import EvalConfig
 from es_finetune.files import read_rows
 from es_finetune.runlog import read_log
 from es_finetune.tasks import Item, Score, load_task
@@ -137,6 +139,29 @@ def test_base_host_has_the_bits_of_fp32(tmp_path):
 def summary_of(folder, **options):
     train(folder, **options)
     return summary(folder)
+
+
+TEMPLATE = "{% for m in messages %}^{{ m['content'] }}{% endfor %}:"
+
+
+@pytest.mark.parametrize("task", ["countdown", "conciseness", "math", "reasoning-gym:mini_sudoku"])
+def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
+    """From prompts to answers, scores, an update and an evaluation with samples: nothing to learn for a model of random weights."""
+    model = save_tiny(tmp_path / "model", max_position_embeddings=4096)
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE, "model_max_length": 4096}))
+    options = {"generations": 1, "population": 2, "prompts": 2, "eval_items": 2, "batch_size": 2, "max_new_tokens": 8}
+    if task == "math":
+        for name in ("data", "test_data"):
+            rows = [{"problem": f"{name}: {n} + 1", "answer": str(n + 1), "level": 3} for n in range(4)]
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            options[name] = str(tmp_path / f"{name}.jsonl")
+    trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), task=task, model=model, report_to=["none"], **options))
+    trainer.train()
+    row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["tokens"] > 0 and row["failed"] == 0 and trainer.optimizer.generation == 1
+    found = assess(EvalConfig(run=str(tmp_path / "run"), model=model, task=task, data=options.get("data"), test_data=options.get("test_data"), items=1, batch_size=20, max_new_tokens=8))
+    assert found["samples"] == (20 if task == "conciseness" else 1) and found["questions"] == 1
 
 
 # --- options ------------------------------------------------------------------------------------------------------------
