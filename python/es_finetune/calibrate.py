@@ -56,7 +56,12 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
 
     say(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
     say(_line(_COLUMNS))
-    base_reward = _reward(task, evaluator())
+    base = evaluator()
+    if all(score.reward is None for score in base.scores):
+        raise ValueError(f"no answer could be scored; the first failure: {base.error[1]}")
+    if base.failed:
+        say(f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: {base.error[1]}")
+    base_reward = _reward(task, base)
     say(_line(["0", f"{base_reward:.4g}"]))
     rows: list[dict[str, Any]] = []
     for sigma in config.sigmas:

@@ -62,7 +62,7 @@ class _BrokenOff(Exception):
 
 
 def _train(arguments: list[str]) -> None:
-    from es_finetune.config import TrainConfig
+    from es_finetune.config import TrainConfig, asked
     from es_finetune.runlog import read_log
 
     if arguments and not arguments[0].startswith("-"):
@@ -85,7 +85,10 @@ def _train(arguments: list[str]) -> None:
             traceback.print_exc()  # nobody foresaw it
         words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
         kept = f"{trainer.optimizer.generation} generations are kept in {config.output}"
-        raise _BrokenOff(f"{words}. {kept}; continue with: es-finetune train --resume --output {shlex.quote(config.output)}") from error
+        begun = read_log(Path(config.output) / "run.log")[0]["config"]
+        changed = _flags_of({name: value for name, value in asked(config).items() if value != begun[name]}, TrainConfig)
+        command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
+        raise _BrokenOff(f"{words}. {kept}; continue with: {command}") from error
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(
         f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "
@@ -131,6 +134,7 @@ def _replay(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     from es_finetune.config import ExportConfig
     from es_finetune.model import save_model
+    from es_finetune.runlog import read_log
 
     config = _parse(ExportConfig, _run_first(arguments), "export")
     output = Path(config.output or Path(config.run) / "model")
@@ -138,6 +142,9 @@ def _export(arguments: list[str]) -> None:
         raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it")
     if output.exists() and not _is_model(output):
         raise ValueError(f"{output} is no folder of a model alone, which --overwrite could replace: give another --output")
+    base = config.model or read_log(Path(config.run) / "run.log")[0]["config"]["model"]
+    if output.resolve() == Path(base).resolve():
+        raise ValueError(f"{output} is the base model, without which the run cannot be made again: give another --output")
     rebuilt = _rebuild(config)
     save_model(rebuilt.model, rebuilt.tokenizer, output, merge_lora=config.merge_lora)
     print(f"{output}: the model after {rebuilt.optimizer.generation} generations, live {rebuilt.optimizer.fingerprint('live'):016x}")
@@ -146,7 +153,8 @@ def _export(arguments: list[str]) -> None:
 def _is_model(folder: Path) -> bool:
     """Whether the folder holds what `save_model` writes and nothing that it does not."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return bool(names & {"config.json", "adapter_config.json"}) and all((folder / name).is_file() and Path(name).suffix in _OF_MODELS for name in names)
+    weights = any(name.endswith(".safetensors") for name in names) and names & {"config.json", "adapter_config.json"}
+    return bool(weights) and all((folder / name).is_file() and Path(name).suffix in _OF_MODELS for name in names)
 
 
 def _rebuild(config):

@@ -24,6 +24,9 @@ def claim(folder: Path, config: TrainConfig) -> None:
     if is_begun(folder / "run.log"):
         if not (config.resume or config.overwrite):
             raise ValueError(f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
+        inside = [path for path in (config.model, config.data, config.test_data) if path and folder.resolve() in Path(path).resolve().parents]
+        if config.overwrite and inside:
+            raise ValueError(f"--overwrite would remove {inside[0]}, which the run needs: give another --output")
         if config.resume:
             header, generations = read_log(folder / "run.log")
             _refuse_other(config, config_of(header, folder), len(generations))
@@ -31,7 +34,10 @@ def claim(folder: Path, config: TrainConfig) -> None:
         raise ValueError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
     else:
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        foreign = [name for name in names if not is_ours(name)]
+        # Names alone do not make a run: only the log that it had begun to write excuses what else is there.
+        log = folder / "run.log"
+        torn = log.is_file() and log.read_bytes()[:8] in (b"", b'{"run": ')
+        foreign = [name for name in names if not (torn and is_ours(name))]
         if foreign:
             raise ValueError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
 
@@ -49,7 +55,7 @@ def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
 
 def is_ours(name: str) -> bool:
     """Whether a run, or eval of it, leaves something of this name in its folder."""
-    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith("eval-")
+    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(("eval-", ".model-"))
 
 
 def remove(paths: Iterable[Path]) -> None:

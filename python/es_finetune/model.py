@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     from safetensors import SafetensorError
 
     model, folder = unwrap(model), Path(folder)
-    part, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    part = scratch / "new"
+    part.mkdir()
     try:
         if is_peft(model) and not merge_lora:
             # "auto" would ask the hub whether the vocabulary has grown.
@@ -134,13 +136,12 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
                 model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(scratch)
         raise OSError(f"the model could not be written to {folder}: {error}") from error
     if folder.exists():  # a folder cannot be replaced in one step
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
+        os.replace(folder, scratch / "old")
     os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(scratch)
 
 
 @contextlib.contextmanager

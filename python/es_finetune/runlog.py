@@ -137,7 +137,7 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
         body = line[:-_SEAL_LENGTH]
         if not end or line != body + (_SEAL % zlib.crc32(body)).encode():
             if strict and end and end < len(data):
-                raise ValueError(f"{path} is damaged in line {len(lines) + 1}, which is not the last: its CRC does not fit")
+                raise ValueError(f"{path} is damaged in line {len(lines) + 1}, which is not the last: its CRC does not fit; to begin the run anew, remove the file")
             break
         lines.append(json.loads(line))
         at = end

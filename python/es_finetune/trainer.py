@@ -81,10 +81,12 @@ class Trainer:
         self.health = Health(self.optimizer)  # before resuming: it counts the drift from here
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = SealedLines(self.folder / "run.log")
+        self.journal = SealedLines(self.folder / "journal", sync=False)
         try:
             self._resume() if config.resume else self._begin(identity)
         except BaseException:
             self.log.close()
+            self.journal.close()
             raise
 
     # --- the folder ---------------------------------------------------------------------------------------------------
@@ -99,13 +101,22 @@ class Trainer:
         config, folder = self.config, self.folder
         if self.log.lines and not config.overwrite:
             raise ValueError(f"output {folder} holds a run that another process has begun meanwhile: give another folder")
-        remove(folder / name for name in CURVES)
-        self.tracker = Tracker(config.report_to, folder, asked(config))
+        # Older curves step aside until the trackers have started: one that refuses shall leave the old run as it was.
+        curves = [folder / name for name in CURVES if (folder / name).exists()]
+        for path in curves:
+            path.rename(f"{path}.old")
+        try:
+            self.tracker = Tracker(config.report_to, folder, asked(config))
+        except BaseException:
+            remove(folder / name for name in CURVES)
+            for path in curves:
+                Path(f"{path}.old").rename(path)
+            raise
         # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
         self.log.clear()
-        remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", *CURVES))
+        self.journal.clear()
+        remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES))
         write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
-        self.journal = SealedLines(folder / "journal", sync=False)
         versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
         self.log.append({"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), "model": identity, **self._start(), "versions": versions})
 
@@ -121,10 +132,10 @@ class Trainer:
         for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._looks, "evals.jsonl", 1)):
             rows += [row for row in read_rows(folder / name) if row["generation"] < len(generations) + least]
             write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+        self.tracker = Tracker(config.report_to, folder, asked(config), done=len(generations))
         if len(generations) < config.generations:
             remove([folder / "summary.json"])  # it says that a run is complete
-        self.journal = SealedLines(folder / "journal", sync=False)
-        self.tracker = Tracker(config.report_to, folder, asked(config), done=len(generations))
+        write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +167,7 @@ class Trainer:
         while True:
             done = optimizer.generation
             if not self._looks or done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
-                self._look_at_held_out()
+                self._look_at_held_out(progress)
             if done >= config.generations:
                 return
             row = self._generation()
@@ -226,13 +237,18 @@ class Trainer:
         draws = random.Random(member_seed(self.config.seed, generation, 0, PROMPT_CHOICE))
         return draws.sample(list(self.task.train), self.config.prompts)
 
-    def _look_at_held_out(self) -> None:
+    def _look_at_held_out(self, progress: Progress) -> None:
         """Answer the held-out prompts with theta, unless that is already in evals.jsonl."""
         done = self.optimizer.generation
         if any(look["generation"] == done for look in self._looks):
             return
         begin = time.perf_counter()
         evaluation = self.held_out()
+        if evaluation.failed:
+            failure = f"held-out answers after {done} updates: scoring failed for {evaluation.failed}; prompt {evaluation.error[0]}: {evaluation.error[1]}"
+            if self.config.on_reward_error == "stop" and any(score.reward is None for score in evaluation.scores):
+                raise RewardFailed(failure)
+            progress.note(failure)
         look = look_row(self.task, evaluation, done, time.perf_counter() - begin)
         (self.folder / "answers").mkdir(exist_ok=True)
         save_answers(self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"), self.held_out.items, evaluation.answers, evaluation.scores)

@@ -211,3 +211,11 @@ def test_command_line(capsys):
         assert main(["calibrate", *flags]) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1 and not captured.out
+
+
+def test_a_reward_that_always_fails_is_named(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"^{n}:"}) + "\n" for n in range(20)))
+    (tmp_path / "r.py").write_text("def reward(completion, item):\n    return 1 / 0\n")
+    config = CalibrateConfig(data=str(tmp_path / "data.jsonl"), reward=f"{tmp_path}/r.py:reward", model="embedded", max_new_tokens=4, members=4)
+    with pytest.raises(ValueError, match="no answer could be scored; .*ZeroDivisionError"):
+        calibrate(config)

@@ -213,10 +213,31 @@ def test_export_replaces_a_model_and_nothing_else(tmp_path, capsys):
     for output in (tmp_path / "keep", tmp_path / "run", tmp_path):
         assert main(["export", str(tmp_path / "run"), "--output", str(output), "--overwrite"]) == 2
         assert "is no folder of a model alone" in capsys.readouterr().err
-    assert (tmp_path / "keep" / "precious").exists() and (tmp_path / "run" / "run.log").exists()
+    (tmp_path / "keep" / "precious").rename(tmp_path / "keep" / "config.json")
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "keep"), "--overwrite"]) == 2
+    assert (tmp_path / "keep" / "config.json").exists() and (tmp_path / "run" / "run.log").exists()
     for _ in range(2):
         assert main(["export", str(tmp_path / "run"), "--overwrite"]) == 0
     assert main(["export", str(tmp_path / "run")]) == 2
+
+
+def test_export_never_replaces_the_base_model_or_what_lies_beside(tmp_path, capsys, save_tiny):
+    model = save_tiny(tmp_path / "base")
+    assert train(tmp_path / "run", "--model", model, "--task", "countdown-char") == 0
+    (tmp_path / "out.tmp").mkdir()
+    assert main(["export", str(tmp_path / "run"), "--output", model, "--overwrite"]) == 2
+    assert "is the base model" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "out.tmp", "run"]
+
+
+def test_how_to_go_on_names_what_was_changed(tmp_path, capsys, monkeypatch):
+    from es_finetune.trainer import Trainer
+
+    assert train(tmp_path / "run") == 0
+    monkeypatch.setattr(Trainer, "train", lambda self: (_ for _ in ()).throw(OSError("late")))
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "8", "--threads", "2"]) == 1
+    assert capsys.readouterr().err.strip().endswith(f"train --resume --output {tmp_path / 'run'} --threads 2 --generations 8")
 
 
 def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatch):

@@ -20,6 +20,7 @@ import torch
 from es_finetune import TrainConfig, Trainer
 from es_finetune.files import read_rows
 from es_finetune.model import EMBEDDED_MODEL
+from es_finetune.report import report
 from es_finetune.runlog import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
 
@@ -200,6 +201,7 @@ def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):
     whole = run(tmp_path / "whole")
     found = run(interrupted, resume=True)
     assert (found["fingerprint"], found["generations"], found["base"]) == (whole["fingerprint"], 5, None)
+    assert report(interrupted).exists()
     (interrupted / "metrics.jsonl").unlink()
     assert run(interrupted, resume=True)["share_outside"] is None  # of a run that is finished
 
@@ -231,11 +233,13 @@ def test_a_tracker_that_refuses_leaves_the_old_run_as_it_was(interrupted, monkey
         def init(self, **options):
             raise RuntimeError("no login")
 
-    before = {path: path.read_bytes() for path in interrupted.iterdir() if path.is_file()}
+    (interrupted / "tensorboard").mkdir()
+    (interrupted / "tensorboard" / "events").write_text("curves")
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
     monkeypatch.setitem(sys.modules, "wandb", Refusing())
     with pytest.raises(ValueError, match="wandb could not be started: .*no login"):
         run(interrupted, overwrite=True, report_to=["wandb"])
-    assert {path: path.read_bytes() for path in interrupted.iterdir() if path.is_file() and path.name != "wandb-id"} == before
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
     run(interrupted, resume=True)
 
 
@@ -260,6 +264,15 @@ def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):
         with pytest.raises(ValueError, match="holds thesis.tex, which is no part of a run"):
             run(tmp_path / "work", **options)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.tex"]
+    for name in ("model", "eval-0", "wandb"):  # names that a run uses, in a folder that is none
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"holds {name}, which is no part of a run"):
+            run(tmp_path / name, overwrite=True)
+        assert (tmp_path / name / name).exists()
+    shutil.copytree(EMBEDDED_MODEL, interrupted / "model")
+    with pytest.raises(ValueError, match="--overwrite would remove .*model, which the run needs"):
+        run(interrupted, overwrite=True, model=str(interrupted / "model"), task="countdown-char")
+    assert (interrupted / "model" / "config.json").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         run(tmp_path / "file")

@@ -335,7 +335,13 @@ def test_a_run_may_be_asked_to_stop_at_a_failing_reward(tmp_path):
     class Mended(Letters):
         name = "letters"
 
+    class HeldOut(Letters):
+        def score(self, item, completion):
+            return Score(None, error="no luck here") if item.key == (3,) else super().score(item, completion)
+
     options = {"model": "embedded", "prompts": 0, "on_reward_error": "stop"}
+    with pytest.raises(RewardFailed, match="held-out answers after 0 updates: scoring failed for 1; prompt 2: no luck here"):
+        train(tmp_path / "held-out", HeldOut(), **options)
     with pytest.raises(RewardFailed, match="generation 1, member 0: prompt .* no luck"):
         train(tmp_path / "run", Failing(), **options)
     with pytest.raises(RewardFailed, match="no luck"):
