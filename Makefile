@@ -4,7 +4,7 @@
 #   make test            every test that needs no GPU
 #   make build           the native libraries, in place
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
-#   make bench           CPU microbenchmark, static analysis, learning with the options -> bench/results/
+#   make bench           CPU microbenchmark, static analysis, learning, statistics of the noise -> bench/results/
 #
 # PYTHON=python3.12    the interpreter
 # TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
@@ -38,6 +38,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/static_analysis.py
 	$(BIN)/python bench/learning.py
+	$(BIN)/python bench/noise_stats.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }

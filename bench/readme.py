@@ -49,6 +49,24 @@ def noise():
     return table(["", "over all 2^32 words, the worse of x and y"], [[k, f"{v:.4g}"] for k, v in results("noise").items()])
 
 
+def noise_stats():
+    report = results("noise_stats")
+    normals, words = report["normals"], report["words"]
+    if isinstance(words, str):
+        battery = words
+    else:
+        orders = list(dict.fromkeys(row["order"] for row in words))
+        p = [row["p"] for row in words]
+        battery = f"{len(p)} p-values ({', '.join(orders)}), {min(p):.3f} to {max(p):.5f}; Bonferroni p of the most extreme {min(1, report['bonferroni']['words']):.3f}"
+    rows = [
+        ["normals", f"{report['values']:.3g} from the CPU kernel: {len(normals)} statistics, the largest {max(abs(row['z']) for row in normals if row['z'] is not None):.2f} standard errors away"],
+        ["the law's own distance to N(0, 1)", f"{report['law']['distance_to_normal']:.3g}"],
+        ["correlation of x² and y² in a pair", f"{report['law']['pair_correlation_of_squares']:.4f} by enumeration (0 in exact Box-Muller)"],
+        ["raw words, dieharder", battery],
+    ]
+    return table(["against the exact law of the transform", ""], rows)
+
+
 def learning():
     report = results("learning")
     body = []
@@ -60,7 +78,7 @@ def learning():
 
 
 def filled(text):
-    for name, make in (("cpu", cpu), ("learning", learning), ("noise", noise), ("sass", sass)):
+    for name, make in (("cpu", cpu), ("learning", learning), ("noise", noise), ("noise-stats", noise_stats), ("sass", sass)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + make() + "\n" + m[2], text, flags=re.S)
     return text
 
