@@ -91,10 +91,9 @@ class Trainer:
 
     # --- the folder ---------------------------------------------------------------------------------------------------
 
-    def _start(self) -> dict[str, Any]:
-        """What must be the same where a run is resumed."""
-        splits = {f"{name}_items": _digest(items) for name, items in (("train", self.task.train), ("test", self.task.test))}
-        return {**start_of(self.model, self.optimizer), "metric": self.task.metric, **splits}
+    def _items(self) -> dict[str, str]:
+        """Which questions the run is about, as the log's header knows them."""
+        return {f"{split}_items": _digest(getattr(self.task, split)) for split in ("train", "test")}
 
     def _begin(self, identity: dict[str, Any]) -> None:
         """A new run: empty the folder of what an older one left, and begin the log."""
@@ -118,16 +117,17 @@ class Trainer:
         remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES))
         write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
         versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
-        self.log.append({"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), "model": identity, **self._start(), "versions": versions})
+        start = {**start_of(self.model, self.optimizer), "metric": self.task.metric, **self._items()}
+        self.log.append({"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), "model": identity, **start, "versions": versions})
 
     def _resume(self) -> None:
         """Bring the optimizer to where the log ends, and the files for people with it."""
         config, folder = self.config, self.folder
         header, generations = parse_log(folder / "run.log", self.log.lines)
         check_start(header, self.model, self.optimizer, config.model)
-        for split in ("train", "test"):
-            if header[f"{split}_items"] != self._start()[f"{split}_items"]:
-                raise ValueError(f"the {split} items of task {config.task} are not those that the run in {folder} began with")
+        for split, digest in self._items().items():
+            if header[split] != digest:
+                raise ValueError(f"the {split.replace('_', ' ')} of task {config.task} are not those that the run in {folder} began with")
         fast_forward(self.optimizer, generations, snapshots=folder / "snapshots")
         for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._looks, "evals.jsonl", 1)):
             rows += [row for row in read_rows(folder / name) if row["generation"] < len(generations) + least]
