@@ -81,4 +81,4 @@ def assess(config: EvalConfig) -> dict[str, Any]:
 def _folder(config: EvalConfig, generation: int | None) -> str:
     if config.run is not None:
         return str(Path(config.run) / f"eval-{generation}")
-    return str(Path("runs") / f"eval-{config.task}-{Path(config.model).name}".replace(":", "-"))
+    return str(Path("runs") / f"eval-{config.label}")

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from es_finetune.config import CalibrateConfig, model_options
-from es_finetune.evaluate import Evaluation, Evaluator
+from es_finetune.evaluate import Evaluation, Evaluator, share_identical
 from es_finetune.health import Health
 from es_finetune.measure import rewards_of
 from es_finetune.model import load_model, pick_device
@@ -97,7 +97,6 @@ def measure_sigma(sigma: float, base_reward: float, optimizer: EvolutionStrategy
 
     members = optimizer.evaluate(answer)
     means = [_reward(evaluator.task, member) for member in members]
-    digests = [member.digest for member in members]
     odd = [(plus - minus) / 2 for plus, minus in zip(means[::2], means[1::2])]
     even = [(plus + minus) / 2 - base_reward for plus, minus in zip(means[::2], means[1::2])]
     mean, spread = math.fsum(means) / len(means), stdev(means)
@@ -110,7 +109,7 @@ def measure_sigma(sigma: float, base_reward: float, optimizer: EvolutionStrategy
         "spread_error": spread / math.sqrt(2 * (len(means) - 1)),
         "signal": _rms(odd),
         "damage": _rms(even),
-        "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
+        "identical": share_identical([member.digest for member in members]),
         "correlation": arrived["correlation_min"],
         "swallowed": len(arrived["correlation"]),
         "seconds": time.perf_counter() - begin,

@@ -158,10 +158,10 @@ def _is_model(folder: Path) -> bool:
 
 
 def _rebuild(config):
-    from es_finetune.progress import Counter
+    from es_finetune.progress import counting
     from es_finetune.replay import rebuild
 
-    with Counter(f"replaying {config.run}") as count:
+    with counting(f"replaying {config.run}") as count:
         return rebuild(config.run, model=config.model, device=config.device, generation=config.generation, on_generation=count)
 
 

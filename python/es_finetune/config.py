@@ -72,6 +72,11 @@ class ModelConfig:
 class Setup(ModelConfig, TaskConfig):
     """A model on a task: what training, evaluating and calibrating begin with."""
 
+    @property
+    def label(self) -> str:
+        """Task and model as one part of a path."""
+        return f"{self.task}-{Path(self.model).name}".replace(":", "-")
+
     def fill(self) -> None:
         """Replace each None that has a default by it, and check. ValueError for what is missing or wrong."""
         if self.task is None:
@@ -133,7 +138,7 @@ class TrainConfig(Setup):
     def __post_init__(self):
         self.fill()
         if self.output is None:
-            self.output = str(Path("runs") / f"{self.task}-{Path(self.model).name}".replace(":", "-"))
+            self.output = str(Path("runs") / self.label)
         at_least(self, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
         one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
         if not 0 < self.final_scale <= 1:

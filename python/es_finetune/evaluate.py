@@ -26,8 +26,7 @@ class Evaluation:
     def mean(self, part: str) -> float | None:
         """Mean of one part of the scores, "reward", "exact" or "format", over those that have it; None if none has. Exactly rounded, so
         independent of order."""
-        values = [value for value in (getattr(score, part) for score in self.scores) if value is not None]
-        return math.fsum(values) / len(values) if values else None
+        return mean_of_known([getattr(score, part) for score in self.scores])
 
     @property
     def tokens(self) -> int:
@@ -72,3 +71,14 @@ class Evaluator:
         generated = time.perf_counter()
         scores = [self.task.score(item, answer.text) for item, answer in zip(self.items, answers, strict=True)]
         return Evaluation(answers, scores, generated - start, time.perf_counter() - generated)
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are not None; None if none is."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def share_identical(digests: Sequence[str]) -> float:
+    """Share of members, given by the digests of their answers, whose answers are those of another."""
+    return sum(digests.count(digest) > 1 for digest in digests) / len(digests)

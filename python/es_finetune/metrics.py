@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from es_finetune.evaluate import Evaluation
+from es_finetune.evaluate import Evaluation, mean_of_known, share_identical
 from es_finetune.measure import floor_of, headline, interval, rewards_of
 from es_finetune.progress import duration
 from es_finetune.tasks import Task
@@ -45,21 +45,21 @@ def population_row(members: Sequence[Row], means: Sequence[float], seconds: floa
     """The part of a row of metrics.jsonl that the members' lines and mean rewards give; `seconds`: of the whole generation."""
     mean = math.fsum(means) / len(means)
     generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
-    tokens, digests = sum(member["tokens"] for member in members), [member["digest"] for member in members]
+    tokens = sum(member["tokens"] for member in members)
     return {
         "reward_mean": mean,
         "reward_std": math.sqrt(math.fsum((reward - mean) ** 2 for reward in means) / len(means)),
         "reward_min": min(means),
         "reward_max": max(means),
-        "exact_mean": _mean([member["exact"] for member in members]),
-        "format_mean": _mean([member["format"] for member in members]),
+        "exact_mean": mean_of_known([member["exact"] for member in members]),
+        "format_mean": mean_of_known([member["format"] for member in members]),
         "seconds": seconds,
         "seconds_generate": generating,
         "seconds_score": scoring,
         "share_outside": max(0.0, 1 - (generating + scoring) / seconds),
         "tokens": tokens,
         "tokens_per_second": tokens / generating if generating else 0.0,
-        "identical": sum(digests.count(digest) > 1 for digest in digests) / len(digests),
+        "identical": share_identical([member["digest"] for member in members]),
         "failed": sum(member["failed"] for member in members),
         "failed_example": next((member["error"] for member in members if member["error"] is not None), None),
     }
@@ -122,8 +122,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -71,20 +73,10 @@ class Progress:
             self.note(text)
 
 
-class Counter:
-    """A live line "what: n" on a terminal, nothing elsewhere; call it with n."""
-
-    def __init__(self, what: str, console: Console | None = None):
-        self.what, self.bar = what, Bar(TextColumn("{task.description}", markup=False), console=console, transient=True)
-        self.bar.disable = not self.bar.console.is_terminal
-        self.row = self.bar.add_task(what, total=None)
-
-    def __enter__(self) -> Counter:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.stop()
-
-    def __call__(self, n: int) -> None:
-        self.bar.update(self.row, description=f"{self.what}: {n}")
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+    """A live line "what: n" on a terminal, nothing elsewhere; call what it gives with n."""
+    console = Console()
+    with Bar(TextColumn("{task.description}", markup=False), console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(what, total=None)
+        yield lambda n: bar.update(row, description=f"{what}: {n}")

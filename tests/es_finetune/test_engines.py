@@ -41,20 +41,9 @@ def model():
 
 
 @pytest.fixture
-def long_model():
+def long_model(build_model):
     """Random weights, large enough that each change of them changes what is written; positions for prompts of several cache blocks."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=22,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+    return build_model("llama", vocab_size=22, max_position_embeddings=1024, initializer_range=0.5)
 
 
 @pytest.fixture

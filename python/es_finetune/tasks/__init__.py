@@ -6,6 +6,7 @@ evolution strategies, and no method ever evaluates model text as code in this pr
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -130,3 +131,9 @@ def check_disjoint(task: Task) -> None:
     if shared:
         example = str(min(shared, key=str))
         raise ValueError(f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {example[:200]}")
+
+
+def require_package(task: str, module: str) -> None:
+    """ValueError unless a package that only some tasks need is installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"the task {task!r} needs the package {module.replace('_', '-')}: pip install 'es-kernels[tasks]'")

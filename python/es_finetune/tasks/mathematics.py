@@ -2,13 +2,12 @@ r"""Competition mathematics with a \boxed{} answer, graded by math-verify: MATH 
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from es_finetune.tasks import Data, Item, Score
+from es_finetune.tasks import Data, Item, Score, require_package
 from es_finetune.tasks.extract import last_boxed
 from es_finetune.tasks.worker import RewardError, RewardProcess
 
@@ -37,7 +36,7 @@ class Mathematics:
     eval_samples = 1
 
     def __init__(self, data: Data | None, test_data: Data | None, seconds: float):
-        _require("math_verify")
+        require_package(self.name, "math_verify")
         self.notes: list[str] = []
         self.test = self._items(TEST if test_data is None else test_data, "test", set())
         self.train = self._items(TRAIN if data is None else data, "train", {item.key for item in self.test})
@@ -124,7 +123,7 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
     """Rows, and what to call them in a message."""
     if not isinstance(source, (str, Path)):
         return source, f"the {split} data"
-    _require("datasets")
+    require_package("math", "datasets")
     import datasets
 
     path = Path(source)
@@ -148,8 +147,3 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
             raise ValueError(f"{split} data {str(source)!r} has the splits {', '.join(names)}, and none is called {split}")
         loaded = loaded[chosen]
     return list(loaded), str(source)
-
-
-def _require(module: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"the task 'math' needs the package {module.replace('_', '-')}: pip install 'es-kernels[tasks]'")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import random
 from pathlib import Path
 
-from es_finetune.tasks import Item, Score
+from es_finetune.tasks import Item, Score, require_package
 from es_finetune.tasks.extract import last_block
 from es_finetune.tasks.worker import RewardError, RewardProcess, number
 
@@ -30,8 +29,7 @@ class Reasoning:
 
     def __init__(self, name: str, seed: int, seconds: float):
         self.name = f"reasoning-gym:{name}"
-        if importlib.util.find_spec("reasoning_gym") is None:
-            raise ValueError(f"the task {self.name!r} needs the package reasoning-gym: pip install 'es-kernels[tasks]'")
+        require_package(self.name, "reasoning_gym")
         # The package counts seeds up question by question, so its streams of neighbouring seeds are nearly the same.
         stream = int(random.Random(f"reasoning-gym {seed}").random() * (1 << 31))
         self._process = RewardProcess(f"{Path(__file__).with_name('grade_reasoning.py')}:serve", GENERATION_SECONDS)
