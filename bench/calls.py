@@ -1,0 +1,105 @@
+"""What one call costs whoever makes it, from Python and until its result is there: dispatch, checks, launch and work.
+
+    python -m pytest bench/calls.py --benchmark-json FILE
+
+By pytest-benchmark, whose JSON (and `pytest-benchmark compare`) keep the figures over time. How fast a kernel is beside a copy and beside others
+is kernels.py's question: there variants are interleaved, and a GPU's time is taken without the call's.
+"""
+
+import math
+import pathlib
+import statistics
+import sys
+import time
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import shapes
+from operations import DTYPES, operations, right
+
+import es_kernels
+from es_kernels import ParamTable, add_noise_
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["cuda", "triton"] if DEVICE == "cuda" else ["cpu"]
+CASES = [(o, n) for n in (1 << 16, 1 << 24) for dtype in DTYPES for o in operations(dtype)]
+CASES += [(o, 1 << 30) for o in operations("bf16") if o.seeds <= 1 and not o.stochastic]
+
+
+def waiting(call):
+    """The call, and on a GPU the wait for its end: the time to enqueue it alone would say nothing."""
+
+    def run():
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def copy_bandwidth():
+    """bytes / s of a copy of a tensor of so many bytes, the floor, timed in the same way once a size."""
+    known = {}
+
+    def bandwidth(size):
+        if size not in known:
+            a, b = (torch.ones(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+            run, seconds = waiting(lambda: a.copy_(b)), []
+            for _ in range(9):
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+            known[size] = 2 * size / statistics.median(seconds)
+        return known[size]
+
+    return bandwidth
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation, elements", CASES, ids=[f"{o.label}, {n}" for o, n in CASES])
+def test_call(benchmark, copy_bandwidth, operation, elements, backend):
+    """One tensor in a ParamTable."""
+    benchmark.group = f"{elements} {operation.out}"
+    out = torch.empty(elements, dtype=DTYPES[operation.out], device=DEVICE).normal_(0, 0.02)
+    master = ParamTable({"w": torch.empty(elements, device=DEVICE).normal_(0, 0.02)}) if operation.base else None
+    moved = operation.bytes_per_value * elements
+    floor = copy_bandwidth(out.nbytes)
+    with es_kernels.backend(backend):
+        assert right(operation, DEVICE, backend), "wrong bits: not measured"
+        run = waiting(operation.on(ParamTable({"w": out}), master, DEVICE))
+        benchmark.pedantic(run, warmup_rounds=1, rounds=max(3, min(30, round(1e9 / (elements * max(1, operation.seeds))))))
+    median = benchmark.stats.stats.median
+    benchmark.extra_info |= {"backend": backend, "operation": operation.label, "elements": elements, "bytes": moved, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= {"gb_per_s": moved / median / 1e9, "share_of_copy": moved / median / floor}
+    if operation.what not in ("fingerprint", "restore"):
+        benchmark.extra_info["normals_per_s"] = operation.seeds * elements / median
+
+
+def _bare(tensors):
+    (name, tensor), *_ = tensors.items()
+    return lambda: add_noise_(tensor, 1, 1e-3, name=name)
+
+
+FORMS = {
+    "a bare tensor": _bare,
+    "a ParamTable of 290 tensors": lambda tensors: (lambda table: lambda: add_noise_(table, 1, 1e-3))(ParamTable(tensors)),
+    "a dict of 290 tensors": lambda tensors: lambda: add_noise_(tensors, 1, 1e-3),
+    "290 bare tensors": lambda tensors: lambda: [add_noise_(tensor, 1, 1e-3, name=name) for name, tensor in tensors.items()],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_form(benchmark, form, backend):
+    """The price of the call itself: tensors of 8 elements, as many as Qwen2.5-0.5B has."""
+    benchmark.group = "forms"
+    names = list(shapes.parameter_shapes("Qwen2.5-0.5B"))
+    assert len(names) == 290
+    tensors = {name: torch.zeros(8, device=DEVICE) for name in names}
+    with es_kernels.backend(backend):
+        benchmark.pedantic(waiting(FORMS[form](tensors)), warmup_rounds=3, rounds=30, iterations=3)
+    assert all(math.isfinite(t.sum()) for t in tensors.values())
+    benchmark.extra_info |= {"backend": backend, "form": form}

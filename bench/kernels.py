@@ -1,0 +1,299 @@
+"""The kernels: how fast, how far from the limit, against what people use today.
+
+    python bench/kernels.py [--device cpu|cuda] [--out bench/results] [--seconds 3000]
+
+Writes kernels-cpu.json or kernels-GPU.json, anew after every group, so that what was measured stays when time runs out. Three lists of rows:
+
+calls    one flat tensor: every operation, dtype, rounding, backend and size. Beside the time: bytes, share of the bandwidth of a copy of the same
+         tensor in the same rounds (the floor), normals made, and on a GPU the share of the instructions it can issue at the clock that was read.
+tables   the true shapes of real models in one launch, against one flat tensor of their size.
+rivals   what one member and one update of a generation cost, ours against what people do today (rivals.py), with peak extra memory.
+
+Variants are interleaved, medians of rounds with 20th and 80th percentile (timing.py). A kernel whose bits are not the reference's gets no row.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import NamedTuple
+
+# torch's OpenMP threads spin for a while after every parallel region, on the cores that the next variant needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+import es_kernels
+import machine
+import rivals
+import shapes
+import timing
+from es_kernels import ParamTable, add_noise_
+from es_kernels.backends import cpu
+from es_finetune.files import write_atomically
+from operations import DTYPES, operations, right, right_at_size
+from timing import Variant, interleave
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]  # the first is that of a large weight: the size of the tables in README
+MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
+# Model -> members of the update against rivals, 0 for none: on a CPU 30 of them for half a billion weights are two minutes of torch.randn.
+MODELS = {"cpu": {"50M": 30, "Qwen2.5-0.5B": 0}, "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0}}
+MEMORY_SHARE = 0.6  # of what is free, at most
+SIGMA = 1e-3
+
+
+class Place(NamedTuple):
+    """What computes: a backend, on a CPU with an instruction set and a number of threads."""
+
+    backend: str
+    isa: str | None = None
+    threads: int | None = None
+
+    def enter(self):
+        if self.isa:
+            os.environ["ES_KERNELS_ISA"] = self.isa
+            torch.set_num_threads(self.threads)
+
+
+def places(device):
+    """Groups of places that can be interleaved with each other; of a CPU each is alone, since threads and instruction set are the process's."""
+    if device == "cuda":
+        why = {name: es_kernels.backends.unavailable(name, torch.device(device)) for name in ("cuda", "triton")}
+        for name, reason in why.items():
+            if reason:
+                print(f"{name}: not measured, {reason}", file=sys.stderr)
+        return [[Place(name) for name, reason in why.items() if reason is None]]
+    threads = sorted({1, len(os.sched_getaffinity(0))}, reverse=True)
+    return [[Place("cpu", isa, n)] for isa in cpu.isas() for n in threads]
+
+
+class Report:
+    """The result file, and the time that is left."""
+
+    def __init__(self, device, folder, seconds):
+        self.device, self.end = device, time.monotonic() + seconds
+        facts = machine.describe(device)
+        self.path = folder / f"kernels-{machine.slug(facts)}.json"
+        self.content = {"machine": facts, "complete": False, "calls": [], "tables": [], "rivals": []}
+        self.instructions = _instructions(facts.get("capability"))
+        self.issue_a_mhz = facts["sms"] * 128 * 1e6 if "sms" in facts else None  # 4 warps of 32 lanes a cycle and SM
+
+    def add(self, kind, row):
+        self.content[kind].append(row)
+        name = row.get("operation") or f"{row['who']}: {row['what']}"
+        print(f"{kind:7} {row.get('backend', ''):8} {row.get('model', ''):14} {name:40} {row['seconds'] * 1e3:10.3f} ms  {row.get('gb_per_s', 0):8.1f} GB/s", flush=True)
+
+    def save(self, complete=False):
+        self.content["complete"] = complete
+        write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
+
+    def out_of_time(self):
+        return time.monotonic() > self.end
+
+
+def _instructions(capability):
+    """{kernel: instructions a normal} of this GPU, as counted."""
+    rows = json.loads((RESULTS / "static_analysis.json").read_text())["rows"]
+    return {row["kernel"]: row["instructions_per_value"] for row in rows if row["arch"] == capability}
+
+
+def _free_bytes(device):
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---- calls ----
+
+
+def measure_calls(report, group, dtype, elements, wanted):
+    """One flat tensor, the operations wanted on it, beside a copy of it."""
+    device, size = report.device, DTYPES[dtype].itemsize
+    copies = timing.buffers(elements * (size + 4), device)
+    if copies * elements * (2 * size + 4) > MEMORY_SHARE * _free_bytes(device):
+        print(f"calls of {elements} {dtype}: left out, too little memory", file=sys.stderr)
+        return
+    outs = [torch.empty(elements, dtype=DTYPES[dtype], device=device).normal_(0, 0.02) for _ in range(copies)]
+    bases = [torch.empty(elements, device=device).normal_(0, 0.02) for _ in range(copies)]
+    others = [torch.empty_like(out) for out in outs]
+    tables = [ParamTable({f"w{k}": out}) for k, out in enumerate(outs)]
+    masters = [ParamTable({f"w{k}": base}) for k, base in enumerate(bases)]
+    variants = {"copy": Variant(lambda k: others[k].copy_(outs[k]), copies)}
+    if elements == SIZES[0]:
+        variants["torch"] = Variant(lambda k: outs[k].add_(SIGMA * torch.randn_like(outs[k])), copies, capture=device == "cuda")
+    timed = {}
+    for place in group:
+        place.enter()
+        for operation in wanted:
+            if elements * operation.seeds > MOST_NORMALS[device]:
+                continue
+            if not (right(operation, device, place.backend) and right_at_size(operation, outs[0], bases[0] if operation.base else None, device, place.backend)):
+                print(f"WRONG BITS, not measured: {place.backend} {operation.label}, {elements} elements", file=sys.stderr)
+                report.content.setdefault("wrong", []).append(f"{place.backend} {operation.label}, {elements} elements")
+                continue
+            with es_kernels.backend(place.backend):
+                calls = [operation.on(table, master, device) for table, master in zip(tables, masters)]
+            name = f"{place.backend} {operation.label}"
+            timed[name] = place, operation
+            variants[name] = Variant(lambda k, calls=calls, backend=place.backend: _with(backend, calls[k]), copies)
+    timings = interleave(variants, device, rounds=9 if elements <= SIZES[0] else 5)
+    floor = 2 * size * elements / timings["copy"].median
+    about = {"dtype": dtype, "elements": elements, "copies": copies, **(group[0]._asdict() if device == "cpu" else {})}
+    for name in ("copy", "torch"):
+        if name in timings:
+            report.add("calls", _call_row(report, about | {"backend": "torch", "operation": _TORCH[name]}, timings[name], 2 * size * elements, elements * (name == "torch"), floor))
+    for name, (place, operation) in timed.items():
+        row = about | {"backend": place.backend, "operation": operation.label, "kernel": operation.kernel, "seeds": operation.seeds}
+        normals = 0 if operation.what == "fingerprint" else elements * operation.seeds
+        row = _call_row(report, row, timings[name], operation.bytes_per_value * elements, normals, floor)
+        if "torch" in timings and normals:
+            row["times_torch"] = timings["torch"].median / elements / (timings[name].median / normals)
+        if device == "cuda" and elements == 1 << 27 and operation.seeds in (1, 30) and not operation.stochastic:
+            row["joules"] = timing.joules(variants[name], device)
+        report.add("calls", row)
+    report.save()
+
+
+_TORCH = {"copy": "copy (the floor)", "torch": "p.add_(s * torch.randn(p.shape))"}
+
+
+def _with(backend, call):
+    with es_kernels.backend(backend):
+        call()
+
+
+def _call_row(report, row, seconds, moved, normals, floor):
+    row |= _timed(seconds) | {"bytes": moved, "gb_per_s": moved / seconds.median / 1e9, "share_of_copy": moved / seconds.median / floor}
+    if normals:
+        row["normals_per_s"] = normals / seconds.median
+        instructions = report.instructions.get("triton " * (row["backend"] == "triton") + row.get("kernel", ""))
+        if instructions and seconds.sm_mhz:
+            row["share_of_issue"] = row["normals_per_s"] * instructions / (report.issue_a_mhz * seconds.sm_mhz)
+    return row
+
+
+def _timed(seconds):
+    sensors = {key: getattr(seconds, key) for key in ("sm_mhz", "memory_mhz", "watts") if getattr(seconds, key) is not None}
+    return {"seconds": seconds.median, "p20": seconds.p20, "p80": seconds.p80, "rounds": seconds.rounds, **sensors}
+
+
+# ---- tables and rivals: the shapes of real models ----
+
+
+def _weights(model, dtype, device):
+    return {name: torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for name, shape in shapes.parameter_shapes(model).items()}
+
+
+def _fits(model, bytes_a_value, device):
+    values = sum(map(math.prod, shapes.parameter_shapes(model).values()))
+    if bytes_a_value * values <= 0.9 * _free_bytes(device):
+        return True
+    print(f"{model}: left out, its {bytes_a_value * values / 1e9:.0f} GB do not fit", file=sys.stderr)
+    return False
+
+
+def measure_table(report, group, model):
+    """A whole model in one launch, and a flat tensor of its size."""
+    device = report.device
+    if not _fits(model, 12, device):
+        return
+    live, master = _weights(model, torch.bfloat16, device), _weights(model, torch.float32, device)
+    values = sum(p.numel() for p in live.values())
+    flat = {"whole": torch.empty(values, dtype=torch.bfloat16, device=device).normal_(0, 0.02)}, {"whole": torch.empty(values, device=device).normal_(0, 0.02)}
+    wanted = [o for o in operations("bf16") if not o.stochastic and o.seeds <= 30 and o.what != "update"] + [o for o in operations("f32") if o.what == "update" and o.seeds == 30]
+    wanted = [o for o in wanted if values * o.seeds <= MOST_NORMALS[device]]
+    variants, timed = {}, {}
+    for place, (form, (outs, bases)) in itertools.product(group, {"table": (live, master), "flat": flat}.items()):
+        place.enter()
+        for operation in wanted:
+            out, base = ParamTable(outs if operation.out == "bf16" else bases), ParamTable(bases)
+            with es_kernels.backend(place.backend):
+                call = operation.on(out, base, device)
+            timed[form, place, operation] = name = f"{form} {place.backend} {operation.label}"
+            variants[name] = Variant(lambda k, call=call, backend=place.backend: _with(backend, call))
+    timings = interleave(variants, device, rounds=5)
+    for (form, place, operation), name in timed.items():
+        if form == "table":
+            row = {"model": model, "tensors": len(live), "elements": values, **place._asdict(), "operation": operation.label, **_timed(timings[name])}
+            moved = operation.bytes_per_value * values
+            report.add("tables", row | {"bytes": moved, "gb_per_s": moved / row["seconds"] / 1e9, "times_flat": row["seconds"] / timings[f"flat {name[6:]}"].median})
+    report.save()
+
+
+def measure_rivals(report, group, model, seeds):
+    """`member`: what one member's weights cost, until the next may begin (rivals perturb and restore). `update`: of `seeds` members, until live
+    weights are ready. seeds = 0: no update."""
+    device, place = report.device, group[0]
+    if not _fits(model, 18, device):
+        return
+    place.enter()
+    live = _weights(model, torch.bfloat16, device)
+    values, tensors = sum(p.numel() for p in live.values()), len(live)
+    master, copy = {n: p.float() for n, p in live.items()}, {n: p.clone() for n, p in live.items()}
+    table, masters, copies = ParamTable(live), ParamTable(master), ParamTable(copy)
+    numbers, coefs = list(range(1, seeds + 1)), [SIGMA * (-1) ** i for i in range(seeds)]
+
+    def update_from(theta, **rounding):
+        add_noise_(theta, numbers, coefs, **rounding)
+        add_noise_(table, [], [], theta)
+
+    ours = {
+        "es_kernels, base fp32": (lambda: add_noise_(table, 1, SIGMA, masters), lambda: update_from(masters)),
+        "es_kernels, base copy": (lambda: add_noise_(table, 1, SIGMA, copies), lambda: update_from(copies, rounding="stochastic", rounding_seed=7)),
+        "es_kernels, base None": (lambda: add_noise_(table, [1, 2], [-SIGMA, SIGMA]), lambda: add_noise_(table, numbers, coefs)),
+    }
+    theirs = {
+        name: (lambda r=r: (r.perturb(live, 1, SIGMA), r.restore(live, 1, SIGMA)), lambda r=r: r.update(live, numbers, coefs)) for name, r in rivals.available(device).items()
+    }
+    for number, what in enumerate(("member", "update") if seeds else ("member",)):
+        work = {name: both[number] for name, both in (ours | theirs).items()}
+        # Eagerly, as rivals must: a generator's seed cannot be captured. Ours is one launch, or two.
+        timings = interleave({name: Variant(lambda k, run=run: run(), capture=False) for name, run in work.items()}, device, rounds=3)
+        for name, run in work.items():
+            row = {"model": model, "tensors": tensors, "elements": values, **place._asdict(), "who": name, "what": what, "seeds": seeds if what == "update" else 1}
+            row |= _timed(timings[name]) | {"times_ours": timings[name].median / timings["es_kernels, base fp32"].median}
+            report.add("rivals", row | {"peak_extra_bytes": timing.peak_extra_bytes(run, device)})
+    report.save()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--seconds", type=float, default=3000, help="begin no further group after so long")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    groups = places(args.device)
+    if not any(groups):
+        raise SystemExit("no backend can be measured on this device: python -m es_kernels says why")
+    report = Report(args.device, args.out, args.seconds)
+    best = groups[0]
+    every = {dtype: operations(dtype) for dtype in ("bf16", "f32", "f16")}
+    main_ones = {dtype: [o for o in every[dtype] if o.seeds in (1, 30) and not o.stochastic] for dtype in ("bf16", "f32")}
+    plan = [(f"calls of {SIZES[0]} {dtype}", measure_calls, best, dtype, SIZES[0], wanted) for dtype, wanted in every.items()]
+    plan += [(f"calls of {SIZES[0]} {dtype}, {group[0]}", measure_calls, group, dtype, SIZES[0], wanted) for dtype, wanted in main_ones.items() for group in groups[1:]]
+    plan += [(f"rivals on {model}", measure_rivals, best, model, seeds) for model, seeds in MODELS[args.device].items()]
+    plan += [(f"{model} as a table", measure_table, best, model) for model in MODELS[args.device]]
+    plan += [(f"calls of {n} {dtype}", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]
+    left_out = []
+    for what, function, *arguments in plan:
+        if report.out_of_time():
+            left_out.append(what)
+            continue
+        function(report, *arguments)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    report.save(complete=not left_out)
+    if left_out:
+        print("out of time, left out: " + "; ".join(left_out), file=sys.stderr)
+    if report.content.get("wrong"):
+        raise SystemExit("some kernels gave wrong bits: " + "; ".join(report.content["wrong"]))
+
+
+if __name__ == "__main__":
+    main()

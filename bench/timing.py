@@ -1,0 +1,172 @@
+"""Times variants of one piece of work against each other: interleaved, so that what the machine does meanwhile meets all of them alike.
+
+On a GPU a variant is captured as a CUDA graph over buffers that together exceed the L2 cache three times, and timed by events around its
+replay: what is measured is the GPU's time, never the time it takes to ask for it. What cannot be captured runs eagerly between the events,
+and its gaps count, as they do for whoever runs it.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from typing import Callable, NamedTuple
+
+import torch
+
+from machine import Sensors
+
+_LEAST_SECONDS = 1e-3  # of one sample: an event resolves 0.5 us
+_HEAD_START_CYCLES = 100_000  # 50 us of an idle GPU, in which the host asks for all that is timed
+
+
+class Variant(NamedTuple):
+    run: Callable[[int], object]  # does the work once, on buffer set k
+    copies: int = 1  # buffer sets to rotate over, k = 0 ... copies - 1
+    capture: bool = True  # on CUDA: as a graph
+
+
+class Timing(NamedTuple):
+    """Of one run, in seconds; and the medians of the sensors' readings while it ran (None: not known)."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    sm_mhz: float | None = None
+    memory_mhz: float | None = None
+    watts: float | None = None
+
+
+def buffers(bytes_a_set, device):
+    """How many buffer sets exceed the L2 cache three times; 1 on a CPU, where the sizes that matter exceed it alone."""
+    if torch.device(device).type != "cuda":
+        return 1
+    return -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // bytes_a_set)
+
+
+def interleave(variants, device, rounds=9):
+    """{name: Variant} -> {name: Timing}. Each is warmed up, then all are sampled in turn, `rounds` times."""
+    cuda = torch.device(device).type == "cuda"
+    samplers = {name: (_on_gpu if cuda else _on_cpu)(variant, device) for name, variant in variants.items()}
+    samples, readings = {name: [] for name in variants}, {name: [] for name in variants}
+    sensors = Sensors(device) if cuda else None
+    for round_ in range(rounds + 1):
+        for name, sample in samplers.items():
+            seconds, reading = sample(sensors)
+            if round_:  # the first warms up
+                samples[name].append(seconds)
+                readings[name].append(reading)
+    return {name: Timing(*percentiles(samples[name]), rounds, **_medians(readings[name])) for name in variants}
+
+
+def percentiles(samples):
+    """(median, p20, p80); the latter two are samples."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+
+
+def _medians(readings):
+    found = {}
+    for key in readings[0]:
+        known = [reading[key] for reading in readings if reading[key] is not None]
+        found[key] = statistics.median(known) if known else None
+    return found
+
+
+def _on_cpu(variant, device):
+    # torch.compile and lazy imports take seconds once.
+    for k in range(variant.copies):
+        variant.run(k)
+    position = 0
+
+    def sample(sensors):
+        nonlocal position
+        position = (position + 1) % variant.copies
+        start = time.perf_counter()
+        variant.run(position)
+        return time.perf_counter() - start, {}
+
+    return sample
+
+
+def _on_gpu(variant, device):
+    run_all = prepared(variant, device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def timed(repeats, sensors=None):
+        torch.cuda._sleep(_HEAD_START_CYCLES)
+        begin.record()
+        for _ in range(repeats):
+            run_all()
+        end.record()
+        reading = sensors.now() if sensors else {}  # while it runs
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000, reading
+
+    timed(1)
+    repeats = max(1, round(_LEAST_SECONDS / timed(1)[0]))
+
+    def sample(sensors):
+        seconds, reading = timed(repeats, sensors)
+        return seconds / (repeats * variant.copies), reading
+
+    return sample
+
+
+def prepared(variant, device):
+    """A function that does the work once on every buffer set of a GPU, as one graph if it can be captured."""
+
+    def run_all():
+        for k in range(variant.copies):
+            variant.run(k)
+
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run_all()  # uploads parameter tables and compiles, neither of which can be captured
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    if not variant.capture:
+        return run_all
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run_all()
+    return graph.replay
+
+
+def joules(variant, device, seconds=0.4):
+    """Energy of one run on a GPU, of the whole board, over so long a time that its counter (which moves every 100 ms) resolves it; None: not known."""
+    sensors, run_all = Sensors(device), prepared(variant, device)
+    torch.cuda.synchronize(device)
+    before, start, runs = sensors.joules(), time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        run_all()
+        torch.cuda.synchronize(device)
+        runs += variant.copies
+    after = sensors.joules()
+    return None if before is None or after is None else (after - before) / runs
+
+
+def peak_extra_bytes(run, device):
+    """The most memory that run() holds beyond what is held before it: of the allocator on a GPU, of the process on a CPU (resident pages)."""
+    run()  # what is kept for good (tables, compiled code) is no part of it
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # resets the peak
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
