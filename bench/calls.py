@@ -7,15 +7,12 @@ is kernels.py's question: there variants are interleaved, and a GPU's time is ta
 """
 
 import math
-import pathlib
 import statistics
-import sys
 import time
 
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import shapes
 from operations import DTYPES, operations, right
 
@@ -72,7 +69,13 @@ def test_call(benchmark, copy_bandwidth, operation, elements, backend):
         run = waiting(operation.on(ParamTable({"w": out}), master, DEVICE))
         benchmark.pedantic(run, warmup_rounds=1, rounds=max(3, min(30, round(1e9 / (elements * max(1, operation.seeds))))))
     median = benchmark.stats.stats.median
-    benchmark.extra_info |= {"backend": backend, "operation": operation.label, "elements": elements, "bytes": moved, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= {
+        "backend": backend,
+        "operation": operation.label,
+        "elements": elements,
+        "bytes": moved,
+        "threads": torch.get_num_threads(),
+    }
     benchmark.extra_info |= {"gb_per_s": moved / median / 1e9, "share_of_copy": moved / median / floor}
     if operation.what not in ("fingerprint", "restore"):
         benchmark.extra_info["normals_per_s"] = operation.seeds * elements / median
@@ -83,9 +86,14 @@ def _bare(tensors):
     return lambda: add_noise_(tensor, 1, 1e-3, name=name)
 
 
+def _table(tensors):
+    table = ParamTable(tensors)
+    return lambda: add_noise_(table, 1, 1e-3)
+
+
 FORMS = {
     "a bare tensor": _bare,
-    "a ParamTable of 290 tensors": lambda tensors: (lambda table: lambda: add_noise_(table, 1, 1e-3))(ParamTable(tensors)),
+    "a ParamTable of 290 tensors": _table,
     "a dict of 290 tensors": lambda tensors: lambda: add_noise_(tensors, 1, 1e-3),
     "290 bare tensors": lambda tensors: lambda: [add_noise_(tensor, 1, 1e-3, name=name) for name, tensor in tensors.items()],
 }

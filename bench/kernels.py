@@ -25,24 +25,24 @@ from typing import NamedTuple
 # torch's OpenMP threads spin for a while after every parallel region, on the cores that the next variant needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
-
-import es_kernels
 import machine
 import rivals
 import shapes
 import timing
+import torch
+from es_finetune.files import write_atomically
+from operations import DTYPES, Operation, operations, right, right_at_size
+from timing import Variant, interleave
+
+import es_kernels
 from es_kernels import ParamTable, add_noise_
 from es_kernels.backends import cpu
-from es_finetune.files import write_atomically
-from operations import DTYPES, operations, right, right_at_size
-from timing import Variant, interleave
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]  # the first is that of a large weight: the size of the tables in README
 MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
-# Model -> members of the update against rivals, 0 for none: on a CPU 30 of them for half a billion weights are two minutes of torch.randn.
-MODELS = {"cpu": {"50M": 30, "Qwen2.5-0.5B": 0}, "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0}}
+# Model -> members of the update against rivals, 0 for none: on a CPU 30 of them are minutes of random numbers for each rival.
+MODELS = {"cpu": {"50M": 8, "Qwen2.5-0.5B": 0}, "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0}}
 MEMORY_SHARE = 0.6  # of what is free, at most
 SIGMA = 1e-3
 
@@ -79,6 +79,7 @@ class Report:
         self.device, self.end = device, time.monotonic() + seconds
         facts = machine.describe(device)
         self.path = folder / f"kernels-{machine.slug(facts)}.json"
+        self.right = {}
         self.content = {"machine": facts, "complete": False, "calls": [], "tables": [], "rivals": []}
         self.instructions = _instructions(facts.get("capability"))
         self.issue_a_mhz = facts["sms"] * 128 * 1e6 if "sms" in facts else None  # 4 warps of 32 lanes a cycle and SM
@@ -86,11 +87,25 @@ class Report:
     def add(self, kind, row):
         self.content[kind].append(row)
         name = row.get("operation") or f"{row['who']}: {row['what']}"
-        print(f"{kind:7} {row.get('backend', ''):8} {row.get('model', ''):14} {name:40} {row['seconds'] * 1e3:10.3f} ms  {row.get('gb_per_s', 0):8.1f} GB/s", flush=True)
+        print(
+            f"{kind:7} {row.get('backend', ''):8} {row.get('model', ''):14} {name:40} {row['seconds'] * 1e3:10.3f} ms  {row.get('gb_per_s', 0):8.1f} GB/s",
+            flush=True,
+        )
 
     def save(self, complete=False):
         self.content["complete"] = complete
         write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
+
+    def passes(self, place, operation, out=None, base=None):
+        """The gate; `out` and `base`: on these tensors too. What does not pass is told, and makes main() fail."""
+        if (place, operation) not in self.right:
+            self.right[place, operation] = right(operation, self.device, place.backend)
+        if self.right[place, operation] and (out is None or right_at_size(operation, out, base, self.device, place.backend)):
+            return True
+        what = " ".join(map(str, (*filter(None, place), operation.label, *([] if out is None else [f"{out.numel()} elements"]))))
+        print(f"WRONG BITS, not measured: {what}", file=sys.stderr)
+        self.content.setdefault("wrong", []).append(what)
+        return False
 
     def out_of_time(self):
         return time.monotonic() > self.end
@@ -132,9 +147,7 @@ def measure_calls(report, group, dtype, elements, wanted):
         for operation in wanted:
             if elements * operation.seeds > MOST_NORMALS[device]:
                 continue
-            if not (right(operation, device, place.backend) and right_at_size(operation, outs[0], bases[0] if operation.base else None, device, place.backend)):
-                print(f"WRONG BITS, not measured: {place.backend} {operation.label}, {elements} elements", file=sys.stderr)
-                report.content.setdefault("wrong", []).append(f"{place.backend} {operation.label}, {elements} elements")
+            if not report.passes(place, operation, outs[0], bases[0] if operation.base else None):
                 continue
             with es_kernels.backend(place.backend):
                 calls = [operation.on(table, master, device) for table, master in zip(tables, masters)]
@@ -146,7 +159,17 @@ def measure_calls(report, group, dtype, elements, wanted):
     about = {"dtype": dtype, "elements": elements, "copies": copies, **(group[0]._asdict() if device == "cpu" else {})}
     for name in ("copy", "torch"):
         if name in timings:
-            report.add("calls", _call_row(report, about | {"backend": "torch", "operation": _TORCH[name]}, timings[name], 2 * size * elements, elements * (name == "torch"), floor))
+            report.add(
+                "calls",
+                _call_row(
+                    report,
+                    about | {"backend": "torch", "operation": _TORCH[name]},
+                    timings[name],
+                    2 * size * elements,
+                    elements * (name == "torch"),
+                    floor,
+                ),
+            )
     for name, (place, operation) in timed.items():
         row = about | {"backend": place.backend, "operation": operation.label, "kernel": operation.kernel, "seeds": operation.seeds}
         normals = 0 if operation.what == "fingerprint" else elements * operation.seeds
@@ -184,6 +207,16 @@ def _timed(seconds):
 
 # ---- tables and rivals: the shapes of real models ----
 
+YARDSTICK = "es_kernels, base fp32"
+# What measure_rivals calls.
+OURS = [
+    Operation("perturb", "bf16", "f32"),
+    Operation("perturb", "bf16", "bf16"),
+    Operation("swap", "bf16", None, 2),
+    Operation("restore", "bf16", "f32", 0),
+]
+OURS += [Operation("update", "f32", None, 30), Operation("update", "bf16", None, 30), Operation("update", "bf16", None, 30, True)]
+
 
 def _weights(model, dtype, device):
     return {name: torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for name, shape in shapes.parameter_shapes(model).items()}
@@ -204,13 +237,18 @@ def measure_table(report, group, model):
         return
     live, master = _weights(model, torch.bfloat16, device), _weights(model, torch.float32, device)
     values = sum(p.numel() for p in live.values())
-    flat = {"whole": torch.empty(values, dtype=torch.bfloat16, device=device).normal_(0, 0.02)}, {"whole": torch.empty(values, device=device).normal_(0, 0.02)}
-    wanted = [o for o in operations("bf16") if not o.stochastic and o.seeds <= 30 and o.what != "update"] + [o for o in operations("f32") if o.what == "update" and o.seeds == 30]
+    flat = (
+        {"whole": torch.empty(values, dtype=torch.bfloat16, device=device).normal_(0, 0.02)},
+        {"whole": torch.empty(values, device=device).normal_(0, 0.02)},
+    )
+    wanted = [o for o in operations("bf16") if not o.stochastic and o.seeds <= 30 and o.what != "update"] + [
+        o for o in operations("f32") if o.what == "update" and o.seeds == 30
+    ]
     wanted = [o for o in wanted if values * o.seeds <= MOST_NORMALS[device]]
     variants, timed = {}, {}
     for place, (form, (outs, bases)) in itertools.product(group, {"table": (live, master), "flat": flat}.items()):
         place.enter()
-        for operation in wanted:
+        for operation in (o for o in wanted if report.passes(place, o)):
             out, base = ParamTable(outs if operation.out == "bf16" else bases), ParamTable(bases)
             with es_kernels.backend(place.backend):
                 call = operation.on(out, base, device)
@@ -221,7 +259,10 @@ def measure_table(report, group, model):
         if form == "table":
             row = {"model": model, "tensors": len(live), "elements": values, **place._asdict(), "operation": operation.label, **_timed(timings[name])}
             moved = operation.bytes_per_value * values
-            report.add("tables", row | {"bytes": moved, "gb_per_s": moved / row["seconds"] / 1e9, "times_flat": row["seconds"] / timings[f"flat {name[6:]}"].median})
+            report.add(
+                "tables",
+                row | {"bytes": moved, "gb_per_s": moved / row["seconds"] / 1e9, "times_flat": row["seconds"] / timings[f"flat {name[6:]}"].median},
+            )
     report.save()
 
 
@@ -229,9 +270,9 @@ def measure_rivals(report, group, model, seeds):
     """`member`: what one member's weights cost, until the next may begin (rivals perturb and restore). `update`: of `seeds` members, until live
     weights are ready. seeds = 0: no update."""
     device, place = report.device, group[0]
-    if not _fits(model, 18, device):
-        return
     place.enter()
+    if not _fits(model, 18, device) or not all([report.passes(place, operation) for operation in OURS]):
+        return
     live = _weights(model, torch.bfloat16, device)
     values, tensors = sum(p.numel() for p in live.values()), len(live)
     master, copy = {n: p.float() for n, p in live.items()}, {n: p.clone() for n, p in live.items()}
@@ -243,20 +284,35 @@ def measure_rivals(report, group, model, seeds):
         add_noise_(table, [], [], theta)
 
     ours = {
-        "es_kernels, base fp32": (lambda: add_noise_(table, 1, SIGMA, masters), lambda: update_from(masters)),
+        YARDSTICK: (lambda: add_noise_(table, 1, SIGMA, masters), lambda: update_from(masters)),
         "es_kernels, base copy": (lambda: add_noise_(table, 1, SIGMA, copies), lambda: update_from(copies, rounding="stochastic", rounding_seed=7)),
         "es_kernels, base None": (lambda: add_noise_(table, [1, 2], [-SIGMA, SIGMA]), lambda: add_noise_(table, numbers, coefs)),
     }
     theirs = {
-        name: (lambda r=r: (r.perturb(live, 1, SIGMA), r.restore(live, 1, SIGMA)), lambda r=r: r.update(live, numbers, coefs)) for name, r in rivals.available(device).items()
+        name: (lambda r=r: (r.perturb(live, 1, SIGMA), r.restore(live, 1, SIGMA)), lambda r=r: r.update(live, numbers, coefs))
+        for name, r in rivals.available(device).items()
     }
     for number, what in enumerate(("member", "update") if seeds else ("member",)):
         work = {name: both[number] for name, both in (ours | theirs).items()}
         # Eagerly, as rivals must: a generator's seed cannot be captured. Ours is one launch, or two.
-        timings = interleave({name: Variant(lambda k, run=run: run(), capture=False) for name, run in work.items()}, device, rounds=3)
+        variants = {name: Variant(lambda k, run=run: run(), capture=False) for name, run in work.items()}
+        apart = {name: variants[name] for name in (YARDSTICK, *theirs) if name == YARDSTICK or rivals.RIVALS[name].empties_cache}
+        timings, ratios = {}, {}
+        for together in ({name: v for name, v in variants.items() if name == YARDSTICK or name not in apart}, apart):
+            found = interleave(together, device, rounds=3)
+            ratios = {name: found[name].median / found[YARDSTICK].median for name in found} | ratios
+            timings = found | timings
         for name, run in work.items():
-            row = {"model": model, "tensors": tensors, "elements": values, **place._asdict(), "who": name, "what": what, "seeds": seeds if what == "update" else 1}
-            row |= _timed(timings[name]) | {"times_ours": timings[name].median / timings["es_kernels, base fp32"].median}
+            row = {
+                "model": model,
+                "tensors": tensors,
+                "elements": values,
+                **place._asdict(),
+                "who": name,
+                "what": what,
+                "seeds": seeds if what == "update" else 1,
+            }
+            row |= _timed(timings[name]) | {"times_ours": ratios[name]}
             report.add("rivals", row | {"peak_extra_bytes": timing.peak_extra_bytes(run, device)})
     report.save()
 
@@ -276,7 +332,11 @@ def main():
     every = {dtype: operations(dtype) for dtype in ("bf16", "f32", "f16")}
     main_ones = {dtype: [o for o in every[dtype] if o.seeds in (1, 30) and not o.stochastic] for dtype in ("bf16", "f32")}
     plan = [(f"calls of {SIZES[0]} {dtype}", measure_calls, best, dtype, SIZES[0], wanted) for dtype, wanted in every.items()]
-    plan += [(f"calls of {SIZES[0]} {dtype}, {group[0]}", measure_calls, group, dtype, SIZES[0], wanted) for dtype, wanted in main_ones.items() for group in groups[1:]]
+    plan += [
+        (f"calls of {SIZES[0]} {dtype}, {group[0]}", measure_calls, group, dtype, SIZES[0], wanted)
+        for dtype, wanted in main_ones.items()
+        for group in groups[1:]
+    ]
     plan += [(f"rivals on {model}", measure_rivals, best, model, seeds) for model, seeds in MODELS[args.device].items()]
     plan += [(f"{model} as a table", measure_table, best, model) for model in MODELS[args.device]]
     plan += [(f"calls of {n} {dtype}", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]

@@ -48,7 +48,8 @@ class Sensors:
             import pynvml
 
             pynvml.nvmlInit()
-            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            self.nvml = pynvml
         except Exception:  # no package, no driver, no rights: each has an error type of its own
             pass
 
@@ -71,7 +72,11 @@ class Sensors:
     def now(self):
         """{sm_mhz, memory_mhz, watts} at this moment."""
         watts = self._read("nvmlDeviceGetPowerUsage")
-        return {"sm_mhz": self._read("nvmlDeviceGetClockInfo", 1), "memory_mhz": self._read("nvmlDeviceGetClockInfo", 2), "watts": watts and watts / 1000}
+        return {
+            "sm_mhz": self._read("nvmlDeviceGetClockInfo", 1),
+            "memory_mhz": self._read("nvmlDeviceGetClockInfo", 2),
+            "watts": watts and watts / 1000,
+        }
 
     def joules(self):
         """Energy since the driver was loaded."""

@@ -11,7 +11,7 @@ from es_kernels import ParamTable, Segment, add_noise_
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SEEDS = (2, 8, 30, 128)
 _SIZE = {"f32": 4, "bf16": 2, "f16": 2}
-_SLICE = 4096
+_SLICE = 1000  # values: the reference takes 100 ns for each and seed
 
 
 class Operation(NamedTuple):

@@ -5,7 +5,8 @@ same noise once more, subtracted) and `update(params, seeds, coefs)` (params += 
 than es_kernels and than each other; what they share is the work.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,7 @@ class Rival(NamedTuple):
     restore: Callable
     update: Callable
     only_on: str | None = None  # "cuda": needs a GPU
+    empties_cache: bool = False  # on a GPU whoever allocates next to it pays for that
 
 
 def _generator(params, seed):
@@ -100,14 +102,12 @@ def _foreach_update(params, seeds, coefs):
 
 # ---- torch.compile of the expression: Inductor makes the random numbers inside the fused kernel (its own Philox on a GPU) ----
 
-torch._dynamo.config.recompile_limit = 64  # one compilation a shape; from the ninth on it would fall back to eager, silently
-
-@torch.compile(dynamic=False)
+@torch.compile(dynamic=True)
 def _compiled_add_one(p, scale):
     p.add_(scale * torch.randn_like(p))
 
 
-@torch.compile(dynamic=False)
+@torch.compile(dynamic=True)
 def _compiled_accumulate(total, like, coef):
     total.add_(coef * torch.randn_like(like))
 
@@ -116,7 +116,7 @@ def _compiled_add(params, seed, scale):
     torch.manual_seed(seed)
     scale = torch.tensor(scale)  # a number would be compiled in: one more compilation for every sigma
     for p in params.values():
-        _compiled_add_one(p, scale)
+        _compiled_add_one(p.view(-1), scale)  # flat: one compilation for all shapes
 
 
 def _compiled_update(params, seeds, coefs):
@@ -126,7 +126,7 @@ def _compiled_update(params, seeds, coefs):
         torch.manual_seed(seed)
         coef = torch.tensor(coef)
         for p, total in zip(params.values(), totals):
-            _compiled_accumulate(total, p, coef)
+            _compiled_accumulate(total.view(-1), p.view(-1), coef)
     torch._foreach_add_(list(params.values()), totals)
 
 
@@ -170,7 +170,7 @@ def _rival(add, update, **options):
 
 
 RIVALS = {
-    "es-at-scale": _rival(_at_scale_add, _at_scale_update),
+    "es-at-scale": _rival(_at_scale_add, _at_scale_update, empties_cache=True),
     "es-at-scale, without waste": _rival(_plain_add, _plain_update),
     "torch._foreach": _rival(_foreach_add, _foreach_update),
     "torch.compile": _rival(_compiled_add, _compiled_update),

@@ -9,10 +9,10 @@ import ctypes
 import gc
 import statistics
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-
 from machine import Sensors
 
 _LEAST_SECONDS = 1e-3  # of one sample: an event resolves 0.5 us
@@ -121,14 +121,13 @@ def prepared(variant, device):
         for k in range(variant.copies):
             variant.run(k)
 
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run_all()  # uploads parameter tables and compiles, neither of which can be captured
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
     if not variant.capture:
         return run_all
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        run_all()  # uploads parameter tables and compiles, neither of which can be captured
+    torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run_all()

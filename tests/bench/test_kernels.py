@@ -55,13 +55,22 @@ def test_rows_are_whole(small):
     for row in content["calls"]:
         assert row["p20"] <= row["seconds"] <= row["p80"]
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
-        floor = next(r for r in content["calls"] if r["operation"].startswith("copy") and all(r[k] == row[k] for k in ("dtype", "elements", "isa", "threads")))
+        floor = next(
+            r for r in content["calls"] if r["operation"].startswith("copy") and all(r[k] == row[k] for k in ("dtype", "elements", "isa", "threads"))
+        )
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / floor["gb_per_s"])
     assert {(row["who"], row["what"]) for row in content["rivals"]} == {
         (who, what) for who in ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None", "MeZO") for what in ("member", "update")
     }
     assert all(row["times_ours"] > 0 and row["peak_extra_bytes"] >= 0 for row in content["rivals"])
-    assert {row["operation"] for row in content["tables"]} == {"perturb bf16 in place", "perturb bf16 <- f32", "swap bf16 in place", "restore bf16 <- f32", "fingerprint bf16", "update f32 in place, 30 seeds"}
+    assert {row["operation"] for row in content["tables"]} == {
+        "perturb bf16 in place",
+        "perturb bf16 <- f32",
+        "swap bf16 in place",
+        "restore bf16 <- f32",
+        "fingerprint bf16",
+        "update f32 in place, 30 seeds",
+    }
 
 
 def test_out_of_time_keeps_what_there_is(small, capsys):
