@@ -4,7 +4,8 @@
 #   make test            every test that needs no GPU
 #   make build           the native libraries, in place
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
-#   make bench           CPU microbenchmark, static analysis, learning, statistics of the noise -> bench/results/
+#   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
+#   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
 #
 # PYTHON=python3.12    the interpreter
 # TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
@@ -18,7 +19,8 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 CONSTRAINTS := $(if $(filter system,$(TORCH)),,-c constraints.txt)
 SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 
-.PHONY: demo test build wheel bench clean
+.PHONY: demo test build wheel bench gpu clean
+OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
@@ -34,11 +36,19 @@ build:
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
-bench: $(VENV)/test.stamp
-	$(BIN)/python bench/cpu.py
+bench: $(VENV)/bench.stamp
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python -m pytest bench/calls.py --benchmark-columns=median --benchmark-json bench/results/calls-cpu.json
+	$(BIN)/python bench/generation.py
 	$(BIN)/python bench/static_analysis.py
 	$(BIN)/python bench/learning.py
+	$(BIN)/python bench/exactness.py
 	$(BIN)/python bench/noise_stats.py
+	$(BIN)/python bench/readme.py
+	$(BIN)/python bench/plots.py
+
+gpu:
+	PYTHON=$(PYTHON) bash bench/gpu.sh $(OUT)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
@@ -49,6 +59,10 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/test.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
 clean:

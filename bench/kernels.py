@@ -13,6 +13,7 @@ Variants are interleaved, medians of rounds with 20th and 80th percentile (timin
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -33,9 +34,10 @@ import torch
 from es_finetune.files import write_atomically
 from operations import DTYPES, Operation, operations, right, right_at_size
 from timing import Variant, interleave
+from ways import SIGMA, YARDSTICK, coefficients, ways
 
 import es_kernels
-from es_kernels import ParamTable, add_noise_
+from es_kernels import ParamTable
 from es_kernels.backends import cpu
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -44,7 +46,6 @@ MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
 # Model -> members of the update against rivals, 0 for none: on a CPU 30 of them are minutes of random numbers for each rival.
 MODELS = {"cpu": {"50M": 8, "Qwen2.5-0.5B": 0}, "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0}}
 MEMORY_SHARE = 0.6  # of what is free, at most
-SIGMA = 1e-3
 
 
 class Place(NamedTuple):
@@ -129,7 +130,7 @@ def _free_bytes(device):
 def measure_calls(report, group, dtype, elements, wanted):
     """One flat tensor, the operations wanted on it, beside a copy of it."""
     device, size = report.device, DTYPES[dtype].itemsize
-    copies = timing.buffers(elements * (size + 4), device)
+    copies = timing.buffers(elements * size, device)  # in place nothing else is touched
     if copies * elements * (2 * size + 4) > MEMORY_SHARE * _free_bytes(device):
         print(f"calls of {elements} {dtype}: left out, too little memory", file=sys.stderr)
         return
@@ -156,20 +157,10 @@ def measure_calls(report, group, dtype, elements, wanted):
             variants[name] = Variant(lambda k, calls=calls, backend=place.backend: _with(backend, calls[k]), copies)
     timings = interleave(variants, device, rounds=9 if elements <= SIZES[0] else 5)
     floor = 2 * size * elements / timings["copy"].median
-    about = {"dtype": dtype, "elements": elements, "copies": copies, **(group[0]._asdict() if device == "cpu" else {})}
-    for name in ("copy", "torch"):
-        if name in timings:
-            report.add(
-                "calls",
-                _call_row(
-                    report,
-                    about | {"backend": "torch", "operation": _TORCH[name]},
-                    timings[name],
-                    2 * size * elements,
-                    elements * (name == "torch"),
-                    floor,
-                ),
-            )
+    about = {"dtype": dtype, "elements": elements, "copies": copies, **group[0]._asdict()}
+    for name in (n for n in _TORCH if n in timings):
+        row = about | {"backend": "torch", "operation": _TORCH[name]}
+        report.add("calls", _call_row(report, row, timings[name], 2 * size * elements, elements * (name == "torch"), floor))
     for name, (place, operation) in timed.items():
         row = about | {"backend": place.backend, "operation": operation.label, "kernel": operation.kernel, "seeds": operation.seeds}
         normals = 0 if operation.what == "fingerprint" else elements * operation.seeds
@@ -207,7 +198,6 @@ def _timed(seconds):
 
 # ---- tables and rivals: the shapes of real models ----
 
-YARDSTICK = "es_kernels, base fp32"
 # What measure_rivals calls.
 OURS = [
     Operation("perturb", "bf16", "f32"),
@@ -274,29 +264,12 @@ def measure_rivals(report, group, model, seeds):
     if not _fits(model, 18, device) or not all([report.passes(place, operation) for operation in OURS]):
         return
     live = _weights(model, torch.bfloat16, device)
-    values, tensors = sum(p.numel() for p in live.values()), len(live)
-    master, copy = {n: p.float() for n, p in live.items()}, {n: p.clone() for n, p in live.items()}
-    table, masters, copies = ParamTable(live), ParamTable(master), ParamTable(copy)
-    numbers, coefs = list(range(1, seeds + 1)), [SIGMA * (-1) ** i for i in range(seeds)]
-
-    def update_from(theta, **rounding):
-        add_noise_(theta, numbers, coefs, **rounding)
-        add_noise_(table, [], [], theta)
-
-    ours = {
-        YARDSTICK: (lambda: add_noise_(table, 1, SIGMA, masters), lambda: update_from(masters)),
-        "es_kernels, base copy": (lambda: add_noise_(table, 1, SIGMA, copies), lambda: update_from(copies, rounding="stochastic", rounding_seed=7)),
-        "es_kernels, base None": (lambda: add_noise_(table, [1, 2], [-SIGMA, SIGMA]), lambda: add_noise_(table, numbers, coefs)),
-    }
-    theirs = {
-        name: (lambda r=r: (r.perturb(live, 1, SIGMA), r.restore(live, 1, SIGMA)), lambda r=r: r.update(live, numbers, coefs))
-        for name, r in rivals.available(device).items()
-    }
-    for number, what in enumerate(("member", "update") if seeds else ("member",)):
-        work = {name: both[number] for name, both in (ours | theirs).items()}
+    values, all_ways = sum(p.numel() for p in live.values()), ways(live)
+    for what in ("member", "update") if seeds else ("member",):
+        work = {name: way.member if what == "member" else functools.partial(way.update, *coefficients(seeds)) for name, way in all_ways.items()}
         # Eagerly, as rivals must: a generator's seed cannot be captured. Ours is one launch, or two.
         variants = {name: Variant(lambda k, run=run: run(), capture=False) for name, run in work.items()}
-        apart = {name: variants[name] for name in (YARDSTICK, *theirs) if name == YARDSTICK or rivals.RIVALS[name].empties_cache}
+        apart = {name: v for name, v in variants.items() if name == YARDSTICK or name in rivals.RIVALS and rivals.RIVALS[name].empties_cache}
         timings, ratios = {}, {}
         for together in ({name: v for name, v in variants.items() if name == YARDSTICK or name not in apart}, apart):
             found = interleave(together, device, rounds=3)
@@ -305,7 +278,7 @@ def measure_rivals(report, group, model, seeds):
         for name, run in work.items():
             row = {
                 "model": model,
-                "tensors": tensors,
+                "tensors": len(live),
                 "elements": values,
                 **place._asdict(),
                 "who": name,
@@ -343,14 +316,17 @@ def main():
     left_out = []
     for what, function, *arguments in plan:
         if report.out_of_time():
-            left_out.append(what)
+            left_out.append(f"{what} (no time)")
             continue
-        function(report, *arguments)
+        try:
+            function(report, *arguments)
+        except RuntimeError as error:  # of a GPU: out of memory, a launch that failed. The other groups may still be measured
+            left_out.append(f"{what} ({str(error).splitlines()[0]})")
         if args.device == "cuda":
             torch.cuda.empty_cache()
     report.save(complete=not left_out)
     if left_out:
-        print("out of time, left out: " + "; ".join(left_out), file=sys.stderr)
+        print("left out: " + "; ".join(left_out), file=sys.stderr)
     if report.content.get("wrong"):
         raise SystemExit("some kernels gave wrong bits: " + "; ".join(report.content["wrong"]))
 

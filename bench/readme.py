@@ -1,7 +1,8 @@
 """Writes the README's tables from bench/results/*.json.
 
-    python bench/readme.py            rewrite README.md
-    python bench/readme.py --check    exit with 1 if it differs (a test does the same)
+    python bench/readme.py                    rewrite README.md
+    python bench/readme.py --check            exit with 1 if it differs (a test does the same)
+    python bench/readme.py --tables FOLDER    print the tables of a machine's results, such as gpu.sh leaves
 """
 
 import argparse
@@ -13,8 +14,11 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+RESULTS = ROOT / "bench/results"
+
+
 def results(name):
-    return json.loads((ROOT / f"bench/results/{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def table(header, rows):
@@ -23,26 +27,166 @@ def table(header, rows):
 
 
 def cpu():
-    report = results("cpu")
-    cells = {(r["isa"], r["threads"], r["what"]): r for r in report["rows"]}
-    columns = sorted({(isa, threads) for isa, threads, _ in cells}, key=lambda c: (["avx512", "avx2", "baseline"].index(c[0]), c[1]))
-    what = list(dict.fromkeys(r["what"] for r in report["rows"]))
+    return calls(results("kernels-cpu"))
+
+
+def calls(report):
+    """One flat tensor. On a CPU ns a value for instruction sets and threads; on a GPU the distance of each backend to its limits."""
+    facts = report["machine"]
+    size = max(r["elements"] for r in report["calls"] if "gpu" not in facts and "times_torch" in r or "gpu" in facts and r["elements"] <= 1 << 27)
+    found = [r for r in report["calls"] if r["elements"] == size and r["dtype"] != "f16" and "stochastic" not in r["operation"]]
+    if "gpu" in facts:
+        header = ["", "backend", "ms", "GB/s", "of a copy", "normals / s", "of the instructions it can issue"]
+        body = [_gpu_row(r) for r in found if r["operation"] != "p.add_(s * torch.randn(p.shape))"]
+        about = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, {size:,} elements."
+        return f"{about}\n\n" + table(header, body)
+    cells = {(r["isa"], r["threads"], r["dtype"], r["operation"]): r for r in found}
+    columns = sorted({(isa, threads) for isa, threads, *_ in cells}, key=lambda c: (["avx512", "avx2", "baseline"].index(c[0]), c[1]))
     header = ["ns a value (times torch)", *(f"{isa}, {threads} thread{'s' * (threads > 1)}" for isa, threads in columns)]
-    rows = []
-    for w in what:
-        found = [cells[(*column, w)] for column in columns]
-        rows.append([w, *(f"{r['ns_per_value']:.2f}" + (f" ({r['ratio_to_torch']:.1f} x)" if "perturb" in w or "update" in w else "") for r in found)])
-    return f"{report['processor']}, torch {report['torch']}, {report['elements']:,} elements.\n\n" + table(header, rows)
+    body = []
+    for dtype, operation in dict.fromkeys(key[2:] for key in cells):
+        rows = [cells.get((*column, dtype, operation)) for column in columns]
+        if all(rows):
+            label = operation if dtype in operation else f"{operation}, {dtype}"
+            body.append([label, *(f"{_ns(r):.2f}" + (f" ({r['times_torch']:.1f} x)" if "times_torch" in r else "") for r in rows)])
+    return f"{facts['processor']}, torch {facts['torch']}, {size:,} elements.\n\n" + table(header, body)
+
+
+def _ns(row):
+    """A value, and of the update a normal."""
+    return row["seconds"] / row["elements"] / max(1, row.get("seeds", 1)) * 1e9
+
+
+def _gpu_row(r):
+    normals = f"{r['normals_per_s']:.3g}" if "normals_per_s" in r else ""
+    issue = f"{r['share_of_issue']:.0%}" if "share_of_issue" in r else ""
+    return [r["operation"], r["backend"], f"{r['seconds'] * 1e3:.3f}", f"{r['gb_per_s']:.0f}", f"{r['share_of_copy']:.0%}", normals, issue]
+
+
+def rivals(report=None):
+    """Ours against what people do, on the shapes of real models."""
+    report = report or results("kernels-cpu")
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in report["rivals"]):
+        rows = [r for r in report["rivals"] if r["model"] == model]
+        whats = list(dict.fromkeys((r["what"], r["seeds"]) for r in rows))
+        titles = ["one member" if what == "member" else f"update, {seeds} seeds" for what, seeds in whats]
+        header = [f"{model}, bf16", *(f"{title}: {column}" for title in titles for column in ("seconds", "ratio", "extra memory"))]
+        body = []
+        for who in dict.fromkeys(r["who"] for r in rows):
+            mine = {r["what"]: r for r in rows if r["who"] == who}
+            body.append([who, *(text for what, _ in whats for text in _rival_cells(mine[what]))])
+        parts.append(table(header, body))
+    return "\n\n".join(parts)
+
+
+def _rival_cells(r):
+    return f"{r['seconds']:.3g}", f"{r['times_ours']:.2f}", _bytes(r["peak_extra_bytes"])
+
+
+def _bytes(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB" if n >= 1e6 else "none"
+
+
+def launches(report):
+    """Whole models in one launch, and how that compares with a flat tensor of their size."""
+    header = ["model", "tensors", "", "backend", "ms", "GB/s", "times a flat tensor"]
+    body = [
+        [r["model"], str(r["tensors"]), r["operation"], r["backend"], f"{r['seconds'] * 1e3:.3g}", f"{r['gb_per_s']:.0f}", f"{r['times_flat']:.3f}"] for r in report["tables"]
+    ]
+    return table(header, body)
+
+
+def generation(report=None):
+    """Whole generations, the reference's beside ours; and from which length of answers on handling weights stops to matter."""
+    report = report or results("generation-cpu")
+    reference, ours = "es-at-scale", "es_kernels, base fp32"
+    cells = {(r["model"], r["workload"], r["way"]): r for r in report["generations"]}
+    body = []
+    for model, workload in dict.fromkeys(key[:2] for key in cells):
+        theirs, mine = cells[model, workload, reference], cells[model, workload, ours]
+        if theirs["answers_measured"]:
+            seconds = (f"{theirs[part]:.3g}" for part in ("answers", "rewards"))
+            shares = (text for r in (theirs, mine) for text in (f"{r['weights']:.3g} + {r['update']:.3g}", f"{r['share_of_weights']:.2%}"))
+            body.append([model, workload, str(theirs["population"]), *seconds, *shares, f"{1 - mine['times_reference']:.1%}"])
+    header = ["model", "task", "N", "answers, s", "rewards, s", "es-at-scale: weights + update, s", "share", "ours: weights + update, s", "share", "whole generation saved"]
+    parts = [table(header, body)]
+    body = []
+    for model in dict.fromkeys(r["model"] for r in report["break_even"]):
+        rows = {r["way"]: r for r in report["break_even"] if r["model"] == model}
+        extra = (_bytes(max(rows[way]["peak_extra_bytes"].values())) for way in (reference, ours))
+        body.append([model, *(_tokens(rows[way]["tokens"][share]) for way in (reference, ours) for share in ("0.1", "0.01")), *extra])
+    header = ["200 questions, N = 30", "es-at-scale: a tenth", "a hundredth", "ours: a tenth", "a hundredth", "temporary memory: es-at-scale", "ours"]
+    return "\n\n".join([*parts, table(header, body)])
+
+
+def _tokens(n):
+    return f"{n} tokens" if n > 1 else "never"
+
+
+def memory():
+    """What a base costs, in bytes and in KV cache. Arithmetic."""
+    rows = results("generation-cpu")["memory"]
+    body = [[r["model"], *(f"{r[base]['bytes'] / 1e9:.1f} GB = {r[base]['kv_tokens']:,} tokens" for base in ("fp32", "copy", "None"))] for r in rows if r["model"] != "50M"]
+    return table(["bf16 model", "fp32", "copy", "None"], body)
+
+
+def exactness():
+    report = results("exactness")
+    setting = report["setting"]
+    body = []
+    for r in report["rows"]:
+        cells = [f"{r[when]['mean']:.1%} ± {r[when]['error']:.1%}" for when in ("midway", "end")]
+        differences = ["" if r["way"] == setting["reference"] else f"{100 * r[when]['difference']:+.1f} ± {100 * r[when]['difference_error']:.1f}" for when in ("midway", "end")]
+        body.append([r["way"], cells[0], differences[0], cells[1], differences[1]])
+    header = [f"{setting['seeds']} seeds, ± standard error", f"after {setting['midway']} generations", f"to {setting['reference']}", f"after {setting['generations']}", ""]
+    return table(header, body)
+
+
+def gpus():
+    """Everything of the GPUs that were measured."""
+    found = [path for path in sorted(RESULTS.glob("kernels-*.json")) if path.stem != "kernels-cpu"]
+    return "\n\n".join(map(of_machine, found)) or "No GPU has been measured yet."
+
+
+def of_machine(path):
+    """The tables of one result file of kernels.py, and of generation.py's beside it."""
+    report = json.loads(path.read_text())
+    beside = path.with_name(path.name.replace("kernels-", "generation-"))
+    report |= json.loads(beside.read_text()) if beside.exists() else {}
+    parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation}
+    return "\n\n".join(make(report) for key, make in parts.items() if report.get(key))
 
 
 def sass():
     rows = [r for r in results("static_analysis")["rows"] if r["arch"] == "sm_90" and "stochastic" not in r["kernel"] and "f16 <-" not in r["kernel"].replace("bf16 <-", "")]
     rows = [r for r in rows if not r["kernel"].endswith("<- f16")]
-    pipes = ["FMA", "ALU", "IMAD.WIDE", "memory", "other"]
+    pipes = ["FMA", "ALU", "IMAD.WIDE", "LSU", "uniform", "control"]
     body = [
         [r["kernel"], f"{r['instructions_per_value']:.2f}", *(f"{r['per_value'].get(p, 0):.2f}" for p in pipes), str(r["registers"]), str(r["spill_bytes"])] for r in rows
     ]
     return table(["kernel (out <- base)", "instructions a value", *pipes, "registers", "bytes spilled"], body)
+
+
+def predicted():
+    """Of the main kernels: share of a copy or normals a second, what binds, and the measurement beside it where there is one."""
+    rows = results("static_analysis")["predictions"]
+    kernels = [f"{triton}{kernel}" for triton in ("", "triton ") for kernel in ("perturb f32 <- f32", "perturb bf16 <- f32", "perturb bf16 <- bf16", "update")]
+    names = list(dict.fromkeys(r["gpu"] for r in rows))
+    cells = {(r["gpu"], r["kernel"]): _predicted_cell(r) for r in rows}
+    return table(["predicted", *names], [[kernel, *(cells[name, kernel] for name in names)] for kernel in kernels])
+
+
+def _predicted_cell(row):
+    """Of what binds, and how busy the busiest of the others is."""
+    p = row["predicted"]
+    name, busy = max(((name, busy) for name, busy in p["busy"].items() if name != p["binds"]), key=lambda pair: pair[1])
+    text = f"{_reach(p)}: {p['binds']} (then {name}, {busy:.0%} busy)"
+    return text + (f"; measured {_reach(row['measured'])}" if "measured" in row else "")
+
+
+def _reach(found):
+    return f"{found['share_of_copy']:.0%}" if "share_of_copy" in found else f"{found['normals_per_s']:.3g} / s"
 
 
 def noise():
@@ -77,8 +221,11 @@ def learning():
     return table(header, body)
 
 
+TABLES = {"cpu": cpu, "rivals": rivals, "generation": generation, "memory": memory, "gpus": gpus, "exactness": exactness, "learning": learning, "noise": noise, "noise-stats": noise_stats, "sass": sass, "predicted": predicted}
+
+
 def filled(text):
-    for name, make in (("cpu", cpu), ("learning", learning), ("noise", noise), ("noise-stats", noise_stats), ("sass", sass)):
+    for name, make in TABLES.items():
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + make() + "\n" + m[2], text, flags=re.S)
     return text
 
@@ -86,7 +233,11 @@ def filled(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--tables", type=pathlib.Path, metavar="FOLDER")
     args = parser.parse_args()
+    if args.tables:
+        print("\n\n".join(map(of_machine, sorted(args.tables.glob("kernels-*.json")))))
+        return
     readme = ROOT / "README.md"
     text = readme.read_text()
     if args.check:

@@ -7,13 +7,15 @@ import re
 import shutil
 import subprocess
 
-# The pipes of an SM: instructions a cycle and SM (NVIDIA's throughput table, cc 9.0) are 128 for FMA, 64 for ALU and IMAD.WIDE.
+# The pipes of an SM; how many instructions each takes a cycle is in gpus.py. "uniform": computed once a warp, beside the others.
 PIPES = {
-    "FMA": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|IMAD(?!\.WIDE|\.HI)",
+    "FMA": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|HSET2|IMAD(?!\.WIDE|\.HI)",
     "IMAD.WIDE": r"IMAD\.(WIDE|HI)",
-    "ALU": r"LOP3|SHF|IADD3|LEA|ISETP|FSETP|HSETP2|PRMT|I2FP|F2FP|SEL|FSEL|FMNMX|IMNMX|VIMNMX|MOV|PLOP3|SGXT|BMSK|POPC|IABS|VIADD",
+    "ALU": r"LOP3|SHF|IADD|LEA|ISETP|FSETP|HSETP2|PRMT|I2FP|F2FP|SEL|FSEL|FMNMX|IMNMX|VIMNMX|MOV|PLOP3|SGXT|BMSK|POPC|IABS|VIADD|CS2R|FCHK",
     "MUFU": r"MUFU|I2F(?!P)|F2I|F2F",
-    "memory": r"LD|ST|ATOM|RED",
+    "LSU": r"LDG|STG|LDS|STS|LDL|STL|LD\b|ST\b|ATOM|RED|SHFL",
+    "uniform": r"U[A-Z]|R2UR|S2UR|S2R|LDC",
+    "control": r"BRA|BSSY|BSYNC|CALL|RET|EXIT|BAR|WARPSYNC|NOP|BREAK|YIELD|DEPBAR|VOTE|P2R|R2P|BMOV|ERRBAR|MEMBAR|NANOSLEEP",
 }
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([^;]+);")
 
@@ -46,6 +48,18 @@ def functions(binary, arch):
             current = found.setdefault(line.split("Function :")[1].strip(), [])
         elif current is not None and (m := _LINE.search(line)):
             current.append(Instruction(int(m[1], 16), (m[2] or "").strip(), m[3].strip()))
+    return found
+
+
+def resources(binary, arch=None):
+    """{demangled name: registers and spilled bytes of a thread} of a cubin, or of a shared library's code for `arch`."""
+    only = ["-arch", arch] if arch else []
+    dump = subprocess.run([tool("cuobjdump"), "-res-usage", *only, str(binary)], capture_output=True, text=True, check=True).stdout
+    dump = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout if shutil.which("c++filt") else dump
+    found = {}
+    for name, usage in re.findall(r"Function (.+?):\n\s+(REG:.*)", dump):
+        numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        found[name.strip()] = {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
     return found
 
 

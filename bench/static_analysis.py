@@ -2,17 +2,20 @@
 
     python bench/static_analysis.py [--json bench/results/static_analysis.json] [--archs 90]
 
+Then gpus.py predicts from these counts and published rates what share of a copy's bandwidth each kernel can reach on an A100, H100, H200 and B200.
+
 Steady state: one trip through the innermost loop that makes normals, over the normals that it makes. Where the code branches (a NaN
-was seen) the shortest path is the one that data takes. Counted, not measured: how fast it runs is another question.
+was seen) the shortest path is the one that data takes. Counted, not measured: how fast a kernel runs is kernels.py's question.
 """
 
 import argparse
 import json
 import pathlib
 import re
-import subprocess
 
+import gpus
 import sass
+from es_finetune.files import write_atomically
 
 from es_kernels import native
 
@@ -24,7 +27,7 @@ BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, 
 def cuda_kernels(arch):
     """One row per loop of libes_cuda.so: kernel, instructions a value, pipes, 128-bit accesses; and registers and spills per kernel."""
     library = native.path("cuda")
-    resources = _resources(library, arch)
+    resources = sass.resources(library, arch)
     rows = []
     for name, code in sass.functions(library, arch).items():
         kernel = re.search(r"(perturb|update|fingerprint)(<true>|<false>)?", name)
@@ -55,16 +58,6 @@ def _label(kernel, trip):
     return f"{kernel} {out} <- {base}"
 
 
-def _resources(library, arch):
-    dump = subprocess.run([sass.tool("cuobjdump"), "-res-usage", "-arch", arch, str(library)], capture_output=True, text=True, check=True).stdout
-    dump = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
-    found = {}
-    for name, usage in re.findall(r"Function (.+?):\n\s+(REG:.*)", dump):
-        numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-        found[name.strip()] = {"registers": int(numbers["REG"]), "spill_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"])}
-    return found
-
-
 def triton_kernels(arch):
     """The same for the Triton kernels, if triton is installed."""
     try:
@@ -89,9 +82,21 @@ def main():
     rows = [row for a in args.archs for row in cuda_kernels(f"sm_{a}") + triton_kernels(f"sm_{a}")]
     for r in rows:
         pipes = ", ".join(f"{pipe} {n:.2f}" for pipe, n in r["per_value"].items())
-        print(f"{r['arch']:7} {r['kernel']:32} {r['instructions_per_value']:6.2f} a value  {r['registers']:3} registers  {r['spill_bytes']} B spilled  ({pipes})")
+        print(
+            f"{r['arch']:7} {r['kernel']:32} {r['instructions_per_value']:6.2f} a value  {r['registers']:3} registers  {r['spill_bytes']} B spilled  ({pipes})"
+        )
+    found = gpus.predictions(rows, args.json.parent)
+    for p in found:
+        print(
+            f"{p['gpu']:14} {p['kernel']:32} predicted {_reach(p['predicted'])}, {p['predicted']['binds']} binds"
+            + (f"; measured {_reach(p['measured'])}" if "measured" in p else "")
+        )
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"what": __doc__.split("\n")[0], "rows": rows}, indent=1) + "\n")
+    write_atomically(args.json, json.dumps({"what": __doc__.split("\n")[0], "rows": rows, "predictions": found}, indent=1) + "\n")
+
+
+def _reach(found):
+    return f"{found['share_of_copy']:.0%} of a copy" if "share_of_copy" in found else f"{found['normals_per_s']:.3g} normals/s"
 
 
 if __name__ == "__main__":

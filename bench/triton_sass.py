@@ -3,7 +3,6 @@
 import collections
 import pathlib
 import re
-import subprocess
 import tempfile
 
 import sass
@@ -21,9 +20,7 @@ def rows(arch):
             cubin = pathlib.Path(folder) / "kernel.cubin"
             cubin.write_bytes(backend.compile_for(int(arch.removeprefix("sm_")), **options).asm["cubin"])
             (code,) = sass.functions(cubin, arch).values()
-            usage = subprocess.run([sass.tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
-        numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        resources = {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
+            (resources,) = sass.resources(cubin).values()
         for trip in _trips(code):
             label = _label(trip, variant)
             if label:

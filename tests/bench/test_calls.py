@@ -18,7 +18,19 @@ pytestmark = pytest.mark.skipif(backends.unavailable("cpu", torch.device("cpu"))
 def run(tmp_path, cases):
     # A process of its own: the calls are pytest's tests themselves. CPU calls, also where there is a GPU.
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/python", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/calls.py", "-k", cases, "--benchmark-json", str(tmp_path / "calls.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "bench/calls.py",
+        "-k",
+        cases,
+        "--benchmark-json",
+        str(tmp_path / "calls.json"),
+    ]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 

@@ -76,7 +76,17 @@ def test_rows_are_whole(small):
 def test_out_of_time_keeps_what_there_is(small, capsys):
     content = small("--seconds", "0")
     assert not content["complete"] and not content["calls"]
-    assert "left out: calls of 4096 bf16" in capsys.readouterr().err
+    assert "left out: calls of 4096 bf16 (no time)" in capsys.readouterr().err
+
+
+def test_a_group_that_fails_does_not_cost_the_others(small, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("CUDA out of memory.\nand much more")
+
+    monkeypatch.setattr(kernels, "measure_calls", fails)
+    content = small()
+    assert not content["complete"] and content["rivals"] and content["tables"]
+    assert "calls of 1000 f16 (CUDA out of memory.)" in capsys.readouterr().err
 
 
 def test_wrong_bits_get_no_row(small, monkeypatch, tmp_path):

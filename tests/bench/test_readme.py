@@ -1,12 +1,76 @@
-"""Contract: every table of the README is what bench/readme.py makes of the committed results."""
+"""Contract: the README's tables and plots are those of bench/results, and the tables of a GPU's results, which are not there yet, can be made."""
 
+import json
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import plots
+import readme
 
 
-def test_tables_come_from_results():
+def test_readme_shows_the_results():
     run = subprocess.run([sys.executable, ROOT / "bench/readme.py", "--check"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_every_table_has_its_place():
+    text = (ROOT / "README.md").read_text()
+    assert all(text.count(f"<!-- {name} -->\n") == 1 for name in readme.TABLES)
+
+
+def test_plots_show_the_results():
+    assert [name for name in plots.PLOTS if not plots.is_current(name)] == []
+    text = (ROOT / "README.md").read_text()
+    assert all(f"(docs/{name}.png)" in text for name in plots.PLOTS)
+
+
+def test_a_plot_of_other_results_is_noticed(monkeypatch, tmp_path):
+    results = json.loads((plots.RESULTS / "exactness.json").read_text())
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    (tmp_path / "exactness.json").write_text(json.dumps(results | {"another": 1}))
+    assert not plots.is_current("exactness")
+
+
+@pytest.fixture
+def gpu_results(tmp_path):
+    """A folder as gpu.sh leaves it: the CPU's rows as those of two GPU backends."""
+    report = json.loads((ROOT / "bench/results/kernels-cpu.json").read_text())
+    report["machine"] |= {"gpu": "NVIDIA H200", "driver": "580", "triton": "3.6.0"}
+    calls = [row | {"isa": None, "threads": None} for row in report["calls"] if row.get("threads") != 1 and row["isa"] == report["calls"][0]["isa"]]
+    report["calls"] = [row | {"backend": b, "share_of_issue": 0.5} for row in calls for b in ("cuda", "triton")]
+    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps(report))
+    generation = (ROOT / "bench/results/generation-cpu.json").read_text()
+    (tmp_path / "generation-nvidia-h200.json").write_text(generation)
+    return tmp_path
+
+
+def test_the_tables_of_a_gpu(gpu_results, monkeypatch):
+    run = subprocess.run([sys.executable, ROOT / "bench/readme.py", "--tables", gpu_results], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (
+        "NVIDIA H200, driver 580" in run.stdout
+        and "| perturb bf16 <- f32 | cuda |" in run.stdout
+        and "| perturb bf16 <- f32 | triton |" in run.stdout
+    )
+    assert "| es-at-scale |" in run.stdout and "es-at-scale: a tenth" in run.stdout
+    monkeypatch.setattr(readme, "RESULTS", gpu_results)
+    assert readme.gpus() in run.stdout
+
+
+def test_the_plots_of_a_gpu(gpu_results, tmp_path):
+    plots.draw_folder(gpu_results, tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_and_plots_of_a_run_that_was_cut_off(tmp_path):
+    nothing = {"machine": {"gpu": "NVIDIA H200", "driver": "580"}, "calls": [], "tables": [], "rivals": []}
+    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps(nothing))
+    run = subprocess.run([sys.executable, ROOT / "bench/readme.py", "--tables", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    plots.draw_folder(tmp_path, tmp_path / "one.png")
+    assert (tmp_path / "one.png").exists()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
+import gpus
 import sass
 import static_analysis
 
@@ -39,6 +40,12 @@ def test_cuda_keeps_to_its_budget(cuda_rows):
     assert static_analysis.over_budget(cuda_rows) == []
 
 
+def test_every_instruction_has_a_pipe(cuda_rows):
+    for row in cuda_rows:
+        assert "other" not in row["per_value"], row
+        assert sum(row["per_value"].values()) == pytest.approx(row["instructions_per_value"], abs=0.02)
+
+
 def test_cuda_accesses_are_128_bit(cuda_rows):
     for row in cuda_rows:
         if row["kernel"].startswith("perturb"):
@@ -56,3 +63,37 @@ def test_triton_keeps_to_its_budget(tmp_path):
     assert static_analysis.over_budget(rows) == []
     for row in rows:
         assert all(".128" in access for access in row["accesses"]) or row["kernel"] == "triton update", row
+
+
+COUNTED = {
+    "arch": "sm_90",
+    "kernel": "perturb bf16 <- f32",
+    "instructions_per_value": 32.0,
+    "per_value": {"FMA": 8.0, "IMAD.WIDE": 4.0, "ALU": 12.0, "LSU": 0.5},
+}
+
+
+def test_a_prediction_by_hand():
+    # H200: 6 B at 0.9 * 4800 GB/s are 1.389 ps; 132 SMs at 1.98 GHz do 261.36 G cycles/s: 32 / 128 of one 0.957 ps, 12 / 64 of one 0.717 ps.
+    found = gpus.predict(COUNTED, "H200 SXM")
+    assert found["binds"] == "memory" and found["share_of_copy"] == 1
+    assert found["busy"]["issue"] == pytest.approx(0.957 / 1.389, abs=1e-3) and found["busy"]["ALU"] == pytest.approx(0.717 / 1.389, abs=1e-3)
+    assert found["busy"]["FMA"] == pytest.approx((8 + 4) / 128 / 0.26136 / 1.389, abs=1e-3)  # integer multiply-adds share the pipe
+    # Twice the instructions: 1.913 ps of issue slots, so 1.389 / 1.913 of a copy.
+    found = gpus.predict(COUNTED | {"instructions_per_value": 64.0}, "H200 SXM")
+    assert found["binds"] == "issue" and found["share_of_copy"] == pytest.approx(1.389 / 1.913, abs=1e-3)
+    # An update moves nothing: 261.36e9 * 128 / 32 normals a second.
+    assert gpus.predict(COUNTED | {"kernel": "update"}, "H200 SXM")["normals_per_s"] == pytest.approx(1.045e12, rel=1e-2)
+
+
+def test_what_was_measured_stands_beside_what_was_predicted(tmp_path):
+    calls = [{"backend": "cuda", "kernel": "perturb bf16 <- f32", "elements": n, "share_of_copy": n / 1000} for n in (100, 900, 500)]
+    calls.append({"backend": "triton", "kernel": "perturb bf16 <- f32", "elements": 2000, "share_of_copy": 0.5})
+    (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H200"}, "calls": calls}))
+    (tmp_path / "kernels-cpu.json").write_text(
+        json.dumps({"machine": {"processor": "any"}, "calls": [{"backend": "cpu", "kernel": "perturb bf16 <- f32"}]})
+    )
+    found = {row["gpu"]: row for row in gpus.predictions([COUNTED], tmp_path)}
+    assert found["H200 SXM"]["measured"] == {"share_of_copy": 0.9, "elements": 900}
+    assert "measured" not in found["H100 SXM"]
+    assert set(found) == {"H100 SXM", "H200 SXM"}
