@@ -66,16 +66,18 @@ def sizes(ax, report):
 
 
 def generation(ax, report):
-    """Share of a generation of 30 members that handling weights takes, by length of the answers; from measured parts."""
+    """Share of a generation of 30 members that handling weights takes, by length of the answers; dots: as far as answers were timed."""
     models = list(dict.fromkeys(r["model"] for r in report["break_even"]))
-    tokens = [2**i for i in range(12)]
     for model, color in zip(models, (BLUE, RED, GREEN)):
-        one = next(r for r in report["generations"] if r["model"] == model and r["workload"] == "one-token answers")
         for way, style in ((REFERENCE, "-"), (YARDSTICK, "--")):
             r = next(r for r in report["break_even"] if r["model"] == model and r["way"] == way)
-            weights = 30 * r["seconds_member"] + r["seconds_update"]
-            shares = [weights / (weights + one["answers"] + 30 * (n - 1) * r["seconds_a_token"]) for n in tokens]
+            weights = r["seconds_member"] + r["seconds_update"] / 30
+            tokens = list(map(int, r["seconds_answers"]))
+            shares = [weights / (weights + seconds) for seconds in r["seconds_answers"].values()]
             ax.plot(tokens, shares, style, color=color, label=f"{model}: {way}")
+            # Beyond the longest answer that was waited for the curve is an extrapolation.
+            known = [(n, share) for n, share in zip(tokens, shares) if n <= r["longest_measured"]]
+            ax.plot(*zip(*known), "o", color=color, ms=3)
     ax.axhline(0.01, color=GREY, lw=0.8)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")

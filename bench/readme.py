@@ -1,15 +1,19 @@
 """Writes the README's tables from bench/results/*.json.
 
-    python bench/readme.py                    rewrite README.md
-    python bench/readme.py --check            exit with 1 if it differs (a test does the same)
-    python bench/readme.py --tables FOLDER    print the tables of a machine's results, such as gpu.sh leaves
+python bench/readme.py                    rewrite README.md
+python bench/readme.py --check            exit with 1 if it differs (a test does the same)
+python bench/readme.py --tables FOLDER    print the tables of a machine's results, such as gpu.sh leaves
 """
 
 import argparse
 import json
+import math
 import pathlib
 import re
 import sys
+
+import gpus
+import shapes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -92,7 +96,8 @@ def launches(report):
     """Whole models in one launch, and how that compares with a flat tensor of their size."""
     header = ["model", "tensors", "", "backend", "ms", "GB/s", "times a flat tensor"]
     body = [
-        [r["model"], str(r["tensors"]), r["operation"], r["backend"], f"{r['seconds'] * 1e3:.3g}", f"{r['gb_per_s']:.0f}", f"{r['times_flat']:.3f}"] for r in report["tables"]
+        [r["model"], str(r["tensors"]), r["operation"], r["backend"], f"{r['seconds'] * 1e3:.3g}", f"{r['gb_per_s']:.0f}", f"{r['times_flat']:.3f}"]
+        for r in report["tables"]
     ]
     return table(header, body)
 
@@ -102,15 +107,33 @@ def generation(report=None):
     report = report or results("generation-cpu")
     reference, ours = "es-at-scale", "es_kernels, base fp32"
     cells = {(r["model"], r["workload"], r["way"]): r for r in report["generations"]}
-    body = []
+    body, guessed = [], []
     for model, workload in dict.fromkeys(key[:2] for key in cells):
         theirs, mine = cells[model, workload, reference], cells[model, workload, ours]
-        if theirs["answers_measured"]:
+        parts = [part for part in ("answers", "update") if not theirs[f"{part}_measured"]]
+        if parts:
+            guessed.append(
+                [model, workload, str(theirs["population"]), " and ".join(parts), *(f"{r['share_of_weights']:.2%}" for r in (theirs, mine))]
+            )
+        else:
             seconds = (f"{theirs[part]:.3g}" for part in ("answers", "rewards"))
             shares = (text for r in (theirs, mine) for text in (f"{r['weights']:.3g} + {r['update']:.3g}", f"{r['share_of_weights']:.2%}"))
             body.append([model, workload, str(theirs["population"]), *seconds, *shares, f"{1 - mine['times_reference']:.1%}"])
-    header = ["model", "task", "N", "answers, s", "rewards, s", "es-at-scale: weights + update, s", "share", "ours: weights + update, s", "share", "whole generation saved"]
+    header = [
+        "model",
+        "task",
+        "N",
+        "answers, s",
+        "rewards, s",
+        "es-at-scale: weights + update, s",
+        "share",
+        "ours: weights + update, s",
+        "share",
+        "whole generation saved",
+    ]
     parts = [table(header, body)]
+    if guessed:
+        parts.append(table(["extrapolated (answers.py, generation.py)", "task", "N", "what", "es-at-scale: share", "ours: share"], guessed))
     body = []
     for model in dict.fromkeys(r["model"] for r in report["break_even"]):
         rows = {r["way"]: r for r in report["break_even"] if r["model"] == model}
@@ -124,26 +147,59 @@ def _tokens(n):
     return f"{n} tokens" if n > 1 else "never"
 
 
+def countdown():
+    """The paper's main task, as its reference runs it. A prediction, from gpus.py's rates."""
+    gpu, values = gpus.GPUS["H200 SXM"], sum(map(math.prod, shapes.parameter_shapes("Qwen2.5-7B").values()))
+    bandwidth = gpu.gb_per_s * 1e9 * gpus.COPY_SHARE
+    weights, answers = (24 + 16) * values / bandwidth, 1024 * 2 * values / bandwidth
+    return (
+        f"Predicted for Qwen2.5-7B in bf16 on an H200: the reference moves 24 bytes a weight to perturb and restore a member and 16 more for its part of the update, "
+        f"{weights * 1e3:.0f} ms at {bandwidth / 1e12:.1f} TB/s. Each of 1024 tokens reads all weights, which alone takes {answers:.1f} s. So of the paper's Countdown handling weights "
+        f"is at most {weights / (weights + answers):.1%}."
+    )
+
+
 def memory():
     """What a base costs, in bytes and in KV cache. Arithmetic."""
     rows = results("generation-cpu")["memory"]
-    body = [[r["model"], *(f"{r[base]['bytes'] / 1e9:.1f} GB = {r[base]['kv_tokens']:,} tokens" for base in ("fp32", "copy", "None"))] for r in rows if r["model"] != "50M"]
-    return table(["bf16 model", "fp32", "copy", "None"], body)
+    held = {"fp32": "base fp32", "copy": "base copy", "None": "base None", "es-at-scale": "es-at-scale's temporaries"}
+    body = [[r["model"], *(_in_cache(r[key]) for key in held)] for r in rows if r["model"] != "50M"]
+    return table(["bf16 model", *held.values()], body)
+
+
+def _in_cache(held):
+    return f"{held['bytes'] / 1e9:.1f} GB = {held['kv_tokens']:,} tokens" if held["bytes"] else "none"
 
 
 def exactness():
+    """The ways of keeping bf16 weights: held-out answers while all learn and at the end, and what the reward measures."""
     report = results("exactness")
     setting = report["setting"]
     body = []
     for r in report["rows"]:
-        cells = [f"{r[when]['mean']:.1%} ± {r[when]['error']:.1%}" for when in ("midway", "end")]
-        differences = ["" if r["way"] == setting["reference"] else f"{100 * r[when]['difference']:+.1f} ± {100 * r[when]['difference_error']:.1f}" for when in ("midway", "end")]
-        body.append([r["way"], cells[0], differences[0], cells[1], differences[1]])
-    header = [f"{setting['seeds']} seeds, ± standard error", f"after {setting['midway']} generations", f"to {setting['reference']}", f"after {setting['generations']}", ""]
-    return table(header, body)
+        cells = []
+        for scale, digits, unit, found in ((100, 1, "%", r["midway"]), (100, 1, "%", r["end"]), (1, 4, "", r["log_p"]["end"])):
+            value, error, by, by_error = (scale * found[key] for key in ("mean", "error", "difference", "difference_error"))
+            cells.append(f"{value:.{digits}f}{unit} ± {error:.{digits}f}")
+            cells.append("" if r["way"] == setting["reference"] else f"{by:+.{digits}f} ± {by_error:.{digits}f}")
+        body.append([r["way"], *cells])
+    after = (
+        f"right after {setting['midway']} generations",
+        f"right after {setting['generations']}",
+        f"log-probability after {setting['generations']}",
+    )
+    header = [f"{setting['seeds']} seeds, ± standard error", *(text for title in after for text in (title, f"to {setting['reference']}"))]
+    left = "; ".join(
+        f"{way} {report[key]['changed']:.0%}, by {report[key]['error_over_step']:.2g} of a step"
+        for way, key in (("add then subtract", "add_then_subtract"), ("base None", "base_none"))
+    )
+    return (
+        table(header, body)
+        + f"\n\nWeights that a generation of {setting['population']} members changes though nothing is learnt (rms of the change): {left}."
+    )
 
 
-def gpus():
+def measured_gpus():
     """Everything of the GPUs that were measured."""
     found = [path for path in sorted(RESULTS.glob("kernels-*.json")) if path.stem != "kernels-cpu"]
     return "\n\n".join(map(of_machine, found)) or "No GPU has been measured yet."
@@ -159,11 +215,22 @@ def of_machine(path):
 
 
 def sass():
-    rows = [r for r in results("static_analysis")["rows"] if r["arch"] == "sm_90" and "stochastic" not in r["kernel"] and "f16 <-" not in r["kernel"].replace("bf16 <-", "")]
+    rows = [
+        r
+        for r in results("static_analysis")["rows"]
+        if r["arch"] == "sm_90" and "stochastic" not in r["kernel"] and "f16 <-" not in r["kernel"].replace("bf16 <-", "")
+    ]
     rows = [r for r in rows if not r["kernel"].endswith("<- f16")]
     pipes = ["FMA", "ALU", "IMAD.WIDE", "LSU", "uniform", "control"]
     body = [
-        [r["kernel"], f"{r['instructions_per_value']:.2f}", *(f"{r['per_value'].get(p, 0):.2f}" for p in pipes), str(r["registers"]), str(r["spill_bytes"])] for r in rows
+        [
+            r["kernel"],
+            f"{r['instructions_per_value']:.2f}",
+            *(f"{r['per_value'].get(p, 0):.2f}" for p in pipes),
+            str(r["registers"]),
+            str(r["spill_bytes"]),
+        ]
+        for r in rows
     ]
     return table(["kernel (out <- base)", "instructions a value", *pipes, "registers", "bytes spilled"], body)
 
@@ -171,7 +238,11 @@ def sass():
 def predicted():
     """Of the main kernels: share of a copy or normals a second, what binds, and the measurement beside it where there is one."""
     rows = results("static_analysis")["predictions"]
-    kernels = [f"{triton}{kernel}" for triton in ("", "triton ") for kernel in ("perturb f32 <- f32", "perturb bf16 <- f32", "perturb bf16 <- bf16", "update")]
+    kernels = [
+        f"{triton}{kernel}"
+        for triton in ("", "triton ")
+        for kernel in ("perturb f32 <- f32", "perturb bf16 <- f32", "perturb bf16 <- bf16", "update")
+    ]
     names = list(dict.fromkeys(r["gpu"] for r in rows))
     cells = {(r["gpu"], r["kernel"]): _predicted_cell(r) for r in rows}
     return table(["predicted", *names], [[kernel, *(cells[name, kernel] for name in names)] for kernel in kernels])
@@ -203,7 +274,10 @@ def noise_stats():
         p = [row["p"] for row in words]
         battery = f"{len(p)} p-values ({', '.join(orders)}), {min(p):.3f} to {max(p):.5f}; Bonferroni p of the most extreme {min(1, report['bonferroni']['words']):.3f}"
     rows = [
-        ["normals", f"{report['values']:.3g} from the CPU kernel: {len(normals)} statistics, the largest {max(abs(row['z']) for row in normals if row['z'] is not None):.2f} standard errors away"],
+        [
+            "normals",
+            f"{report['values']:.3g} from the CPU kernel: {len(normals)} statistics, the largest {max(abs(row['z']) for row in normals if row['z'] is not None):.2f} standard errors away",
+        ],
         ["the law's own distance to N(0, 1)", f"{report['law']['distance_to_normal']:.3g}"],
         ["correlation of x² and y² in a pair", f"{report['law']['pair_correlation_of_squares']:.4f} by enumeration (0 in exact Box-Muller)"],
         ["raw words, dieharder", battery],
@@ -221,7 +295,20 @@ def learning():
     return table(header, body)
 
 
-TABLES = {"cpu": cpu, "rivals": rivals, "generation": generation, "memory": memory, "gpus": gpus, "exactness": exactness, "learning": learning, "noise": noise, "noise-stats": noise_stats, "sass": sass, "predicted": predicted}
+TABLES = {
+    "cpu": cpu,
+    "rivals": rivals,
+    "generation": generation,
+    "countdown": countdown,
+    "memory": memory,
+    "gpus": measured_gpus,
+    "exactness": exactness,
+    "learning": learning,
+    "noise": noise,
+    "noise-stats": noise_stats,
+    "sass": sass,
+    "predicted": predicted,
+}
 
 
 def filled(text):

@@ -61,8 +61,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
     base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in the
                  storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which reads
                  it over the bus for every member, while the CPU computes the update). None: the live weights themselves,
-                 nothing extra; bf16 and f16 weights then drift by rounding, as in the paper's code (one generation of 30
-                 members leaves 48% of bf16 weights changed).
+                 nothing extra; bf16 and f16 weights then drift by rounding. Where a step is 0.75 of bf16's resolution, a
+                 generation of 30 members that learns nothing moves them by 4 steps, 4 times as far as adding and subtracting
+                 member by member (bench/exactness.py): the fused swap never comes back to the weights that it left.
     antithetic:  members 2k and 2k + 1 use the same noise with opposite signs.
     shaping:     how rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
                  sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three,
