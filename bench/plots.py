@@ -81,7 +81,7 @@ def generation(ax, report):
     ax.axhline(0.01, color=GREY, lw=0.8)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.2%}" if share < 0.01 else f"{share:.0%}")
+    ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     ax.set_xlabel("tokens of an answer (200 questions, N = 30)")
     ax.set_ylabel("handling weights, of a generation")
     ax.set_title(_machine(report))
@@ -99,7 +99,7 @@ def exactness(ax, report):
     ax.set_xlabel("generation")
     ax.set_ylabel("held-out questions answered right")
     ax.set_title(f"step / ulp {report['add_then_subtract']['step_over_ulp']['0.5']:.2f}, N = {setting['population']}, {setting['seeds']} seeds")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _machine(report):
