@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 RESULTS = ROOT / "bench/results"
+PAGES = ("README.md", "bench/README.md")
 
 
 def results(name):
@@ -89,7 +90,7 @@ def _rival_cells(r):
 
 
 def _bytes(n):
-    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB" if n >= 1e6 else "none"
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB" if n >= 1e6 else "under 1 MB"
 
 
 def launches(report):
@@ -325,11 +326,12 @@ def main():
     if args.tables:
         print("\n\n".join(map(of_machine, sorted(args.tables.glob("kernels-*.json")))))
         return
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if args.check:
-        sys.exit(0 if filled(text) == text else "README.md differs from bench/results: run python bench/readme.py")
-    readme.write_text(filled(text))
+    for name in PAGES:
+        text = (ROOT / name).read_text()
+        if not args.check:
+            (ROOT / name).write_text(filled(text))
+        elif filled(text) != text:
+            sys.exit(f"{name} differs from bench/results: run python bench/readme.py")
 
 
 if __name__ == "__main__":
