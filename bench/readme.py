@@ -210,7 +210,7 @@ def of_machine(path):
     """The tables of one result file of kernels.py, and of generation.py's beside it."""
     report = json.loads(path.read_text())
     beside = path.with_name(path.name.replace("kernels-", "generation-"))
-    report |= json.loads(beside.read_text()) if beside.exists() else {}
+    report = (json.loads(beside.read_text()) if beside.exists() else {}) | report
     parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation}
     return "\n\n".join(make(report) for key, make in parts.items() if report.get(key))
 
