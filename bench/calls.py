@@ -11,9 +11,8 @@ import statistics
 import time
 
 import pytest
-import torch
-
 import shapes
+import torch
 from operations import DTYPES, operations, right
 
 import es_kernels

@@ -1,6 +1,6 @@
 """Does exactness matter for learning? ES on bf16 weights where a step is about as large as their resolution, as at the paper's setting.
 
-    python bench/exactness.py [--seeds 8] [--generations 200] [--processes 2] [--runs FOLDER] [--json bench/results/exactness.json]
+    python bench/exactness.py [--seeds 6] [--generations 200] [--processes 2] [--runs FOLDER] [--json bench/results/exactness.json]
 
 arXiv:2509.24372 moves a weight by lr / sqrt(N) = 9.1e-5 a generation (rms), with sigma = 2 lr; bf16 resolves 1.2e-4 at 0.02, a usual weight: step /
 ulp = 0.75. The embedded model at sigma 0.002 and lr 0.001 has a median step / ulp of 0.75 too (quartiles 0.37 and 3.0). One generation of adding and
@@ -226,7 +226,7 @@ def _mean_and_error(curves):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=pathlib.Path, metavar="FOLDER", help="keeps each run that ended: a call after an interruption goes on")

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
 import kernels
+import machine
 import operations
 import rivals
 import shapes
@@ -152,3 +153,14 @@ def test_peak_memory_of_a_temporary():
     extra = timing.peak_extra_bytes(lambda: weights.add_(torch.ones(1 << 24)), "cpu")
     assert 0.9 * weights.nbytes < extra < 1.5 * weights.nbytes
     assert timing.peak_extra_bytes(lambda: weights.add_(1), "cpu") < 0.1 * weights.nbytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose sensors may be read")
+def test_what_no_sensor_says_is_unknown():
+    sensors = machine.Sensors("cuda")
+    assert sensors.now() == {"sm_mhz": None, "memory_mhz": None, "watts": None} and sensors.joules() is None
+    assert sensors.limits() == {"driver": None, "max_sm_mhz": None, "power_limit_watts": None}
+
+
+def test_files_are_named_after_the_machine():
+    assert machine.slug({"processor": "any"}) == "cpu" and machine.slug({"gpu": "NVIDIA H200"}) == "nvidia-h200"
