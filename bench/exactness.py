@@ -37,6 +37,7 @@ WAYS = {
     "bf16, base copy": (torch.bfloat16, {"base": "copy"}),
     "bf16, base copy, update to nearest": (torch.bfloat16, {"base": "copy", "update_rounding": "nearest"}),
     "bf16, base None": (torch.bfloat16, {"base": None}),
+    "bf16, base None, update to nearest": (torch.bfloat16, {"base": None, "update_rounding": "nearest"}),
     "bf16, add then subtract": (torch.bfloat16, None),
 }
 REFERENCE = "bf16, base fp32"

@@ -202,10 +202,10 @@ def _timed(seconds):
 OURS = [
     Operation("perturb", "bf16", "f32"),
     Operation("perturb", "bf16", "bf16"),
-    Operation("swap", "bf16", None, 2),
+    Operation("perturb", "bf16"),
     Operation("restore", "bf16", "f32", 0),
 ]
-OURS += [Operation("update", "f32", None, 30), Operation("update", "bf16", None, 30), Operation("update", "bf16", None, 30, True)]
+OURS += [Operation("update", "f32", None, 30), Operation("update", "bf16", None, 30, True)]
 
 
 def _weights(model, dtype, device):

@@ -119,7 +119,7 @@ class TrainConfig(Setup):
     anchored: bool = _flag("decay toward the initial weights instead of zero", False)
     base: str = _flag("where the exact weights live: fp32, copy, host or none", "fp32")
     perturb_rounding: str = _flag("nearest or stochastic, of perturbed weights", "nearest")
-    update_rounding: str | None = _flag("nearest or stochastic, of the update; stochastic with base copy, else nearest")
+    update_rounding: str | None = _flag("nearest or stochastic, of the update; stochastic with base copy and none, else nearest")
     tune: list[str] = _list("name patterns (as *.mlp.*) of the parameters to tune; all if not given")
     freeze: list[str] = _list("name patterns of parameters to leave out")
     sigma_for: list[str] = _list("PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts")

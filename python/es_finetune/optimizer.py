@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,35 @@ class Update(NamedTuple):
     z: tuple[float, ...] | None  # f32 values, 0 for dropped members; None: the rewards hold no signal, nothing was changed
 
 
+def make_update(generation: int, fitness: Sequence, dropped: Collection[int] = (), *, population: int, shaping: str, antithetic: bool) -> Update:
+    """What `EvolutionStrategy.tell` would do with these rewards, without any weights: for who hands it to several workers, each of which
+    will `apply` it. Arguments and errors as there."""
+    if len(fitness) != population:
+        raise ValueError(f"tell() needs {population} rewards, one per member, and got {len(fitness)}")
+    out = set(dropped)
+    if not out <= set(range(population)):
+        raise ValueError(f"dropped members must be in 0..{population - 1}, not {sorted(out - set(range(population)))}")
+    if antithetic:
+        out |= {member ^ 1 for member in out}
+    if len(out) == population:
+        raise ValueError("every member was dropped: there is nothing to learn from")
+    rewards = [None if member in out else checked_reward(reward, member, shaping) for member, reward in enumerate(fitness)]
+    scored = [reward for reward in rewards if reward is not None]
+    if shaping == "per_prompt":
+        scored = [math.fsum(reward) / len(reward) for reward in scored]
+    return Update(generation, math.fsum(scored) / len(scored), len(scored), SHAPINGS[shaping](rewards))
+
+
+def checked_reward(reward: Any, member: int, shaping: str) -> float | list[float]:
+    """What the shaping takes: one finite number, or with "per_prompt" a list of them. ValueError for anything else."""
+    if shaping != "per_prompt":
+        return _finite(reward, member)
+    is_sequence = getattr(reward, "ndim", 0) == 1 or (isinstance(reward, Sequence) and not isinstance(reward, (str, bytes)))
+    if not is_sequence or not len(reward):
+        raise ValueError(f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}')
+    return [_finite(of_prompt, member) for of_prompt in reward]
+
+
 class EvolutionStrategy(torch.optim.Optimizer):
     """Evolution strategies on named parameters, with forward passes only.
 
@@ -45,8 +74,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         theta <- theta - decay * (theta - anchor) + lr / N * sum_i Z_i * eps_i,   decay = lr * weight_decay
 
     theta is kept apart from the live weights that the model computes with (`base`), so that undoing a perturbation is exact.
-    live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `replay`, `load_state_dict` and on leaving
-    `perturbed`, by exception too. Equal rewards give equal bits of theta on every device and backend.
+    live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `restore`, `apply`, `replay`, `load_state_dict`
+    and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every device and backend.
 
     params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
                  "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
@@ -61,9 +90,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
     base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in the
                  storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which reads
                  it over the bus for every member, while the CPU computes the update). None: the live weights themselves,
-                 nothing extra; bf16 and f16 weights then drift by rounding. Where a step is 0.75 of bf16's resolution, a
-                 generation of 30 members that learns nothing moves them by 4 steps, 4 times as far as adding and subtracting
-                 member by member (bench/exactness.py): the fused swap never comes back to the weights that it left.
+                 nothing extra; each member is subtracted again, and bf16 and f16 weights drift by rounding. At the paper's setting a
+                 generation of 30 members that learns nothing changes 24% of bf16 weights, by half a step (rms).
     antithetic:  members 2k and 2k + 1 use the same noise with opposite signs.
     shaping:     how rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
                  sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three,
@@ -73,8 +101,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
                  coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation
                  without signal changes nothing and is not part of any sum, but the others age by it.
     perturb_rounding, update_rounding:  "nearest" or "stochastic", for writing theta + sigma * eps into live and the update
-                 into theta. The update rounds stochastically by default where theta is a "copy", since bf16 would lose
-                 most small steps (N = 30, weights of scale 0.1: 53%), else to nearest.
+                 into theta. The update rounds stochastically by default where theta is kept in the weights' dtype ("copy" and
+                 None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else to nearest.
 
     There are no gradients here; `step`, `evaluate` and their closures run without autograd.
     """
@@ -106,7 +134,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         if momentum_window < 1:
             raise ValueError(f"momentum_window counts the present generation: it must be at least 1, not {momentum_window}")
         if update_rounding is None:
-            update_rounding = "stochastic" if base == "copy" else "nearest"
+            update_rounding = "stochastic" if base in ("copy", None) else "nearest"
         for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
             if rounding not in ROUNDINGS:
                 raise ValueError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
@@ -181,32 +209,32 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """
         self._refuse_if_perturbed("step()")
         try:
-            rewards = self._visit(lambda member: self._reward(closure(), member))
-            return self._update(rewards).mean  # writes live, so that restoring it first would be in vain
+            rewards = []
+            for member in self.ask():
+                self.perturb(member)
+                rewards.append(checked_reward(closure(), member, self.shaping))
+            return self._apply(self._shaped(rewards)).mean  # writes live, so that restoring it first would be in vain
         except BaseException:
-            self._move_to(None)
+            self.restore()
             raise
 
     @torch.no_grad()
-    def evaluate(self, closure: Callable[[int], _Result]) -> list[_Result]:
-        """Call `closure(member)` once per member of this generation, in order, with that member's weights in place.
+    def evaluate(self, closure: Callable[[int], _Result], members: Iterable[int] | None = None) -> list[_Result]:
+        """Call `closure(member)` once per member of this generation, in order, with that member's weights in place; or for `members`,
+        drawn one at a time, as from a queue that several workers share.
 
         Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by exception
         too.
         """
         self._refuse_if_perturbed("evaluate()")
-        try:
-            return self._visit(closure)
-        finally:
-            self._move_to(None)
-
-    def _visit(self, closure: Callable[[int], _Result]) -> list[_Result]:
-        """closure(member) of each member. The last one's weights stay in place."""
         results = []
-        for member in self.ask():
-            self._move_to(member)
-            results.append(closure(member))
-        return results
+        try:
+            for member in self.ask() if members is None else members:
+                self.perturb(member)
+                results.append(closure(member))
+            return results
+        finally:
+            self.restore()
 
     def ask(self) -> range:
         """The members of this generation. Evaluate each inside `perturbed(member)`, in any order, then `tell`."""
@@ -216,13 +244,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def perturbed(self, member: int) -> Iterator[None]:
         """Within the `with` block the model computes with theta + sigma * eps of this member of this generation."""
         self._refuse_if_perturbed("perturbed()")
-        if member not in self.ask():
-            raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
         try:
-            self._move_to(member)
+            self.perturb(member)
             yield
         finally:
-            self._move_to(None)
+            self.restore()
 
     def tell(self, fitness: Sequence[float] | Sequence[Sequence[float]], dropped: Collection[int] = ()) -> Update:
         """Update theta from the reward of every member, in member order, and begin the next generation.
@@ -232,50 +258,38 @@ class EvolutionStrategy(torch.optim.Optimizer):
         over the rest. With antithetic, a dropped member's partner goes too.
         """
         self._refuse_if_perturbed("tell()")
-        if len(fitness) != self.population:
-            raise ValueError(f"tell() needs {self.population} rewards, one per member, and got {len(fitness)}")
-        out = set(dropped)
-        if not out <= set(self.ask()):
-            raise ValueError(f"dropped members must be in 0..{self.population - 1}, not {sorted(out - set(self.ask()))}")
-        if self.antithetic:
-            out |= {member ^ 1 for member in out}
-        rewards = [None if member in out else self._reward(reward, member) for member, reward in enumerate(fitness)]
-        if len(out) == self.population:
-            raise ValueError("every member was dropped: there is nothing to learn from")
-        return self._update(rewards)
+        return self._apply(self._shaped(fitness, dropped))
 
     def replay(self, update: Update) -> Update:
         """Do again what a recorded `update` of this generation did, from its z and scored, without evaluating anything.
 
         The bits are those of the original run if the param_groups' options are those of then, and the generations before were
-        replayed too. With base=None each swap of members rounds, so all of them are repeated, in the order of `step` and
+        replayed too. With base=None each member leaves its rounding, so all of them are repeated, in the order of `step` and
         `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update is not of this generation
         and population.
         """
         self._refuse_if_perturbed("replay()")
-        if update.generation != self.generation:
-            raise ValueError(f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay in order")
-        if update.z is not None and len(update.z) != self.population:
-            raise ValueError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
+        self._refuse_other(update)
         if self.base is None:
             self.evaluate(lambda member: None)
         return self._apply(update)
 
-    def _reward(self, reward: Any, member: int) -> float | list[float]:
-        """What the shaping takes: one finite number, or with "per_prompt" a list of them. ValueError for anything else."""
-        if self.shaping != "per_prompt":
-            return _finite(reward, member)
-        is_sequence = getattr(reward, "ndim", 0) == 1 or (isinstance(reward, Sequence) and not isinstance(reward, (str, bytes)))
-        if not is_sequence or not len(reward):
-            raise ValueError(f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}')
-        return [_finite(of_prompt, member) for of_prompt in reward]
+    @torch.no_grad()
+    def apply(self, update: Update) -> Update:
+        """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped already
+        (`make_update`). ValueError, with nothing changed, if it is not of this generation and population."""
+        self._refuse_if_perturbed("apply()")
+        self._refuse_other(update)
+        return self._apply(update)
 
-    def _update(self, rewards: Sequence[float | list[float] | None]) -> Update:
-        scored = [reward for reward in rewards if reward is not None]
-        z = SHAPINGS[self.shaping](rewards)
-        if self.shaping == "per_prompt":
-            scored = [math.fsum(reward) / len(reward) for reward in scored]
-        return self._apply(Update(self.generation, math.fsum(scored) / len(scored), len(scored), z))
+    def _refuse_other(self, update: Update) -> None:
+        if update.generation != self.generation:
+            raise ValueError(f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay in order")
+        if update.z is not None and len(update.z) != self.population:
+            raise ValueError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
+
+    def _shaped(self, fitness, dropped=()) -> Update:
+        return make_update(self.generation, fitness, dropped, population=self.population, shaping=self.shaping, antithetic=self.antithetic)
 
     def _apply(self, update: Update) -> Update:
         """Change theta by this update and those before it that momentum still carries, and begin the next generation."""
@@ -285,7 +299,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         seeds = [seed for term in terms for seed in self._noise_seeds(term)]
         coefs = [[coef for term in terms for coef in self._coefs(term, group["lr"])] for group in self.param_groups]
         if self.base is None:
-            self._move_to(None)
+            self.restore()
         for group, coefs_of_group, weights in zip(self.param_groups, coefs, self._weights):
             weights.step = Step()
             if terms:
@@ -316,25 +330,35 @@ class EvolutionStrategy(torch.optim.Optimizer):
             z = [plus - minus for plus, minus in zip(z[::2], z[1::2])]
         return [float(np.float32(scale * value)) for value in z]
 
-    def _move_to(self, member: int | None) -> None:
-        """Make live the weights of this member, or with None theta itself."""
+    @torch.no_grad()
+    def perturb(self, member: int) -> None:
+        """Make the model compute with theta + sigma * eps of this member, whichever was in place before. `restore` ends it; `perturbed`
+        and `evaluate` do so by themselves."""
+        if member not in self.ask():
+            raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
+        sign = -1.0 if self.antithetic and member % 2 else 1.0
+        if self.base is None:
+            self.restore()
         for group, weights in zip(self.param_groups, self._weights):
-            if member is None and weights.inside is None:
+            # before the write: if it is interrupted, live must be written again
+            weights.inside = seed, coef = self._noise_seed(self.generation, member), sign * group["sigma"]
+            base = {} if self.base is None else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
+            self._add(weights.live, [seed], [coef], **base)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make the model compute with theta again, if a member is in place."""
+        for weights in self._weights:
+            if weights.inside is None:
                 continue
-            sign = -1.0 if self.antithetic and member is not None and member % 2 else 1.0
-            target = None if member is None else (self._noise_seed(self.generation, member), sign * group["sigma"])
-            if self.base is None:
-                # One pass takes the old member out and puts the new one in.
-                terms = [] if weights.inside is None else [(weights.inside[0], -weights.inside[1])]
-                terms += [] if target is None else [target]
-                self._add(weights.live, *zip(*terms))
-                weights.inside = target
-            elif target is None:
+            if self.base is not None:
                 self._restore(weights)
             else:
-                weights.inside = target  # before the write: if it is interrupted, live must be written again
-                rounding = self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)
-                self._add(weights.live, [target[0]], [target[1]], base=weights.theta, **rounding)
+                # A pass of its own, before the next member's: most weights are then back where they were. Both in one pass would save
+                # half the memory traffic and never come back: one rounding a member, which add up (bench/FACTS.md).
+                seed, coef = weights.inside
+                self._add(weights.live, [seed], [-coef])
+                weights.inside = None
 
     def _restore(self, weights: _Weights) -> None:
         """live <- nearest(theta)."""

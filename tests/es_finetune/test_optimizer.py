@@ -130,7 +130,7 @@ def test_a_step_that_fails_changes_nothing(bits, weights, bad):
     assert opt.generation == 1
 
 
-def test_without_a_base_members_are_swapped_in_and_f32_comes_back_nearly(weights):
+def test_without_a_base_f32_comes_back_nearly(weights):
     named = weights(F32)
     opt = EvolutionStrategy(named, sigma=0.05, population=4, base=None)
     assert opt._weights[0].theta is opt._weights[0].live
@@ -153,6 +153,15 @@ def test_without_a_base_members_are_swapped_in_and_f32_comes_back_nearly(weights
         opt.step(lambda: 1 / 0)
     for name, t in tensors(opt).items():
         torch.testing.assert_close(t, start[name], rtol=0, atol=1e-6)
+
+
+def test_without_a_base_most_bf16_weights_come_back():
+    """A member is taken out before the next is put in: what is left is in weights that changed their power of two in between. A swap in one
+    pass would leave a rounding of every member, in 3 of 4 weights."""
+    weight = torch.nn.Parameter(torch.empty(1 << 14).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).bfloat16())
+    before = weight.detach().clone()
+    EvolutionStrategy([("w", weight)], sigma=1e-3, lr=5e-4, population=30, base=None).step(lambda: 0.0)
+    assert 0 < (weight != before).float().mean() < 0.3
 
 
 def calls(opt):
@@ -427,13 +436,13 @@ def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, base):
     assert_same(bits, tensors(opt, "live"), tensors(stepped, "live"))
 
 
-def test_a_generation_passes_over_memory_as_seldom_as_it_can(weights, monkeypatch):
+def test_a_generation_passes_over_memory_so_often(weights, monkeypatch):
     passes = []
     add_noise_ = es_kernels.add_noise_
     monkeypatch.setattr(
         es_kernels, "add_noise_", lambda out, seeds, coefs, **rest: passes.append(len(seeds)) or add_noise_(out, seeds, coefs, **rest)
     )
-    for base, step, replay in (("fp32", [1, 1, 1, 1, 4, 0], [4, 0]), (None, [1, 2, 2, 2, 1, 4], [1, 2, 2, 2, 1, 4])):
+    for base, step, replay in (("fp32", [1, 1, 1, 1, 4, 0], [4, 0]), (None, [1] * 8 + [4], [1] * 8 + [4])):
         opt = EvolutionStrategy(weights(F32), population=4, base=base)
         fitness = iter(rewards(0, 4))
         opt.step(fitness.__next__)
@@ -455,7 +464,7 @@ REPLAYED = [
 
 @pytest.mark.parametrize("config", REPLAYED, ids=str)
 def test_a_replay_of_the_updates_is_the_run(bits, weights, config):
-    """In bf16, where with base=None each swap rounds; the second generation has no signal, and lr and sigma change."""
+    """In bf16, where with base=None each member leaves its rounding; the second generation has no signal, and lr and sigma change."""
     original, replayed = (EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.02, population=6, seed=3, **config) for _ in range(2))
     shaped = centred_ranks if "shaping" in config else z_scores
     for generation in range(4):
