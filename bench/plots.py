@@ -15,7 +15,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "bench/results", ROOT / "docs"
-BLUE, RED, GREY, SAND, GREEN, VIOLET = "#1f6f8b", "#d1495b", "#555555", "#c8a951", "#5b8c5a", "#7a5c99"
+BLUE, RED, GREY, SAND, GREEN, VIOLET, BROWN = "#1f6f8b", "#d1495b", "#555555", "#c8a951", "#5b8c5a", "#7a5c99", "#8a5a44"
 YARDSTICK, REFERENCE = "es_kernels, base fp32", "es-at-scale"
 
 
@@ -91,7 +91,7 @@ def generation(ax, report):
 def exactness(ax, report):
     """Held-out answers over generations; bands: one standard error over seeds."""
     setting = report["setting"]
-    for row, color in zip(report["rows"], (GREY, BLUE, GREEN, SAND, VIOLET, RED)):
+    for row, color in zip(report["rows"], (GREY, BLUE, GREEN, SAND, VIOLET, BROWN, RED), strict=True):
         at = [i * setting["look_every"] for i in range(len(row["mean"]))]
         ax.plot(at, row["mean"], color=color, lw=1.5, label=row["way"])
         ax.fill_between(at, *([m + sign * e for m, e in zip(row["mean"], row["error"])] for sign in (-1, 1)), color=color, alpha=0.15, lw=0)

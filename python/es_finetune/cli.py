@@ -75,16 +75,20 @@ def _train(arguments: list[str]) -> None:
         arguments = _flags_of(read_log(Path(folder) / "run.log")[0]["config"], TrainConfig) + arguments
     config = _parse(TrainConfig, arguments, "train")
     from es_finetune.progress import value
-    from es_finetune.trainer import RewardFailed, Trainer
+    from es_finetune.trainer import Trainer, follow
+    from es_finetune.worker import RewardFailed
+    from es_finetune.workers import WorkersDiffer, ranks
 
+    if not ranks.leads():
+        return follow(config)
     trainer = Trainer(config)
     try:
         summary = trainer.train()
     except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, (OSError, RewardFailed, KeyboardInterrupt)):
+        if not isinstance(error, (OSError, RewardFailed, WorkersDiffer, KeyboardInterrupt)):
             traceback.print_exc()  # nobody foresaw it
         words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
-        kept = f"{trainer.optimizer.generation} generations are kept in {config.output}"
+        kept = f"{trainer.generation} generations are kept in {config.output}"
         begun = read_log(Path(config.output) / "run.log")[0]["config"]
         changed = _flags_of({name: value for name, value in asked(config).items() if value != begun[name]}, TrainConfig)
         command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])

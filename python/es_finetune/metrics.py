@@ -41,8 +41,9 @@ def rewards_by_prompt(task: Task, members: Sequence[Row]) -> list[list[float]]:
     return [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
 
 
-def population_row(members: Sequence[Row], means: Sequence[float], seconds: float) -> Row:
-    """The part of a row of metrics.jsonl that the members' lines and mean rewards give; `seconds`: of the whole generation."""
+def population_row(members: Sequence[Row], means: Sequence[float], seconds: float, workers: int) -> Row:
+    """The part of a row of metrics.jsonl that the members' lines and mean rewards give; `seconds`: of the whole generation, of which each
+    of the workers had as many."""
     mean = math.fsum(means) / len(means)
     generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
     tokens = sum(member["tokens"] for member in members)
@@ -56,9 +57,10 @@ def population_row(members: Sequence[Row], means: Sequence[float], seconds: floa
         "seconds": seconds,
         "seconds_generate": generating,
         "seconds_score": scoring,
-        "share_outside": max(0.0, 1 - (generating + scoring) / seconds),
+        "workers": workers,
+        "share_outside": max(0.0, 1 - (generating + scoring) / (seconds * workers)),
         "tokens": tokens,
-        "tokens_per_second": tokens / generating if generating else 0.0,
+        "tokens_per_second": tokens * workers / generating if generating else 0.0,
         "identical": share_identical([member["digest"] for member in members]),
         "failed": sum(member["failed"] for member in members),
         "failed_example": next((member["error"] for member in members if member["error"] is not None), None),
@@ -88,7 +90,8 @@ def summary(metric: str, rows: Sequence[Row], looks: Sequence[Row]) -> Row:
     last = looks[-1]
     first = next((look for look in looks if look["generation"] == 0), {metric: None, "low": None, "high": None})
     seconds = {f"seconds{part}": math.fsum(row[f"seconds{part}"] for row in rows) for part in ("", "_generate", "_score", "_kernels")}
-    training = seconds.pop("seconds")
+    del seconds["seconds"]
+    training = math.fsum(row["seconds"] * row["workers"] for row in rows)
     return {
         "metric": metric,
         "base": first[metric],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -219,9 +219,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def evaluate(self, closure: Callable[[int], _Result], members: Iterable[int] | None = None) -> list[_Result]:
-        """Call `closure(member)` once per member of this generation, in order, with that member's weights in place; or for `members`,
-        drawn one at a time, as from a queue that several workers share.
+    def evaluate(self, closure: Callable[[int], _Result]) -> list[_Result]:
+        """Call `closure(member)` once per member of this generation, in order, with that member's weights in place.
 
         Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by exception
         too.
@@ -229,7 +228,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self._refuse_if_perturbed("evaluate()")
         results = []
         try:
-            for member in self.ask() if members is None else members:
+            for member in self.ask():
                 self.perturb(member)
                 results.append(closure(member))
             return results
@@ -337,11 +336,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
         if member not in self.ask():
             raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
         sign = -1.0 if self.antithetic and member % 2 else 1.0
+        wanted = [(self._noise_seed(self.generation, member), sign * group["sigma"]) for group in self.param_groups]
+        if wanted == [weights.inside for weights in self._weights]:
+            return
         if self.base is None:
             self.restore()
-        for group, weights in zip(self.param_groups, self._weights):
-            # before the write: if it is interrupted, live must be written again
-            weights.inside = seed, coef = self._noise_seed(self.generation, member), sign * group["sigma"]
+        for weights, (seed, coef) in zip(self._weights, wanted):
+            weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
             base = {} if self.base is None else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
             self._add(weights.live, [seed], [coef], **base)
 

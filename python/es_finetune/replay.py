@@ -17,6 +17,7 @@ from es_finetune.runlog import Generation, read_log
 from es_finetune.segments import named_segments
 from es_finetune.snapshot import load_snapshot
 from es_finetune.tuning import make_optimizer
+from es_kernels.table import DTYPES
 
 
 @dataclass
@@ -42,8 +43,9 @@ def rebuild(run: str | Path, *, model: str | None = None, device: str = "auto", 
         raise ValueError(f"{run} has {len(generations)} generations, not {generation}")
     config = config_of(header, run)
     loaded, tokenizer, _ = load_model(model or config.model, device=pick_device(device), **model_options(config))
-    optimizer = make_optimizer(loaded, config)
-    check_start(header, loaded, optimizer, model or config.model)
+    entries = list(named_segments(loaded))
+    optimizer = make_optimizer(entries, config)
+    check_start(header, start_of(entries, optimizer), model or config.model)
     fast_forward(optimizer, generations[:generation], on_generation)
     return Rebuilt(config, header, generations, loaded, tokenizer, optimizer)
 
@@ -55,9 +57,9 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
         raise ValueError(f"{run} was written by es_finetune {header['es_finetune']}, whose configs differ: {error}") from None
 
 
-def start_of(model: torch.nn.Module, optimizer: EvolutionStrategy) -> dict[str, Any]:
-    """What the log's header says of the weights before the first update."""
-    every = [entry for entry in named_segments(model) if entry[1].dtype in (torch.float32, torch.bfloat16, torch.float16)]
+def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str, Any]:
+    """What the log's header says of the weights before the first update; `entries`: of all parameters, as named_segments gives them."""
+    every = [entry for entry in entries if entry[1].dtype in DTYPES]
     return {
         "noise_version": es_kernels.noise.VERSION,
         "base_fingerprint": f"{es_kernels.fingerprint(es_kernels.ParamTable(every)):016x}",  # frozen parameters too
@@ -66,11 +68,10 @@ def start_of(model: torch.nn.Module, optimizer: EvolutionStrategy) -> dict[str, 
     }
 
 
-def check_start(header: dict[str, Any], model: torch.nn.Module, optimizer: EvolutionStrategy, name: str) -> None:
-    """ValueError unless the log's first update was made on these weights and with this noise."""
-    if header["noise_version"] != es_kernels.noise.VERSION:
-        raise ValueError(f"the run was made with noise version {header['noise_version']}, this es_kernels has version {es_kernels.noise.VERSION}")
-    here = start_of(model, optimizer)
+def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
+    """ValueError unless the log's first update was made on weights that started as `here` says (start_of) and with this noise."""
+    if header["noise_version"] != here["noise_version"]:
+        raise ValueError(f"the run was made with noise version {header['noise_version']}, this es_kernels has version {here['noise_version']}")
     if header["base_fingerprint"] != here["base_fingerprint"]:
         raise ValueError(f"model {name} is not the one the run began with: its fingerprint is {here['base_fingerprint']}, the log says {header['base_fingerprint']}")
     if header["theta"] != here["theta"]:

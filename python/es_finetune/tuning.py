@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-
-import torch
+from collections.abc import Iterable
 
 from es_finetune.config import TrainConfig, optimizer_options, own_sigmas
 from es_finetune.optimizer import EvolutionStrategy
-from es_finetune.segments import named_segments
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> EvolutionStrategy:
-    """The optimizer of this config over the parameters of `model` that require grad, one group for each sigma.
+def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionStrategy:
+    """The optimizer of this config over the parameters that require grad, one group for each sigma. `entries`: of all parameters, as
+    segments.named_segments gives them.
 
     A pattern is matched with the whole name, as a shell does it: * stands for anything. A parameter that a checkpoint holds
     as several tensors is matched by any of their names. ValueError for a pattern that fits no parameter.
@@ -21,7 +20,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> EvolutionStra
     own_sigma = own_sigmas(config)
     unused = {*config.tune, *config.freeze, *(pattern for pattern, _ in own_sigma)}
     groups: dict[float, list] = {}
-    for entry in named_segments(model):
+    for entry in entries:
         if not entry[1].requires_grad:
             continue
         names = [entry[0], *(segment.name for segment in (entry[2] if len(entry) == 3 else ()))]

@@ -142,7 +142,7 @@ def test_a_snapshot_changes_no_bit_and_a_damaged_one_is_refused(tmp_path):
     whole = run(tmp_path / "run", snapshot_every=2)
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["theta-000004.safetensors"]
     trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), resume=True, **OPTIONS))
-    assert f"{trainer.optimizer.fingerprint():016x}" == whole["fingerprint"]
+    assert f"{trainer.workers.weights.optimizer.fingerprint():016x}" == whole["fingerprint"]
     trainer.log.close(), trainer.journal.close()
     snapshot = tmp_path / "run" / "snapshots" / "theta-000004.safetensors"
     data = bytearray(snapshot.read_bytes())
@@ -192,7 +192,7 @@ def test_another_model_and_other_items_are_refused(interrupted, build_model):
 def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
     shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
     config = TrainConfig(output=str(interrupted), resume=True, **{**OPTIONS, "model": str(tmp_path / "copy"), "task": "countdown-char", "sigma": 0.01, "lr": 0.01, "batch_size": 128, "threads": 1})
-    assert Trainer(config, task=CountdownChar()).optimizer.generation == 2
+    assert Trainer(config, task=CountdownChar()).generation == 2
 
 
 def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):

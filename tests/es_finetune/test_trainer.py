@@ -113,7 +113,7 @@ def test_any_model_is_tuned_and_exported(save_tiny, tmp_path, kind, dtype):
     assert generations[-1].z is not None
     (weights,) = (tmp_path / "run" / "model").glob("*.safetensors")
     tensors = load_file(weights)
-    assert es_kernels.fingerprint(tensors) == generations[-1].live == trainer.optimizer.fingerprint("live")
+    assert es_kernels.fingerprint(tensors) == generations[-1].live == trainer.workers.weights.optimizer.fingerprint("live")
     assert {t.dtype for t in tensors.values()} == {torch.float32 if kind == "lora" else getattr(torch, dtype)}
     if kind == "lora":
         base = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -159,7 +159,7 @@ def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), task=task, model=model, report_to=["none"], **options))
     trainer.train()
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
-    assert row["tokens"] > 0 and row["failed"] == 0 and trainer.optimizer.generation == 1
+    assert row["tokens"] > 0 and row["failed"] == 0 and trainer.workers.weights.optimizer.generation == 1
     found = assess(EvalConfig(run=str(tmp_path / "run"), model=model, task=task, data=options.get("data"), test_data=options.get("test_data"), items=1, batch_size=20, max_new_tokens=8))
     assert found["samples"] == (20 if task == "conciseness" else 1) and found["questions"] == 1
 
@@ -250,14 +250,14 @@ def test_and_of_a_bf16_model(plain_bf16, tmp_path, options, changed):
 
 def test_roundings_reach_the_optimizer(tmp_path):
     options = {"perturb_rounding": "stochastic", "update_rounding": "stochastic"}
-    optimizer = Trainer(TrainConfig(output=str(tmp_path / "run"), **options)).optimizer
+    optimizer = Trainer(TrainConfig(output=str(tmp_path / "run"), **options)).workers.weights.optimizer
     assert (optimizer.perturb_rounding, optimizer.update_rounding) == ("stochastic", "stochastic")
 
 
 def test_masks_and_own_sigmas_reach_the_parameters_they_name(tmp_path):
     options = {"freeze": ["*embed*"], "sigma_for": ["*norm*=0.5", "*layers.1*=0.25"]}
     trainer = outcome(tmp_path / "run", **options)["trainer"]
-    sigmas = {name: group["sigma"] for group, weights in zip(trainer.optimizer.param_groups, trainer.optimizer.tables) for name in weights.live.names}
+    sigmas = {name: group["sigma"] for group, weights in zip(trainer.workers.weights.optimizer.param_groups, trainer.workers.weights.optimizer.tables) for name in weights.live.names}
     assert {name for name, sigma in sigmas.items() if sigma == 0.5} == {name for name, _ in trainer.model.named_parameters() if "norm" in name}
     assert sigmas["model.layers.1.mlp.up_proj.weight"] == 0.25 and sigmas["model.layers.0.mlp.up_proj.weight"] == 0.02
     assert not any("embed" in name for name in sigmas)
@@ -358,7 +358,7 @@ def test_a_reward_that_always_fails_changes_nothing(tmp_path):
 
     trainer = train(tmp_path / "run", Broken(), model="embedded", prompts=0)
     header, generations = read_log(tmp_path / "run" / "run.log")
-    assert [g.z for g in generations] == [None, None] and f"{trainer.optimizer.fingerprint():016x}" == header["theta"]
+    assert [g.z for g in generations] == [None, None] and f"{trainer.workers.weights.optimizer.fingerprint():016x}" == header["theta"]
     assert [(look["reward"], look["failed"]) for look in read_rows(tmp_path / "run" / "evals.jsonl")] == [(0.0, 8), (0.0, 8)]
 
 

@@ -1,0 +1,174 @@
+"""A worker: one copy of the model with its engine and the task. It evaluates members and repeats every update; alone it is all that a run needs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import es_kernels
+from es_finetune.config import TrainConfig, model_options
+from es_finetune.engines import Engine
+from es_finetune.evaluate import Evaluation, Evaluator
+from es_finetune.metrics import Row, member_line, rewards_by_prompt
+from es_finetune.model import load_model, pick_device, save_model
+from es_finetune.optimizer import Update, make_update
+from es_finetune.prepare import make_engine, make_task
+from es_finetune.segments import named_segments
+from es_finetune.tasks import Item, Task
+from es_finetune.weights import Weights
+from es_kernels.noise import PROMPT_CHOICE, member_seed
+
+
+class RewardFailed(RuntimeError):
+    """A reward raised, hung or returned no number, and the run was asked to stop then."""
+
+
+class Replica(NamedTuple):
+    """One copy of a model, wherever an engine keeps it."""
+
+    weights: Weights
+    engine: Engine
+    identity: dict[str, Any]  # what the log's header says of the model
+    parameters: int
+    backend: str  # of es_kernels
+    save_model: Callable[[Path], None]  # writes the live weights, as transformers loads them
+    model: Any = None  # where it is in this process
+
+
+class Worker:
+    """What a run asks of the model and the task. `start`, `evaluate`, `update` and the rest are also the interface of several workers
+    (es_finetune.workers): a Trainer does not know whether it has one or many.
+
+    config:            what to do. Its `model` and `task` are loaded, unless objects are given, as to the Trainer.
+    """
+
+    count = 1
+
+    def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
+        self.config = config
+        self.task = checked(task or make_task(config), config)
+        self.replica = _replica(config, self.task, model, tokenizer)
+        self.weights, self.model = self.replica.weights, self.replica.model
+        self.backend, self.parameters = self.replica.backend, self.replica.parameters
+        engine, task = self.replica.engine, self.task
+        self._held_out = Evaluator(engine, task, held_out_items(task, config))
+        self._training = None if config.prompts else Evaluator(engine, task, task.train)
+
+    def start(self) -> dict[str, Any]:
+        """What the run's log says of its start, and all workers must agree on: the weights, the noise, the questions."""
+        items = {f"{split}_items": _digest(getattr(self.task, split)) for split in ("train", "test")}
+        return {"model": self.replica.identity, **self.weights.start(), "metric": self.task.metric, **items}
+
+    def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
+        """Repeat logged updates, given as the log's lines, from the model's start."""
+        self.weights.fast_forward(generations, None if snapshots is None else str(snapshots))
+
+    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
+        """The lines of all members of the generation in order, those in `known` as they are; and which were dropped (none). `keep` gets every
+        new line at once. `looking`: the update after it will tell the health."""
+        # Without a base every member leaves its rounding in the weights, so that each must be put in place, whether known or not.
+        members = [member for member in range(self.config.population) if self.config.base == "none" or member not in known]
+        lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, looking, known)}}
+        return [lines[member] for member in sorted(lines)], []
+
+    def run(
+        self, generation: int, members: Iterable[int], keep: Callable[[Row], None], looking: bool = False, known: dict[int, Row] | None = None
+    ) -> list[Row]:
+        """The lines of these members, which are drawn one at a time."""
+        training = self._training or Evaluator(self.replica.engine, self.task, self._draw(generation))
+        lines = []
+        try:
+            if looking:
+                self.weights.perturb(0)
+                self.weights.look_at_member()
+            for member in members:
+                self.weights.perturb(member)
+                line = (known or {}).get(member)
+                if line is None:
+                    line = member_line(generation, member, training())
+                    if self.config.on_reward_error == "stop" and None in line["rewards"]:
+                        raise RewardFailed(f"generation {generation + 1}, member {member}: {line['error']}")
+                    keep(line)
+                lines.append(line)
+        finally:
+            self.weights.restore()
+        return lines
+
+    def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
+        """Do the update; what Weights.apply returns."""
+        return self.weights.apply(list(update), looking)
+
+    def answer_held_out(self) -> Evaluation:
+        """Answers of theta to the held-out questions."""
+        return self._held_out()
+
+    def save_model(self, folder: Path) -> None:
+        self.replica.save_model(folder)
+
+    def save_snapshot(self, folder: Path) -> None:
+        self.weights.save_snapshot(str(folder))
+
+    def peak_memory(self) -> int:
+        """Bytes."""
+        return self.weights.peak_memory()
+
+    def close(self) -> None:
+        """A worker of this process holds nothing that would have to be closed."""
+
+    def _draw(self, generation: int) -> list[Item]:
+        """The generation's training prompts, the same for all its members: a draw without repetition."""
+        draws = random.Random(member_seed(self.config.seed, generation, 0, PROMPT_CHOICE))
+        return draws.sample(list(self.task.train), self.config.prompts)
+
+
+def checked(task: Task, config: TrainConfig) -> Task:
+    """ValueError unless the task has what the config asks for."""
+    for split in ("train", "test"):
+        if not getattr(task, split):
+            raise ValueError(f"task {config.task} has no {split} items")
+    if config.prompts > len(task.train):
+        raise ValueError(f"prompts must be at most {len(task.train)}, the training prompts of {config.task}, not {config.prompts}")
+    return task
+
+
+def held_out_items(task: Task, config: TrainConfig) -> Sequence[Item]:
+    return task.test[: config.eval_items or None]
+
+
+def known_members(lines: Sequence[Row], generation: int, config: TrainConfig) -> dict[int, Row]:
+    """The members of a generation that a journal holds, without those whose failure shall stop the run again."""
+    stop = config.on_reward_error == "stop"
+    return {line["member"]: line for line in lines if line["generation"] == generation and not (stop and None in line["rewards"])}
+
+
+def update_of(task: Task, config: TrainConfig, generation: int, lines: Sequence[Row], dropped: Sequence[int]) -> tuple[Update, list[float]]:
+    """The update that the members' lines ask for, and the mean reward of each member that was not dropped. The same on every worker."""
+    by_prompt = rewards_by_prompt(task, lines)
+    means = [math.fsum(row) / len(row) for row in by_prompt]
+    rewards: list[Any] = [None] * config.population
+    for line, of_member in zip(lines, by_prompt if config.shaping == "per_prompt" else means, strict=True):
+        rewards[line["member"]] = of_member
+    shaping = {"population": config.population, "shaping": config.shaping, "antithetic": config.antithetic}
+    return make_update(generation, rewards, dropped, **shaping), means
+
+
+def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
+    if (model is None) != (tokenizer is None):
+        raise ValueError("give model and tokenizer together, or neither to load the config's")
+    if model is None:
+        model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
+    else:
+        identity = {"model": config.model, "class": type(model).__name__, "in_memory": True}
+    engine = make_engine(config, task, model, tokenizer)
+    weights = Weights(list(named_segments(model)), config)
+    parameters = sum(p.numel() for p in model.parameters())
+    backend = es_kernels.active_backend(model.device)
+    return Replica(weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model)
+
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.blake2b(repr([(item.prompt, item.key) for item in items]).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
