@@ -180,7 +180,7 @@ def test_another_config_is_refused_by_name(interrupted, options, words):
 
 
 def test_another_model_and_other_items_are_refused(interrupted, build_model):
-    other, tokenizer = build_model("llama"), Trainer(TrainConfig(output=f"{interrupted}-x")).tokenizer
+    other, tokenizer = build_model("llama"), Trainer(TrainConfig(output=f"{interrupted}-x")).workers.replica.engine.tokenizer
     with pytest.raises(ValueError, match="is not the one the run began with"):
         Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), model=other, tokenizer=tokenizer)
     task = CountdownChar()
