@@ -26,7 +26,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 # holds, since equal scores give equal weights anywhere.
 FREE = frozenset(
     "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
-    "save_model report_to time_limit on_reward_error compare_every model data test_data".split()  # the last three are known by fingerprint and digest
+    "save_model report_to time_limit on_reward_error model data test_data".split()  # the last three are known by fingerprint and digest
 )
 
 
@@ -132,7 +132,6 @@ class TrainConfig(Setup):
     save_model: bool = _flag("write the tuned model at the end", True)
     report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
     on_reward_error: str = _flag("floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor")
-    compare_every: int = _flag("generations between comparisons of the fingerprints of several workers", 1)
     resume: bool = _flag("continue the run in the output folder; its config counts, and flags may only repeat it or change how it is watched", False)
     overwrite: bool = _flag("replace the run in the output folder", False)
 
@@ -140,7 +139,7 @@ class TrainConfig(Setup):
         self.fill()
         if self.output is None:
             self.output = str(Path("runs") / self.label)
-        at_least(self, compare_every=1, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        at_least(self, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
         one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
         if not 0 < self.final_scale <= 1:
             raise ValueError(f"final_scale must be in (0, 1], not {self.final_scale}")

@@ -185,8 +185,8 @@ class Trainer:
             "seconds_kernels": found["seconds_kernels"],
             "theta": f"{found['theta']:016x}",
             "live": f"{found['live']:016x}",
-            "peak_memory_bytes": self.workers.peak_memory(),
-            **({"health": found["health"]} if looking else {}),
+            "peak_memory_bytes": found["peak_memory_bytes"],
+            **({"health": found["health"]} if "health" in found else {}),
             **({"dropped": dropped} if dropped else {}),
         }
         row["warnings"] = warnings_of([*self._rows, row], config, base_reward=self._looks[-1]["reward"])

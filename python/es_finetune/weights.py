@@ -58,7 +58,7 @@ class Weights:
 
     def apply(self, update: Sequence, looking: bool = False) -> dict[str, Any]:
         """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr and sigma of each
-        param_group, the seconds in kernels since the update before, and if `looking` its health."""
+        param_group, the seconds in kernels since the update before, peak memory, and if `looking` its health."""
         set_schedules(self.optimizer, self.config)
         groups = self.optimizer.param_groups
         lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
@@ -68,14 +68,11 @@ class Weights:
         self.optimizer.apply(Update(generation, mean, scored, None if z is None else tuple(z)))
         found = {"theta": self.optimizer.fingerprint("theta"), "live": self.optimizer.fingerprint("live"), "lr": lr, "sigma": sigma}
         before, self._kernels = self._kernels, self.optimizer.kernel_seconds
-        return {**found, "seconds_kernels": self._kernels - before, **({"health": self.health.look_after_update()} if looking else {})}
+        found |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
+        return found | ({"health": self.health.look_after_update()} if looking else {})
 
     def save_snapshot(self, folder: str) -> None:
         save_snapshot(Path(folder), self.optimizer)
-
-    def peak_memory(self) -> int:
-        """Bytes: of the GPU's allocator, or of the whole process."""
-        return peak_memory(self._device())
 
     def _device(self) -> torch.device:
         return self.optimizer.tables[0].live.tensors[0].device

@@ -112,10 +112,6 @@ class Worker:
     def save_snapshot(self, folder: Path) -> None:
         self.weights.save_snapshot(str(folder))
 
-    def peak_memory(self) -> int:
-        """Bytes."""
-        return self.weights.peak_memory()
-
     def close(self) -> None:
         """A worker of this process holds nothing that would have to be closed."""
 

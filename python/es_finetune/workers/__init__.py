@@ -7,6 +7,8 @@ actors.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,10 +43,28 @@ class Workers(Protocol):
 
     def save_snapshot(self, folder: Path) -> None: ...
 
-    def peak_memory(self) -> int: ...
-
     def close(self) -> None: ...
 
 
 class WorkersDiffer(RuntimeError):
-    """Workers that should hold the same weights, or run the same run, do not."""
+    """Workers that should hold the same weights, or be on the same run, do not."""
+
+
+def refuse_other(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """WorkersDiffer unless a worker's start is the expected one."""
+    for what, value in expected.items():
+        if found[what] != value and what != "model":  # its name and form may differ: the weights are known by fingerprint
+            raise WorkersDiffer(f"{name} is not on the same run as the others: its {what} is {found[what]!r}, not {value!r}")
+
+
+def together(update: Update, found: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
+    """What `update` of several workers returns: of `one`, with the seconds of all. WorkersDiffer, by name, where weights differ."""
+    proofs = {name: f"theta {of['theta']:016x}, live {of['live']:016x}" for name, of in found.items()}
+    (most, agree), *others = Counter(proofs.values()).most_common()
+    if others:
+        odd = "; ".join(f"{name} has {proof}" for name, proof in proofs.items() if proof != most)
+        raise WorkersDiffer(
+            f"after generation {update.generation + 1} the weights of the workers differ: {odd}; {agree} of {len(found)} have {most}. The generation "
+            "is not in the log: resume the run; if it happens again, look for faulty memory or different builds"
+        )
+    return {**one, "seconds_kernels": math.fsum(of["seconds_kernels"] for of in found.values())}

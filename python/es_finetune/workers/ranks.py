@@ -10,7 +10,6 @@ import functools
 import itertools
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +24,12 @@ from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.runlog import SealedLines, is_begun
 from es_finetune.worker import Worker, known_members, update_of
-from es_finetune.workers import WorkersDiffer
+from es_finetune.workers import refuse_other, together
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
 # ends the others.
 _PATIENCE = timedelta(days=1)
+_OPTION = "option "
 _runs = itertools.count()
 
 
@@ -73,7 +73,7 @@ def _meet() -> dist.Store:
 
 class Ranks:
     """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order; only `answer_held_out`,
-    `save_model`, `save_snapshot` and `peak_memory` are its own."""
+    `save_model` and `save_snapshot` are its own."""
 
     def __init__(self, worker: Worker):
         self.worker, self.config = worker, worker.config
@@ -84,14 +84,12 @@ class Ranks:
 
     def start(self) -> dict[str, Any]:
         """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
-        mine = {**self.worker.start(), **{f"option {name}": value for name, value in asked(self.config).items() if name not in FREE}}
+        mine = {**self.worker.start(), **{f"{_OPTION}{name}": value for name, value in asked(self.config).items() if name not in FREE}}
         everyone = self._gathered((socket.gethostname(), mine))
         _, first = everyone[0]
         for rank, (host, other) in enumerate(everyone):
-            for what, value in first.items():
-                if other[what] != value and what != "model":  # a model's name and form may differ: its weights are known by fingerprint
-                    raise WorkersDiffer(f"rank {rank} on {host} is not on the same run as rank 0: its {what} is {other[what]!r}, not {value!r}")
-        return self.worker.start()
+            refuse_other(f"rank {rank} on {host}", other, first)
+        return {key: value for key, value in mine.items() if not key.startswith(_OPTION)}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
         """Every rank repeats the generations of the first one's log, which alone has to be given them."""
@@ -115,20 +113,9 @@ class Ranks:
 
     def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
         """WorkersDiffer, naming the ranks, where the weights after it differ."""
-        found = self.worker.update(update, looking)
-        if update.generation % self.config.compare_every == 0:
-            self._compare(update.generation, f"{found['theta']:016x}, live {found['live']:016x}")
-        return found
-
-    def _compare(self, generation: int, fingerprints: str) -> None:
-        everyone = self._gathered((socket.gethostname(), fingerprints))
-        (most, agree), *others = Counter(found for _, found in everyone).most_common()
-        if others:
-            odd = [f"rank {rank} on {host} has theta {found}" for rank, (host, found) in enumerate(everyone) if found != most]
-            raise WorkersDiffer(
-                f"after generation {generation + 1} the weights of the workers differ: {'; '.join(odd)}; {agree} of {self.count} have theta {most}. "
-                "This generation is not in the log: resume the run; if it happens again, look for faulty memory or different builds"
-            )
+        mine = self.worker.update(update, looking)
+        everyone = self._gathered((f"rank {self.rank} on {socket.gethostname()}", mine))
+        return together(update, dict(everyone), mine)
 
     def follow(self) -> None:
         """What a rank does that does not lead: the same run, without its folder. Its journal is beside the first rank's."""
@@ -156,9 +143,6 @@ class Ranks:
 
     def save_snapshot(self, folder: Path) -> None:
         self.worker.save_snapshot(folder)
-
-    def peak_memory(self) -> int:
-        return self.worker.peak_memory()
 
     def close(self) -> None:
         self.worker.close()
