@@ -26,7 +26,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 # holds, since equal scores give equal weights anywhere.
 FREE = frozenset(
     "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
-    "save_model report_to time_limit on_reward_error model data test_data".split()  # the last three are known by fingerprint and digest
+    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit on_straggler model data test_data".split()  # the last three are known by fingerprint and digest
 )
 
 
@@ -65,6 +65,8 @@ class ModelConfig:
     batch_size: int | None = _preset("batch_size", "prompts per call of generate")
     decoding: str = _flag("how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)", "dynamic")
     attn_implementation: str | None = _flag("transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given")
+    engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf")
+    tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1)
     threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
     device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
@@ -90,8 +92,8 @@ class Setup(ModelConfig, TaskConfig):
         for name, value in (DEMO if self.model == "embedded" else PAPER).items():
             if getattr(self, name, value) is None:
                 setattr(self, name, value)
-        at_least(self, lora_rank=0, batch_size=1, threads=0)
-        one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES)
+        at_least(self, lora_rank=0, batch_size=1, tensor_parallel=1, threads=0)
+        one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES, engine=("hf", "vllm"))
         if not 0 < self.time_limit < math.inf:
             raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
         if self.max_new_tokens is not None:
@@ -132,6 +134,10 @@ class TrainConfig(Setup):
     save_model: bool = _flag("write the tuned model at the end", True)
     report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
     on_reward_error: str = _flag("floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor")
+    workers: str = _flag("alone, or ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag", "alone")
+    ray_workers: int = _flag("how many actors; 0: one for each GPU of the cluster", 0)
+    straggler_limit: float = _flag("seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait", 0.0)
+    on_straggler: str = _flag("reissue, or drop: then the member is left out of its generation", "reissue")
     resume: bool = _flag("continue the run in the output folder; its config counts, and flags may only repeat it or change how it is watched", False)
     overwrite: bool = _flag("replace the run in the output folder", False)
 
@@ -139,7 +145,10 @@ class TrainConfig(Setup):
         self.fill()
         if self.output is None:
             self.output = str(Path("runs") / self.label)
-        at_least(self, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        at_least(self, ray_workers=0, straggler_limit=0, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        one_of(self, workers=("alone", "ray"), on_straggler=("reissue", "drop"))
+        if self.engine == "hf" and self.tensor_parallel > 1:
+            raise ValueError("tensor_parallel goes with --engine vllm")
         one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
         if not 0 < self.final_scale <= 1:
             raise ValueError(f"final_scale must be in (0, 1], not {self.final_scale}")

@@ -28,6 +28,12 @@ class Evaluation:
         independent of order."""
         return mean_of_known([getattr(score, part) for score in self.scores])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """Of questions that were asked in several parts; the seconds are the sum of the parts'."""
+        answers, scores = ([entry for part in parts for entry in getattr(part, name)] for name in ("answers", "scores"))
+        return cls(answers, scores, *(math.fsum(getattr(part, name) for part in parts) for name in ("seconds_generate", "seconds_score")))
+
     @property
     def tokens(self) -> int:
         """How many were generated."""

@@ -6,7 +6,7 @@ run.log is JSON, one object a line, each with a CRC-32 of what stands before it 
     {"generation": 0, "z": "<base64 of N little-endian f32>", "scored": 30, "reward": 0.41, "lr": [...], "sigma": [...],
      "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}                                                one per generation
 
-z is null where all rewards were equal and nothing was changed. lr and sigma are one number for each param_group, theta and
+z is null where all rewards were equal and nothing was changed; "dropped" names members that a pool of workers gave up, if any. lr and sigma are one number for each param_group, theta and
 live the fingerprints after the update. About 400 bytes a generation with N = 30.
 
 The journal beside it has the same form, one line for each member of the generation in progress that has been scored. A
@@ -44,17 +44,19 @@ class Generation(NamedTuple):
     sigma: tuple[float, ...]
     theta: int  # fingerprints after the update
     live: int
+    dropped: tuple[int, ...] = ()  # members that were given up: their z is 0, and they are not among the scored
 
     def to_json(self) -> dict[str, Any]:
         z = None if self.z is None else base64.b64encode(np.array(self.z, "<f4").tobytes()).decode()
-        return {**self._asdict(), "z": z, "theta": f"{self.theta:016x}", "live": f"{self.live:016x}"}
+        found = {**self._asdict(), "z": z, "theta": f"{self.theta:016x}", "live": f"{self.live:016x}"}
+        return found if self.dropped else {name: value for name, value in found.items() if name != "dropped"}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Generation:
         z = None if found["z"] is None else tuple(np.frombuffer(base64.b64decode(found["z"]), "<f4").astype(float).tolist())
         lr, sigma = tuple(found["lr"]), tuple(found["sigma"])
         theta, live = int(found["theta"], 16), int(found["live"], 16)
-        return cls(found["generation"], z, found["scored"], found["reward"], lr, sigma, theta, live)
+        return cls(found["generation"], z, found["scored"], found["reward"], lr, sigma, theta, live, tuple(found.get("dropped", ())))
 
 
 class SealedLines:

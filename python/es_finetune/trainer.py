@@ -24,11 +24,11 @@ from es_finetune.metrics import estimate, look_row, population_row, summary, tot
 from es_finetune.plot import plot_run
 from es_finetune.progress import Progress
 from es_finetune.replay import check_start
-from es_finetune.runlog import FORMAT, Generation, SealedLines, parse_log
+from es_finetune.runlog import FORMAT, SealedLines, parse_log
 from es_finetune.tasks import Task
 from es_finetune.tracking import Tracker, require
-from es_finetune.worker import RewardFailed, Worker, held_out_items, known_members, update_of
-from es_finetune.workers import Workers, ranks
+from es_finetune.worker import RewardFailed, Worker, held_out_items, known_members, line_of, update_of
+from es_finetune.workers import Workers, pool, ranks
 
 
 def follow(config: TrainConfig, **objects) -> None:
@@ -191,8 +191,7 @@ class Trainer:
         }
         row["warnings"] = warnings_of([*self._rows, row], config, base_reward=self._looks[-1]["reward"])
         append_row(self.folder / "metrics.jsonl", row)
-        lr, sigma = tuple(found["lr"]), tuple(found["sigma"])
-        self._proof = Generation(generation, update.z, update.scored, update.mean, lr, sigma, found["theta"], found["live"]).to_json()
+        self._proof = line_of(update, found, dropped)
         self.log.append(self._proof)
         # From here on the generation is made; what follows can be lost.
         self.generation += 1
@@ -243,5 +242,11 @@ class Trainer:
 
 
 def _assemble(config: TrainConfig, **objects) -> Workers:
+    if config.workers == "ray":
+        if ranks.launched():
+            raise ValueError("torchrun and workers 'ray' are two ways to the same end: use one of them")
+        if any(given is not None for given in objects.values()):
+            raise ValueError("with workers 'ray' every worker loads model and task by itself: name them in the config")
+        return pool.RayPool(config)
     worker = Worker(config, **objects)
     return ranks.Ranks(worker) if ranks.launched() else worker

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from es_finetune.metrics import Row, member_line, rewards_by_prompt
 from es_finetune.model import load_model, pick_device, save_model
 from es_finetune.optimizer import Update, make_update
 from es_finetune.prepare import make_engine, make_task
+from es_finetune.runlog import Generation
 from es_finetune.segments import named_segments
 from es_finetune.tasks import Item, Task
 from es_finetune.weights import Weights
@@ -71,7 +73,7 @@ class Worker:
         """The lines of all members of the generation in order, those in `known` as they are; and which were dropped (none). `keep` gets every
         new line at once. `looking`: the update after it will tell the health."""
         # Without a base every member leaves its rounding in the weights, so that each must be put in place, whether known or not.
-        members = [member for member in range(self.config.population) if self.config.base == "none" or member not in known]
+        members = range(self.config.population) if self.config.base == "none" else missing(self.config, known)
         lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, looking, known)}}
         return [lines[member] for member in sorted(lines)], []
 
@@ -102,9 +104,11 @@ class Worker:
         """Do the update; what Weights.apply returns."""
         return self.weights.apply(list(update), looking)
 
-    def answer_held_out(self) -> Evaluation:
-        """Answers of theta to the held-out questions."""
-        return self._held_out()
+    def answer_held_out(self, part: int = 0, parts: int = 1) -> Evaluation:
+        """Answers of theta to the held-out questions, or to one of `parts` equal parts of them."""
+        if parts == 1:
+            return self._held_out()
+        return Evaluator(self.replica.engine, self.task, split(held_out_items(self.task, self.config), parts)[part])()
 
     def save_model(self, folder: Path) -> None:
         self.replica.save_model(folder)
@@ -133,6 +137,23 @@ def checked(task: Task, config: TrainConfig) -> Task:
 
 def held_out_items(task: Task, config: TrainConfig) -> Sequence[Item]:
     return task.test[: config.eval_items or None]
+
+
+def split(items: Sequence, parts: int) -> list[Sequence]:
+    """`items` in so many runs, whose lengths differ by at most one."""
+    ends = [len(items) * part // parts for part in range(parts + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def missing(config: TrainConfig, known: Container[int]) -> list[int]:
+    """The members that are not known yet."""
+    return [member for member in range(config.population) if member not in known]
+
+
+def line_of(update: Update, found: dict[str, Any], dropped: Sequence[int] = ()) -> dict[str, Any]:
+    """The log's line of an update and what it came to (Workers.update)."""
+    options = (tuple(found["lr"]), tuple(found["sigma"]), found["theta"], found["live"], tuple(dropped))
+    return Generation(update.generation, update.z, update.scored, update.mean, *options).to_json()
 
 
 def known_members(lines: Sequence[Row], generation: int, config: TrainConfig) -> dict[int, Row]:

@@ -1,0 +1,320 @@
+"""A pool of Ray actors as workers. Members go out one at a time; an actor that dies is replaced, and the new one repeats the log.
+
+The driver holds no weights: log, scores and questions only. What it keeps of a generation (run.log, journal) is all that a run needs to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from es_finetune.config import TrainConfig
+from es_finetune.evaluate import Evaluation
+from es_finetune.metrics import Row
+from es_finetune.optimizer import Update
+from es_finetune.prepare import make_task
+from es_finetune.worker import RewardFailed, Worker, checked, line_of, missing
+from es_finetune.workers import WorkersDiffer, refuse_other, together
+from es_finetune.workers.dispatch import Dispatch
+
+# After so many deaths without a single result in between, something else is wrong than a machine.
+_DEATHS = 3
+# A worker that is so many limits late with one member hangs, and is replaced.
+_HANGS = 3
+
+
+class Actor:
+    """A worker in a process of its own. What it is asked comes with the number of the generation that it must be at."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+
+    def start(self) -> dict[str, Any]:
+        self.worker = Worker(TrainConfig(**self.config))  # not in the constructor, whose errors Ray reports as a death
+        start = self.worker.start()
+        return {"start": start, "host": socket.gethostname(), "backend": self.worker.backend, "parameters": self.worker.parameters}
+
+    def fast_forward(self, generations: Sequence[Row], snapshots: Path | None) -> None:
+        self.worker.fast_forward(generations, snapshots if snapshots is not None and snapshots.is_dir() else None)
+
+    def member(self, generation: int, member: int, looking: bool) -> Row:
+        (line,) = self.worker.run(generation, [member], lambda line: None, looking)
+        return line
+
+    def update(self, update: Update, looking: bool) -> dict[str, Any]:
+        return self.worker.update(update, looking)
+
+    def answer_held_out(self, part: int, parts: int) -> Evaluation:
+        return self.worker.answer_held_out(part, parts)
+
+    def save_model(self, folder: Path) -> None:
+        self.worker.save_model(folder)
+
+    def save_snapshot(self, folder: Path) -> None:
+        self.worker.save_snapshot(folder)
+
+
+@dataclasses.dataclass
+class _Place:
+    """One actor after the other."""
+
+    number: int
+    actor: Any = None
+    host: str = "?"
+    generation: int = 0  # updates that it has done, or been asked to do
+    call: Any = None  # what it is at
+    what: tuple = ()  # ("start",), ("catch up",), ("job", spread, job), ("update",)
+    since: float = 0.0
+    deaths: int = 0  # since the last result
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.number} on {self.host}"
+
+
+class RayPool:
+    """The workers of a run in a Ray cluster: the one that RAY_ADDRESS names or that was started on this machine, else one of this process.
+
+    config.ray_workers actors, by default one for each GPU (each config.tensor_parallel GPUs); model and task are loaded in each of them.
+    """
+
+    model = None  # it is in the actors
+
+    def __init__(self, config: TrainConfig):
+        if config.base == "none":
+            raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
+        self.ray = _ray()
+        self.config, self.task = config, checked(make_task(config), config)
+        self._own = _connect(self.ray)
+        try:
+            self.count, gpus = _capacity(self.ray, config)
+            self._options = {"num_gpus": gpus, "num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
+            self._asked = {**dataclasses.asdict(config), **_absolute(config), "resume": False, "overwrite": False, "workers": "alone"}
+            self._log: list[Row] = []  # lines of the generations done, which a new actor repeats
+            self._snapshots: Path | None = None
+            self._start: dict[str, Any] | None = None
+            self._looker: Any = None  # the actor that has looked at a member of this generation
+            self.places = [_Place(number) for number in range(self.count)]
+            for place in self.places:
+                self._hire(place)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- what a Trainer asks -------------------------------------------------------------------------------------------
+
+    def start(self) -> dict[str, Any]:
+        while any(place.what == ("start",) for place in self.places):
+            self._wait(None)
+        return self._start
+
+    def fast_forward(self, generations: Sequence[Row], snapshots: Path | None = None) -> None:
+        """The actors do it when they are first asked for something: all at once, and a slow one holds nobody up."""
+        self._log, self._snapshots = list(generations), None if snapshots is None else snapshots.resolve()
+
+    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
+        lines = dict(known)
+
+        def take(member: int, line: Row) -> None:
+            keep(line)
+            lines[member] = line
+
+        self._looker = None
+
+        def ask(place: _Place, member: int) -> Any:
+            look = looking and self._looker is None
+            if look:
+                self._looker = place.actor
+            return place.actor.member.remote(generation, member, look)
+
+        dispatch = Dispatch(missing(self.config, known), self.config.straggler_limit or None, self.config.on_straggler == "drop")
+        self._spread(dispatch, ask, take)
+        return [lines[member] for member in sorted(lines)], sorted(dispatch.dropped)
+
+    def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
+        found: dict[str, dict[str, Any]] = {}
+        one = None
+        # All that are free do it now, at the same time; who is late with a member, or new, repeats it from the log before its next work.
+        while not found:
+            self._tend()
+            for place in self._ready():
+                place.generation += 1
+                look = looking and place.actor == self._looker
+                self._ask(place, ("update", look), place.actor.update.remote(update, look))
+            for place, (what, *look), result in self._wait(None, only="update"):
+                found[place.name] = result
+                one = result if one is None or look[0] else one
+        one = together(update, found, one)
+        self._log.append(line_of(update, one))
+        return one
+
+    def answer_held_out(self) -> Evaluation:
+        parts: dict[int, Evaluation] = {}
+        self._spread(Dispatch(range(self.count)), lambda place, part: place.actor.answer_held_out.remote(part, self.count), parts.__setitem__)
+        return Evaluation.joined([parts[part] for part in range(self.count)])
+
+    def save_model(self, folder: Path) -> None:
+        """Written by one of the workers: ValueError where that is not this machine and the folder is not shared."""
+        folder = folder.resolve()
+        written: dict[int, Any] = {}
+        self._spread(Dispatch([0]), lambda place, _: place.actor.save_model.remote(folder), lambda job, _: written.update({job: None}))
+        if not folder.is_dir():
+            raise ValueError(f"the model was written to {folder} on another machine of the cluster: use a shared folder, or es-finetune export, which needs the log alone")
+
+    def save_snapshot(self, folder: Path) -> None:
+        folder = folder.resolve()
+        self._snapshots = folder
+        self._spread(Dispatch([0]), lambda place, _: place.actor.save_snapshot.remote(folder), lambda *_: None)
+
+    def close(self) -> None:
+        for place in getattr(self, "places", ()):
+            self._dismiss(place)
+        if self._own:
+            self.ray.shutdown()
+
+    # --- actors ----------------------------------------------------------------------------------------------------------
+
+    def _spread(self, dispatch: Dispatch, ask: Callable[[_Place, int], Any], take: Callable[[int, Any], None]) -> None:
+        """Have every job of the dispatch done by some actor, whatever becomes of others. `take` gets the first result of each."""
+        spread = object()  # results of another are too late
+        while not dispatch.finished:
+            self._tend(dispatch)
+            dispatch.give_up(time.monotonic())
+            for place in self._ready():
+                job = dispatch.next(place.number, time.monotonic())
+                if job is not None:
+                    self._ask(place, ("job", spread, job), ask(place, job))
+            if dispatch.finished:
+                return
+            due = dispatch.overdue()
+            for place, what, result in self._wait(None if due is None else max(0.05, due - time.monotonic()), dispatch):
+                if what[0] == "job" and what[1] is spread and dispatch.done(place.number, what[2]):
+                    take(what[2], result)
+
+    def _ready(self) -> Iterator[_Place]:
+        """The actors that have nothing to do and all updates done."""
+        return (place for place in self.places if place.call is None and place.generation == len(self._log))
+
+    def _ask(self, place: _Place, what: tuple, call: Any) -> None:
+        place.call, place.what, place.since = call, what, time.monotonic()
+
+    def _tend(self, dispatch: Dispatch | None = None) -> None:
+        """Bring free actors to the log's end, and replace those that hang."""
+        limit = None if dispatch is None else dispatch.limit
+        for place in self.places:
+            if place.call is None and place.generation < len(self._log):
+                behind = self._log[place.generation :]
+                snapshots = self._snapshots if place.generation == 0 else None
+                place.generation = len(self._log)
+                self._ask(place, ("catch up",), place.actor.fast_forward.remote(behind, snapshots))
+            elif limit and place.what[:1] == ("job",) and time.monotonic() - place.since > _HANGS * limit:
+                self._replace(place, f"it was {_HANGS} times over the straggler limit of {limit:g} s", dispatch)
+
+    def _wait(self, timeout: float | None, dispatch: Dispatch | None = None, only: str | None = None) -> list[tuple[_Place, tuple, Any]]:
+        """What actors came back with: at least one result, or all that are pending of kind `only`, or none after `timeout` seconds (or a death)."""
+        results = []
+        while True:
+            calls = {place.call: place for place in self.places if place.call is not None and only in (None, place.what[0])}
+            if not calls:
+                return results
+            hangs = None if dispatch is None else dispatch.limit
+            ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=min((t for t in (timeout, hangs) if t is not None), default=None))
+            for call in ready:
+                place = calls[call]
+                what, place.call, place.what = place.what, None, ()
+                try:
+                    result = self.ray.get(call)
+                except self.ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
+                        raise error.cause from None  # it would be the same on any other
+                    self._replace(place, _first_line(error.cause), dispatch)
+                    continue
+                except self.ray.exceptions.RayError as error:
+                    self._replace(place, _first_line(error), dispatch)
+                    continue
+                place.deaths = 0 if what[0] != "start" else place.deaths
+                if what[0] == "start":
+                    self._begun(place, result)
+                results.append((place, what, result))
+            if only is None or not ready:
+                return results
+
+    def _hire(self, place: _Place) -> None:
+        place.actor = self.ray.remote(Actor).options(**self._options).remote(self._asked)
+        place.generation = 0
+        self._ask(place, ("start",), place.actor.start.remote())
+
+    def _begun(self, place: _Place, found: dict[str, Any]) -> None:
+        place.host = found["host"]
+        if self._start is None:
+            self._start, self.backend, self.parameters = found["start"], found["backend"], found["parameters"]
+        refuse_other(place.name, found["start"], self._start)
+
+    def _replace(self, place: _Place, why: str, dispatch: Dispatch | None) -> None:
+        place.deaths += 1
+        if place.deaths > _DEATHS:
+            raise RuntimeError(f"{place.name} died {place.deaths} times without a result in between; at last: {why}")
+        if dispatch is not None:
+            dispatch.lost(place.number)
+        self._dismiss(place)
+        self._hire(place)
+
+    def _dismiss(self, place: _Place) -> None:
+        if place.actor is not None:
+            self.ray.kill(place.actor)
+            place.actor = place.call = None
+
+
+def _absolute(config: TrainConfig) -> dict[str, str]:
+    """The paths of a config, which an actor may look for from another folder."""
+    found = {"output": str(Path(config.output).resolve())}
+    for name in ("model", "data", "test_data"):
+        value = getattr(config, name)
+        if value and Path(value).exists():
+            found[name] = str(Path(value).resolve())
+    if config.reward and Path(config.reward.rpartition(":")[0]).is_file():
+        file, _, function = config.reward.rpartition(":")
+        found["reward"] = f"{Path(file).resolve()}:{function}"
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _ray():
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("workers 'ray' needs the package ray: pip install 'es-kernels[ray]'") from None
+    return ray
+
+
+def _connect(ray) -> bool:
+    """Joins the cluster; whether it is one that ends with this process."""
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"the Ray cluster {address or 'of this machine'} cannot be reached: {_first_line(error)}") from None
+    return True
+
+
+def _capacity(ray, config: TrainConfig) -> tuple[int, int]:
+    """(workers, GPUs of each). ValueError where the cluster has no room for them."""
+    have = ray.cluster_resources()
+    gpus = config.tensor_parallel if have.get("GPU") and config.device != "cpu" else 0
+    count = config.ray_workers or int(have.get("GPU", 0)) // config.tensor_parallel
+    if not count:
+        raise ValueError("the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs")
+    for what, needed in (("GPU", gpus * count), ("CPU", count)):
+        if needed > have.get(what, 0):
+            raise ValueError(f"{count} workers need {needed} {what}s, and the Ray cluster has {have.get(what, 0):g}: lower --ray_workers, or add machines")
+    return count, gpus
