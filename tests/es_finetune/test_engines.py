@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import es_finetune.models
 from es_finetune import EvolutionStrategy
 from es_finetune.engines import Answer, hf
+from es_finetune.engines.prompts import tokenize
 from es_finetune.engines.hf import DECODINGS, HFEngine
 from es_finetune.tasks import load_task
 
@@ -213,7 +214,7 @@ def test_samples_come_from_a_large_vocabulary_too(tokenizer):
 def test_text_is_taken_as_it_is_and_chats_by_the_template_with_special_tokens_once(tiny_llama, chat_tokenizer):
     engine = HFEngine(tiny_llama, chat_tokenizer, 4, 4)
     chat = ({"role": "user", "content": "ab"}, {"role": "user", "content": "c"})
-    assert engine.tokenize(["abc", chat, "d", list(chat)]) == [[1, 5, 6, 7], [1, 3, 5, 6, 3, 7, 4], [1, 8], [1, 3, 5, 6, 3, 7, 4]]
+    assert tokenize(engine.tokenizer, ["abc", chat, "d", list(chat)]) == [[1, 5, 6, 7], [1, 3, 5, 6, 3, 7, 4], [1, 8], [1, 3, 5, 6, 3, 7, 4]]
     encoded = engine.encode(["abc", chat])
     assert [rows for rows, _ in encoded] == [[1, 0]]
     assert len(engine.generate(encoded)) == 2

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from es_finetune.engines import Answer
+from es_finetune.engines.prompts import refuse_unanswerable, tokenize
 
 DECODINGS = ("dynamic", "static", "continuous")
 _CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
@@ -68,18 +69,6 @@ class HFEngine:
         )
         self._caches: dict[int, tuple] = {}  # rows -> (positions, StaticCache)
 
-    def tokenize(self, prompts: Sequence[str | Sequence[dict]]) -> list[list[int]]:
-        """Token ids of each prompt: text with the special tokens that the tokenizer adds by itself, messages as its chat template says."""
-        rendered = [prompt if isinstance(prompt, str) else self._render(number, prompt) for number, prompt in enumerate(prompts)]
-        ids: list[list[int]] = [[]] * len(rendered)
-        for raw in (True, False):  # the template has written the special tokens of a chat already
-            rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) == raw]
-            if rows:
-                found = self.tokenizer([rendered[row] for row in rows], add_special_tokens=raw)["input_ids"]
-                for row, tokens in zip(rows, found, strict=True):
-                    ids[row] = tokens
-        return ids
-
     def encode(self, prompts: Sequence[str | Sequence[dict]]) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
         """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the batch that needs most
         memory runs first; for "continuous" the prompts' ids, which need no batches.
@@ -87,16 +76,8 @@ class HFEngine:
         ValueError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or for messages
         where the tokenizer has no chat template.
         """
-        tokens = self.tokenize(prompts)
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        for number, ids in enumerate(tokens):
-            if not ids:
-                raise ValueError(f"prompt {number} has no tokens: leave it out, or use a tokenizer that begins texts with a special token")
-            if len(ids) + self.max_new_tokens > positions:
-                raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens, too many for {self.max_new_tokens} new ones within the model's {positions} "
-                    f"positions: shorten it, or lower max_new_tokens"
-                )
+        tokens = tokenize(self.tokenizer, prompts)
+        refuse_unanswerable(tokens, self.max_new_tokens, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
         if self.decoding == "continuous":
             return tokens
         order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
@@ -121,7 +102,7 @@ class HFEngine:
     def log_probs(self, prompts: Sequence[str | Sequence[dict]], answers: Sequence[Answer]) -> list[torch.Tensor]:
         """Natural log of the probability of each token of `answers` after its prompt and the tokens before it, at temperature 1 under the
         weights of this moment: one f32 tensor [len(answer.ids)] on the CPU per answer, in their order."""
-        asked = self.tokenize(prompts)
+        asked = tokenize(self.tokenizer, prompts)
         whole = [ids + list(answer.ids) for ids, answer in zip(asked, answers, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
         result: list[torch.Tensor] = [torch.empty(0)] * len(whole)
@@ -140,18 +121,6 @@ class HFEngine:
                 log_p = torch.log_softmax(scores[begin - 1 : end - 1].float(), dim=-1)
                 result[row] = log_p.gather(1, chosen[:, None]).squeeze(1).cpu()
         return result
-
-    def _render(self, number: int, messages: Sequence[dict]) -> str:
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"prompt {number} is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text"
-            )
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise ValueError(f"prompt {number}: the tokenizer's chat template refuses the messages: {error}") from error
 
     def _in_batches(self, batches: list[tuple[list[int], dict[str, torch.Tensor]]]) -> list[list[int]]:
         tokens: list[list[int]] = [[]] * sum(len(rows) for rows, _ in batches)

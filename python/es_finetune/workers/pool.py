@@ -302,7 +302,7 @@ def _connect(ray) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"the Ray cluster {address or 'of this machine'} cannot be reached: {_first_line(error)}") from None
     return True
 

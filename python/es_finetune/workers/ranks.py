@@ -67,6 +67,8 @@ def _meet() -> dist.Store:
     torch chooses."""
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
     store.set_timeout(_PATIENCE)
+    # torchrun keeps its store when it restarts the processes, and with it the addresses of the dead.
+    store = dist.PrefixStore(f"start{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=_PATIENCE)
     return store
 
@@ -78,7 +80,6 @@ class Ranks:
     def __init__(self, worker: Worker):
         self.worker, self.config = worker, worker.config
         self.model, self.task, self.backend, self.parameters = worker.model, worker.task, worker.backend, worker.parameters
-        # Keys of this run and of this start of the processes: what a killed start left in the store counts for nothing.
         self._store = dist.PrefixStore(f"run{next(_runs)}", _meet())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 

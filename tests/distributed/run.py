@@ -1,0 +1,33 @@
+"""What the tests start: one run of the embedded model, `python run.py CONFIG.json` under torchrun or alone. Beside its folder it writes down, one
+line each, which member a worker has finished (FOLDER.scored) and, process by process, who works (FOLDER.pids)."""
+
+import json
+import os
+import sys
+
+from es_finetune import TrainConfig, Trainer
+from es_finetune.runlog import SealedLines
+from es_finetune.trainer import follow
+from es_finetune.workers import ranks
+
+options = json.load(open(sys.argv[1]))
+config = TrainConfig(**options)
+append = SealedLines.append
+
+
+def audited(self, line):
+    append(self, line)
+    if "member" in line:
+        with open(f"{config.output}.scored", "a") as file:
+            file.write(f"{line['generation']} {line['member']}\n")
+
+
+SealedLines.append = audited
+with open(f"{config.output}.pids", "a") as file:
+    file.write(f"{os.getpid()} {os.environ.get('RANK', 0)}\n")
+if ranks.leads():
+    if not ranks.launched() and os.path.exists(os.path.join(config.output, "run.log")):
+        config.resume = True
+    Trainer(config).train()
+else:
+    follow(config)

@@ -1,0 +1,119 @@
+"""Contract under test: torchrun with any number of ranks makes the run of one process.
+
+1, 2 and 4 ranks end with one fingerprint, whoever scored what. A rank that is killed at any moment loses no generation and no finished member, and
+the run ends as if it had lived. Ranks that hold other weights, or are on another run, are refused by name.
+"""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from es_finetune import TrainConfig
+from es_finetune.runlog import read_log
+from es_finetune.worker import Worker
+from es_finetune.workers import WorkersDiffer, ranks
+
+KILLS = 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_any_number_of_ranks_is_the_run_of_one(run, alone, count):
+    several = run()
+    assert several(ranks=count)["fingerprint"] == alone.summary["fingerprint"]
+    assert sorted(several.scored) == sorted(alone.scored) == [(g, m) for g in range(20) for m in range(8)]
+    (_, logs), (_, expected) = (read_log(which.folder / "run.log") for which in (several, alone))
+    assert logs == expected
+    if count == 2:
+        took_part = {rank for rank in range(2) if (several.folder / ("journal-1" if rank else "journal")).stat().st_size}
+        assert took_part == {0, 1}
+
+
+def test_a_killed_rank_loses_nothing(run, alone):
+    killed = run()
+    draws, process, kills = random.Random(0), killed.start(ranks=2, restarts=KILLS + 1), 0
+    while kills < KILLS:
+        before, started = len(killed.scored), 2 * (kills + 1)
+        if not killed.wait_until(lambda: len(killed.pids) >= started and len(killed.scored) > before, process=process):
+            break
+        killed.wait_until(lambda after=before + draws.randrange(1, 14): len(killed.scored) >= after, process=process)
+        os.kill(draws.choice(killed.pids[-2:])[0], signal.SIGKILL)
+        kills += 1
+    assert killed.finish(process) == 0, killed.output
+    assert kills == KILLS
+    assert killed.summary["fingerprint"] == alone.summary["fingerprint"]
+    assert sorted(killed.scored) == sorted(alone.scored)  # each member once
+    assert read_log(killed.folder / "run.log")[1] == read_log(alone.folder / "run.log")[1]
+
+
+def disagree(rank, folder, kind, result):
+    """One of two ranks, of which the second is not on the first one's run."""
+    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    config = TrainConfig(output=folder, population=4, prompts=4, eval_items=4, lr=0.02 if rank and kind == "lr" else 0.01)
+    worker = Worker(config)
+    with torch.no_grad():
+        if rank and kind == "model":
+            worker.weights.optimizer.tables[0].live.tensors[3][0] += 1
+        if rank and kind == "noise":
+            start = worker.weights.start
+            worker.weights.start = lambda: {**start(), "noise_version": 2}
+        several = ranks.Ranks(worker)
+        try:
+            several.start()
+            several.fast_forward([])
+            if rank and kind == "later":
+                worker.weights.optimizer.tables[0].theta.tensors[3][0] += 1
+            lines, _ = several.evaluate(0, {}, lambda line: None)
+            update, _ = ranks.update_of(worker.task, config, 0, lines, [])
+            several.update(update)
+            result[rank] = "no difference was seen"
+        except WorkersDiffer as error:
+            result[rank] = str(error)
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("model", "rank 1 on {host} is not on the same run as the others: its base_fingerprint is"),
+        ("noise", "rank 1 on {host} is not on the same run as the others: its noise_version is 2, not 1"),
+        ("lr", "rank 1 on {host} is not on the same run as the others: its option lr is 0.02, not 0.01"),
+        ("later", "after generation 1 the weights of the workers differ: rank 1 on {host} has theta"),
+    ],
+)
+def test_a_rank_that_differs_is_named(tmp_path, monkeypatch, kind, words):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    with torch.multiprocessing.Manager() as manager:
+        result = manager.dict()
+        torch.multiprocessing.spawn(disagree, (str(tmp_path / "run"), kind, result), nprocs=2)
+        for rank in range(2):  # both say it, so that each machine's output does
+            assert words.format(host=socket.gethostname()) in result[rank] or kind == "later" and "rank" in result[rank]
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="base 'none' rounds the weights at every member"):
+        ranks.placed(TrainConfig(output=str(tmp_path / "run"), base="none"))
+    (tmp_path / "run").mkdir()
+    config = TrainConfig(output=str(tmp_path / "run"), overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ranks.placed(config).overwrite  # nothing had begun
+
+
+def test_a_restart_goes_on_even_where_the_first_start_replaced_a_run(tmp_path, monkeypatch, alone):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    config = TrainConfig(output=str(alone.folder), overwrite=True)
+    placed = ranks.placed(config)
+    assert placed.resume and not placed.overwrite and config.overwrite
