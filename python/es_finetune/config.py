@@ -65,8 +65,6 @@ class ModelConfig:
     batch_size: int | None = _preset("batch_size", "prompts per call of generate")
     decoding: str = _flag("how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)", "dynamic")
     attn_implementation: str | None = _flag("transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given")
-    engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf")
-    tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1)
     threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
     device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
@@ -92,8 +90,8 @@ class Setup(ModelConfig, TaskConfig):
         for name, value in (DEMO if self.model == "embedded" else PAPER).items():
             if getattr(self, name, value) is None:
                 setattr(self, name, value)
-        at_least(self, lora_rank=0, batch_size=1, tensor_parallel=1, threads=0)
-        one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES, engine=("hf", "vllm"))
+        at_least(self, lora_rank=0, batch_size=1, threads=0)
+        one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES)
         if not 0 < self.time_limit < math.inf:
             raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
         if self.max_new_tokens is not None:
@@ -134,6 +132,8 @@ class TrainConfig(Setup):
     save_model: bool = _flag("write the tuned model at the end", True)
     report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
     on_reward_error: str = _flag("floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor")
+    engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf")
+    tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1)
     workers: str = _flag("alone, or ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag", "alone")
     ray_workers: int = _flag("how many actors; 0: one for each GPU of the cluster", 0)
     straggler_limit: float = _flag("seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait", 0.0)
@@ -145,8 +145,8 @@ class TrainConfig(Setup):
         self.fill()
         if self.output is None:
             self.output = str(Path("runs") / self.label)
-        at_least(self, ray_workers=0, straggler_limit=0, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
-        one_of(self, workers=("alone", "ray"), on_straggler=("reissue", "drop"))
+        at_least(self, tensor_parallel=1, ray_workers=0, straggler_limit=0, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        one_of(self, engine=("hf", "vllm"), workers=("alone", "ray"), on_straggler=("reissue", "drop"))
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise ValueError("tensor_parallel goes with --engine vllm")
         one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))

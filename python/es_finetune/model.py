@@ -154,14 +154,41 @@ def _one_line(what: str) -> Iterator[None]:
         raise ValueError(f"{what} could not be loaded: {line or type(error).__name__}") from error
 
 
-def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None) -> torch.nn.Module:
+def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, torch.dtype]:
+    """(model without memory, its tokenizer, dtype of its weights): what an engine needs to know that loads the weights by itself. Its
+    parameters, without the tied ones, have the checkpoint's names and shapes. ValueError, of one line, as of load_model."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import find_adapter_config_file
+
+    path = str(EMBEDDED_MODEL) if name == "embedded" else name
+    with _one_line(f"model {name}"):
+        adapter = find_adapter_config_file(path) is not None
+    if adapter:
+        raise ValueError(f"model {name} is an adapter, which this engine cannot perturb: give the whole model, or use --engine hf")
+    config = _load_config(path, f"model {name}")
+    found = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    with _one_line(f"model {name}"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=found)
+    with contextlib.suppress(OSError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, _load_tokenizer(name, path, path), found
+
+
+def _load_config(path: str, what: str) -> Any:
     # trust_remote_code=False: left out, transformers asks at the terminal and waits.
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _one_line(what):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{what} has quantised weights, and noise is added to float32, bfloat16 and float16 only: give the unquantised model")
+    return config
+
+
+def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    _load_config(path, what)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _one_line(what):
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)

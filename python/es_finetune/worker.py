@@ -39,6 +39,7 @@ class Replica(NamedTuple):
     backend: str  # of es_kernels
     save_model: Callable[[Path], None]  # writes the live weights, as transformers loads them
     model: Any = None  # where it is in this process
+    close: Callable[[], None] = lambda: None
 
 
 class Worker:
@@ -117,7 +118,7 @@ class Worker:
         self.weights.save_snapshot(str(folder))
 
     def close(self) -> None:
-        """A worker of this process holds nothing that would have to be closed."""
+        self.replica.close()
 
     def _draw(self, generation: int) -> list[Item]:
         """The generation's training prompts, the same for all its members: a draw without repetition."""
@@ -176,6 +177,12 @@ def update_of(task: Task, config: TrainConfig, generation: int, lines: Sequence[
 def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
     if (model is None) != (tokenizer is None):
         raise ValueError("give model and tokenizer together, or neither to load the config's")
+    if config.engine == "vllm":
+        from es_finetune.engines import vllm
+
+        if model is not None:
+            raise ValueError("engine vllm loads the model by itself: name it in the config")
+        return vllm.load(config, task)
     if model is None:
         model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
     else:

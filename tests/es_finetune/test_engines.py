@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import es_finetune.models
 from es_finetune import EvolutionStrategy
 from es_finetune.engines import Answer, hf
-from es_finetune.engines.prompts import tokenize
 from es_finetune.engines.hf import DECODINGS, HFEngine
+from es_finetune.engines.prompts import tokenize
 from es_finetune.tasks import load_task
 
 EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "countdown_char"

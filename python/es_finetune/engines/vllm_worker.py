@@ -153,15 +153,17 @@ class Extension:
         except (ValueError, OSError) as error:  # as text, for vLLM's wire keeps no types of errors
             return {"error": str(error)}
 
-    def es_write(self, path: str) -> None:
-        """This worker's part of the live weights, as PATH: safetensors of the parts that it counts, with their places as metadata."""
+    def es_write(self, folder: str) -> str:
+        """This worker's part of the live weights, as a file in the folder: safetensors of the parts that it counts, with their places as
+        metadata. Returns its path."""
         from safetensors.torch import save_file
 
         counted = [part for part in self.es_parts if part.counted]
         places = {str(number): [part.name, part.first, part.index_stride] for number, part in enumerate(counted)}
         tensors = {str(number): part.tensor.reshape(part.shape).to("cpu", copy=True).contiguous() for number, part in enumerate(counted)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / f"part-{self.rank}.safetensors"
         save_file(tensors, path, metadata={"places": json.dumps(places)})
+        return str(path)
 
 
 def _entry(part: Part, shape: list[int]) -> tuple:
