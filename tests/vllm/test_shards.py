@@ -1,0 +1,119 @@
+"""Contract under test: however vLLM cuts and fuses a tensor over ranks, each element draws the noise of its place in the checkpoint's tensor, and each
+is counted by one rank. Layers are vLLM's own classes without their processes: what is tested is the arithmetic of places."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import es_kernels
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+HIDDEN, HEAD, HEADS, KV_HEADS, INNER, VOCABULARY = 24, 8, 8, 2, 40, 50
+
+
+def layer(cls, tensors, **attributes):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    made = cls.__new__(cls)
+    torch.nn.Module.__init__(made)
+    made.quant_method = UnquantizedLinearMethod.__new__(UnquantizedLinearMethod)
+    for name, tensor in tensors.items():
+        made.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def model_of(rank, size, full):
+    """What rank `rank` of `size` holds of the full tensors."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    def cut(name, dim=0, of=size, at=rank):
+        return full[name].chunk(of, dim)[at]
+
+    place = {"tp_rank": rank, "tp_size": size}
+    kv, copies = max(1, KV_HEADS // size), max(1, size // KV_HEADS)
+    at = {"of": min(size, KV_HEADS), "at": rank // copies}
+    qkv = {kind: torch.cat([cut(f"a.q_proj.{kind}"), cut(f"a.k_proj.{kind}", **at), cut(f"a.v_proj.{kind}", **at)]) for kind in ("weight", "bias")}
+    heads = {"num_heads": HEADS // size, "num_kv_heads": kv, "num_kv_head_replicas": copies, "head_size": HEAD, "v_head_size": HEAD}
+    rows = -(-VOCABULARY // size)
+    start, end = min(rank * rows, VOCABULARY), min((rank + 1) * rows, VOCABULARY)
+    padded = torch.cat([full["embed.weight"][start:end], torch.full((rows - (end - start) + 14, HIDDEN), 7.0, dtype=torch.bfloat16)])
+    indices = SimpleNamespace(num_added_elements=0, num_org_elements=end - start, org_vocab_start_index=start)
+    model = torch.nn.Module()
+    model.packed_modules_mapping = FUSED
+    model.embed = layer(VocabParallelEmbedding, {"weight": padded}, shard_indices=indices)
+    model.a = torch.nn.Module()
+    model.a.qkv_proj = layer(QKVParallelLinear, qkv, **place, **heads)
+    model.a.o_proj = layer(RowParallelLinear, {"weight": cut("a.o_proj.weight", 1), "bias": full["a.o_proj.bias"]}, **place)
+    gate_up = torch.cat([cut("a.gate_proj.weight"), cut("a.up_proj.weight")])
+    model.a.gate_up_proj = layer(MergedColumnParallelLinear, {"weight": gate_up}, **place, output_sizes=[INNER, INNER])
+    model.a.single = layer(ColumnParallelLinear, {"weight": cut("a.single.weight")}, **place)
+    model.a.same = layer(ReplicatedLinear, {"weight": full["a.same.weight"]}, **place)
+    model.norm = torch.nn.LayerNorm(HIDDEN, bias=False)
+    model.norm.weight.data = full["norm.weight"].clone()
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_shards_of_all_ranks_are_the_model(size):
+    from es_finetune.engines.vllm_worker import _entry, parts_of
+
+    shapes = {"embed.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,), "a.same.weight": (5, HIDDEN), "a.single.weight": (16, HIDDEN)}
+    shapes |= {f"a.{x}_proj.weight": (heads * HEAD, HIDDEN) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
+    shapes |= {f"a.{x}_proj.bias": (heads * HEAD,) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
+    shapes |= {"a.o_proj.weight": (HIDDEN, HEADS * HEAD), "a.o_proj.bias": (HIDDEN,), "a.gate_proj.weight": (INNER, HIDDEN), "a.up_proj.weight": (INNER, HIDDEN)}
+    generator = torch.Generator().manual_seed(0)
+    full = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    expected = {name: tensor.clone() for name, tensor in full.items()}
+    es_kernels.add_noise_(expected, [5], [0.1])
+    found = {name: torch.full(shape, math.nan, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    proofs, covered = [], dict.fromkeys(shapes, 0)
+    for rank in range(size):
+        model = model_of(rank, size, full)
+        parts = list(parts_of(model, rank))
+        es_kernels.add_noise_(es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in parts]), [5], [0.1])
+        counted = [part for part in parts if part.counted]
+        proofs.append(es_kernels.fingerprint(es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in counted])))
+        for part in parts:
+            covered[part.name] += part.counted * math.prod(part.shape)
+            place = torch.as_strided(found[part.name], part.shape, (part.index_stride, 1), part.first)
+            assert place.isnan().all() or torch.equal(place, part.tensor.reshape(part.shape))  # copies agree
+            place.copy_(part.tensor.reshape(part.shape))
+        assert (model.embed.weight[model.embed.shard_indices.num_org_elements :] == 7).all()  # padding is left alone
+    for name in shapes:
+        assert torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)), name
+    assert covered == {name: math.prod(shape) for name, shape in shapes.items()}
+    assert sum(proofs) % 2**64 == es_kernels.fingerprint(es_kernels.ParamTable(expected))
+
+
+def test_layouts_that_are_not_known_are_refused_by_name():
+    from es_finetune.engines.vllm_worker import parts_of
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    class Packed(ColumnParallelLinear):
+        pass
+
+    def refused(module, words):
+        model = torch.nn.Module()
+        model.layer = module
+        with pytest.raises(ValueError, match=words):
+            list(parts_of(model, 0))
+
+    place = {"tp_rank": 0, "tp_size": 1}
+    refused(layer(ColumnParallelLinear, {"weight": torch.empty(0)}, **place), "vLLM has taken the weights out of layer.weight")
+    refused(layer(ColumnParallelLinear, {"weight": torch.ones(4, 4, 2)}, **place), "layer.weight has a layout of vLLM's own")
+    refused(layer(ColumnParallelLinear, {"weight_packed": torch.ones(4, 4)}, **place), "layer.weight_packed has a layout of vLLM's own")
+    refused(layer(Packed, {"weight": torch.ones(4, 4)}, **place), "how vLLM lays out layer.weight .Packed. is not known")
+    quantised = layer(ColumnParallelLinear, {"weight": torch.ones(4, 4)}, **place)
+    quantised.quant_method = object()
+    refused(quantised, "layer is quantised .object.")
+    refused(layer(ColumnParallelLinear, {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, **place), "layer.weight is torch.float8_e4m3fn in vLLM")
+    experts = torch.nn.Module()
+    experts.experts = torch.nn.Module()
+    experts.experts.w13_weight = torch.nn.Parameter(torch.ones(2, 4, 4))
+    refused(experts, "how vLLM lays out layer.experts.w13_weight")

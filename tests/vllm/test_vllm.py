@@ -1,0 +1,143 @@
+"""Contract under test: the model in vLLM is the model in transformers.
+
+Its parameters, under the checkpoint's names, hold the same bits at the start, with any member in place and after every update; all of them, and
+nothing beside them, is perturbed. Greedy answers are those of transformers on the same weights (float32), whatever vLLM's prefix cache has seen before.
+What is exported has the fingerprint of the same updates replayed in transformers. What cannot be done is refused by name before anything is changed.
+"""
+
+import json
+
+import pytest
+import torch
+
+import es_kernels
+from es_finetune import TrainConfig, Trainer
+from es_finetune.optimizer import Update
+from es_finetune.replay import rebuild
+from es_finetune.segments import named_segments
+from es_finetune.tasks import load_task
+from es_finetune.worker import Worker
+
+OPTIONS = {"task": "countdown-char", "population": 4, "prompts": 8, "eval_items": 16, "generations": 2, "eval_every": 0, "sigma": 0.02, "lr": 0.01}
+OPTIONS |= {"report_to": ["none"], "device": "cpu", "max_new_tokens": 12}
+LONG = 300  # characters, which are tokens: more than two blocks of 128
+KINDS = {"Llama": "float32", "Qwen2": "float32", "Qwen3": "bfloat16"}  # queries and keys in groups; tied, with biases; norms of queries and keys
+
+
+def long_questions(_):
+    """A task whose prompts share a prefix of more than two blocks of vLLM's cache."""
+    items = [{"prompt": ("12+" * LONG)[:LONG] + f"{k}="} for k in range(30)]
+    return load_task("custom", data=items, reward=lambda completion, item: len(completion), test_share=0.4)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, saved, tmp_path_factory):
+    """(worker over vLLM, worker over transformers) of one model, at the same state."""
+    config = {**OPTIONS, "model": str(saved(request.param, KINDS[request.param])), "output": str(tmp_path_factory.mktemp("run"))}
+    task = long_questions(None) if request.param == "Qwen2" else None
+    ours = Worker(TrainConfig(**config, engine="vllm"), task=task)
+    yield ours, Worker(TrainConfig(**config), task=task)
+    ours.close()
+
+
+def live(worker):
+    """{name: tensor} of what the worker's engine computes with."""
+    if worker.model is not None:
+        return {name: p.detach().clone() for name, p in worker.model.named_parameters()}
+    from es_finetune.model import empty_model
+
+    model, _, dtype = empty_model(worker.config.model)
+    return {name: p.detach() for name, p in worker.weights.filled(model, dtype).named_parameters()}
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(bits(a[name]), bits(b[name])), name
+
+
+def test_start_members_and_updates_are_bit_for_bit_those_of_transformers(pair):
+    ours, theirs = pair
+    a, b = ours.start(), theirs.start()
+    assert {key: a[key] for key in a if key != "model"} == {key: b[key] for key in b if key != "model"}
+    before = live(ours)
+    assert_same(before, live(theirs))
+    for worker in pair:
+        worker.weights.perturb(3)
+    member = live(ours)
+    assert_same(member, live(theirs))
+    for name, tensor in member.items():
+        changed = (tensor != before[name]).float().mean()
+        assert changed == 1 if tensor.dtype == torch.float32 else changed > 0.6, name  # 1 + 0.02 eps is often 1 in bf16
+    for worker in pair:
+        worker.weights.restore()
+    assert_same(before, live(ours))
+
+
+def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
+    ours, theirs = pair
+    generation = len(ours.done) if hasattr(ours, "done") else 0
+    if theirs.model.dtype == torch.bfloat16:  # whose texts differ by the order of sums
+        digests = [ours.evaluate(generation, {}, lambda line: None)[0] for _ in range(2)]
+        assert [line["digest"] for line in digests[0]] == [line["digest"] for line in digests[1]]
+    else:
+        for z in ((1.0, -1.0, 0.5, -0.5), (-0.5, 1.5, -1.0, 0.0)):
+            looks = [worker.answer_held_out() for worker in pair]
+            assert [a.ids for a in looks[0].answers] == [a.ids for a in looks[1].answers] and looks[0].digest == looks[1].digest
+            lines = [worker.evaluate(generation, {}, lambda line: None)[0] for worker in pair]
+            assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
+            assert len({line["digest"] for line in lines[0]}) > 1  # a stale cache would answer alike
+            found = [worker.update(Update(generation, 0.0, 4, z), looking=False) for worker in pair]
+            assert found[0]["theta"] == found[1]["theta"] and found[0]["live"] == found[1]["live"]
+            generation += 1
+        assert looks[0].digest != ours.answer_held_out().digest
+
+
+def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = saved("Llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    config = TrainConfig(**{**OPTIONS, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), engine="vllm")
+    found = Trainer(config).train()
+    assert found["backend"] == "cpu in vLLM"
+    assert f"{rebuild(tmp_path / 'run', device='cpu').optimizer.fingerprint('live'):016x}" == found["live"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert f"{es_kernels.fingerprint(es_kernels.ParamTable(named_segments(exported))):016x}" == found["live"]
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert row["health"]["correlation_min"][1] > 0.99
+    # Resumed over the other engine, which the log allows: scores come from wherever, weights do not.
+    again = Trainer(TrainConfig(**{**OPTIONS, "generations": 3, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), resume=True)).train()
+    assert again["generations"] == 3 and again["fingerprint"] != found["fingerprint"]
+
+
+# --- refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"base": "none"}, "base 'none' is for engine hf"),
+        ({"lora_rank": 4}, "leave out lora_rank, or use --engine hf"),
+        ({"tensor_parallel": 2, "snapshot_every": 5}, "leave out snapshot_every, the log is enough"),
+        ({"model": "nowhere"}, "model nowhere could not be loaded"),
+    ],
+)
+def test_options_and_models_that_do_not_go_with_it(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        Worker(TrainConfig(**{**OPTIONS, "model": "embedded", "engine": "vllm", "output": str(tmp_path), **options}))
+
+
+def test_quantised_checkpoints_and_adapters(saved, tmp_path):
+    model = saved("Llama")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match="has quantised weights"):
+        Worker(TrainConfig(**OPTIONS, model=str(model), engine="vllm", output=str(tmp_path)))
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter, which this engine cannot perturb"):
+        Worker(TrainConfig(**OPTIONS, model=str(model), engine="vllm", output=str(tmp_path)))
