@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import es_kernels
+from es_finetune import shards
 from es_finetune.shaping import SHAPINGS
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
@@ -81,7 +82,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
                  "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
                  unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
                  [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require grad
-                 are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed.
+                 are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is perturbed
+                 where it lies, with the noise of its place in the whole tensor (es_finetune.shards).
     sigma, lr:   scale of the noise and of the step, per group, read anew in every generation. The paper: 1e-3 and sigma / 2.
     weight_decay, anchored:  decay toward zero, or with anchored=True toward the weights at construction (of which it keeps
                  a copy in storage precision); per group.
@@ -397,23 +399,33 @@ class EvolutionStrategy(torch.optim.Optimizer):
         return self._clock.seconds()
 
     def fingerprint(self, of: str = "theta") -> int:
-        """64-bit fingerprint of "theta" or "live" over all groups: equal weights, equal number, on every machine."""
+        """64-bit fingerprint of "theta" or "live" over all groups: equal weights, equal number, on every machine.
+
+        Of sharded parameters it is that of the whole tensors, and a collective: every process that holds a part must call it. Without
+        them, nothing is communicated. Replicas are not compared: each has the fingerprint of what it holds.
+        """
         with torch.no_grad():
-            return sum(es_kernels.fingerprint(getattr(weights, of)) for weights in self._weights) % 2**64
+            return sum(shards.fingerprint(getattr(weights, of), weights.live) for weights in self._weights) % 2**64
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what momentum carries.
 
-        With the same model built again, `load_state_dict` of it continues to the same bits.
+        With the same model built again, `load_state_dict` of it continues to the same bits. Of sharded parameters theta is DTensors, which
+        torch.distributed.checkpoint saves and, into the state_dict() of an optimizer over other processes, loads.
         """
         self._refuse_if_perturbed("state_dict()")
+
+        def whole(kind: str) -> dict[str, torch.Tensor]:
+            tables = [(getattr(weights, kind), weights.live) for weights in self._weights]
+            return {name: t for table, live in tables if table is not None for name, t in shards.whole_tensors(table, live).items()}
+
         state = super().state_dict()
         state["es"] = {
             "noise_version": es_kernels.noise.VERSION,
             "base": self.base,
             **{key: getattr(self, key) for key in _SETTINGS},
-            "theta": _tensors(weights.theta for weights in self._weights),
-            "anchor": _tensors(weights.anchor for weights in self._weights if weights.anchor is not None),
+            "theta": whole("theta"),
+            "anchor": whole("anchor"),
             "history": [[past.generation, past.mean, past.scored, list(past.z)] for past in self._history],
         }
         return state
@@ -421,7 +433,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()`: theta, live, generation, settings (all but base), group options. ValueError, with
-        nothing changed, where the state is of another noise version, another base, or other tensors."""
+        nothing changed, where the state is of another noise version, another base, or other tensors, or sharded otherwise."""
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
@@ -435,10 +447,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if described[0] != described[1]:
                 different = sorted(name for name in described[0].keys() | described[1].keys() if described[0].get(name) != described[1].get(name))
                 raise ValueError(f"the saved {kind} and this optimizer's differ in {len(different)} tensor(s), e.g. {different[0]!r}")
+            for name, tensor in mine[kind].items():
+                shards.check_same_layout(name, saved[kind][name], tensor)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for kind in ("theta", "anchor"):
             for name, tensor in mine[kind].items():
-                tensor.copy_(saved[kind][name])
+                shards.local(tensor).copy_(shards.local(saved[kind][name]))
         for key in _SETTINGS:
             setattr(self, key, saved[key])
         self._history = [Update(generation, mean, scored, tuple(z)) for generation, mean, scored, z in saved["history"]]
@@ -470,7 +484,7 @@ class _Weights:
 
     @classmethod
     def of(cls, entries: list[_Entry], base: str | None, anchored: bool) -> _Weights:
-        live = es_kernels.ParamTable(entries)
+        live = shards.live_table(entries)
         device = torch.device("cpu") if base == "host" else live.tensors[0].device
         if base == "host":
             es_kernels.active_backend(device)  # which will compute the updates: if none can, say so before the first generation
@@ -541,7 +555,3 @@ def _finite(reward: Any, member: int) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the reward of member {member} is {value}; a member that failed must be declared dropped")
     return value
-
-
-def _tensors(tables) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach() for table in tables for name, tensor in zip(table.names, table.tensors)}
