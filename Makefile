@@ -56,6 +56,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python bench/learning.py
 	$(BIN)/python bench/exactness.py
 	$(BIN)/python bench/noise_stats.py
+	$(BIN)/python bench/scale.py
 	$(BIN)/python bench/readme.py
 	$(BIN)/python bench/plots.py
 

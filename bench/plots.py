@@ -102,11 +102,27 @@ def exactness(ax, report):
     ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
+def scale(ax, report):
+    """Efficiency against workers, in simulation."""
+    for policy, color in (("waves", RED), ("shared counter", SAND), ("re-issued", BLUE), ("dropped", GREEN)):
+        rows = [r for r in report["simulated"] if r["policy"] == policy]
+        ax.plot([r["workers"] for r in rows], [r["efficiency"] for r in rows], color=color, lw=1.5, marker="o", ms=4, label=policy)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([r["workers"] for r in rows], [str(r["workers"]) for r in rows])
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    ax.set_xlabel("workers")
+    ax.set_ylabel("share of their time that counts")
+    a = report["assumed"]
+    ax.set_title(f"Simulated: {a['members_a_worker']} members a worker, {a['stragglers']:.0%} of them {a['straggle']:.0f} times as long, workers that die")
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+
+
 def _machine(report):
     return report["machine"].get("gpu", report["machine"]["processor"])
 
 
-PLOTS = {"rivals": (rivals, "kernels-cpu"), "exactness": (exactness, "exactness"), "generation": (generation, "generation-cpu")}
+PLOTS = {"rivals": (rivals, "kernels-cpu"), "exactness": (exactness, "exactness"), "generation": (generation, "generation-cpu"), "scale": (scale, "scale")}
 
 
 def digest(name):

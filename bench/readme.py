@@ -296,7 +296,50 @@ def learning():
     return table(header, body)
 
 
+def scale():
+    """For a model of 7B: what one worker receives and how long its update takes, beside sending it the weights; and efficiency in simulation."""
+    report = results("scale")
+    rows = []
+    for r in (r for r in report["paper"] if r["model"] == "Qwen2.5-7B" and r["workers"] > 1):
+        by = {s["policy"]: f"{s['efficiency']:.0%}" for s in report["simulated"] if s["workers"] == r["workers"]}
+        got = r["received_bytes"]
+        cells = [_sent(got["torchrun"]), _sent(got["ray"]), _bytes(r["weights_bytes"]), f"{r['update_seconds_h200_predicted']:.2g} s", f"{r['weights_seconds']:.2g} s"]
+        rows.append([f"{r['workers']}, {r['population']}", *cells, *(by[policy] for policy in ("waves", "shared counter", "re-issued"))])
+    header = ["workers, N", "scores: torchrun", "coefficients: Ray", "weights", "update, H200 (predicted)", f"weights at {report['assumed']['link_bytes_a_second'] / 1e9:.0f} GB/s"]
+    return table([*header, "waves (simulated)", "shared counter (simulated)", "re-issued (simulated)"], rows)
+
+
+def _sent(n):
+    return f"{n / 1e3:.0f} kB" if n < 1e6 else f"{n / 1e6:.1f} MB"
+
+
+def scale_all():
+    report = results("scale")
+    assumed, costs = report["assumed"], report["unit_costs"]
+    rows = []
+    for r in report["paper"]:
+        if r["workers"] in (1, 8, 1024):
+            update = [f"{r[f'update_seconds_{where}']:.3g} s" for where in ("cpu", "h200_predicted")]
+            held = [_bytes(r["memory_bytes"][base]) for base in ("fp32", "copy", "none")] if r["workers"] == 1 else [""] * 3
+            sent = [_sent(r["received_bytes"]["torchrun"]), _bytes(r["weights_bytes"]), f"{r['weights_seconds']:.3g} s"] if r["workers"] > 1 else [""] * 3
+            rows.append([r["model"] if r["workers"] == 1 else "", str(r["workers"]), str(r["population"]), *sent, *update, *held])
+    head = ["model", "workers", "N", "scores received", "or weights", "their time (assumed link)", f"update, CPU of {costs['cpu_threads']} threads", "update, H200 (predicted)"]
+    paper = table([*head, *(f"memory, base {base}" for base in ("fp32", "copy", "none"))], rows)
+    simulated = [
+        [str(r["workers"]), str(r["population"]), r["policy"], f"{r['efficiency']:.1%}", str(r["dropped"]), str(r["repeated"]), str(r["failures"])]
+        for r in report["simulated"]
+    ]
+    said = (
+        f"Simulated: {assumed['generations']} generations; a member takes {assumed['seconds']:.0f} s (its logarithm spreads by {assumed['spread']}), {assumed['stragglers']:.0%} of them "
+        f"{assumed['straggle']:.0f} times as long; a worker dies every {assumed['hours_between_failures']:.0f} hours and is back after {assumed['replaced_after']:.0f} s and the log's updates; "
+        f"late after {assumed['limit']:.0f} s."
+    )
+    return f"{paper}\n\n{said}\n\n" + table(["workers", "N", "policy", "efficiency", "dropped", "repeated", "deaths"], simulated)
+
+
 TABLES = {
+    "scale": scale,
+    "scale-all": scale_all,
     "cpu": cpu,
     "rivals": rivals,
     "generation": generation,

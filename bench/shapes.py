@@ -22,6 +22,7 @@ MODELS = {
     "Qwen2.5-1.5B": Shape("qwen2", 1536, 28, 8960, 12, 2, 151936, True),
     "Qwen2.5-7B": Shape("qwen2", 3584, 28, 18944, 28, 4, 152064, False),
     "Llama-3.1-8B": Shape("llama", 4096, 32, 14336, 32, 8, 128256, False),
+    "Llama-3.1-70B": Shape("llama", 8192, 80, 28672, 64, 8, 128256, False),
 }
 
 

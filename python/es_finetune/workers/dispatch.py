@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable
 
 
@@ -13,23 +14,26 @@ class Dispatch:
     """
 
     def __init__(self, members: Iterable[int], limit: float | None = None, drop: bool = False):
-        self.waiting = list(members)
+        self.waiting = deque(members)
         self.limit, self.drop = limit, drop
-        self.out: dict[tuple[Hashable, int], float] = {}  # (worker, member) -> since when
+        self.out: dict[tuple[Hashable, int], float] = {}  # (worker, member) -> since when; the longest out comes first
         self.open = set(self.waiting)  # neither done nor dropped
         self.dropped: list[int] = []
 
     def next(self, worker: Hashable, now: float) -> int | None:
         """A member for a worker that has none; None if there is nothing for it to do at this time."""
         if self.waiting:
-            member = self.waiting.pop(0)
+            member = self.waiting.popleft()
         else:
+            due = self.overdue()
+            if self.drop or due is None or now <= due:
+                return None
             latest: dict[int, float] = {}  # of members that no one has finished
             for (_, member), since in self.out.items():
                 if member in self.open:
                     latest[member] = max(since, latest.get(member, since))
             late = [(since, member) for member, since in latest.items() if self._is_late(since, now)]
-            if not late or self.drop:
+            if not late:
                 return None
             _, member = min(late)
         self.out[worker, member] = now
@@ -47,11 +51,16 @@ class Dispatch:
         for of, member in [key for key in self.out if key[0] == worker]:
             del self.out[of, member]
             if member in self.open and not any(member == other for _, other in self.out):
-                self.waiting.insert(0, member)
+                self.waiting.appendleft(member)
 
     def give_up(self, now: float) -> list[int]:
         """With `drop`: the members that are late now, which no longer count."""
-        late = sorted({member for (_, member), since in self.out.items() if member in self.open and self.drop and self._is_late(since, now)})
+        late = []
+        for (_, member), since in self.out.items() if self.drop else ():
+            if not self._is_late(since, now):
+                break
+            if member in self.open:
+                late.append(member)
         self.open -= set(late)
         self.dropped += late
         return late
@@ -60,7 +69,7 @@ class Dispatch:
         """When the next member will be late; None if none can be."""
         if self.limit is None:
             return None
-        return min((since + self.limit for (_, member), since in self.out.items() if member in self.open), default=None)
+        return next((since + self.limit for (_, member), since in self.out.items() if member in self.open), None)
 
     @property
     def finished(self) -> bool:

@@ -310,8 +310,11 @@ def _connect(ray) -> bool:
     """Joins the cluster; whether it is one that ends with this process."""
     if ray.is_initialized():
         return False
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():  # asked first, because Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"the Ray cluster {address or 'of this machine'} cannot be reached: {_first_line(error)}") from None
