@@ -80,7 +80,10 @@ def _train(arguments: list[str]) -> None:
     from es_finetune.workers import WorkersDiffer, ranks
 
     if not ranks.leads():
-        return follow(config)
+        try:
+            return follow(config)
+        except (RewardFailed, WorkersDiffer) as error:
+            raise _BrokenOff(_one_line(error)) from error
     trainer = Trainer(config)
     try:
         summary = trainer.train()
@@ -92,7 +95,8 @@ def _train(arguments: list[str]) -> None:
         begun = read_log(Path(config.output) / "run.log")[0]["config"]
         changed = _flags_of({name: value for name, value in asked(config).items() if value != begun[name]}, TrainConfig)
         command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
-        raise _BrokenOff(f"{words}. {kept}; continue with: {command}") from error
+        how = "the same torchrun, and --resume" if ranks.launched() else command
+        raise _BrokenOff(f"{words}. {kept}; continue with: {how}") from error
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(
         f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "

@@ -55,7 +55,7 @@ def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
 
 def is_ours(name: str) -> bool:
     """Whether a run, or eval of it, leaves something of this name in its folder."""
-    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(("eval-", ".model-"))
+    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(("eval-", ".model-", "journal-"))
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -10,7 +10,8 @@ z is null where all rewards were equal and nothing was changed; "dropped" names 
 live the fingerprints after the update. About 400 bytes a generation with N = 30.
 
 The journal beside it has the same form, one line for each member of the generation in progress that has been scored. A
-score that is in it is never computed again: greedy text may differ between machines, and the run must not.
+score that is in it is never computed again: greedy text may differ between machines, and the run must not. Under torchrun every
+rank but the first has one of its own, journal-RANK.
 
 Both files only grow, a line per write, so what a killed writer leaves is whole lines and at most one torn last one, which
 is dropped. A line of run.log has reached the disk before the run goes on.
@@ -107,6 +108,11 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return parse_log(path, lines)
+
+
+def read_journals(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of the journals of all workers that ever wrote into the folder; of which generation each is, it says."""
+    return [line for path in sorted(folder.glob("journal*")) for line in _read(path, strict=False)[0]]
 
 
 def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:

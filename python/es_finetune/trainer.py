@@ -24,7 +24,7 @@ from es_finetune.metrics import estimate, look_row, population_row, summary, tot
 from es_finetune.plot import plot_run
 from es_finetune.progress import Progress
 from es_finetune.replay import check_start
-from es_finetune.runlog import FORMAT, SealedLines, parse_log
+from es_finetune.runlog import FORMAT, SealedLines, parse_log, read_journals
 from es_finetune.tasks import Task
 from es_finetune.tracking import Tracker, require
 from es_finetune.worker import RewardFailed, Worker, held_out_items, known_members, line_of, update_of
@@ -62,6 +62,7 @@ class Trainer:
         self.model, self.task = self.workers.model, self.workers.task
         self.generation = 0  # updates done
         self._proof: dict[str, Any] = {}  # the fingerprints after them
+        self._scored: list[dict[str, Any]] = []  # members that an earlier process scored
         self._rows: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,7 @@ class Trainer:
         for split in ("train_items", "test_items"):
             if header[split] != start[split]:
                 raise ValueError(f"the {split.replace('_', ' ')} of task {config.task} are not those that the run in {folder} began with")
+        self._scored = read_journals(folder)  # also of ranks that there were more of
         self.workers.fast_forward(self.log.lines[1:], folder / "snapshots")
         self.generation = len(generations)
         self._proof = self.log.lines[-1]  # the header, where there is no generation
@@ -168,7 +170,7 @@ class Trainer:
         """One generation: score the members that the journal does not hold, update, log. Returns its row of metrics.jsonl."""
         config, generation = self.config, self.generation
         begin = time.perf_counter()
-        known = known_members(self.journal.lines, generation, config)
+        known = known_members(self._scored, generation, config)
         # Seconds of an earlier process, which this one's clock does not hold.
         before = math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / self.workers.count
         if not known:

@@ -50,6 +50,25 @@ def test_a_killed_rank_loses_nothing(run, alone):
     assert read_log(killed.folder / "run.log")[1] == read_log(alone.folder / "run.log")[1]
 
 
+def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):
+    """What ranks have scored that are there no more counts too."""
+    several = run()
+    process = several.start(ranks=3)
+    several.wait_until(lambda: len(several.scored) > 20 and (several.folder / "journal-2").exists() and len(several.scored) % 8 > 4, process=process)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid, _ in several.pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+    several.options["resume"] = True
+    assert several()["fingerprint"] == alone.summary["fingerprint"]
+    assert sorted(several.scored) == sorted(alone.scored)
+    several.options |= {"resume": False, "overwrite": True}
+    assert several(ranks=2)["fingerprint"] == alone.summary["fingerprint"] and not (several.folder / "journal-2").exists()
+
+
 def disagree(rank, folder, kind, result):
     """One of two ranks, of which the second is not on the first one's run."""
     os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}

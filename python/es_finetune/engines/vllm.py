@@ -60,10 +60,12 @@ class VllmEngine:
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel}
         if config.tensor_parallel > 1:
             options["distributed_executor_backend"] = "mp"
-        if torch.cuda.is_available():
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
             bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[config.base]
             theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // config.tensor_parallel
-            free = torch.cuda.get_device_properties(0).total_memory * _UTILISATION
+            free = current_platform.get_device_total_memory() * _UTILISATION  # not by torch, which would begin to use the GPU in this process
             if theta >= free:
                 raise ValueError(f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy or host, or more --tensor_parallel")
             options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)

@@ -149,7 +149,10 @@ class Extension:
     def es_call(self, method: str, *arguments: Any) -> Any:
         """A method of weights.Weights."""
         try:
-            return {"result": getattr(self.es_weights, method)(*arguments)}
+            result = getattr(self.es_weights, method)(*arguments)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # whichever stream vLLM computes on next
+            return {"result": result}
         except (ValueError, OSError) as error:  # as text, for vLLM's wire keeps no types of errors
             return {"error": str(error)}
 

@@ -1,0 +1,56 @@
+"""Contract under test: Ray actors with a vLLM engine each make the run of one process with transformers, also when one of them is killed; and an
+actor that is killed takes its engine along."""
+
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import pytest
+from es_finetune import TrainConfig, Trainer
+
+ray = pytest.importorskip("ray")
+
+
+def running(name):
+    """Processes with this title."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cmdline").read_bytes().startswith(name.encode()):
+                found.append(int(path.name))
+        except OSError:
+            pass
+    return found
+
+
+def test_a_killed_actor_changes_nothing(saved, tmp_path):
+    options = {"model": str(saved("Llama")), "task": "countdown-char", "population": 6, "prompts": 8, "eval_items": 8, "eval_every": 0, "generations": 4}
+    options |= {"sigma": 0.02, "lr": 0.01, "report_to": ["none"], "device": "cpu", "max_new_tokens": 12, "save_model": False}
+    expected = Trainer(TrainConfig(**options, output=str(tmp_path / "alone"))).train()
+    config = TrainConfig(**options, output=str(tmp_path / "run"), engine="vllm", workers="ray", ray_workers=2)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        trainer = Trainer(config)
+        victim = ray.get(trainer.workers.places[0].actor.__ray_call__.remote(lambda actor: os.getpid()))
+        engines = running("VLLM::EngineCore")
+        assert len(engines) == 2
+
+        def kill():
+            while trainer.generation < 1:
+                time.sleep(0.01)
+            os.kill(victim, signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        found = trainer.train()
+        thread.join()
+        assert found["fingerprint"] == expected["fingerprint"]
+    finally:
+        ray.shutdown()
+    for _ in range(300):
+        if not set(running("VLLM::EngineCore")) & set(engines):
+            return
+        time.sleep(0.1)
+    pytest.fail("engines outlive their actors")
