@@ -90,7 +90,11 @@ def unit_costs():
         for r in json.loads((RESULTS / "static_analysis.json").read_text())["predictions"]
         if (r["gpu"], r["kernel"]) == ("H200 SXM", "update")
     )
-    return {"cpu": best["seconds"] / best["elements"] / best["seeds"], "cpu_threads": best["threads"], "h200_predicted": 1 / predicted["normals_per_s"]}
+    return {
+        "cpu": best["seconds"] / best["elements"] / best["seeds"],
+        "cpu_threads": best["threads"],
+        "h200_predicted": 1 / predicted["normals_per_s"],
+    }
 
 
 def on_paper():
@@ -120,7 +124,9 @@ def simulate(policy, workers, members, seed=0, **changed):
     dropped = repeated = failures = 0
     back = dict.fromkeys(range(workers), 0.0)  # when a worker that died is there again
     for generation in range(s["generations"]):
-        times = [s["seconds"] * math.exp(draws.gauss(0, s["spread"])) * (s["straggle"] if draws.random() < s["stragglers"] else 1) for _ in range(members)]
+        times = [
+            s["seconds"] * math.exp(draws.gauss(0, s["spread"])) * (s["straggle"] if draws.random() < s["stragglers"] else 1) for _ in range(members)
+        ]
         again = [s["seconds"] * math.exp(draws.gauss(0, s["spread"])) for _ in range(members)]  # elsewhere the same member is no straggler
         deaths = [draws.expovariate(1 / (3600 * s["hours_between_failures"])) if s["hours_between_failures"] else math.inf for _ in range(workers)]
         catch_up = s["replaced_after"] + generation * s["update"]
@@ -217,7 +223,9 @@ def main():
     args = parser.parse_args()
     simulated = [simulate(policy, workers, population(workers)) for workers in WORKERS if workers > 1 for policy in POLICIES]
     for row in simulated:
-        print(f"{row['workers']:5} {row['policy']:15} efficiency {row['efficiency']:.3f}, {row['dropped']} dropped, {row['repeated']} repeated, {row['failures']} failures")
+        print(
+            f"{row['workers']:5} {row['policy']:15} efficiency {row['efficiency']:.3f}, {row['dropped']} dropped, {row['repeated']} repeated, {row['failures']} failures"
+        )
     assumed = {"members_a_worker": MEMBERS, "questions": QUESTIONS, "link_bytes_a_second": LINK, **SIMULATED}
     report = {"assumed": assumed, "unit_costs": unit_costs(), "line_bytes": line_bytes(), "paper": on_paper(), "simulated": simulated}
     write_atomically(args.json, json.dumps(report, indent=1) + "\n")

@@ -76,7 +76,7 @@ def _train(arguments: list[str]) -> None:
     config = _parse(TrainConfig, arguments, "train")
     from es_finetune.progress import value
     from es_finetune.trainer import Trainer, follow
-    from es_finetune.worker import RewardFailed
+    from es_finetune.workers.worker import RewardFailed
     from es_finetune.workers import WorkersDiffer, ranks
 
     if not ranks.leads():

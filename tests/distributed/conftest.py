@@ -24,7 +24,9 @@ class Run:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--standalone"] if ranks else []
         environment = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         with open(f"{self.folder}.out", "a") as out:
-            return subprocess.Popen([sys.executable, *launcher, str(SCRIPT), str(path)], stdout=out, stderr=out, env=environment, start_new_session=True)
+            return subprocess.Popen(
+                [sys.executable, *launcher, str(SCRIPT), str(path)], stdout=out, stderr=out, env=environment, start_new_session=True
+            )
 
     def finish(self, process, seconds=120):
         """The exit code. Whatever it has started ends with it."""

@@ -147,7 +147,7 @@ def test_an_actor_with_other_weights_is_named(cluster, tmp_path, monkeypatch):
         ray.get(pool.places[1].actor.__ray_call__.remote(lambda actor: (change(actor), None)[1]))
         pool.fast_forward([])
         lines, _ = pool.evaluate(0, {}, lambda line: None)
-        from es_finetune.worker import update_of
+        from es_finetune.workers.worker import update_of
 
         with pytest.raises(WorkersDiffer, match=r"after generation 1 the weights of the workers differ: worker \d on "):
             pool.update(update_of(pool.task, pool.config, 0, lines, [])[0])

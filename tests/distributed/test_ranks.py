@@ -15,7 +15,7 @@ import torch.multiprocessing
 
 from es_finetune import TrainConfig
 from es_finetune.runlog import read_log
-from es_finetune.worker import Worker
+from es_finetune.workers.worker import Worker
 from es_finetune.workers import WorkersDiffer, ranks
 
 KILLS = 10

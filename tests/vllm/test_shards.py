@@ -28,7 +28,13 @@ def layer(cls, tensors, **attributes):
 
 def model_of(rank, size, full):
     """What rank `rank` of `size` holds of the full tensors."""
-    from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    )
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     def cut(name, dim=0, of=size, at=rank):
@@ -66,7 +72,12 @@ def test_the_shards_of_all_ranks_are_the_model(size):
     shapes = {"embed.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,), "a.same.weight": (5, HIDDEN), "a.single.weight": (16, HIDDEN)}
     shapes |= {f"a.{x}_proj.weight": (heads * HEAD, HIDDEN) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
     shapes |= {f"a.{x}_proj.bias": (heads * HEAD,) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
-    shapes |= {"a.o_proj.weight": (HIDDEN, HEADS * HEAD), "a.o_proj.bias": (HIDDEN,), "a.gate_proj.weight": (INNER, HIDDEN), "a.up_proj.weight": (INNER, HIDDEN)}
+    shapes |= {
+        "a.o_proj.weight": (HIDDEN, HEADS * HEAD),
+        "a.o_proj.bias": (HIDDEN,),
+        "a.gate_proj.weight": (INNER, HIDDEN),
+        "a.up_proj.weight": (INNER, HIDDEN),
+    }
     generator = torch.Generator().manual_seed(0)
     full = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     expected = {name: tensor.clone() for name, tensor in full.items()}

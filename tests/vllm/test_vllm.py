@@ -14,9 +14,10 @@ import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.optimizer import Update
 from es_finetune.replay import rebuild
+from es_finetune.runlog import read_log
 from es_finetune.segments import named_segments
 from es_finetune.tasks import load_task
-from es_finetune.worker import Worker
+from es_finetune.workers.worker import Worker
 
 OPTIONS = {"task": "countdown-char", "population": 4, "prompts": 8, "eval_items": 16, "generations": 2, "eval_every": 0, "sigma": 0.02, "lr": 0.01}
 OPTIONS |= {"report_to": ["none"], "device": "cpu", "max_new_tokens": 12}
@@ -24,7 +25,7 @@ LONG = 300  # characters, which are tokens: more than two blocks of 128
 KINDS = {"Llama": "float32", "Qwen2": "float32", "Qwen3": "bfloat16"}  # queries and keys in groups; tied, with biases; norms of queries and keys
 
 
-def long_questions(_):
+def long_questions():
     """A task whose prompts share a prefix of more than two blocks of vLLM's cache."""
     items = [{"prompt": ("12+" * LONG)[:LONG] + f"{k}="} for k in range(30)]
     return load_task("custom", data=items, reward=lambda completion, item: len(completion), test_share=0.4)
@@ -34,7 +35,7 @@ def long_questions(_):
 def pair(request, saved, tmp_path_factory):
     """(worker over vLLM, worker over transformers) of one model, at the same state."""
     config = {**OPTIONS, "model": str(saved(request.param, KINDS[request.param])), "output": str(tmp_path_factory.mktemp("run"))}
-    task = long_questions(None) if request.param == "Qwen2" else None
+    task = long_questions() if request.param == "Qwen2" else None
     ours = Worker(TrainConfig(**config, engine="vllm"), task=task)
     yield ours, Worker(TrainConfig(**config), task=task)
     ours.close()
@@ -80,7 +81,7 @@ def test_start_members_and_updates_are_bit_for_bit_those_of_transformers(pair):
 
 def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
     ours, theirs = pair
-    generation = len(ours.done) if hasattr(ours, "done") else 0
+    generation = 0
     if theirs.model.dtype == torch.bfloat16:  # whose texts differ by the order of sums
         digests = [ours.evaluate(generation, {}, lambda line: None)[0] for _ in range(2)]
         assert [line["digest"] for line in digests[0]] == [line["digest"] for line in digests[1]]
@@ -102,15 +103,18 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
 
     model = saved("Llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
     config = TrainConfig(**{**OPTIONS, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), engine="vllm")
-    found = Trainer(config).train()
-    assert found["backend"] == "cpu in vLLM"
+    task = long_questions()
+    found = Trainer(config, task=task).train()
+    assert found["backend"] == "cpu in vLLM" and all(g.z is not None for g in read_log(tmp_path / "run/run.log")[1])
     assert f"{rebuild(tmp_path / 'run', device='cpu').optimizer.fingerprint('live'):016x}" == found["live"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert f"{es_kernels.fingerprint(es_kernels.ParamTable(named_segments(exported))):016x}" == found["live"]
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert row["health"]["correlation_min"][1] > 0.99
     # Resumed over the other engine, which the log allows: scores come from wherever, weights do not.
-    again = Trainer(TrainConfig(**{**OPTIONS, "generations": 3, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), resume=True)).train()
+    again = Trainer(
+        TrainConfig(**{**OPTIONS, "generations": 3, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), resume=True), task=task
+    ).train()
     assert again["generations"] == 3 and again["fingerprint"] != found["fingerprint"]
 
 
@@ -123,7 +127,7 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
         ({"base": "none"}, "base 'none' is for engine hf"),
         ({"lora_rank": 4}, "leave out lora_rank, or use --engine hf"),
         ({"tensor_parallel": 2, "snapshot_every": 5}, "leave out snapshot_every, the log is enough"),
-        ({"model": "nowhere"}, "model nowhere could not be loaded"),
+        ({"model": "./nowhere"}, "model ./nowhere could not be loaded"),
     ],
 )
 def test_options_and_models_that_do_not_go_with_it(tmp_path, options, words):

@@ -34,7 +34,9 @@ def refuse_unanswerable(tokens: Sequence[Sequence[int]], max_new_tokens: int, po
 
 def _render(tokenizer, number: int, messages: Sequence[dict]) -> str:
     if tokenizer.chat_template is None:
-        raise ValueError(f"prompt {number} is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text")
+        raise ValueError(
+            f"prompt {number} is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text"
+        )
     from jinja2 import TemplateError
 
     try:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from es_finetune.config import TrainConfig
-from es_finetune.engines import Answer
+from es_finetune.engines import Answer, Replica
 from es_finetune.engines.prompts import Prompt, refuse_unanswerable, tokenize
 from es_finetune.model import empty_model, save_model
 from es_finetune.tasks import Task
-from es_finetune.worker import Replica
 
 _UTILISATION = 0.9  # of a GPU's memory: vLLM's default
 _BLOCK = 128  # lengths are rounded up to so many tokens
@@ -67,7 +66,9 @@ class VllmEngine:
             theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // config.tensor_parallel
             free = current_platform.get_device_total_memory() * _UTILISATION  # not by torch, which would begin to use the GPU in this process
             if theta >= free:
-                raise ValueError(f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy or host, or more --tensor_parallel")
+                raise ValueError(
+                    f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy or host, or more --tensor_parallel"
+                )
             options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)
         self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
         try:
@@ -165,7 +166,9 @@ class RemoteWeights:
             return self._call(method, *arguments)
         finally:
             if not self.llm.reset_prefix_cache():
-                raise RuntimeError("vLLM did not give up its prefix cache, which holds what the weights before have computed: requests are still running")
+                raise RuntimeError(
+                    "vLLM did not give up its prefix cache, which holds what the weights before have computed: requests are still running"
+                )
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return [found["result"] for found in self._rpc("es_call", method, *arguments)]
@@ -184,7 +187,9 @@ def _refuse(config: TrainConfig) -> None:
     if config.base == "none":
         raise ValueError("base 'none' is for engine hf: over vLLM choose fp32, copy or host")
     if config.lora_rank:
-        raise ValueError("vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out lora_rank, or use --engine hf")
+        raise ValueError(
+            "vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out lora_rank, or use --engine hf"
+        )
     if config.tensor_parallel > 1 and config.snapshot_every:
         raise ValueError("snapshots are of whole weights, which no worker of --tensor_parallel has: leave out snapshot_every, the log is enough")
 

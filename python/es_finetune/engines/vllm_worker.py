@@ -57,7 +57,14 @@ class Part(NamedTuple):
     @property
     def segment(self) -> es_kernels.Segment:
         rows, cols = self.shape
-        return es_kernels.Segment(self.name, rows, cols, row_stride=self.tensor.stride(0) if self.tensor.ndim > 1 else cols, first=self.first, index_stride=self.index_stride)
+        return es_kernels.Segment(
+            self.name,
+            rows,
+            cols,
+            row_stride=self.tensor.stride(0) if self.tensor.ndim > 1 else cols,
+            first=self.first,
+            index_stride=self.index_stride,
+        )
 
 
 def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
@@ -71,9 +78,13 @@ def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
                 continue
             seen[id(parameter)] = name
             if not parameter.numel():
-                raise ValueError(f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be perturbed: turn that off")
+                raise ValueError(
+                    f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be perturbed: turn that off"
+                )
             if parameter.dtype not in es_kernels.table.DTYPES:
-                raise ValueError(f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of bfloat16, float16 or float32")
+                raise ValueError(
+                    f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of bfloat16, float16 or float32"
+                )
             yield from _parts(layer, prefix, kind, parameter.data, fused, rank)
 
 
@@ -87,7 +98,9 @@ def _parts(layer, prefix: str, kind: str, tensor: torch.Tensor, fused: dict[str,
 
     if isinstance(layer, LinearBase):
         if not isinstance(layer.quant_method, UnquantizedLinearMethod):
-            raise ValueError(f"{prefix} is quantised ({type(layer.quant_method).__name__}), and such weights cannot be perturbed: give the unquantised model")
+            raise ValueError(
+                f"{prefix} is quantised ({type(layer.quant_method).__name__}), and such weights cannot be perturbed: give the unquantised model"
+            )
         expected = {"weight": 2, "bias": 1}
         if kind not in expected or tensor.ndim != expected[kind]:
             raise ValueError(f"{whole} has a layout of vLLM's own ({type(layer).__name__}, shape {tuple(tensor.shape)}), which cannot be perturbed")

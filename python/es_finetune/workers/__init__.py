@@ -1,7 +1,7 @@
 """Several workers on one run. A generation costs N seeds out and N scores back, whatever the size of the model: each worker makes the noise
 itself and repeats every update, and fingerprints prove that all came to the same weights.
 
-`Workers` is what a Trainer knows of them. worker.Worker is one alone; ranks.Ranks are the processes of torchrun; pool.RayPool a pool of Ray
+`Workers` is what a Trainer knows of them. worker.Worker is one alone; ranks.Ranks are the processes of torchrun; pool.RayPool is a pool of Ray
 actors.
 """
 

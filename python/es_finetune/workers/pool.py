@@ -18,7 +18,7 @@ from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.prepare import make_task
-from es_finetune.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
+from es_finetune.workers.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
 from es_finetune.workers import WorkersDiffer, refuse_other, together
 from es_finetune.workers.dispatch import Dispatch
 
@@ -174,7 +174,9 @@ class RayPool:
         written: dict[int, Any] = {}
         self._spread(Dispatch([0]), lambda place, _: place.actor.save_model.remote(folder), lambda job, _: written.update({job: None}))
         if not folder.is_dir():
-            raise ValueError(f"the model was written to {folder} on another machine of the cluster: use a shared folder, or es-finetune export, which needs the log alone")
+            raise ValueError(
+                f"the model was written to {folder} on another machine of the cluster: use a shared folder, or es-finetune export, which needs the log alone"
+            )
 
     def save_snapshot(self, folder: Path) -> None:
         folder = folder.resolve()
@@ -330,5 +332,7 @@ def _capacity(ray, config: TrainConfig) -> tuple[int, int]:
         raise ValueError("the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs")
     for what, needed in (("GPU", gpus * count), ("CPU", count)):
         if needed > have.get(what, 0):
-            raise ValueError(f"{count} workers need {needed} {what}s, and the Ray cluster has {have.get(what, 0):g}: lower --ray_workers, or add machines")
+            raise ValueError(
+                f"{count} workers need {needed} {what}s, and the Ray cluster has {have.get(what, 0):g}: lower --ray_workers, or add machines"
+            )
     return count, gpus

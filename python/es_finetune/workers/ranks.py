@@ -23,7 +23,7 @@ from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.runlog import SealedLines, is_begun
-from es_finetune.worker import Worker, known_members, update_of
+from es_finetune.workers.worker import Worker, known_members, update_of
 from es_finetune.workers import refuse_other, together
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
@@ -153,4 +153,3 @@ class Ranks:
         everyone: list[Any] = [None] * self.count
         dist.all_gather_object(everyone, mine)
         return everyone
-

@@ -8,11 +8,11 @@ import math
 import random
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import es_kernels
 from es_finetune.config import TrainConfig, model_options
-from es_finetune.engines import Engine
+from es_finetune.engines import Replica
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.metrics import Row, member_line, rewards_by_prompt
 from es_finetune.model import load_model, pick_device, save_model
@@ -27,19 +27,6 @@ from es_kernels.noise import PROMPT_CHOICE, member_seed
 
 class RewardFailed(RuntimeError):
     """A reward raised, hung or returned no number, and the run was asked to stop then."""
-
-
-class Replica(NamedTuple):
-    """One copy of a model, wherever an engine keeps it."""
-
-    weights: Weights
-    engine: Engine
-    identity: dict[str, Any]  # what the log's header says of the model
-    parameters: int
-    backend: str  # of es_kernels
-    save_model: Callable[[Path], None]  # writes the live weights, as transformers loads them
-    model: Any = None  # where it is in this process
-    close: Callable[[], None] = lambda: None
 
 
 class Worker:
