@@ -165,11 +165,11 @@ def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
     if (model is None) != (tokenizer is None):
         raise ValueError("give model and tokenizer together, or neither to load the config's")
     if config.engine == "vllm":
-        from es_finetune.engines import vllm
+        from es_finetune.vllm.engine import load
 
         if model is not None:
             raise ValueError("engine vllm loads the model by itself: name it in the config")
-        return vllm.load(config, task)
+        return load(config, task)
     if model is None:
         model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
     else:

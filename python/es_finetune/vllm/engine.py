@@ -1,4 +1,4 @@
-"""The engine over vLLM. Weights, theta and updates live in vLLM's worker processes (vllm_worker.py); what crosses to them is numbers."""
+"""The engine over vLLM. Weights, theta and updates live in vLLM's worker processes (extension.py); what crosses to them is numbers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class VllmEngine:
                 max_model_len=self.length,
                 max_num_seqs=config.batch_size,
                 seed=config.seed % 2**31,  # greedy answers need none; vLLM wants a small one
-                worker_extension_cls="es_finetune.engines.vllm_worker.Extension",
+                worker_extension_cls="es_finetune.vllm.extension.Extension",
                 **options,
             )
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
