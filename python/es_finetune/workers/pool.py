@@ -160,22 +160,23 @@ class RayPool:
         return one
 
     def answer_held_out(self) -> Evaluation:
-        parts: dict[int, Evaluation] = {}
+        found: dict[int, Evaluation] = {}
+        questions = len(held_out_items(self.task, self.config))
+        parts = min(self.count, questions)
         # The limit is one of a member; a part has more questions, or fewer.
-        questions = len(held_out_items(self.task, self.config)) / self.count
-        longer = max(1.0, questions / (self.config.prompts or len(self.task.train)))
-        dispatch = Dispatch(range(self.count), self._limit and self._limit * longer)
-        self._spread(dispatch, lambda place, part: place.actor.answer_held_out.remote(part, self.count), parts.__setitem__)
-        return Evaluation.joined([parts[part] for part in range(self.count)])
+        longer = max(1.0, questions / parts / (self.config.prompts or len(self.task.train)))
+        dispatch = Dispatch(range(parts), self._limit and self._limit * longer)
+        self._spread(dispatch, lambda place, part: place.actor.answer_held_out.remote(part, parts), found.__setitem__)
+        return Evaluation.joined([found[part] for part in range(parts)])
 
     def save_model(self, folder: Path) -> None:
         """Written by one of the workers: ValueError where that is not this machine and the folder is not shared."""
         folder = folder.resolve()
-        written: dict[int, Any] = {}
-        self._spread(Dispatch([0]), lambda place, _: place.actor.save_model.remote(folder), lambda job, _: written.update({job: None}))
+        self._spread(Dispatch([0]), lambda place, _: place.actor.save_model.remote(folder), lambda *_: None)
         if not folder.is_dir():
             raise ValueError(
-                f"the model was written to {folder} on another machine of the cluster: use a shared folder, or es-finetune export, which needs the log alone"
+                f"the model was written to {folder} on another machine of the cluster: use a shared folder, or --save_model false and es-finetune export, "
+                "which needs the log alone"
             )
 
     def save_snapshot(self, folder: Path) -> None:

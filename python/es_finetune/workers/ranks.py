@@ -5,6 +5,7 @@ What crosses the wire in a generation: a number drawn for each member, and the m
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import itertools
@@ -70,6 +71,7 @@ def _meet() -> dist.Store:
     # torchrun keeps its store when it restarts the processes, and with it the addresses of the dead.
     store = dist.PrefixStore(f"start{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=_PATIENCE)
+    atexit.register(dist.destroy_process_group)
     return store
 
 
