@@ -16,65 +16,58 @@ class Dispatch:
     def __init__(self, members: Iterable[int], limit: float | None = None, drop: bool = False):
         self.waiting = deque(members)
         self.limit, self.drop = limit, drop
-        self.out: dict[tuple[Hashable, int], float] = {}  # (worker, member) -> since when; the longest out comes first
-        self.open = set(self.waiting)  # neither done nor dropped
+        # Member -> who has it since when. Only members that still count; the one that was handed out last the longest ago comes first.
+        self.out: dict[int, dict[Hashable, float]] = {}
         self.dropped: list[int] = []
 
     def next(self, worker: Hashable, now: float) -> int | None:
         """A member for a worker that has none; None if there is nothing for it to do at this time."""
         if self.waiting:
             member = self.waiting.popleft()
+        elif not self.drop and self._is_late(now):
+            member = next(iter(self.out))
         else:
-            due = self.overdue()
-            if self.drop or due is None or now <= due:
-                return None
-            latest: dict[int, float] = {}  # of members that no one has finished
-            for (_, member), since in self.out.items():
-                if member in self.open:
-                    latest[member] = max(since, latest.get(member, since))
-            late = [(since, member) for member, since in latest.items() if self._is_late(since, now)]
-            if not late:
-                return None
-            _, member = min(late)
-        self.out[worker, member] = now
+            return None
+        self.out[member] = {**self.out.pop(member, {}), worker: now}
         return member
 
-    def done(self, worker: Hashable, member: int) -> bool:
-        """The worker has this member's result; whether it is the first, which counts."""
-        self.out.pop((worker, member), None)
-        first = member in self.open
-        self.open.discard(member)
-        return first
+    def done(self, member: int) -> bool:
+        """Someone has this member's result; whether it is the first, which counts."""
+        if self.out.pop(member, None) is not None:
+            return True
+        if member in self.waiting:  # its worker had been given up for lost
+            self.waiting.remove(member)
+            return True
+        return False
 
     def lost(self, worker: Hashable) -> None:
         """The worker is gone, and with it what it was doing."""
-        for of, member in [key for key in self.out if key[0] == worker]:
-            del self.out[of, member]
-            if member in self.open and not any(member == other for _, other in self.out):
+        for member, since in list(self.out.items()):
+            if since.pop(worker, None) is not None and not since:
+                del self.out[member]
                 self.waiting.appendleft(member)
+        self.out = dict(sorted(self.out.items(), key=lambda item: max(item[1].values())))
 
     def give_up(self, now: float) -> list[int]:
         """With `drop`: the members that are late now, which no longer count."""
         late = []
-        for (_, member), since in self.out.items() if self.drop else ():
-            if not self._is_late(since, now):
-                break
-            if member in self.open:
-                late.append(member)
-        self.open -= set(late)
+        while self.drop and self._is_late(now):
+            late.append(next(iter(self.out)))
+            del self.out[late[-1]]
         self.dropped += late
         return late
 
     def overdue(self) -> float | None:
-        """When the next member will be late; None if none can be."""
-        if self.limit is None:
+        """When the next member will be late, or since when one is that has not been handed out again; None if none can be."""
+        if self.limit is None or not self.out:
             return None
-        return next((since + self.limit for (_, member), since in self.out.items() if member in self.open), None)
+        return max(next(iter(self.out.values())).values()) + self.limit
 
     @property
     def finished(self) -> bool:
         """Whether every member is done or dropped."""
-        return not self.open
+        return not self.waiting and not self.out
 
-    def _is_late(self, since: float, now: float) -> bool:
-        return self.limit is not None and now - since > self.limit
+    def _is_late(self, now: float) -> bool:
+        due = self.overdue()
+        return due is not None and now > due

@@ -204,9 +204,10 @@ class RayPool:
                     self._ask(place, ("job", spread, job), ask(place, job), dispatch.limit)
             if dispatch.finished:
                 return
-            due = dispatch.overdue()
+            # Who would take a member that gets late: without anyone free there is nothing to wake up for.
+            due = dispatch.overdue() if dispatch.drop or self._ready() else None
             for place, what, result in self._wait(None if due is None else due - time.monotonic(), dispatch):
-                if what[0] == "job" and what[1] is spread and dispatch.done(place.number, what[2]):
+                if what[0] == "job" and what[1] is spread and dispatch.done(what[2]):
                     take(what[2], result)
                 elif what[0] == "update":  # of one that was late with it
                     done = self._log[place.generation - 1]
