@@ -299,47 +299,87 @@ def learning():
 def scale():
     """For a model of 7B: what one worker receives and how long its update takes, beside sending it the weights; and efficiency in simulation."""
     report = results("scale")
+    model = next(r for r in report["paper"] if r["model"] == report["assumed"]["model"])
     rows = []
-    for r in (r for r in report["paper"] if r["model"] == "Qwen2.5-7B" and r["workers"] > 1):
+    for r in _wire(report):
+        n = r["population"]
         by = {s["policy"]: f"{s['efficiency']:.0%}" for s in report["simulated"] if s["workers"] == r["workers"]}
-        got = r["received_bytes"]
-        cells = [_sent(got["torchrun"]), _sent(got["ray"]), _bytes(r["weights_bytes"]), f"{r['update_seconds_h200_predicted']:.2g} s", f"{r['weights_seconds']:.2g} s"]
-        rows.append([f"{r['workers']}, {r['population']}", *cells, *(by[policy] for policy in ("waves", "shared counter", "re-issued"))])
-    header = ["workers, N", "scores: torchrun", "coefficients: Ray", "weights", "update, H200 (predicted)", f"weights at {report['assumed']['link_bytes_a_second'] / 1e9:.0f} GB/s"]
+        cells = [_sent(r["torchrun_rank_receives"]), _sent(r["ray_worker_receives"]), _sent(model["weights_bytes"])]
+        cells += [_long(model["update_seconds_h200_predicted"]["1"][str(n)]), _long(model["weights_seconds"])]
+        rows.append([f"{r['workers']}, {n}", *cells, *(by[policy] for policy in ("waves", "shared counter", "re-issued"))])
+    link = f"weights at {report['assumed']['link_bytes_a_second'] / 1e9:.0f} GB/s (assumed)"
+    header = ["workers, N", "scores: torchrun", "coefficients: Ray", "weights", "update, H200 (predicted)", link]
     return table([*header, "waves (simulated)", "shared counter (simulated)", "re-issued (simulated)"], rows)
 
 
+def _wire(report):
+    """The rows of the populations that are simulated."""
+    return [r for r in report["wire"] if r["members_a_worker"] == report["assumed"]["members_a_worker"]]
+
+
 def _sent(n):
-    return f"{n / 1e3:.0f} kB" if n < 1e6 else f"{n / 1e6:.1f} MB"
+    return f"{n / 1e3:.2g} kB" if n < 1e5 else f"{n / 1e6:.2g} MB" if n < 1e8 else f"{n / 1e9:.4g} GB"
 
 
-def scale_all():
+def _long(seconds):
+    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"
+
+
+def scale_wire():
     report = results("scale")
-    assumed, costs = report["assumed"], report["unit_costs"]
+    keys = ("torchrun_rank_receives", "ray_driver_receives", "ray_worker_receives")
+    rows = [[str(r["workers"]), str(r["population"]), *(_sent(r[key]) for key in keys)] for r in report["wire"]]
+    return table(["workers", "N", "torchrun: every rank receives", "Ray: the driver receives", "Ray: every worker receives"], rows)
+
+
+def scale_models():
+    report = results("scale")
     rows = []
     for r in report["paper"]:
-        if r["workers"] in (1, 8, 1024):
-            update = [f"{r[f'update_seconds_{where}']:.3g} s" for where in ("cpu", "h200_predicted")]
-            held = [_bytes(r["memory_bytes"][base]) for base in ("fp32", "copy", "none")] if r["workers"] == 1 else [""] * 3
-            sent = [_sent(r["received_bytes"]["torchrun"]), _bytes(r["weights_bytes"]), f"{r['weights_seconds']:.3g} s"] if r["workers"] > 1 else [""] * 3
-            rows.append([r["model"] if r["workers"] == 1 else "", str(r["workers"]), str(r["population"]), *sent, *update, *held])
-    head = ["model", "workers", "N", "scores received", "or weights", "their time (assumed link)", f"update, CPU of {costs['cpu_threads']} threads", "update, H200 (predicted)"]
-    paper = table([*head, *(f"memory, base {base}" for base in ("fp32", "copy", "none"))], rows)
-    simulated = [
-        [str(r["workers"]), str(r["population"]), r["policy"], f"{r['efficiency']:.1%}", str(r["dropped"]), str(r["repeated"]), str(r["failures"])]
-        for r in report["simulated"]
-    ]
+        memory = [_bytes(r["memory_bytes"][base]) for base in ("fp32", "copy", "none")]
+        whole, sharded = (r["update_seconds_h200_predicted"][shards] for shards in ("1", "8"))
+        update = [_long(r["update_seconds_cpu"]["30"])]
+        update += [*(_long(whole[n]) for n in ("30", "256", "1024", "4096")), _long(sharded["1024"])]
+        rows.append([r["model"], *memory, _bytes(r["weights_bytes"]), _long(r["weights_seconds"]), *update])
+    h200 = [f"{'update, H200 (predicted), ' if n == 30 else ''}N = {n}" for n in (30, 256, 1024, 4096)]
+    header = ["model", "memory, base fp32", "copy", "none", "weights", f"at {report['assumed']['link_bytes_a_second'] / 1e9:.0f} GB/s (assumed)"]
+    header += [f"update, CPU of {report['unit_costs']['cpu_threads']} threads, N = 30", *h200, "N = 1024 over 8 H200 (predicted)"]
+    return table(header, rows)
+
+
+def scale_simulated():
+    report = results("scale")
+    a = report["assumed"]
     said = (
-        f"Simulated: {assumed['generations']} generations; a member takes {assumed['seconds']:.0f} s (its logarithm spreads by {assumed['spread']}), {assumed['stragglers']:.0%} of them "
-        f"{assumed['straggle']:.0f} times as long; a worker dies every {assumed['hours_between_failures']:.0f} hours and is back after {assumed['replaced_after']:.0f} s and the log's updates; "
-        f"late after {assumed['limit']:.0f} s."
+        f"Assumed: {a['generations']} generations of {a['members_a_worker']} members a worker; a member takes {a['seconds']:.0f} s "
+        f"(its logarithm spreads by {a['spread']}), {a['stragglers']:.0%} of them {a['straggle']:.0f} times as long; "
+        f"a worker dies every {a['hours_between_failures']:.0f} hours and is back after {a['replaced_after']:.0f} s "
+        f"and the log's updates, which take what is predicted for {a['model']}; late after {a['limit']:.0f} s."
     )
-    return f"{paper}\n\n{said}\n\n" + table(["workers", "N", "policy", "efficiency", "dropped", "repeated", "deaths"], simulated)
+    rows = []
+    for r in report["simulated"]:
+        counts = [str(r[key]) for key in ("dropped", "repeated", "deaths")]
+        rows.append([str(r["workers"]), str(r["population"]), r["policy"], f"{r['efficiency']:.1%}", f"{r['wasted']:.1%}", *counts])
+    header = ["simulated: workers", "N", "policy", "efficiency", "wasted", "members dropped", "handed out again", "deaths"]
+    return f"{said}\n\n" + table(header, rows)
+
+
+def scale_varied():
+    report = results("scale")
+    workers = report["varied"][0]["workers"]
+    rows = [{"what": "as above", **r} for r in report["simulated"] if r["workers"] == workers] + report["varied"]
+    policies = list(dict.fromkeys(r["policy"] for r in rows))
+    by = {(r["what"], r["policy"]): f"{r['efficiency']:.1%}" for r in rows}
+    header = [f"efficiency of {workers} workers, simulated", *policies]
+    return table(header, [[what, *(by[what, policy] for policy in policies)] for what in dict.fromkeys(r["what"] for r in rows)])
 
 
 TABLES = {
     "scale": scale,
-    "scale-all": scale_all,
+    "scale-wire": scale_wire,
+    "scale-models": scale_models,
+    "scale-simulated": scale_simulated,
+    "scale-varied": scale_varied,
     "cpu": cpu,
     "rivals": rivals,
     "generation": generation,

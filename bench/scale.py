@@ -2,14 +2,19 @@
 
     python bench/scale.py [--json bench/results/scale.json]
 
-Bytes are counted on objects that are really built: a member's line of 200 questions as torchrun's ranks gather it and as a Ray actor returns it (pickled),
-and the N coefficients that a Ray driver sends back. Beside them: all weights, 2 bytes a parameter, to every worker once a generation, as es-at-scale does.
+On the wire (a generation's bytes, counted on objects that are really built and pickled): a member's line of QUESTIONS questions and answers, as
+torchrun's ranks gather it from each other and as a Ray actor returns it to the driver; the N coefficients that the driver sends to every worker.
+Beside them what es-at-scale sends: all weights, 2 bytes a parameter, to every worker. LINK, the speed at which a worker receives them, is an
+ASSUMPTION: one port of 200 Gb/s each, nothing shared.
 
-Bytes are those that one worker receives in a generation. Update times are N normals a parameter at a unit cost: of this machine's CPU as measured (kernels-cpu.json), and of an H200 as PREDICTED from counted instructions
-(static_analysis.json; no GPU has been measured). Sending weights is at LINK bytes a second, an assumption: one 200 Gb/s port, every worker at once.
+Update times are N normals a parameter, at two unit costs: of a CPU as measured (kernels-cpu.json), and of an H200 as PREDICTED from counted
+instructions (static_analysis.json by gpus.py). No GPU has been measured. A worker of T GPUs that split every tensor evenly takes 1 / T of it.
+Memory is that of live weights in bf16 and theta. N is 30 or, beyond that, MEMBERS (or 1) a worker.
 
-The simulation is of discrete events around workers.dispatch.Dispatch, the very class that hands out members in a run. What it assumes is in SIMULATED: how
-long members take, how often they straggle, how often workers die. It says how policies compare under these, not how long a run takes.
+The simulation is of discrete events around workers.dispatch.Dispatch, the very class that hands out members in a run. What it ASSUMES is in
+SIMULATED. A straggler is a member on a machine that is slow for once: elsewhere the same member takes its usual time (against answers that are
+long in themselves nothing helps). That a pool replaces a worker three limits late is left out. It says how policies compare under these
+assumptions, not how long a run takes.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import pickle
 import random
 
 import shapes
+from es_finetune.engines import Answer
 from es_finetune.evaluate import Evaluation
 from es_finetune.files import write_atomically
 from es_finetune.metrics import member_line
@@ -32,48 +38,67 @@ from es_finetune.workers.dispatch import Dispatch
 RESULTS = pathlib.Path(__file__).parent / "results"
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B")
 WORKERS = (1, 8, 64, 256, 1024)
-MEMBERS = 4  # a worker: with fewer a shared counter has nothing to balance
+MEMBERS = 4  # a worker; with 1 a shared counter has nothing to balance
 POPULATION = 30  # at least
 QUESTIONS = 200
 LINK = 25e9
 BASES = {"fp32": 6, "copy": 4, "none": 2}  # bytes a bf16 parameter: live weights and theta
+SHARDS = (1, 2, 4, 8)
 SIMULATED = {
-    "generations": 20,
+    "model": "Qwen2.5-7B",  # of which the predicted update is
+    "generations": 200,
     "seconds": 60.0,  # the median member
     "spread": 0.1,  # standard deviation of its logarithm
     "stragglers": 0.01,  # share of members that take
     "straggle": 5.0,  # times as long
-    "hours_between_failures": 100.0,  # of one worker
-    "replaced_after": 120.0,  # seconds until a new worker has loaded the model
-    "update": 1.0,  # seconds; a new worker repeats the updates of the log
+    "hours_between_failures": 100.0,  # of one worker, busy or not; 0: never
+    "replaced_after": 120.0,  # seconds until a new worker has loaded the model; then it repeats the log's updates
+    "snapshot_every": 0,  # generations; the new worker repeats only those since. 0, as a run by default: all
     "limit": 180.0,  # seconds until a member is given to another worker too, or dropped
 }
-POLICIES = {"waves": {}, "shared counter": {}, "re-issued": {"limit": True}, "dropped": {"limit": True, "drop": True}}
+POLICIES = ("waves", "shared counter", "re-issued", "dropped")
+# What else could be assumed, with VARIED workers: (what, members a worker, changes).
+VARIED = 64
+VARIATIONS = (
+    ("1 member a worker", 1, {}),
+    ("16 members a worker", 16, {}),
+    ("no stragglers", MEMBERS, {"stragglers": 0.0}),
+    ("2% of members 10 times as long", MEMBERS, {"stragglers": 0.02, "straggle": 10.0}),
+    ("no deaths", MEMBERS, {"hours_between_failures": 0.0}),
+    ("a death every 5 hours of a worker", MEMBERS, {"hours_between_failures": 5.0}),
+    ("the same, a snapshot every 10 generations", MEMBERS, {"hours_between_failures": 5.0, "snapshot_every": 10}),
+)
 
 
-def population(workers):
-    return max(POPULATION, MEMBERS * workers)
+def population(workers, members=MEMBERS):
+    return max(POPULATION, members * workers)
 
 
 # --- on paper -------------------------------------------------------------------------------------------------------------
 
 
-def line_bytes():
-    """What a member of QUESTIONS questions sends back."""
-    draws = random.Random(0)
+def line(member=0):
+    """What a member sends back."""
+    draws = random.Random(member)
+    answers = QUESTIONS * [Answer("some text", tuple(range(1024)))]
     scores = [Score(draws.random(), exact=float(draws.random() < 0.5), format=1.0) for _ in range(QUESTIONS)]
-    return len(pickle.dumps(member_line(123, 17, Evaluation([], scores, 12.3456789, 0.0123456789))))
+    return member_line(123, member, Evaluation(answers, scores, 12.3456789, 0.0123456789))
 
 
-def update_bytes(members):
-    return len(pickle.dumps(Update(123, 0.123456789, members, tuple(random.Random(0).gauss(0, 1) for _ in range(members)))))
-
-
-def received(workers):
-    """Bytes that one worker receives in a generation: under torchrun every rank gets the lines of all the others' members; in a Ray pool the driver gets
-    them all, and a worker the coefficients."""
-    n = population(workers)
-    return {"torchrun": n * (workers - 1) // workers * line_bytes(), "ray": update_bytes(n), "ray_driver": n * line_bytes()}
+def wire(workers, members):
+    """One generation's bytes. torchrun: what each rank receives, the lists of lines of all others, which the gather pads to the longest. Ray: what
+    the driver receives, and what each worker does."""
+    n = population(workers, members)
+    lines = list(map(line, range(-(-n // workers))))
+    update = Update(123, 0.123456789, n, tuple(random.Random(0).gauss(0, 1) for _ in range(n)))
+    return {
+        "workers": workers,
+        "members_a_worker": members,
+        "population": n,
+        "torchrun_rank_receives": (workers - 1) * len(pickle.dumps(lines)),
+        "ray_driver_receives": n * len(pickle.dumps(lines[0])),
+        "ray_worker_receives": len(pickle.dumps(update)),
+    }
 
 
 def parameters(model):
@@ -97,137 +122,156 @@ def unit_costs():
     }
 
 
-def on_paper():
-    """One row for each model and number of workers."""
-    costs = unit_costs()
-    rows = []
-    for model, workers in itertools.product(MODELS, WORKERS):
-        values, n = parameters(model), population(workers)
-        row = {"model": model, "parameters": values, "workers": workers, "population": n, "received_bytes": received(workers)}
-        row |= {"weights_bytes": 2 * values, "weights_seconds": 2 * values / LINK}
-        row |= {"update_seconds_cpu": values * n * costs["cpu"], "update_seconds_h200_predicted": values * n * costs["h200_predicted"]}
-        rows.append(row | {"memory_bytes": {base: values * size for base, size in BASES.items()}})
-    return rows
+def on_paper(model):
+    """Memory, an update's seconds for every population of the tables, and what sending the weights instead would take."""
+    costs, values = unit_costs(), parameters(model)
+    populations = sorted({population(workers, members) for workers in WORKERS for members in (1, MEMBERS)})
+    return {
+        "model": model,
+        "parameters": values,
+        "memory_bytes": {base: values * size for base, size in BASES.items()},
+        "weights_bytes": 2 * values,
+        "weights_seconds": 2 * values / LINK,
+        "update_seconds_cpu": {n: values * n * costs["cpu"] for n in populations},
+        "update_seconds_h200_predicted": {shards: {n: values * n * costs["h200_predicted"] / shards for n in populations} for shards in SHARDS},
+    }
 
 
 # --- in simulation --------------------------------------------------------------------------------------------------------
 
 
-def simulate(policy, workers, members, seed=0, **changed):
-    """{efficiency, dropped, repeated, failures, wall} of a run. efficiency: the time of the members that count over the time of all workers.
+class Waves(Dispatch):
+    """What the reference does: as many members at once as there are workers, and the next ones when the slowest is done. Kinder than the reference to
+    those of a worker that dies: they go out with the next wave."""
 
-    "waves": rounds of as many members as there are workers, each as long as its slowest. The others: Dispatch. In all of them a generation begins when
-    the last one's update is done everywhere, and a member that was with a worker that dies begins anew."""
+    began = None
+
+    def next(self, worker, now):
+        if not self.out:
+            self.began = now
+        return super().next(worker, now) if now == self.began else None
+
+
+def handing_out(policy, members, limit):
+    if policy == "waves":
+        return Waves(range(members))
+    return Dispatch(range(members), limit if policy in ("re-issued", "dropped") else None, policy == "dropped")
+
+
+def drawn(draws, members, s):
+    """(usual seconds, whether it straggles when it first goes out) of each member of a generation."""
+    return [(s["seconds"] * math.exp(draws.gauss(0, s["spread"])), draws.random() < s["stragglers"]) for _ in range(members)]
+
+
+def simulate(policy, workers, members, update, seed=0, **changed):
+    """What becomes of a run whose update takes `update` seconds, as shares of all workers' time: `efficiency`, the usual time of the members that
+    counted; `wasted`, work of which no result counted. And how many members were dropped, handed out more than once, how many workers died; `wall`
+    seconds.
+
+    A generation ends with an update by all who are free. Who is late with a member, or new, repeats the updates it has missed before its next
+    member."""
     s = SIMULATED | changed
-    draws = random.Random(f"{seed} {workers} {members}")  # alike for all policies
-    now = useful = 0.0
-    dropped = repeated = failures = 0
-    back = dict.fromkeys(range(workers), 0.0)  # when a worker that died is there again
+    draws = random.Random(f"{seed} {workers} {members}")  # the same members for every policy
+    lives = [random.Random(f"{seed} worker {worker}") for worker in range(workers)]
+    hours = s["hours_between_failures"]
+    deaths = [(life.expovariate(1 / (3600 * hours)), worker) for worker, life in enumerate(lives)] if hours else []
+    heapq.heapify(deaths)
+    idle = list(range(workers))
+    jobs = [None] * workers  # (generation, member, since, its usual seconds)
+    done = [0] * workers  # updates
+    incarnation = [0] * workers
+    events, order = [], itertools.count()  # (when, order, worker that is free then, its incarnation); worker None: a member is late
+    now = useful = wasted = 0.0
+    dropped = repeated = 0
+
+    def at(when, worker):
+        heapq.heappush(events, (when, next(order), worker, worker is not None and incarnation[worker]))
+
     for generation in range(s["generations"]):
-        times = [
-            s["seconds"] * math.exp(draws.gauss(0, s["spread"])) * (s["straggle"] if draws.random() < s["stragglers"] else 1) for _ in range(members)
-        ]
-        again = [s["seconds"] * math.exp(draws.gauss(0, s["spread"])) for _ in range(members)]  # elsewhere the same member is no straggler
-        deaths = [draws.expovariate(1 / (3600 * s["hours_between_failures"])) if s["hours_between_failures"] else math.inf for _ in range(workers)]
-        catch_up = s["replaced_after"] + generation * s["update"]
-        run = _waves if policy == "waves" else _dispatched
-        options = {"limit": s["limit"] if POLICIES[policy].get("limit") else None, "drop": POLICIES[policy].get("drop", False)}
-        found = run(times, again, {w: now + d for w, d in enumerate(deaths)}, back, now, catch_up, **({} if policy == "waves" else options))
-        now = found["end"] + s["update"]
-        useful += found["useful"]
-        dropped, repeated, failures = dropped + found["dropped"], repeated + found["repeated"], failures + found["failures"]
-    found = {"efficiency": useful / (workers * now), "dropped": dropped, "repeated": repeated, "failures": failures}
-    return {"policy": policy, "workers": workers, "population": members, **found, "wall": now}
-
-
-def _waves(times, again, deaths, back, now, catch_up):
-    """In a wave a worker that dies holds everybody up until it is back and has begun anew."""
-    failures, useful, workers = 0, 0.0, len(deaths)
-    for start in range(0, len(times), workers):
-        ends = []
-        for worker, seconds in enumerate(times[start : start + workers]):
-            begin = max(now, back[worker])
-            if begin <= deaths[worker] < begin + seconds:
-                back[worker] = begin = deaths[worker] + catch_up
-                deaths[worker] = math.inf
-                failures += 1
-            useful += seconds
-            ends.append(begin + seconds)
-        now = max(ends)
-    return {"end": now, "useful": useful, "dropped": 0, "repeated": 0, "failures": failures}
-
-
-def _dispatched(times, again, deaths, back, now, catch_up, limit, drop):
-    dispatch = Dispatch(range(len(times)), limit, drop)
-    taken, started, useful, failures, repeated = {}, set(), 0.0, 0, 0
-    events = []  # (when, order, what, worker)
-    order = itertools.count()
-    idle, serving = set(), dict.fromkeys(deaths)  # worker -> (member, end) that it is at
-
-    def add(when, what, worker):
-        heapq.heappush(events, (when, next(order), what, worker))
-
-    for worker in deaths:
-        add(max(now, back[worker]), "free", worker)
-        if deaths[worker] < math.inf:
-            add(deaths[worker], "dies", worker)
-    woken = None
-    while not dispatch.finished:
-        when, _, what, worker = heapq.heappop(events)
-        now = max(now, when)
-        if what == "dies":
-            if now < back[worker]:
-                continue  # it is not there
-            failures += 1
-            dispatch.lost(worker)
-            serving[worker] = None
-            idle.discard(worker)
-            back[worker] = now + catch_up
-            add(back[worker], "free", worker)
-        elif what == "done":
-            if serving[worker] is None or serving[worker][1] != when:
-                continue  # of before it died
-            member, _ = serving[worker]
-            serving[worker] = None
-            if dispatch.done(worker, member):
-                useful += taken[member, worker]
-            idle.add(worker)
-        elif what == "free" and serving[worker] is None:
-            idle.add(worker)
-        dispatch.give_up(now)
-        for worker in sorted(idle):
-            member = dispatch.next(worker, now)
-            if member is None:
+        times, started, alarm = drawn(draws, members, s), set(), None
+        dispatch = handing_out(policy, members, s["limit"])
+        while True:
+            dispatch.give_up(now)
+            while idle and (member := dispatch.next(idle[-1], now)) is not None:
+                worker = idle.pop()
+                seconds, straggles = times[member]
+                jobs[worker] = generation, member, now, seconds
+                at(now + seconds * (s["straggle"] if straggles and member not in started else 1), worker)
+                repeated += member in started
+                started.add(member)
+            if dispatch.finished:
                 break
-            idle.discard(worker)
-            begun = member in started
-            started.add(member)
-            repeated += begun
-            taken[member, worker] = seconds = again[member] if begun else times[member]
-            serving[worker] = member, now + seconds
-            add(now + seconds, "done", worker)
-        due = dispatch.overdue()
-        if due is not None and due != woken and (idle or drop) and not dispatch.waiting:
-            woken = due
-            add(due + 1e-6, "late", None)
-    # What still runs is of no use, but its worker is busy with it.
-    for worker, job in serving.items():
-        if job is not None:
-            back[worker] = max(back[worker], job[1])
-    return {"end": now, "useful": useful, "dropped": len(dispatch.dropped), "repeated": repeated, "failures": failures}
+            due = dispatch.overdue() if idle or dispatch.drop else None
+            if due is not None and due != alarm:
+                alarm = due
+                at(math.nextafter(due, math.inf), None)
+
+            if deaths and deaths[0][0] < events[0][0]:
+                when, worker = heapq.heappop(deaths)
+                back = when + s["replaced_after"]
+                heapq.heappush(deaths, (back + lives[worker].expovariate(1 / (3600 * hours)), worker))
+                incarnation[worker] += 1
+                done[worker] = generation - generation % s["snapshot_every"] if s["snapshot_every"] else 0
+                dispatch.lost(worker)
+                if jobs[worker]:
+                    wasted += when - jobs[worker][2]
+                    jobs[worker] = None
+                elif worker in idle:
+                    idle.remove(worker)
+                at(back, worker)
+                now = max(now, when)
+                continue
+            when, _, worker, of = heapq.heappop(events)
+            now = max(now, when)
+            if worker is None or of != incarnation[worker]:
+                continue
+            if jobs[worker]:
+                began, member, since, seconds = jobs[worker]
+                jobs[worker] = None
+                if began == generation and dispatch.done(member):
+                    useful += seconds
+                else:
+                    wasted += when - since
+            if done[worker] < generation:
+                at(when + (generation - done[worker]) * update, worker)
+                done[worker] = generation
+            else:
+                idle.append(worker)
+        dropped += len(dispatch.dropped)
+        for worker in idle:
+            done[worker] = generation + 1
+        now += update
+    total = workers * now
+    found = {"efficiency": useful / total, "wasted": wasted / total, "dropped": dropped, "repeated": repeated, "deaths": sum(incarnation)}
+    return {"policy": policy, "workers": workers, "population": members, "update": update, **found, "wall": now}
+
+
+def simulated(policy, workers, members=MEMBERS, **changed):
+    """With the update that is predicted for the model and population."""
+    n = population(workers, members)
+    return simulate(policy, workers, n, parameters(SIMULATED["model"]) * n * unit_costs()["h200_predicted"], **changed)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS / "scale.json")
     args = parser.parse_args()
-    simulated = [simulate(policy, workers, population(workers)) for workers in WORKERS if workers > 1 for policy in POLICIES]
-    for row in simulated:
-        print(
-            f"{row['workers']:5} {row['policy']:15} efficiency {row['efficiency']:.3f}, {row['dropped']} dropped, {row['repeated']} repeated, {row['failures']} failures"
-        )
-    assumed = {"members_a_worker": MEMBERS, "questions": QUESTIONS, "link_bytes_a_second": LINK, **SIMULATED}
-    report = {"assumed": assumed, "unit_costs": unit_costs(), "line_bytes": line_bytes(), "paper": on_paper(), "simulated": simulated}
+    rows = [simulated(policy, workers) for workers in WORKERS if workers > 1 for policy in POLICIES]
+    varied = [{"what": what, **simulated(policy, VARIED, members, **changed)} for what, members, changed in VARIATIONS for policy in POLICIES]
+    for row in rows + varied:
+        shares = f"efficiency {row['efficiency']:.3f}, wasted {row['wasted']:.3f}"
+        print(f"{row['workers']:5} {row['population']:5} {row['policy']:15} {shares} {row.get('what', '')}")
+    costs = unit_costs()
+    report = {
+        "assumed": {"members_a_worker": MEMBERS, "questions": QUESTIONS, "link_bytes_a_second": LINK, **SIMULATED},
+        "unit_costs": costs,
+        "line_bytes": len(pickle.dumps(line())),
+        "members_whose_update_takes_as_long_as_the_link": 2 / LINK / costs["h200_predicted"],
+        "wire": [wire(workers, members) for workers in WORKERS if workers > 1 for members in (1, MEMBERS)],
+        "paper": [on_paper(model) for model in MODELS],
+        "simulated": rows,
+        "varied": varied,
+    }
     write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
