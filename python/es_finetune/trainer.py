@@ -27,8 +27,8 @@ from es_finetune.replay import check_start
 from es_finetune.runlog import FORMAT, SealedLines, parse_log, read_journals
 from es_finetune.tasks import Task
 from es_finetune.tracking import Tracker, require
-from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, update_of
 from es_finetune.workers import Workers, pool, ranks
+from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, update_of
 
 
 def follow(config: TrainConfig, **objects) -> None:

@@ -18,9 +18,9 @@ from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.prepare import make_task
-from es_finetune.workers.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
 from es_finetune.workers import WorkersDiffer, refuse_other, together
 from es_finetune.workers.dispatch import Dispatch
+from es_finetune.workers.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
 _DEATHS = 3

@@ -24,8 +24,8 @@ from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.runlog import SealedLines, is_begun
-from es_finetune.workers.worker import Worker, known_members, update_of
 from es_finetune.workers import refuse_other, together
+from es_finetune.workers.worker import Worker, known_members, update_of
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
 # ends the others.
