@@ -60,15 +60,17 @@ class Trainer:
         require(config.report_to)
         self.workers = _assemble(config, model=model, tokenizer=tokenizer, task=task)
         self.model, self.task = self.workers.model, self.workers.task
+        self.log: SealedLines | None = None
+        self.journal: SealedLines | None = None
         self.generation = 0  # updates done
         self._proof: dict[str, Any] = {}  # the fingerprints after them
         self._scored: list[dict[str, Any]] = []  # members that an earlier process scored
         self._rows: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = SealedLines(self.folder / "run.log")
-        self.journal = SealedLines(self.folder / "journal", sync=False)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log = SealedLines(self.folder / "run.log")
+            self.journal = SealedLines(self.folder / "journal", sync=False)
             start = self._proof = self.workers.start()
             self._resume(start) if config.resume else self._begin(start)
         except BaseException:
@@ -139,8 +141,9 @@ class Trainer:
         self._let_go()
 
     def _let_go(self) -> None:
-        self.log.close()
-        self.journal.close()
+        for file in (self.log, self.journal):
+            if file is not None:
+                file.close()
         self.workers.close()
 
     def _run(self, progress: Progress) -> None:

@@ -21,7 +21,7 @@ def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
     found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, **OPTIONS)).train()
     optimizer = rebuild(tmp_path / "run", device="cpu").optimizer
     assert (f"{optimizer.fingerprint('theta'):016x}", f"{optimizer.fingerprint('live'):016x}") == (found["fingerprint"], found["live"])
-    assert Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)).optimizer.generation == 3
+    assert Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)).generation == 3
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
