@@ -52,7 +52,7 @@ def load_model(
     if lora_rank < 0:
         raise ValueError(f"lora_rank must be at least 0, not {lora_rank}")
     name = os.fspath(name)
-    path = str(EMBEDDED_MODEL) if name == "embedded" else name
+    path = path_of(name)
     with _one_line(f"model {name}"):
         from transformers.utils import find_adapter_config_file
 
@@ -96,6 +96,11 @@ def load_model(
     if lora_rank:
         identity["lora_rank"] = lora_rank
     return model, tokenizer, identity
+
+
+def path_of(name: str) -> str:
+    """Where a model of this name is, for transformers and engines: the embedded one is a folder of the package."""
+    return str(EMBEDDED_MODEL) if name == "embedded" else name
 
 
 def pick_device(name: str) -> torch.device:
@@ -160,7 +165,7 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import find_adapter_config_file
 
-    path = str(EMBEDDED_MODEL) if name == "embedded" else name
+    path = path_of(name)
     with _one_line(f"model {name}"):
         adapter = find_adapter_config_file(path) is not None
     if adapter:

@@ -16,7 +16,7 @@ import torch
 from es_finetune.config import TrainConfig
 from es_finetune.engines import Answer, Replica
 from es_finetune.engines.prompts import Prompt, refuse_unanswerable, tokenize
-from es_finetune.model import empty_model, save_model
+from es_finetune.model import empty_model, path_of, save_model
 from es_finetune.tasks import Task
 
 _UTILISATION = 0.9  # of a GPU's memory: vLLM's default
@@ -73,7 +73,7 @@ class VllmEngine:
         self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
         try:
             self.llm = vllm.LLM(
-                model=config.model,
+                model=path_of(config.model),
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=self.length,
                 max_num_seqs=config.batch_size,
