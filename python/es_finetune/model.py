@@ -155,8 +155,12 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise ValueError(f"{what} could not be loaded: {line or type(error).__name__}") from error
+        raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What it says in its first line that is not empty, or else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, torch.dtype]:

@@ -16,7 +16,7 @@ import torch
 from es_finetune.config import TrainConfig
 from es_finetune.engines import Answer, Replica
 from es_finetune.engines.prompts import Prompt, refuse_unanswerable, tokenize
-from es_finetune.model import empty_model, path_of, save_model
+from es_finetune.model import empty_model, first_line, path_of, save_model
 from es_finetune.tasks import Task
 
 _UTILISATION = 0.9  # of a GPU's memory: vLLM's default
@@ -82,7 +82,7 @@ class VllmEngine:
                 **options,
             )
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"vLLM could not load {config.model}: {_line(error)}; what it said stands above") from error
+            raise ValueError(f"vLLM could not load {config.model}: {first_line(error)}; what it said stands above") from error
 
     def encode(self, prompts: Sequence[Prompt]) -> list[dict[str, list[int]]]:
         tokens = tokenize(self.tokenizer, prompts)
@@ -200,7 +200,3 @@ def _vllm():
     except ImportError:
         raise ValueError("engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md") from None
     return vllm
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

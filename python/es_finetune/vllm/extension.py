@@ -70,13 +70,13 @@ class Part(NamedTuple):
 def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
     """Every parameter of a vLLM model as parts of the checkpoint's tensors. ValueError for a layer whose layout is not known here."""
     fused = getattr(model, "packed_modules_mapping", {})
-    seen: dict[int, str] = {}
+    seen: set[int] = set()
     for prefix, layer in model.named_modules():
         for kind, parameter in layer.named_parameters(recurse=False):
             name = f"{prefix}.{kind}" if prefix else kind
             if id(parameter) in seen:
                 continue
-            seen[id(parameter)] = name
+            seen.add(id(parameter))
             if not parameter.numel():
                 raise ValueError(
                     f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be perturbed: turn that off"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from es_finetune.config import TrainConfig
 from es_finetune.evaluate import Evaluation
 from es_finetune.optimizer import Update
 from es_finetune.tasks import Task
@@ -44,6 +45,12 @@ class Workers(Protocol):
     def save_snapshot(self, folder: Path) -> None: ...
 
     def close(self) -> None: ...
+
+
+def refuse_unshared(config: TrainConfig) -> None:
+    """ValueError for weights that are a worker's own."""
+    if config.base == "none":
+        raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
 
 
 class WorkersDiffer(RuntimeError):

@@ -16,9 +16,10 @@ from typing import Any
 from es_finetune.config import TrainConfig
 from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
+from es_finetune.model import first_line
 from es_finetune.optimizer import Update
 from es_finetune.prepare import make_task
-from es_finetune.workers import WorkersDiffer, refuse_other, together
+from es_finetune.workers import WorkersDiffer, refuse_other, refuse_unshared, together
 from es_finetune.workers.dispatch import Dispatch
 from es_finetune.workers.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
 
@@ -40,7 +41,7 @@ class Actor:
         return {"start": start, "host": socket.gethostname(), "backend": self.worker.backend, "parameters": self.worker.parameters}
 
     def fast_forward(self, generations: Sequence[Row], snapshots: Path | None) -> None:
-        self.worker.fast_forward(generations, snapshots if snapshots is not None and snapshots.is_dir() else None)
+        self.worker.fast_forward(generations, snapshots)
 
     def member(self, generation: int, member: int, looking: bool) -> Row:
         (line,) = self.worker.run(generation, [member], lambda line: None, looking)
@@ -87,8 +88,7 @@ class RayPool:
     model = None  # it is in the actors
 
     def __init__(self, config: TrainConfig):
-        if config.base == "none":
-            raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
+        refuse_unshared(config)
         self.ray = _ray()
         self.config, self.task = config, checked(make_task(config), config)
         self._own = _connect(self.ray)
@@ -248,10 +248,10 @@ class RayPool:
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
                 raise error.cause from None  # it would be the same on any other
-            self._replace(place, _first_line(error.cause), dispatch)
+            self._replace(place, first_line(error.cause), dispatch)
             return []
         except self.ray.exceptions.RayError as error:
-            self._replace(place, _first_line(error), dispatch)
+            self._replace(place, first_line(error), dispatch)
             return []
         if what[0] == "start":
             self._begun(place, result)
@@ -298,10 +298,6 @@ def _absolute(config: TrainConfig) -> dict[str, str]:
     return found
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def _ray():
     try:
         import ray
@@ -321,7 +317,7 @@ def _connect(ray) -> bool:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"the Ray cluster {address or 'of this machine'} cannot be reached: {_first_line(error)}") from None
+        raise ValueError(f"the Ray cluster {address or 'of this machine'} cannot be reached: {first_line(error)}") from None
     return True
 
 

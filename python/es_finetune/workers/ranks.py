@@ -24,7 +24,7 @@ from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.runlog import SealedLines, is_begun
-from es_finetune.workers import refuse_other, together
+from es_finetune.workers import refuse_other, refuse_unshared, together
 from es_finetune.workers.worker import Worker, known_members, update_of
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
@@ -47,8 +47,7 @@ def leads() -> bool:
 def placed(config: TrainConfig) -> TrainConfig:
     """The config for this rank: on a GPU of its own, and going on where there is a run if torchrun has restarted it."""
     config = copy.copy(config)
-    if config.base == "none":
-        raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
+    refuse_unshared(config)
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         rank = int(os.environ["LOCAL_RANK"])
         if rank >= torch.cuda.device_count():
@@ -99,8 +98,7 @@ class Ranks:
         sent = [list(generations), snapshots]
         dist.broadcast_object_list(sent)
         self.generation = len(sent[0])
-        here = sent[1] if sent[1] is not None and sent[1].is_dir() else None  # another machine may not have the folder
-        self.worker.fast_forward(sent[0], here)
+        self.worker.fast_forward(*sent)
 
     def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
         known = {line["member"]: line for lines in self._gathered(list(known.values())) for line in lines}

@@ -54,7 +54,7 @@ class Worker:
         return {"model": self.replica.identity, **self.weights.start(), "metric": self.task.metric, **items}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
-        """Repeat logged updates, given as the log's lines, from the model's start."""
+        """Repeat logged updates, given as the log's lines, from the model's start. A folder of snapshots that is not there, as on another machine, holds none."""
         self.weights.fast_forward(generations, None if snapshots is None else str(snapshots))
 
     def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
