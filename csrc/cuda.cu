@@ -40,15 +40,23 @@ struct Arguments {
 // ---- 8 values of one dtype, to and from 128-bit registers ----
 
 // Addresses come out of memory as integers, so the compiler must be told that they are global: ld and st without a state space cost
-// a check each.
+// a check each. (Without __CUDA_ARCH__ this file runs on the CPU: tests/es_kernels/cuda_on_cpu.)
 __device__ __forceinline__ uint4 load_global(const uint4* p) {
+#ifdef __CUDA_ARCH__
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)));
   return v;
+#else
+  return *p;
+#endif
 }
 
 __device__ __forceinline__ void store_global(uint4* p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+#ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+#else
+  *p = {x, y, z, w};
+#endif
 }
 
 __device__ __forceinline__ void unpack(int32_t dtype, const uint4* p, f32 v[8]) {
@@ -469,8 +477,8 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   unsigned grid;
   cudaError_t status = grid_size(kernel, device, n_units, &grid);
   if (status != cudaSuccess) return failed("cannot plan the launch", status);
-  kernel<<<grid, kThreads, 0, (cudaStream_t)stream>>>(a);
-  status = cudaGetLastError();
+  void* arguments[] = {&a};
+  status = cudaLaunchKernel(kernel, grid, kThreads, arguments, 0, (cudaStream_t)stream);
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 
@@ -484,8 +492,8 @@ int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_unit
   unsigned grid;
   cudaError_t status = grid_size(fingerprint, device, n_units, &grid);
   if (status != cudaSuccess) return failed("cannot plan the launch", status);
-  fingerprint<<<grid, kThreads, 0, (cudaStream_t)stream>>>((const Segment*)segments, n_segments, n_units, (unsigned long long*)result);
-  status = cudaGetLastError();
+  void* arguments[] = {&segments, &n_segments, &n_units, &result};
+  status = cudaLaunchKernel(fingerprint, grid, kThreads, arguments, 0, (cudaStream_t)stream);
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 

@@ -1,6 +1,12 @@
 """What the tests of es_kernels share: bit patterns, weights that are hard to get right, one way to run a call on two backends."""
 
 import contextlib
+import ctypes
+import os
+import pathlib
+import shutil
+import subprocess
+import types
 
 import hypothesis
 import numpy as np
@@ -9,6 +15,9 @@ import torch
 
 import es_kernels
 from es_kernels import native
+from es_kernels.backends import cpu, cuda
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # The same examples in every run, and no database beside the sources.
 hypothesis.settings.register_profile("es_kernels", derandomize=True, database=None)
@@ -79,20 +88,64 @@ def twin(bits):
 def _isas():
     if native.why_not("cpu"):
         return []
-    from es_kernels.backends import cpu
-
     return cpu.isas()
 
 
-@pytest.fixture(params=("avx512", "avx2", "baseline"))
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory):
+    """csrc/cuda.cu as a library that runs on the CPU: cuda_on_cpu/cuda_runtime.h."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if not compiler or not (ROOT / "csrc").exists():
+        pytest.skip("needs g++ and csrc/")
+    library = tmp_path_factory.mktemp("cuda_on_cpu") / "libes_cuda.so"
+    flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wno-psabi -x c++".split()
+    subprocess.run([compiler, *flags, "-I", ROOT / "tests/es_kernels/cuda_on_cpu", ROOT / "csrc/cuda.cu", "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def cuda_on_cpu(cuda_library):
+    """with cuda_on_cpu(on_device): calls of the cpu backend go to the cuda backend over `cuda_library`; seeds, coefficients and rounding seeds as if
+    they were in device memory, or (while they fit) as the kernel's parameters."""
+
+    @contextlib.contextmanager
+    def use(on_device):
+        def add_noise(segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream):
+            there = on_device or n_seeds > cuda._HOST_SEEDS
+            return library.es_cuda_add_noise(segments, n_segments, n_units, seeds, there, coefs, there, n_seeds, decay, rounding_seed, on_device, 0, stream)
+
+        def fingerprint(segments, n_segments, n_units, result, device, stream):
+            return library.es_cuda_fingerprint(segments, n_segments, n_units, result, 0, stream)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "load", lambda name: cuda_library)
+            library = cuda._library.__wrapped__()
+            served = types.SimpleNamespace(es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error)
+            patch.setattr(cuda, "_library", lambda: served)
+            patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=None))
+            patch.setattr(cpu, "add_noise_", cuda.add_noise_)
+            patch.setattr(cpu, "fingerprint", cuda.fingerprint)
+            yield
+
+    return use
+
+
+CUDA_ON_CPU = {"cuda.cu": False, "cuda.cu, seeds on the device": True}
+
+
+@pytest.fixture(params=("avx512", "avx2", "baseline", *CUDA_ON_CPU))
 def isa(request, monkeypatch):
-    """Every instruction set of the cpu backend in turn; those that this processor lacks are skipped."""
+    """Every instruction set of the cpu backend in turn, and the CUDA kernels run on the CPU; what this processor lacks is skipped."""
+    if request.param in CUDA_ON_CPU:
+        with request.getfixturevalue("cuda_on_cpu")(CUDA_ON_CPU[request.param]):
+            yield request.param
+        return
     if native.why_not("cpu"):
         pytest.skip(native.why_not("cpu"))
     if request.param not in _isas():
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setenv("ES_KERNELS_ISA", request.param)
-    return request.param
+    yield request.param
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Contract under test: add_noise_ gives the same bits on every backend and instruction set, whatever surrounds the call.
 
-- cpu == reference: dtypes and their mixtures, sizes, storage offsets, strides, shards, seeds, both roundings, decay and anchor, indices up to 2^64;
+- cpu == reference, and csrc/cuda.cu run on the CPU == reference: dtypes and their mixtures, sizes, storage offsets, strides, shards, seeds, both roundings, decay and anchor, indices up to 2^64;
   NaN, inf, -0, subnormals; under torch.set_flush_denormal(True). Memory around the tensor is not touched.
 - The reference is the order of operations of NOISE.md (golden vectors, and a plain NumPy text of it here).
 - Thread count, chunking, order of the tensors and sharding change nothing. The caller's floating-point state comes back.
 - Stochastic rounding is unbiased.
-(Triton has its own file; CUDA is in tests/gpu.)
+(Triton has its own file; CUDA on a GPU is in tests/gpu.)
 """
 
 import ctypes
@@ -321,6 +321,7 @@ def test_name_gives_the_stream(weights, bits):
 
 
 @both_roundings
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"), indirect=True)
 @pytest.mark.parametrize("n_threads", (1, 2, 3, 7, 64))
 def test_threads(isa, weights, bits, threads, n_threads, rounding):
     """300,000 values are nine threads' worth of work; tensors and cuts do not align."""

@@ -1,6 +1,6 @@
 """Contract under test: fingerprint is one 64-bit sum over (bits, dtype, stream, index) of all elements.
 
-The same on every backend and instruction set (golden vectors); blind to order, sharding and memory layout; seeing every single change of a bit, and
+The same on every backend and instruction set, and in csrc/cuda.cu run on the CPU (golden vectors); blind to order, sharding and memory layout; seeing every single change of a bit, and
 swaps, dtypes, names and indices. A change of one element is seen with certainty, others up to 2^-32 or so.
 """
 

@@ -1,0 +1,46 @@
+"""Contract under test: the kernels of csrc/cuda.cu, run on the CPU (cuda_on_cpu/cuda_runtime.h), give the cpu backend's bits on tables that several
+blocks of threads walk in several tiles each, from first segment to last.
+
+Dtypes, masks, strides, far indices and roundings are in test_add_noise.py and test_fingerprint.py, which run these kernels as one more instruction set.
+What neither shows is in tests/gpu.
+"""
+
+import pytest
+import torch
+
+import es_kernels
+from es_kernels import add_noise_, native, noise
+
+TILE = 8192 * 8  # values: kTile of cuda.cu; the device has 3 blocks
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEEDS = [noise.member_seed(1, 0, k) for k in range(300)]
+
+if native.why_not("cpu"):
+    pytest.skip(native.why_not("cpu"), allow_module_level=True)
+
+
+def tables(weights):
+    """Sizes of tensors, each in turn of another dtype."""
+    yield "one tensor of eight tiles and a bit", [8 * TILE + 11]
+    yield "exactly three tiles", [3 * TILE]
+    yield "many small tensors in a tile, then a tile's end inside a large one", [*range(1, 60), 4096, 2 * TILE, 3, TILE, 8, 5 * TILE - 1]
+    yield "tensors that end where tiles do", [TILE, TILE, 2 * TILE, TILE]
+
+
+@pytest.mark.parametrize("on_device", (False, True), ids=("seeds from the host", "seeds on the device"))
+@pytest.mark.parametrize("n_seeds, options", [(0, {}), (1, {}), (1, {"rounding": "stochastic", "rounding_seed": 5}), (2, {}), (3, {"decay": 0.1}), (130, {})])
+def test_tables_of_many_tiles(cuda_on_cpu, weights, bits, n_seeds, options, on_device):
+    for what, sizes in tables(weights):
+        if n_seeds > 100:
+            sizes = [n // 50 + 1 for n in sizes]
+        ours = {f"w{i}": weights(n, DTYPES[i % 3], i) for i, n in enumerate(sizes)}
+        theirs = {name: t.clone() for name, t in ours.items()}
+        base = None if n_seeds else {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(7)) for name, t in ours.items()}
+        call = (SEEDS[:n_seeds], [0.01 * (i + 1) for i in range(n_seeds)], base)
+        add_noise_(theirs, *call, **options)
+        expected = es_kernels.fingerprint(theirs)
+        with cuda_on_cpu(on_device):
+            add_noise_(ours, *call, **options)
+            assert es_kernels.fingerprint(ours) == expected, what
+        for name in ours:
+            assert torch.equal(bits(ours[name]), bits(theirs[name])), (what, name)
