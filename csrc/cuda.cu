@@ -364,34 +364,71 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
 
 // ---- fingerprint ----
 
-__global__ void __launch_bounds__(kThreads) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, unsigned long long* result) {
+// What 8 elements add, of 2 x 16 bytes (f32) or one.
+template <bool WIDE>
+__device__ __forceinline__ uint64_t fingerprint_block(const BlockId& id, const RoundKeys<kFingerprintRounds>& keys, const uint4 words[1 + WIDE]) {
+  u32 bits[8], k[8], m[8];
+  for (int i = 0; i <= WIDE; i++) {
+    const uint32_t w[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
+    for (int j = 0; j < 4; j++)
+      if constexpr (WIDE) bits[4 * i + j] = w[j];
+      else bits[2 * j] = w[j] & 0xFFFFu, bits[2 * j + 1] = w[j] >> 16;
+  }
+  fingerprint_keys(id, keys, k, m);
+  uint64_t sum = 0;
+  for (int j = 0; j < 8; j++) sum += (uint64_t)(bits[j] + k[j]) * m[j];
+  return sum;
+}
+
+// Units [lo, hi) of a contiguous, aligned segment: 64 bytes a thread in flight.
+template <bool WIDE>
+__device__ __forceinline__ uint64_t fingerprint_vectors(const Segment& s, int64_t lo, int64_t hi, const RoundKeys<kFingerprintRounds>& keys) {
+  constexpr int kVectors = 1 + WIDE, kBlocks = 4 / kVectors;
+  BlockId id = block_id(s.first >> 3, s.stream, kFingerprint);
+  id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
+  const uint4* p = (const uint4*)s.out + (lo + threadIdx.x) * kVectors;
+  uint64_t sum = 0;
+  auto some = [&](int n) {
+    uint4 words[kBlocks][kVectors];
+#pragma unroll
+    for (int i = 0; i < n; i++)
+      for (int v = 0; v < kVectors; v++) words[i][v] = load_global(p + i * kThreads * kVectors + v);
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      const BlockId at = {id.low + i * kThreads, id.high, id.stream_low, id.stream_high};
+      sum += fingerprint_block<WIDE>(at, keys, words[i]);
+    }
+    id.low += n * kThreads, p += n * kThreads * kVectors;
+  };
+  int left = (int)(hi - lo) - (int)threadIdx.x;  // a tile has few units
+#pragma unroll 1
+  for (; left > (kBlocks - 1) * kThreads; left -= kBlocks * kThreads) some(kBlocks);
+#pragma unroll 1
+  for (; left > 0; left -= kThreads) some(1);
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, unsigned long long* result) {
   uint64_t sum = 0;
   for_each_piece(segments, n_segments, n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
     const RoundKeys<kFingerprintRounds> keys(s.out_dtype);
+    if (s.vector_path && s.rows == 1) {
+      sum += s.out_dtype == kF32 ? fingerprint_vectors<true>(s, lo, hi, keys) : fingerprint_vectors<false>(s, lo, hi, keys);
+      return;
+    }
     const int size = dtype_size(s.out_dtype);
 #pragma unroll 1
     for (int64_t i = lo + threadIdx.x; i < hi; i += kThreads) {
       const Unit unit = locate(s, i);
       const char* p = (const char*)s.out + (unit.row * s.out_stride + unit.col) * size;
-      u32 bits[8], k[8], m[8];
+      u32 k[8], m[8];
       fingerprint_keys(block_id(unit.block, s.stream, kFingerprint), keys, k, m);
-      if (s.vector_path) {
-        uint4 x = load_global((const uint4*)p);
-        if (s.out_dtype == kF32) {
-          uint4 y = load_global((const uint4*)p + 1);
-          bits[0] = x.x, bits[1] = x.y, bits[2] = x.z, bits[3] = x.w, bits[4] = y.x, bits[5] = y.y, bits[6] = y.z, bits[7] = y.w;
-        } else {
-          const uint32_t w[4] = {x.x, x.y, x.z, x.w};
-          for (int j = 0; j < 4; j++) bits[2 * j] = w[j] & 0xFFFFu, bits[2 * j + 1] = w[j] >> 16;
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        if (j >= unit.from && j < unit.to) {
+          uint32_t b = s.out_dtype == kF32 ? ((const uint32_t*)p)[j] : ((const uint16_t*)p)[j];
+          sum += (uint64_t)(b + k[j]) * m[j];
         }
-        for (int j = 0; j < 8; j++) sum += (uint64_t)(bits[j] + k[j]) * m[j];
-      } else {
-        for (int j = 0; j < 8; j++)
-          if (j >= unit.from && j < unit.to) {
-            uint32_t b = s.out_dtype == kF32 ? ((const uint32_t*)p)[j] : ((const uint16_t*)p)[j];
-            sum += (uint64_t)(b + k[j]) * m[j];
-          }
-      }
     }
   });
   for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
