@@ -63,11 +63,8 @@ def predict(row, gpu):
 
 
 def bytes_per_value(kernel):
-    """Read and written by a perturbation, 0 for the loop over seeds of an update."""
-    if "update" in kernel:
-        return 0
-    out, base = kernel.split()[-3::2]
-    return _BYTES[out] + _BYTES[base]
+    """Read and written, 0 for the loop over seeds of an update."""
+    return 0 if "update" in kernel else sum(_BYTES.get(word, 0) for word in kernel.split())
 
 
 def measured(folder):

@@ -113,7 +113,7 @@ class Report:
 
 
 def _instructions(capability):
-    """{kernel: instructions a normal} of this GPU, as counted."""
+    """{kernel: instructions a value, of an update a normal} of this GPU, as counted."""
     rows = json.loads((RESULTS / "static_analysis.json").read_text())["rows"]
     return {row["kernel"]: row["instructions_per_value"] for row in rows if row["arch"] == capability}
 
@@ -185,9 +185,11 @@ def _call_row(report, row, seconds, moved, normals, floor):
     row |= _timed(seconds) | {"bytes": moved, "gb_per_s": moved / seconds.median / 1e9, "share_of_copy": moved / seconds.median / floor}
     if normals:
         row["normals_per_s"] = normals / seconds.median
-        instructions = report.instructions.get("triton " * (row["backend"] == "triton") + row.get("kernel", ""))
-        if instructions and seconds.sm_mhz:
-            row["share_of_issue"] = row["normals_per_s"] * instructions / (report.issue_a_mhz * seconds.sm_mhz)
+    kernel = row.get("kernel", "")
+    instructions = report.instructions.get("triton " * (row["backend"] == "triton") + kernel)
+    if instructions and seconds.sm_mhz:
+        counted = normals if kernel.startswith("update") else row["elements"]
+        row["share_of_issue"] = counted * instructions / seconds.median / (report.issue_a_mhz * seconds.sm_mhz)
     return row
 
 

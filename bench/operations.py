@@ -32,10 +32,11 @@ class Operation(NamedTuple):
     @property
     def kernel(self):
         """The row of static_analysis.py that does this."""
-        if self.what in ("restore", "fingerprint"):
-            return self.what
-        loop = ("perturb" if self.seeds == 1 else "update") + " stochastic" * self.stochastic
-        return f"{loop} {self.out} <- {self.base or self.out}" if self.seeds == 1 else loop
+        if self.what == "fingerprint":
+            return f"fingerprint {'f32' if self.out == 'f32' else 'bf16'}"
+        if self.what == "update" or (self.stochastic and self.seeds != 1):
+            return "update" + " stochastic" * self.stochastic
+        return f"{self.what}{' stochastic' * self.stochastic} {self.out} <- {self.base or self.out}"
 
     @property
     def bytes_per_value(self):

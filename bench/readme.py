@@ -244,6 +244,7 @@ def predicted():
         for triton in ("", "triton ")
         for kernel in ("perturb f32 <- f32", "perturb bf16 <- f32", "perturb bf16 <- bf16", "update")
     ]
+    kernels += ["swap bf16 <- bf16", "fingerprint bf16"]
     names = list(dict.fromkeys(r["gpu"] for r in rows))
     cells = {(r["gpu"], r["kernel"]): _predicted_cell(r) for r in rows}
     return table(["predicted", *names], [[kernel, *(cells[name, kernel] for name in names)] for kernel in kernels])

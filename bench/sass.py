@@ -110,14 +110,13 @@ def by_pipe(instructions):
     return dict(count)
 
 
-def values(instructions):
-    """Normals made: each pair takes two int -> float conversions, so each value one."""
+def normals(instructions):
+    """Normals made: each pair takes two int -> float conversions, so each normal one."""
     return sum(bool(re.match(r"I2FP?\b", i.text)) for i in instructions)
 
 
-def cost(trip):
-    """Instructions a value, in all and by pipe, and the widths of global accesses, of one trip through a loop."""
-    n = values(trip)
+def cost(trip, values):
+    """Instructions a value, in all and by pipe, and the widths of global accesses, of one trip through a loop over so many values."""
     accesses = collections.Counter(m[0] for i in trip if (m := re.match(r"(LDG|STG)\S*", i.text)))
-    per_value = {pipe: round(count / n, 3) for pipe, count in sorted(by_pipe(trip).items())}
-    return {"values": n, "instructions_per_value": round(len(trip) / n, 2), "per_value": per_value, "accesses": dict(accesses)}
+    per_value = {pipe: round(count / values, 3) for pipe, count in sorted(by_pipe(trip).items())}
+    return {"values": values, "instructions_per_value": round(len(trip) / values, 2), "per_value": per_value, "accesses": dict(accesses)}

@@ -4,7 +4,7 @@
 
 Then gpus.py predicts from these counts and published rates what share of a copy's bandwidth each kernel can reach on an A100, H100, H200 and B200.
 
-Steady state: one trip through the innermost loop that makes normals, over the normals that it makes. Where the code branches (a NaN
+Steady state: one trip through the innermost loop, over the values that it does (of an update: the normals that it makes). Where the code branches (a NaN
 was seen) the shortest path is the one that data takes. Counted, not measured: how fast a kernel runs is kernels.py's question.
 """
 
@@ -19,8 +19,8 @@ from es_finetune.files import write_atomically
 
 from es_kernels import native
 
-# What the design asks of sm_90: instructions a normal (and seed).
-BUDGET = {"perturb bf16 <- bf16": 23, "perturb bf16 <- f32": 22, "update": 21.5, "update stochastic": 21.5}
+# What the design asks of sm_90: instructions a value, of an update a normal. Of a swap: what 70% of a copy leaves room for (44), and a little less.
+BUDGET = {"swap bf16 <- bf16": 42, "fingerprint bf16": 10, "perturb bf16 <- bf16": 23, "perturb bf16 <- f32": 22, "update": 21.5, "update stochastic": 21.5}
 BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, "triton update": 28}
 
 
@@ -30,32 +30,37 @@ def cuda_kernels(arch):
     resources = sass.resources(library, arch)
     rows = []
     for name, code in sass.functions(library, arch).items():
-        kernel = re.search(r"(perturb|update|fingerprint)(<true>|<false>)?", name)
-        kernel = kernel[1] + (" stochastic" if kernel[2] == "<true>" else "")
+        kernel, stochastic, seeds = re.search(r"(perturb|update|fingerprint)(?:<(true|false)(?:, (?:\(int\))?(\d))?>)?", name).groups()
+        kernel = {"0": "restore", "2": "swap"}.get(seeds, kernel) + " stochastic" * (stochastic == "true")
         for trip in sass.loops(code):
-            label = _label(kernel, trip)
+            label, values = _label(kernel, trip)
             if label:
-                rows.append({"arch": arch, "kernel": label, **sass.cost(trip), **resources[name]})
+                rows.append({"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]})
     return rows
 
 
 def _label(kernel, trip):
-    """What the loop does, from its instructions; None for loops of the general path (masked, or strided) and for small ones."""
+    """What the loop does, from its instructions, and for how many values; None, 0 for loops of the general path (masked, or strided), small ones, and
+    the one that does what the unrolled loop leaves."""
     text = [i.text for i in trip]
     loads = sum("LDG" in t and ".128" in t for t in text)
     stores = sum("STG" in t and ".128" in t for t in text)
-    if kernel.startswith("update") and sass.values(trip) == 32 and not loads:
-        return kernel
-    if not kernel.startswith("perturb") or sass.values(trip) != 16 or not loads:
-        return None
-    base = "f32" if loads == 4 else "f16" if any(t.startswith("HADD2.F32") for t in text) else "bf16"
-    if stores == 4:
+    if kernel.startswith("update"):
+        return (kernel, 32) if sass.normals(trip) == 32 and not loads else (None, 0)
+    if kernel == "fingerprint":
+        narrow = sum(t.startswith("IMAD.WIDE") for t in text) > 56  # one an element, 12 to 14 a block: 80 for 32 elements, 40 for 16
+        return (f"{kernel} {'bf16' if narrow else 'f32'}", 32 if narrow else 16) if loads == 4 else (None, 0)
+    blocks = 2 if kernel.startswith("perturb") else 4
+    if loads not in (blocks, 2 * blocks) or sass.normals(trip) != blocks * {"restore": 0, "swap": 16}.get(kernel, 8):
+        return None, 0
+    base = "f32" if loads == 2 * blocks else "f16" if any(t.startswith("HADD2.F32") for t in text) else "bf16"
+    if stores == 2 * blocks:
         out = "f32"
     elif "stochastic" in kernel:  # rounded by integers: f16 has a case for its subnormals
         out = "f16" if any(t.startswith("F2I") for t in text) else "bf16"
     else:
         out = "bf16" if any("BF16" in t for t in text) else "f16"
-    return f"{kernel} {out} <- {base}"
+    return f"{kernel} {out} <- {base}", 8 * blocks
 
 
 def triton_kernels(arch):

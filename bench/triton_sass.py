@@ -24,7 +24,7 @@ def rows(arch):
         for trip in _trips(code):
             label = _label(trip, variant)
             if label:
-                row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip), **resources}
+                row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip, sass.normals(trip)), **resources}
                 # The loop over several rows, which divides, has the same formats: the cheaper one is that of a contiguous tensor.
                 if label not in found or row["instructions_per_value"] < found[label]["instructions_per_value"]:
                     found[label] = row
@@ -49,7 +49,7 @@ def _trips(code):
                 i = code[k]
                 way = [*way, i]
                 target = index.get(sass._target(i))
-                if target == start and sass.values(way):
+                if target == start and sass.normals(way):
                     yield way
                 elif target is not None and target > k:
                     open_ways.append((target, way))
@@ -60,7 +60,7 @@ def _trips(code):
 
 def _label(trip, variant):
     text = [i.text for i in trip]
-    values = sass.values(trip)
+    values = sass.normals(trip)
     stores = [t for t in text if t.startswith("STG")]
     if variant == "update":
         return "update" if not stores and values >= 16 and not any(".128" in t for t in text) else None

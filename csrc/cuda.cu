@@ -4,13 +4,14 @@
 // the segments that lie in it. A thread computes a noise block (8 values) at a time, several in flight. What costs: 10 Philox rounds
 // are 36 instructions a block, box_muller 25 a pair, so about 17 a value; memory traffic at full rate leaves room for about 31 (2 + 2 B
 // a value on an H200). So the inner loops count instructions: round keys sit in uniform registers (one seed) or arrive by six
-// 128-bit shared-memory loads (many seeds), and NaNs, which are rare, are looked for once in 16 values.
+// 128-bit shared-memory loads (more), and NaNs, which are rare, are looked for once in 16 values.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "add_noise.h"
 #include "es_kernels.h"
@@ -206,60 +207,93 @@ __device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t 
   }
 }
 
-// ---- one seed from the host, no decay: perturb ----
+// A seed, ready for use: in registers, or in shared memory.
+struct alignas(16) Seed {
+  RoundKeys<10> keys;
+  float coef;
+  uint32_t padding[3];
+};
 
-// Units [lo, hi) of a contiguous, aligned segment: two blocks a thread in flight, loads first.
-template <bool STOCHASTIC, int32_t OUT, int32_t BASE>
-__device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, int64_t hi, const RoundKeys<10>& keys, float coef,
-                                                const RoundKeys<10>& rounding_keys) {
+// ---- none, one or two seeds from the host, no decay: restore, perturb, swap ----
+
+// Units [lo, hi) of a contiguous, aligned segment: several blocks a thread in flight, loads first.
+template <bool STOCHASTIC, int SEEDS, int32_t OUT, int32_t BASE>
+__device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds, const RoundKeys<10>& rounding_keys) {
+  constexpr int kBlocks = SEEDS == 1 ? 2 : 4;  // with two seeds, blocks share the loads of the keys
   constexpr int kOutVectors = OUT == kF32 ? 2 : 1, kBaseVectors = BASE == kF32 ? 2 : 1;
-  const uint64_t block = s.first >> 3;
-  BlockId id = block_id(block, s.stream, kNoise);
+  BlockId id = block_id(s.first >> 3, s.stream, kNoise);
   id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
   const uint4* base = (const uint4*)s.base + (lo + threadIdx.x) * kBaseVectors;
   uint4* out = (uint4*)s.out + (lo + threadIdx.x) * kOutVectors;
-  auto one = [&](uint32_t ahead, f32 b[8]) {
-    const BlockId at = {id.low + ahead, id.high, id.stream_low, id.stream_high};
-    f32 noise[8];
-    noise_block(at, keys, noise);
-    fma_block(coef, noise, b);
-    u32 r[8];
-    if (STOCHASTIC && OUT != kF32) rounding_thresholds(at, rounding_keys, r);
-    pack<STOCHASTIC>(OUT, b, r, out + ahead * kOutVectors);
+  auto some = [&](auto count) {
+    constexpr int n = decltype(count)::value;
+    f32 b[n][8];
+    auto at = [&](int k) { return BlockId{id.low + k * kThreads, id.high, id.stream_low, id.stream_high}; };
+#pragma unroll
+    for (int k = 0; k < n; k++) unpack(BASE, base + k * kThreads * kBaseVectors, b[k]);
+    if constexpr (SEEDS == 2) {
+      const Seed first = seeds[0];
+#pragma unroll
+      for (int k = 0; k < n; k++) {
+        f32 noise[8], acc[8] = {};
+        noise_block(at(k), first.keys, noise);
+        fma_block(first.coef, noise, acc);
+        add_block(b[k], acc);
+      }
+    }
+    Seed last;
+    if constexpr (SEEDS > 0) last = seeds[SEEDS - 1];
+#pragma unroll
+    for (int k = 0; k < n; k++) {
+      if constexpr (SEEDS > 0) {
+        f32 noise[8];
+        noise_block(at(k), last.keys, noise);
+        fma_block(last.coef, noise, b[k]);
+      }
+      u32 r[8];
+      if (STOCHASTIC && OUT != kF32) rounding_thresholds(at(k), rounding_keys, r);
+      pack<STOCHASTIC>(OUT, b[k], r, out + k * kThreads * kOutVectors);
+    }
+    id.low += n * kThreads, base += n * kThreads * kBaseVectors, out += n * kThreads * kOutVectors;
   };
   int left = (int)(hi - lo) - (int)threadIdx.x;  // a tile has few units
 #pragma unroll 1
-  for (; left > kThreads; left -= 2 * kThreads) {
-    f32 b0[8], b1[8];
-    unpack(BASE, base, b0);
-    unpack(BASE, base + kThreads * kBaseVectors, b1);
-    one(0, b0);
-    one(kThreads, b1);
-    id.low += 2 * kThreads, base += 2 * kThreads * kBaseVectors, out += 2 * kThreads * kOutVectors;
-  }
-  if (left > 0) {
-    f32 b[8];
-    unpack(BASE, base, b);
-    one(0, b);
-  }
+  for (; left > (kBlocks - 1) * kThreads; left -= kBlocks * kThreads) some(std::integral_constant<int, kBlocks>());
+#pragma unroll 1
+  for (; left > 0; left -= kThreads) some(std::integral_constant<int, 1>());
 }
 
-// 48 registers on sm_80 and sm_90, where the round keys fit the uniform registers; sm_100 and sm_120 would spill, and get 64.
+// Blocks of threads that a multiprocessor shall hold. One seed: 48 registers on sm_80 and sm_90, where the round keys fit the uniform registers;
+// sm_100 and sm_120 would spill, and get 64.
+template <int SEEDS>
+constexpr int perturb_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-#define ES_PERTURB_BLOCKS 5
+  return SEEDS == 2 ? 2 : 5;
 #else
-#define ES_PERTURB_BLOCKS 4
+  return SEEDS == 2 ? 2 : 4;
 #endif
+}
 
-template <bool STOCHASTIC>
-__global__ void __launch_bounds__(kThreads, ES_PERTURB_BLOCKS) perturb(const __grid_constant__ Arguments a) {
-  const RoundKeys<10> keys(a.host_seeds[0]), rounding_keys(a.host_rounding_seed);
-  const float coef = a.host_coefs[0];
+template <bool STOCHASTIC, int SEEDS>
+__global__ void __launch_bounds__(kThreads, perturb_blocks<SEEDS>()) perturb(const __grid_constant__ Arguments a) {
+  const RoundKeys<10> rounding_keys(a.host_rounding_seed);
+  __shared__ Seed shared[2];
+  Seed one;
+  const Seed* seeds = SEEDS == 1 ? &one : shared;
+  if constexpr (SEEDS == 1) one.keys = RoundKeys<10>(a.host_seeds[0]), one.coef = a.host_coefs[0];
+  if constexpr (SEEDS == 2) {
+    if (threadIdx.x < 2) shared[threadIdx.x].keys = RoundKeys<10>(a.host_seeds[threadIdx.x]), shared[threadIdx.x].coef = a.host_coefs[threadIdx.x];
+    __syncthreads();
+  }
   for_each_piece(a.segments, a.n_segments, a.n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
     if (s.vector_path && s.rows == 1) {
       switch (s.out_dtype * 3 + s.base_dtype) {
-#define ES_CASE(OUT, BASE) \
-  case OUT * 3 + BASE: return perturb_vectors<STOCHASTIC, OUT, BASE>(s, lo, hi, keys, coef, rounding_keys);
+// Restore and swap are for the formats that models and their bases have: the others would double the library.
+#define ES_CASE(OUT, BASE)                                                                                    \
+  case OUT * 3 + BASE:                                                                                        \
+    if constexpr (SEEDS == 1 || BASE == OUT || BASE == kF32)                                                  \
+      return perturb_vectors<STOCHASTIC, SEEDS, OUT, BASE>(s, lo, hi, seeds, rounding_keys);                  \
+    break;
         ES_CASE(kF32, kF32) ES_CASE(kF32, kBF16) ES_CASE(kF32, kF16) ES_CASE(kBF16, kF32) ES_CASE(kBF16, kBF16)
         ES_CASE(kBF16, kF16) ES_CASE(kF16, kF32) ES_CASE(kF16, kBF16) ES_CASE(kF16, kF16)
 #undef ES_CASE
@@ -269,10 +303,19 @@ __global__ void __launch_bounds__(kThreads, ES_PERTURB_BLOCKS) perturb(const __g
     for (int64_t u = lo + threadIdx.x; u < hi; u += kThreads) {
       const Unit unit = locate(s, u);
       const BlockId id = block_id(unit.block, s.stream, kNoise);
-      f32 b[8], noise[8];
+      f32 b[8];
       load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
-      noise_block(id, keys, noise);
-      fma_block(coef, noise, b);
+      if constexpr (SEEDS == 2) {
+        f32 noise[8], acc[8] = {};
+        noise_block(id, seeds[0].keys, noise);
+        fma_block(seeds[0].coef, noise, acc);
+        add_block(b, acc);
+      }
+      if constexpr (SEEDS > 0) {
+        f32 noise[8];
+        noise_block(id, seeds[SEEDS - 1].keys, noise);
+        fma_block(seeds[SEEDS - 1].coef, noise, b);
+      }
       u32 r[8];
       if (STOCHASTIC) rounding_thresholds(id, rounding_keys, r);
       store_unit<STOCHASTIC>(s, unit, b, r);
@@ -280,18 +323,12 @@ __global__ void __launch_bounds__(kThreads, ES_PERTURB_BLOCKS) perturb(const __g
   });
 }
 
-// ---- any number of seeds, from the host or the device; decay and anchor: restore, swap, update ----
-
-struct alignas(16) SeedInShared {
-  RoundKeys<10> keys;
-  float coef;
-  uint32_t padding[3];
-};
+// ---- any number of seeds, from the host or the device; decay and anchor: update ----
 
 template <bool STOCHASTIC>
 __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Arguments a) {
   constexpr int kBlocks = 4;  // a thread's blocks in flight: they share the keys
-  __shared__ SeedInShared shared[kSeedsAtATime];
+  __shared__ Seed shared[kSeedsAtATime];
   auto fetch = [&](int64_t from) {
     const int n = (int)(a.n_seeds - from < kSeedsAtATime ? a.n_seeds - from : kSeedsAtATime);
     __syncthreads();
@@ -333,8 +370,8 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
           for (int j = 0; j < 8; j++) acc[k][j] = b[j];
         }
       };
-      auto add_seed = [&](const SeedInShared& seed) {
-        const SeedInShared local = seed;
+      auto add_seed = [&](const Seed& seed) {
+        const Seed local = seed;
 #pragma unroll
         for (int k = 0; k < kBlocks; k++) {
           f32 noise[8];
@@ -507,8 +544,11 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   else if (rounding_seed) a.host_rounding_seed = *rounding_seed;
 
   const bool all_on_host = !seeds_on_device && !coefs_on_device && !a.rounding_seed;
-  const auto kernel = n_seeds == 1 && decay == 0 && all_on_host ? (rounding_seed ? perturb<true> : perturb<false>)
-                                                                : (rounding_seed ? update<true> : update<false>);
+  using Kernel = void (*)(Arguments);
+  static const Kernel few[] = {perturb<false, 0>, perturb<false, 1>, perturb<false, 2>};
+  Kernel kernel = rounding_seed ? update<true> : update<false>;
+  if (n_seeds <= 2 && decay == 0 && all_on_host && !rounding_seed) kernel = few[n_seeds];
+  else if (n_seeds == 1 && decay == 0 && all_on_host) kernel = perturb<true, 1>;
   OnDevice scope(device);
   if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
   unsigned grid;

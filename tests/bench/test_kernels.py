@@ -124,10 +124,11 @@ def test_the_gate_looks_at_the_end_of_a_large_tensor(monkeypatch):
     [
         (operations.Operation("perturb", "bf16"), "perturb bf16 in place", "perturb bf16 <- bf16", 4),
         (operations.Operation("perturb", "bf16", "f32", 1, True), "perturb bf16 <- f32 stochastic", "perturb stochastic bf16 <- f32", 6),
-        (operations.Operation("swap", "f16", None, 2), "swap f16 in place", "update", 4),
+        (operations.Operation("swap", "f16", None, 2), "swap f16 in place", "swap f16 <- f16", 4),
+        (operations.Operation("swap", "bf16", None, 2, True), "swap bf16 in place stochastic", "update stochastic", 4),
         (operations.Operation("update", "f32", None, 30), "update f32 in place, 30 seeds", "update", 8),
-        (operations.Operation("restore", "bf16", "f32", 0), "restore bf16 <- f32", "restore", 6),
-        (operations.Operation("fingerprint", "f32"), "fingerprint f32", "fingerprint", 4),
+        (operations.Operation("restore", "bf16", "f32", 0), "restore bf16 <- f32", "restore bf16 <- f32", 6),
+        (operations.Operation("fingerprint", "f32"), "fingerprint f32", "fingerprint f32", 4),
     ],
 )
 def test_what_an_operation_moves(operation, label, kernel, moved):

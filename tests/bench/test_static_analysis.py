@@ -20,7 +20,7 @@ try:
 except SystemExit as why:
     pytest.skip(str(why), allow_module_level=True)
 
-WIDE = {"f32": 4, "bf16": 2, "f16": 2}  # 128-bit accesses of two blocks
+WIDE = {"f32": 2, "bf16": 1, "f16": 1}  # 128-bit accesses of a block
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
@@ -33,7 +33,8 @@ def cuda_rows(request):
 def test_every_kernel_is_found(cuda_rows):
     dtypes = ("f32", "bf16", "f16")
     expected = {f"perturb{s} {out} <- {base}" for s in ("", " stochastic") for out in dtypes for base in dtypes}
-    assert {r["kernel"] for r in cuda_rows} == expected | {"update", "update stochastic"}
+    expected |= {f"{what} {out} <- {base}" for what in ("restore", "swap") for out in dtypes for base in {out, "f32"}}
+    assert {r["kernel"] for r in cuda_rows} == expected | {"update", "update stochastic", "fingerprint f32", "fingerprint bf16"}
 
 
 def test_cuda_keeps_to_its_budget(cuda_rows):
@@ -48,9 +49,12 @@ def test_every_instruction_has_a_pipe(cuda_rows):
 
 def test_cuda_accesses_are_128_bit(cuda_rows):
     for row in cuda_rows:
-        if row["kernel"].startswith("perturb"):
+        if row["kernel"].startswith("fingerprint"):
+            assert row["accesses"] == {"LDG.E.128": 4}, row
+        elif not row["kernel"].startswith("update"):
             out, base = row["kernel"].split()[-3::2]
-            assert row["accesses"] == {"LDG.E.128": WIDE[base], "STG.E.128": WIDE[out]}, row
+            blocks = row["values"] // 8
+            assert row["accesses"] == {"LDG.E.128": blocks * WIDE[base], "STG.E.128": blocks * WIDE[out]}, row
 
 
 def test_triton_keeps_to_its_budget(tmp_path):

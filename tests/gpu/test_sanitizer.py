@@ -10,7 +10,7 @@ PROGRAM = """
 import torch
 from es_kernels import ParamTable, add_noise_, fingerprint
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for n in (1, 9, 4099):
+    for n in (1, 9, 20_011):
         t = torch.zeros(n + 1, dtype=dtype, device="cuda")[1:]
         aligned = torch.zeros(n, dtype=dtype, device="cuda")
         table = ParamTable({"a": t, "b": aligned})
