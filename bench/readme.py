@@ -14,6 +14,7 @@ import sys
 
 import gpus
 import shapes
+import targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -207,12 +208,59 @@ def measured_gpus():
 
 
 def of_machine(path):
-    """The tables of one result file of kernels.py, and of generation.py's beside it."""
+    """The tables of one result file of kernels.py, and of generation.py's beside it; first what was to be reached."""
     report = json.loads(path.read_text())
     beside = path.with_name(path.name.replace("kernels-", "generation-"))
+    wanted = aims(targets.reports(path.parent).get(report["machine"].get("gpu"), {}))
     report = (json.loads(beside.read_text()) if beside.exists() else {}) | report
     parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation}
-    return "\n\n".join(make(report) for key, make in parts.items() if report.get(key))
+    return "\n\n".join([wanted, *(make(report) for key, make in parts.items() if report.get(key))])
+
+
+def aims(kinds):
+    """What the GPU kernels are to reach, from the reports of one machine."""
+    words = {None: "", True: "reached", False: "**missed**"}
+    return table(["to be reached on an H200", "", "measured", ""], [[what, wanted, found or "not yet", words[reached]] for what, wanted, found, reached in targets.rows(kinds)])
+
+
+def unreached():
+    """The targets, where no GPU was measured."""
+    return "" if targets.reports(RESULTS) else aims({})
+
+
+def variants():
+    """Of each variant of the CUDA kernels what it changes in the counted instructions; and on every GPU measured, in time."""
+    report = results("variants")
+    shipped = {row["kernel"]: row for row in report["counts"] if row["variant"] == "as shipped"}
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in report["counts"]):
+        rows = [row for row in report["counts"] if row["variant"] == name]
+        cells = [_counted(row, shipped[row["kernel"]], name) for row in rows if name == "as shipped" or not _alike(row, shipped[row["kernel"]])]
+        body.append([name, report["expected"].get(name, ""), "; ".join(cells) or "as shipped"])
+    parts = [table(["variant", "expected", f"instructions a value on {report['arch']} (registers)"], body)]
+    for path in sorted(RESULTS.glob("variants-*.json")):
+        found = json.loads(path.read_text())
+        operations = list(dict.fromkeys(row["operation"] for row in found["rows"]))
+        body = []
+        for backend, name in dict.fromkeys((row["backend"], row["variant"]) for row in found["rows"]):
+            times = {row["operation"]: row for row in found["rows"] if (row["backend"], row["variant"]) == (backend, name)}
+            body.append([backend, name, *(_times(times.get(operation)) for operation in operations)])
+        parts.append(table([f"times what ships, {found['machine']['gpu']}", "", *operations], body))
+    return "\n\n".join(parts)
+
+
+def _alike(a, b):
+    return all(a[key] == b[key] for key in ("instructions_per_value", "registers", "spill_bytes"))
+
+
+def _counted(row, shipped, name):
+    before = "" if name == "as shipped" else f"{shipped['instructions_per_value']:.2f} → "
+    spilled = f", {row['spill_bytes']} B spilled" if row["spill_bytes"] else ""
+    return f"{row['kernel']} {before}{row['instructions_per_value']:.2f} ({row['registers']}{spilled})"
+
+
+def _times(row):
+    return "" if row is None else row["error"] if "error" in row else f"{row['times_shipped']:.3f}"
 
 
 def sass():
@@ -387,6 +435,8 @@ TABLES = {
     "countdown": countdown,
     "memory": memory,
     "gpus": measured_gpus,
+    "targets": unreached,
+    "variants": variants,
     "exactness": exactness,
     "learning": learning,
     "noise": noise,

@@ -24,42 +24,41 @@ BUDGET = {"swap bf16 <- bf16": 42, "fingerprint bf16": 10, "perturb bf16 <- bf16
 BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, "triton update": 28}
 
 
-def cuda_kernels(arch):
-    """One row per loop of libes_cuda.so: kernel, instructions a value, pipes, 128-bit accesses; and registers and spills per kernel."""
-    library = native.path("cuda")
+def cuda_kernels(arch, library=None):
+    """One row per kernel and pair of formats of libes_cuda.so (or another build of it): instructions a value, pipes, 128-bit accesses, registers, spills."""
+    library = library or native.path("cuda")
     resources = sass.resources(library, arch)
-    rows = []
+    found = {}
     for name, code in sass.functions(library, arch).items():
         kernel, stochastic, seeds = re.search(r"(perturb|update|fingerprint)(?:<(true|false)(?:, (?:\(int\))?(\d))?>)?", name).groups()
         kernel = {"0": "restore", "2": "swap"}.get(seeds, kernel) + " stochastic" * (stochastic == "true")
         for trip in sass.loops(code):
             label, values = _label(kernel, trip)
-            if label:
-                rows.append({"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]})
-    return rows
+            # The loop that does what the unrolled one leaves has the same label, and fewer values.
+            if label and (label not in found or found[label]["values"] < values):
+                found[label] = {"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]}
+    return list(found.values())
 
 
 def _label(kernel, trip):
-    """What the loop does, from its instructions, and for how many values; None, 0 for loops of the general path (masked, or strided), small ones, and
-    the one that does what the unrolled loop leaves."""
+    """What the loop does, from its instructions, and for how many values; None, 0 for loops of the general path (masked, or strided) and small ones."""
     text = [i.text for i in trip]
     loads = sum("LDG" in t and ".128" in t for t in text)
     stores = sum("STG" in t and ".128" in t for t in text)
     if kernel.startswith("update"):
-        return (kernel, 32) if sass.normals(trip) == 32 and not loads else (None, 0)
+        return (kernel, sass.normals(trip)) if sass.normals(trip) >= 8 and not loads else (None, 0)
     if kernel == "fingerprint":
-        narrow = sum(t.startswith("IMAD.WIDE") for t in text) > 56  # one an element, 12 to 14 a block: 80 for 32 elements, 40 for 16
-        return (f"{kernel} {'bf16' if narrow else 'f32'}", 32 if narrow else 16) if loads == 4 else (None, 0)
-    blocks = 2 if kernel.startswith("perturb") else 4
-    if loads not in (blocks, 2 * blocks) or sass.normals(trip) != blocks * {"restore": 0, "swap": 16}.get(kernel, 8):
+        products = sum(t.startswith("IMAD.WIDE") for t in text)  # one an element, 12 to 14 a block: a load is 8 bf16 or 4 f32
+        return (f"{kernel} {'bf16' if products > 14 * loads else 'f32'}", loads * (8 if products > 14 * loads else 4)) if loads else (None, 0)
+    if not loads or any(t.startswith("LDG.E.64") for t in text):  # the general path reads the segment in the loop
         return None, 0
-    base = "f32" if loads == 2 * blocks else "f16" if any(t.startswith("HADD2.F32") for t in text) else "bf16"
-    if stores == 2 * blocks:
-        out = "f32"
-    elif "stochastic" in kernel:  # rounded by integers: f16 has a case for its subnormals
+    if "stochastic" in kernel:  # rounded by integers: f16 has a case for its subnormals
         out = "f16" if any(t.startswith("F2I") for t in text) else "bf16"
+        out = out if stores == sass.normals(trip) // 8 else "f32"
     else:
-        out = "bf16" if any("BF16" in t for t in text) else "f16"
+        out = "bf16" if any("BF16" in t for t in text) else "f16" if any(t.startswith("F2FP") for t in text) else "f32"
+    blocks = stores // (2 if out == "f32" else 1)
+    base = "f32" if loads == 2 * blocks else "f16" if any(t.startswith("HADD2.F32") for t in text) else "bf16"
     return f"{kernel} {out} <- {base}", 8 * blocks
 
 

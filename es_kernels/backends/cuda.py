@@ -58,7 +58,11 @@ def fingerprint(pack):
 
 @functools.cache
 def _library():
-    c = native.load("cuda")
+    return declared(native.load("cuda"))
+
+
+def declared(c):
+    """The library with the types of its functions."""
     p, i64, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     c.es_cuda_error.restype = ctypes.c_char_p
     c.es_cuda_add_noise.argtypes = (p, i64, i64, p, i, p, i, i64, ctypes.c_float, p, i, i, p)

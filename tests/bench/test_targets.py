@@ -1,0 +1,100 @@
+"""Contract: a target is reached, missed or not measured by what the result files of one GPU say, and by nothing else."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
+import generation
+import kernels
+import readme
+import targets
+import tune
+import variants
+from ways import YARDSTICK
+
+MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B")
+GPU = {"gpu": "NVIDIA H200"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files in which every target is reached, just so; with the names that the scripts write."""
+
+    def row(operation, variant="as shipped", backend="cuda", **found):
+        return {"backend": backend, "operation": operation, "variant": variant, "times_shipped": 1.0, "share_of_copy": 0.9, "normals_per_s": 1.3e12} | found
+
+    labels = [operation.label for operation in tune.OPERATIONS]
+    rows = [row(label) for label in labels] + [row(label, backend="triton", share_of_copy=0.85 * 0.9) for label in labels]
+    rows += [row(label, "no noise", times_shipped=0.95) for label in labels] + [row(label, "no keys", times_shipped=0.9) for label in labels]
+    rows.append({"backend": "cuda", "operation": labels[0], "variant": "128 threads", "error": "wrong bits"})
+    ours = [("es_kernels, base fp32", 1 / 3.8, 1 / 4.5), ("es_kernels, base copy", 1 / 5.5, 1), ("es-at-scale", 1, 1)]
+    of_kernels = {
+        "tables": [{"model": m, "backend": "cuda", "times_flat": 1.03} for m in MODELS],
+        "rivals": [
+            {"model": m, "who": who, "what": what, "seconds": seconds, "peak_extra_bytes": 0 if who != "es-at-scale" else 1 << 30}
+            for m in MODELS
+            for who, *both in ours
+            for what, seconds in zip(("member", "update"), both)
+        ],
+    }
+    generations = [{"model": m, "workload": "countdown, 1024 tokens", "way": YARDSTICK, "answers": 99.5, "total": 100.0} for m in MODELS]
+    for name, content in (("kernels", of_kernels), ("variants", {"rows": rows}), ("generation", {"generations": generations})):
+        (tmp_path / f"{name}-nvidia-h200.json").write_text(json.dumps({"machine": GPU} | content))
+    (tmp_path / "kernels-cpu.json").write_text(json.dumps({"machine": {}}))
+    return tmp_path
+
+
+def edit(folder, name, change):
+    path = folder / f"{name}-nvidia-h200.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def verdicts(folder):
+    (of_machine,) = targets.reports(folder).values()
+    return {what: reached for what, _, _, reached in targets.rows(of_machine)}
+
+
+def test_all_are_reached(folder):
+    assert set(verdicts(folder).values()) == {True} and len(verdicts(folder)) == len(targets.TARGETS)
+
+
+@pytest.mark.parametrize(
+    "name, change, what",
+    [
+        ("variants", lambda c: c["rows"][0].update(share_of_copy=1.2), ["Triton, perturb bf16 <- f32: share of CUDA's speed"]),
+        ("kernels", lambda c: c["tables"].append({"model": "Qwen2.5-7B", "backend": "cuda", "times_flat": 1.04}), ["one launch for Qwen2.5-7B: times a flat tensor, the slowest operation"]),
+        ("kernels", lambda c: c["rivals"][-2].update(seconds=0.9, peak_extra_bytes=0), ["es-at-scale over ours, a member of Qwen2.5-7B, base copy", "es-at-scale over ours, a member of Qwen2.5-7B, base fp32"]),
+        ("generation", lambda c: c["generations"][2].update(answers=98.9), ["outside generation, Qwen2.5-7B, 1024 tokens: share of the time"]),
+    ],
+)  # fmt: skip
+def test_what_falls_short_is_missed_and_nothing_else(folder, name, change, what):
+    edit(folder, name, change)
+    assert [target for target, reached in verdicts(folder).items() if reached is not True] == what
+    assert not any(verdicts(folder)[target] for target in what)
+
+
+def test_without_a_file_its_targets_are_not_measured(folder):
+    (folder / "variants-nvidia-h200.json").unlink()
+    unmeasured = [what for what, reached in verdicts(folder).items() if reached is None]
+    assert len(unmeasured) == sum("es-at-scale" not in what and "Qwen" not in what for what in verdicts(folder))
+    assert targets.reports(folder / "nowhere") == {}
+
+
+def test_the_names_are_those_that_the_scripts_write():
+    assert {"no noise", "no keys"} <= set(variants.CUDA) and tune.SHIPPED == "as shipped"
+    assert "countdown, 1024 tokens" in [work.name for work in generation.WORKLOADS]
+    assert set(MODELS) <= set(kernels.MODELS["cuda"]) and set(MODELS) <= set(generation.MODELS["cuda"])
+
+
+def test_the_tables_say_what_was_measured(folder, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", folder)
+    (of_machine,) = targets.reports(folder).values()
+    assert readme.aims(of_machine).count("| reached |") == len(targets.TARGETS)
+    assert readme.unreached() == ""
+    (folder / "variants.json").write_text((pathlib.Path(targets.__file__).parent / "results/variants.json").read_text())
+    assert "| cuda | 128 threads | wrong bits |" in readme.variants()
