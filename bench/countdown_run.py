@@ -41,7 +41,9 @@ SHARE_OF_PRETRAINING = 0.25
 def es_finetune(*arguments, stop=lambda: False):
     """Runs a command; Ctrl-C as soon as stop() says so. Returns (exit code, what it printed)."""
     print("$ es-finetune " + " ".join(map(str, arguments)), flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "es_finetune", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "es_finetune", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while True:
         try:
             text, _ = process.communicate(timeout=2)
@@ -117,8 +119,23 @@ def main():
 
     base = work / "base"
     seconds = ["--seconds", str(SHARE_OF_PRETRAINING * args.seconds)]
-    subprocess.run([sys.executable, pathlib.Path(__file__).with_name("countdown_model.py"), "--output", base, *seconds, *_flags(args.model)], check=True)
-    asked = ["--model", str(base), "--task", "countdown", "--max_new_tokens", str(MAX_NEW_TOKENS), "--batch_size", "200", "--report_to", "none", "--eval_items", "500"]
+    subprocess.run(
+        [sys.executable, pathlib.Path(__file__).with_name("countdown_model.py"), "--output", base, *seconds, *_flags(args.model)], check=True
+    )
+    asked = [
+        "--model",
+        str(base),
+        "--task",
+        "countdown",
+        "--max_new_tokens",
+        str(MAX_NEW_TOKENS),
+        "--batch_size",
+        "200",
+        "--report_to",
+        "none",
+        "--eval_items",
+        "500",
+    ]
     sigma = args.sigma or _calibrated(base)
     flags = [*asked, "--sigma", sigma, "--lr", sigma, "--eval_every", "25", *_flags(args.train)]
     run = work / "run"
@@ -144,7 +161,11 @@ def main():
     for file in KEPT:
         shutil.copy(run / file, args.out / name / file)
     write_atomically(args.out / f"{name}.json", json.dumps(report, indent=1) + "\n")
-    print(json.dumps({key: report[key] for key in ("sigma", "decoding", "shares", "seconds_a_generation", "replays", "replays_equal_the_run")}, indent=1))
+    print(
+        json.dumps(
+            {key: report[key] for key in ("sigma", "decoding", "shares", "seconds_a_generation", "replays", "replays_equal_the_run")}, indent=1
+        )
+    )
     print(f"held-out exact {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations; {time.monotonic() - begin:.0f} s")
     sys.exit(not report["replays_equal_the_run"])
 

@@ -45,6 +45,7 @@ THEIRS = (REFERENCE, "es-at-scale, without waste")
 MODELS = {"cpu": ["embedded", "50M"], "cuda": ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-1.5B"]}
 BASES = {"fp32": 4, "copy": 2, "None": 0}  # bytes of theta a bf16 parameter
 SHORT = 2  # seconds of answers below which whole members are timed
+DECODINGS = ("dynamic", "static", "continuous")  # in this order: the first does every workload, the others the long answers
 COMPILING = 60  # seconds that "static" decoding may take before its first token
 
 
@@ -188,7 +189,7 @@ def measure(report, name, device, decoding, known, end):
             continue
         try:
             _keep_faster(report, rows_of(work, about, weights, clock))
-        except RuntimeError as error:  # out of memory, or what "static" failed to compile
+        except RuntimeError as error:  # out of memory, or what "static" or "continuous" failed to do
             _failed(report, name, decoding, work.name, error)
         _save(report)
     _add_break_even(report, name, decoding, weights, clock)
@@ -256,6 +257,7 @@ def _failed(report, name, decoding, what, error):
 def _keep_faster(report, rows):
     """Adds a workload's rows, and drops those of the other decoding if it was slower; or these. What was measured is not dropped for what was not."""
     key = ("model", "workload")
+    report["decodings"].append({k: rows[0][k] for k in ("model", "workload", "decoding", "answers", "answers_measured")})
     others = [row for row in report["generations"] if all(row[k] == rows[0][k] for k in key)]
     if not others or (rows[0]["answers"] < others[0]["answers"] and rows[0]["answers_measured"] >= others[0]["answers_measured"]):
         report["generations"] = [row for row in report["generations"] if row not in others] + rows
@@ -285,14 +287,14 @@ def main():
     facts = machine.describe(args.device)
     report = {"path": args.out / f"generation-{machine.slug(facts)}.json", "machine": facts}
     report |= {"memory": [memory(name, facts.get("memory_bytes")) for name in shapes.MODELS], "generations": [], "break_even": []}
-    report |= {"left_out": [], "errors": []}
+    report |= {"decodings": [], "left_out": [], "errors": []}
     print("Answers take nearly all of a generation: with 1024 tokens nobody gains from faster handling of weights. Measured:", flush=True)
     end, names, known = time.monotonic() + args.seconds, args.models or MODELS[args.device], {}
-    plan = [(name, "dynamic") for name in names] + [(name, "static") for name in names if args.device == "cuda"]
+    plan = [(name, decoding) for decoding in (DECODINGS if args.device == "cuda" else ("dynamic",)) for name in names]
     for number, (name, decoding) in enumerate(plan):
         left = end - time.monotonic()
-        if decoding == "static" and (left < COMPILING or name not in known):
-            report["left_out"].append(f"{name}: static decoding")
+        if decoding != "dynamic" and (left < COMPILING or name not in known):
+            report["left_out"].append(f"{name}: {decoding} decoding")
             continue
         # Each model may use up its part of what is left, so that a slow one leaves time for the others.
         parts = len(names) - number if number < len(names) else 1

@@ -213,8 +213,19 @@ def of_machine(path):
     beside = path.with_name(path.name.replace("kernels-", "generation-"))
     wanted = aims(targets.reports(path.parent).get(report["machine"].get("gpu"), {}))
     report = (json.loads(beside.read_text()) if beside.exists() else {}) | report
-    parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation}
-    return "\n\n".join([wanted, *(make(report) for key, make in parts.items() if report.get(key))])
+    parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation, "decodings": decodings}
+    return "\n\n".join(filter(None, [wanted, *(make(report) for key, make in parts.items() if report.get(key))]))
+
+
+def decodings(report):
+    """Seconds of one member's long answers, by the way of decoding; a ~ before what was extrapolated."""
+    ways = list(dict.fromkeys(r["decoding"] for r in report["decodings"]))
+    body = []
+    for model, workload in dict.fromkeys((r["model"], r["workload"]) for r in report["decodings"]):
+        by = {r["decoding"]: r for r in report["decodings"] if (r["model"], r["workload"]) == (model, workload)}
+        if len(by) > 1:
+            body.append([model, workload, *(f"{'~' * (not by[way]['answers_measured'])}{by[way]['answers']:.3g}" if way in by else "" for way in ways)])
+    return table(["answers of a member, seconds", "", *ways], body) if body else ""
 
 
 def aims(kinds):

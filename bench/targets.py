@@ -1,6 +1,6 @@
 """What the GPU kernels are to reach on an H200, and whether they did: each figure from the files that gpu.sh, tune.py and generation.py leave.
 
-    python bench/targets.py [FOLDER]     a table; without measurements it says so
+python bench/targets.py [FOLDER]     a table; without measurements it says so
 """
 
 import argparse
@@ -23,7 +23,9 @@ class Target(NamedTuple):
 
 def _shipped(reports, operation, key, variant="as shipped", backend="cuda"):
     """Of tune.py, on tensors that fill the GPU."""
-    return next(row[key] for row in reports["variants"]["rows"] if (row["backend"], row["operation"], row["variant"]) == (backend, operation, variant))
+    return next(
+        row[key] for row in reports["variants"]["rows"] if (row["backend"], row["operation"], row["variant"]) == (backend, operation, variant)
+    )
 
 
 def _of_floor(operation, floor):
@@ -59,7 +61,9 @@ def _slowest_table(reports):
 def _share_outside(model):
     def share(reports):
         wanted = (model, "countdown, 1024 tokens", "es_kernels, base fp32")
-        return next(1 - row["answers"] / row["total"] for row in reports["generation"]["generations"] if (row["model"], row["workload"], row["way"]) == wanted)
+        return next(
+            1 - row["answers"] / row["total"] for row in reports["generation"]["generations"] if (row["model"], row["workload"], row["way"]) == wanted
+        )
 
     return share
 

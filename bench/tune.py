@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import machine
 import static_analysis
-import timing
 import torch
 import variants
 from es_finetune.files import write_atomically
@@ -31,7 +30,7 @@ from operations import DTYPES, Operation, right
 from timing import Variant, interleave
 
 import es_kernels
-from es_kernels import ParamTable, native
+from es_kernels import ParamTable
 from es_kernels.backends import cuda, triton
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -78,7 +77,10 @@ def counts(name, library, arch):
 @contextlib.contextmanager
 def using(library=None, constants=()):
     """Calls of the cuda backend go to another build; those of the triton backend take other constants ("maxnreg" is an option of its launches)."""
-    before, options = {(module, key): getattr(module, key) for module, key in ((cuda, "_library"), *((triton, k) for k in _KEYS))}, dict(triton._OPTIONS)
+    before, options = (
+        {(module, key): getattr(module, key) for module, key in ((cuda, "_library"), *((triton, k) for k in _KEYS))},
+        dict(triton._OPTIONS),
+    )
     try:
         if library is not None:
             cuda._library = lambda: library
@@ -117,8 +119,7 @@ class Tensors:
 
 
 def measure(backend, settings, same_bits, touches, tensors, rounds=9):
-    """Rows of one backend. settings: {name: arguments of using()}, SHIPPED first."""
-    rows = []
+    """Yields the rows of one backend, operation by operation. settings: {name: arguments of using()}, SHIPPED first."""
     for operation, group in OPERATIONS.items():
         timed, expected = {}, None
         for name, setting in settings.items():
@@ -130,11 +131,11 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
                     call = tensors.call(operation)
                     found = tensors.bits(operation, call)
             except RuntimeError as error:  # a launch that asks for too much
-                rows.append({"backend": backend, "variant": name, "operation": operation.label, "error": str(error).splitlines()[0]})
+                yield {"backend": backend, "variant": name, "operation": operation.label, "error": str(error).splitlines()[0]}
                 continue
             expected = found if name == SHIPPED else expected
             if same_bits(name) and not (small and found == expected):
-                rows.append({"backend": backend, "variant": name, "operation": operation.label, "error": "wrong bits"})
+                yield {"backend": backend, "variant": name, "operation": operation.label, "error": "wrong bits"}
                 continue
             timed[name] = Variant(lambda k, call=call, setting=setting: _run(backend, setting, call))
         out = tensors.out[operation.out]
@@ -143,13 +144,18 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
         shipped = timings[SHIPPED].median
         for name in timed:
             t, moved = timings[name], operation.bytes_per_value * out.numel()
-            row = {"backend": backend, "variant": name, "operation": operation.label, "seconds": t.median, "p20": t.p20, "p80": t.p80, "sm_mhz": t.sm_mhz}
+            row = {
+                "backend": backend,
+                "variant": name,
+                "operation": operation.label,
+                "seconds": t.median,
+                "p20": t.p20,
+                "p80": t.p80,
+                "sm_mhz": t.sm_mhz,
+            }
             row |= {"times_shipped": t.median / shipped, "share_of_copy": moved / t.median / copy}
             row |= {"normals_per_s": out.numel() * operation.seeds / t.median} if operation.what == "update" else {}
-            rows.append(row)
-            about = f"{t.median * 1e3:8.3f} ms  {row['times_shipped']:6.3f} x  {row['share_of_copy']:.1%} of a copy"
-            print(f"{backend:7} {operation.label:32} {name:48} {about}", flush=True)
-    return rows
+            yield row
 
 
 def _run(backend, setting, call):
@@ -173,7 +179,11 @@ def main():
             variants.parts(name, table)  # says which are unknown, before anything is built
     facts = machine.describe("cuda" if args.device == "cuda" else "cpu")
     arch = facts["capability"].removeprefix("sm_") if args.device == "cuda" else "90"
-    report = {"machine": facts, "arch": f"sm_{arch}", "expected": {name: v.expected for t in (variants.CUDA, variants.TRITON) for name, v in t.items()}}
+    report = {
+        "machine": facts,
+        "arch": f"sm_{arch}",
+        "expected": {name: v.expected for t in (variants.CUDA, variants.TRITON) for name, v in t.items()},
+    }
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         libraries = build_all([SHIPPED, *of_cuda], arch, pathlib.Path(folder))
@@ -189,15 +199,23 @@ def main():
             constants = {SHIPPED: {}} | {name: {"constants": _joined(name)} for name in of_triton}
             for backend, settings, same_bits, touches in (
                 ("cuda", loaded, lambda name: name == SHIPPED or all(v.same_bits for v in variants.parts(name, variants.CUDA)), _touches),
-                ("triton", constants, lambda name: True, lambda name: variants.EVERY),
+                # Of Triton each variant is compiled anew for every operation, seconds each: only those with something to gain.
+                ("triton", constants, lambda name: True, lambda name: (variants.PERTURB, variants.UPDATE)),
             ):
                 why = es_kernels.backends.unavailable(backend, torch.device("cuda"))
                 if why:
                     print(f"{backend}: not measured, {why}", file=sys.stderr)
                     continue
-                report["rows"] += measure(backend, settings, same_bits, touches, tensors)
-                write_atomically(path, json.dumps(report, indent=1) + "\n")
+                for row in measure(backend, settings, same_bits, touches, tensors):
+                    print(_line(row), flush=True)
+                    report["rows"].append(row)
+                    write_atomically(path, json.dumps(report, indent=1) + "\n")  # what was measured stays if the rest is cut off
     write_atomically(path, json.dumps(report, indent=1) + "\n")
+
+
+def _line(row):
+    about = row.get("error") or f"{row['seconds'] * 1e3:8.3f} ms  {row['times_shipped']:6.3f} x  {row['share_of_copy']:.1%} of a copy"
+    return f"{row['backend']:7} {row['operation']:32} {row['variant']:48} {about}"
 
 
 def _touches(name):

@@ -50,7 +50,13 @@ CUDA = {
     "no noise": Variant(
         "the floor: the same reads and writes; what ships is to reach 95 % of it with f32 weights or base, its swap 70 % of a copy",
         (PERTURB, FEW),
-        (("add_noise.h", "  for (int i = 0; i < 4; i++) box_muller(w[i], noise[2 * i], noise[2 * i + 1]);", "  for (int i = 0; i < 8; i++) noise[i] = 1.0f;"),),
+        (
+            (
+                "add_noise.h",
+                "  for (int i = 0; i < 4; i++) box_muller(w[i], noise[2 * i], noise[2 * i + 1]);",
+                "  for (int i = 0; i < 8; i++) noise[i] = 1.0f;",
+            ),
+        ),
         same_bits=False,
     ),
     "no keys": Variant(
@@ -68,12 +74,20 @@ CUDA = {
         (PERTURB, UPDATE, FEW),
         (("cuda.cu", _F32_STORES, _WHOLE_SECTORS + _F32_STORES),),
     ),
-    "a tile of 2048 units": Variant("four times the walks over segments; a shorter tail, so faster below 2^24 values only", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 2048"),)),
+    "a tile of 2048 units": Variant(
+        "four times the walks over segments; a shorter tail, so faster below 2^24 values only", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 2048"),)
+    ),
     "a tile of 32768 units": Variant("fewer walks, a longer tail: slower below 2^27 values", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 32768"),)),
     "no persistent grid": Variant(
         "each block of threads searches its segment once: 2 % slower on tables, no tail of unequal rounds",
         EVERY,
-        (("cuda.cu", "std::min<int64_t>((n_units + kTile - 1) / kTile, (int64_t)multiprocessors * std::max(blocks, 1))", "((n_units + kTile - 1) / kTile)"),),
+        (
+            (
+                "cuda.cu",
+                "std::min<int64_t>((n_units + kTile - 1) / kTile, (int64_t)multiprocessors * std::max(blocks, 1))",
+                "((n_units + kTile - 1) / kTile)",
+            ),
+        ),
     ),
     "128 threads": Variant(
         "the same occupancy in smaller parts: within 1 %",
@@ -85,15 +99,25 @@ CUDA = {
             ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 10) fingerprint"),
         ),
     ),
-    "perturb: 1 block a thread": Variant("16 bytes a thread in flight instead of 32: slower, unless warps hide it", (PERTURB,), (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 1 : 4;"),)),
-    "perturb: 3 blocks a thread": Variant("fewer loop instructions for more registers (spills?)", (PERTURB,), (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 3 : 4;"),)),
+    "perturb: 1 block a thread": Variant(
+        "16 bytes a thread in flight instead of 32: slower, unless warps hide it",
+        (PERTURB,),
+        (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 1 : 4;"),),
+    ),
+    "perturb: 3 blocks a thread": Variant(
+        "fewer loop instructions for more registers (spills?)", (PERTURB,), (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 3 : 4;"),)
+    ),
     "perturb: 4 blocks a thread, 64 registers": Variant(
         "64 bytes a thread in flight, 4 blocks of threads instead of 5",
         (PERTURB,),
         (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "4;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;")),
     ),
-    "perturb: 64 registers": Variant("a fifth fewer warps: slower if latency binds", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;"),)),
-    "perturb: 40 registers": Variant("a fifth more warps for 0.4 instructions a value", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 6;"),)),
+    "perturb: 64 registers": Variant(
+        "a fifth fewer warps: slower if latency binds", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;"),)
+    ),
+    "perturb: 40 registers": Variant(
+        "a fifth more warps for 0.4 instructions a value", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 6;"),)
+    ),
     "swap and restore: 3 blocks a thread, 80 registers": Variant(
         "half as many warps more for 0.6 instructions a value: faster if latency binds",
         (FEW,),
@@ -107,27 +131,44 @@ CUDA = {
     "update: 2 blocks a thread, 80 registers": Variant(
         "half as many warps more, twice the loads of keys: 19.4 instructions a normal, so 2 % slower unless latency binds",
         (UPDATE,),
-        (("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 2;  // a thread's"), ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 3) update")),
+        (
+            ("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 2;  // a thread's"),
+            ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 3) update"),
+        ),
     ),
     "update: 3 blocks a thread, 80 registers": Variant(
         "half as many warps more, a third more loads of keys",
         (UPDATE,),
-        (("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 3;  // a thread's"), ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 3) update")),
+        (
+            ("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 3;  // a thread's"),
+            ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 3) update"),
+        ),
     ),
     "update: 1 block of threads a multiprocessor": Variant(
         "8 blocks a thread and all registers: fewer loads of keys, too few warps; slower",
         (UPDATE,),
-        (("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 8;  // a thread's"), ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 1) update")),
+        (
+            ("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 8;  // a thread's"),
+            ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 1) update"),
+        ),
     ),
     "fingerprint: 128 bytes a thread": Variant(
-        "twice the bytes in flight for more registers", (FINGERPRINT,), (("cuda.cu", "kBlocks = 4 / kVectors", "kBlocks = 8 / kVectors"), ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 3) fingerprint"))
+        "twice the bytes in flight for more registers",
+        (FINGERPRINT,),
+        (
+            ("cuda.cu", "kBlocks = 4 / kVectors", "kBlocks = 8 / kVectors"),
+            ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 3) fingerprint"),
+        ),
     ),
     "fingerprint: 32 bytes a thread": Variant(
         "half the bytes in flight, 8 blocks of threads instead of 5",
         (FINGERPRINT,),
-        (("cuda.cu", "kBlocks = 4 / kVectors", "kBlocks = 2 / kVectors"), ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 8) fingerprint")),
+        (
+            ("cuda.cu", "kBlocks = 4 / kVectors", "kBlocks = 2 / kVectors"),
+            ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 8) fingerprint"),
+        ),
     ),
-}  # fmt: skip
+}
 
 TOGETHER = ["whole sectors a store + perturb: 64 registers"]  # alone it spills
 
@@ -138,7 +179,9 @@ class TritonVariant(NamedTuple):
 
 
 TRITON = {
-    "256 units, 8 warps": TritonVariant("a unit a thread: half the bytes in flight, 26.4 instead of 23.6 instructions on a prototype; slower", {"_WARPS": 8}),
+    "256 units, 8 warps": TritonVariant(
+        "a unit a thread: half the bytes in flight, 26.4 instead of 23.6 instructions on a prototype; slower", {"_WARPS": 8}
+    ),
     "512 units": TritonVariant("four units a thread: more in flight, spills likely", {"_UNITS": 512}),
     "128 units": TritonVariant("a unit a thread in blocks of 128: slower", {"_UNITS": 128}),
     "128 units, 2 warps": TritonVariant("what ships in smaller programs: within 1 %", {"_UNITS": 128, "_WARPS": 2}),

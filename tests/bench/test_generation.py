@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
 import answers
 import generation
+import readme
 import rivals
 import shapes
 import ways
@@ -162,10 +163,25 @@ def test_the_faster_decoding_is_kept():
         (rows("dynamic", 5.0), rows("static", 7.0), "dynamic"),
         (rows("dynamic", 5.0), rows("static", 3.0, measured=False), "dynamic"),
     ):
-        report = {"generations": []}
+        report = {"generations": [], "decodings": []}
         generation._keep_faster(report, first)
         generation._keep_faster(report, second)
+        assert [row["decoding"] for row in report["decodings"]] == [first[0]["decoding"], second[0]["decoding"]]
         assert {row["decoding"] for row in report["generations"]} == {kept} and len(report["generations"]) == 5
+
+
+@pytest.mark.parametrize("decoding", generation.DECODINGS)
+def test_every_decoding_answers_with_as_many_tokens_as_are_asked(decoding):
+    work = answers.Workload("any", 5, 7, 12)
+    clock = answers.Answers(answers.load("embedded", "cpu"), "cpu", decoding, 0)
+    clock.run(work)()
+    clock.run(work, 3)()  # it raises if a row has another length
+
+
+def test_both_decodings_stand_in_the_table():
+    rows = [{"model": "m", "workload": "w", "decoding": d, "answers": a, "answers_measured": d == "static"} for d, a in (("dynamic", 5.0), ("static", 3.0))]
+    assert "| m | w | ~5 | 3 |" in readme.decodings({"decodings": rows})
+    assert readme.decodings({"decodings": rows[:1]}) == ""  # nothing to compare
 
 
 def test_without_time_what_is_left_out_is_named(run, capsys):

@@ -24,7 +24,14 @@ def folder(tmp_path):
     """Files in which every target is reached, just so; with the names that the scripts write."""
 
     def row(operation, variant="as shipped", backend="cuda", **found):
-        return {"backend": backend, "operation": operation, "variant": variant, "times_shipped": 1.0, "share_of_copy": 0.9, "normals_per_s": 1.3e12} | found
+        return {
+            "backend": backend,
+            "operation": operation,
+            "variant": variant,
+            "times_shipped": 1.0,
+            "share_of_copy": 0.9,
+            "normals_per_s": 1.3e12,
+        } | found
 
     labels = [operation.label for operation in tune.OPERATIONS]
     rows = [row(label) for label in labels] + [row(label, backend="triton", share_of_copy=0.85 * 0.9) for label in labels]

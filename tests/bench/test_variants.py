@@ -69,9 +69,14 @@ def settings(monkeypatch):
 
 
 def test_only_what_has_the_bits_of_what_ships_is_timed(settings, monkeypatch):
-    monkeypatch.setattr(tune, "OPERATIONS", {operations.Operation("perturb", "bf16", "f32"): variants.PERTURB, operations.Operation("fingerprint", "f32"): variants.FINGERPRINT})
+    monkeypatch.setattr(
+        tune,
+        "OPERATIONS",
+        {operations.Operation("perturb", "bf16", "f32"): variants.PERTURB, operations.Operation("fingerprint", "f32"): variants.FINGERPRINT},
+    )
     touches = lambda name: () if name == "elsewhere" else variants.EVERY  # noqa: E731
-    rows = tune.measure("cpu", settings, lambda name: name != "floor", touches, tune.Tensors(8192, "cpu"), rounds=2)
+    rows = list(tune.measure("cpu", settings, lambda name: name != "floor", touches, tune.Tensors(8192, "cpu"), rounds=2))
+    assert all(row["variant"] in tune._line(row) for row in rows)
     perturb = {row["variant"]: row for row in rows if row["operation"].startswith("perturb")}
     assert set(perturb) == {"wrong", "fails", tune.SHIPPED, "same", "floor"}
     assert perturb["wrong"]["error"] == "wrong bits" and "seconds" not in perturb["wrong"]
