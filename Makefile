@@ -9,8 +9,8 @@
 #   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
 #   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
 #   make gpu-tune        times the kernels' variants there, in about 4 -> OUT
-#   make gpu-generate    whole generations of models of true shapes, long answers measured, every decoding, in under 10 -> OUT
-#   make gpu-learn       pre-trains a model there and fine-tunes it by ES, in under 10 -> OUT
+#   make gpu-generate    whole generations of models of true shapes, long answers measured, every decoding, in about 8 -> OUT
+#   make gpu-learn       pre-trains a model there and fine-tunes it by ES, in about 8 -> OUT
 #
 # PYTHON=python3.12    the interpreter
 # TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
@@ -71,7 +71,7 @@ gpu-tune: build
 	PYTHONPATH=.:python $(PYTHON) bench/tune.py --device cuda --out $(OUT)
 
 gpu-generate: build
-	PYTHONPATH=.:python $(PYTHON) bench/generation.py --device cuda --out $(OUT) --seconds 540
+	PYTHONPATH=.:python $(PYTHON) bench/generation.py --device cuda --out $(OUT) --seconds 420
 
 gpu-learn: build
 	PYTHONPATH=.:python $(PYTHON) bench/countdown_run.py --out $(OUT)

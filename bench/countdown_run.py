@@ -1,6 +1,6 @@
 """A whole learning run on the paper's Countdown, from nothing: a base model, a sigma for it, ES by the command line, and its replay elsewhere.
 
-    python bench/countdown_run.py --out FOLDER [--seconds 540]
+    python bench/countdown_run.py --out FOLDER [--seconds 480]
 
 Pre-trains a model of 21 million parameters (countdown_model.py), asks `calibrate` for a sigma, trains with the task's own questions (200 to train on, all
 answered by each of 30 members; 500 held out) until the time is over, stops the run as a user would (Ctrl-C), finishes it with --resume, and
@@ -10,7 +10,7 @@ replays its log on the same device and on the CPU. Leaves in FOLDER
     countdown-MACHINE/        run.log, metrics.jsonl, evals.jsonl, reward.png
     work/                     the base model and the whole run
 
-On an H200 it takes 9 minutes. It shows that the whole path learns there, and where its time goes; not that ES teaches a small model to reason: most of the
+It takes about 8 minutes by default. It shows that the whole path learns there, and where its time goes; not that ES teaches a small model to reason: most of the
 gain is the style in which it answers (see countdown_model.py).
 """
 
@@ -106,7 +106,7 @@ def shares(run):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seconds", type=float, default=540, help="of everything, about")
+    parser.add_argument("--seconds", type=float, default=480, help="of everything, about")
     parser.add_argument("--decoding", nargs="+", default=["static", "dynamic"] if torch.cuda.is_available() else ["dynamic"])
     parser.add_argument("--model", nargs="+", default=[], metavar="FLAG", help="of countdown_model.py, without their dashes: hidden=64 layers=2")
     parser.add_argument("--train", nargs="+", default=[], metavar="FLAG", help="of es-finetune train, likewise: population=8 eval_items=50")

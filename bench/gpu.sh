@@ -50,13 +50,16 @@ parallel=$($python -c 'import xdist' 2>/dev/null && echo "-n 8")
 step build 90 $python setup.py --quiet build_ext --inplace
 step "what is installed" 30 $python -m es_kernels
 # shellcheck disable=SC2086
-step "tests/gpu, with compute-sanitizer" 170 $python -m pytest -q -p no:cacheprovider --tb=short $parallel tests/gpu
+step "tests/gpu, with compute-sanitizer" 150 $python -m pytest -q -p no:cacheprovider --tb=short $parallel tests/gpu --ignore tests/gpu/test_finetune.py
 step kernels 150 $python bench/kernels.py --device cuda --out "$out" --seconds 110
 step generation 120 $python bench/generation.py --device cuda --out "$out" --seconds 95
 step calls 60 $python -m pytest -q -p no:cacheprovider --tb=short bench/calls.py --benchmark-columns=median --benchmark-json "$out/calls-$slug.json"
 if command -v ncu >/dev/null; then
   step ncu 45 ncu --clock-control none --set detailed --kernel-name 'regex:perturb|update' --launch-skip 2 --launch-count 2 --log-file "$out/ncu.txt" $python bench/two_kernels.py
 fi
+# Last, for it compiles most: captured graphs of a whole model, for every base.
+# shellcheck disable=SC2086
+step "tests/gpu, whole runs" 170 $python -m pytest -q -p no:cacheprovider --tb=short $parallel tests/gpu/test_finetune.py
 last=$((SECONDS + 25))
 step plots 20 $python bench/plots.py --results "$out" --one "$out/plots.png"
 printf '\n' >>"$out/summary.md"
