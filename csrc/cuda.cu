@@ -214,6 +214,13 @@ struct alignas(16) Seed {
   uint32_t padding[3];
 };
 
+// b <- b + coef * noise, as one fma.
+__device__ __forceinline__ void add_seed(const BlockId& at, const Seed& seed, f32 b[8]) {
+  f32 noise[8];
+  noise_block(at, seed.keys, noise);
+  fma_block(seed.coef, noise, b);
+}
+
 // ---- none, one or two seeds from the host, no decay: restore, perturb, swap ----
 
 // Units [lo, hi) of a contiguous, aligned segment: several blocks a thread in flight, loads first.
@@ -235,9 +242,8 @@ __device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, in
       const Seed first = seeds[0];
 #pragma unroll
       for (int k = 0; k < n; k++) {
-        f32 noise[8], acc[8] = {};
-        noise_block(at(k), first.keys, noise);
-        fma_block(first.coef, noise, acc);
+        f32 acc[8] = {};
+        add_seed(at(k), first, acc);
         add_block(b[k], acc);
       }
     }
@@ -245,11 +251,7 @@ __device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, in
     if constexpr (SEEDS > 0) last = seeds[SEEDS - 1];
 #pragma unroll
     for (int k = 0; k < n; k++) {
-      if constexpr (SEEDS > 0) {
-        f32 noise[8];
-        noise_block(at(k), last.keys, noise);
-        fma_block(last.coef, noise, b[k]);
-      }
+      if constexpr (SEEDS > 0) add_seed(at(k), last, b[k]);
       u32 r[8];
       if (STOCHASTIC && OUT != kF32) rounding_thresholds(at(k), rounding_keys, r);
       pack<STOCHASTIC>(OUT, b[k], r, out + k * kThreads * kOutVectors);
@@ -306,16 +308,11 @@ __global__ void __launch_bounds__(kThreads, perturb_blocks<SEEDS>()) perturb(con
       f32 b[8];
       load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
       if constexpr (SEEDS == 2) {
-        f32 noise[8], acc[8] = {};
-        noise_block(id, seeds[0].keys, noise);
-        fma_block(seeds[0].coef, noise, acc);
+        f32 acc[8] = {};
+        add_seed(id, seeds[0], acc);
         add_block(b, acc);
       }
-      if constexpr (SEEDS > 0) {
-        f32 noise[8];
-        noise_block(id, seeds[SEEDS - 1].keys, noise);
-        fma_block(seeds[SEEDS - 1].coef, noise, b);
-      }
+      if constexpr (SEEDS > 0) add_seed(id, seeds[SEEDS - 1], b);
       u32 r[8];
       if (STOCHASTIC) rounding_thresholds(id, rounding_keys, r);
       store_unit<STOCHASTIC>(s, unit, b, r);
@@ -370,23 +367,19 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
           for (int j = 0; j < 8; j++) acc[k][j] = b[j];
         }
       };
-      auto add_seed = [&](const Seed& seed) {
+      auto add_to_all = [&](const Seed& seed) {
         const Seed local = seed;
 #pragma unroll
-        for (int k = 0; k < kBlocks; k++) {
-          f32 noise[8];
-          noise_block(id[k], local.keys, noise);
-          fma_block(local.coef, noise, acc[k]);
-        }
+        for (int k = 0; k < kBlocks; k++) add_seed(id[k], local, acc[k]);
       };
       for (int64_t from = 0; from < a.n_seeds; from += kSeedsAtATime) {
         if (a.n_seeds > kSeedsAtATime) n = fetch(from);
         const int plain = from + n == a.n_seeds ? n - 1 : n;
 #pragma unroll 1
-        for (int i = 0; i < plain; i++) add_seed(shared[i]);
+        for (int i = 0; i < plain; i++) add_to_all(shared[i]);
       }
       add_base();
-      if (a.n_seeds > 0) add_seed(shared[n - 1]);
+      if (a.n_seeds > 0) add_to_all(shared[n - 1]);
 #pragma unroll
       for (int k = 0; k < kBlocks; k++) {
         const int64_t u = at + k * kThreads + threadIdx.x;
@@ -546,9 +539,10 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   const bool all_on_host = !seeds_on_device && !coefs_on_device && !a.rounding_seed;
   using Kernel = void (*)(Arguments);
   static const Kernel few[] = {perturb<false, 0>, perturb<false, 1>, perturb<false, 2>};
+  const bool simple = all_on_host && decay == 0;
   Kernel kernel = rounding_seed ? update<true> : update<false>;
-  if (n_seeds <= 2 && decay == 0 && all_on_host && !rounding_seed) kernel = few[n_seeds];
-  else if (n_seeds == 1 && decay == 0 && all_on_host) kernel = perturb<true, 1>;
+  if (simple && !rounding_seed && n_seeds <= 2) kernel = few[n_seeds];
+  if (simple && rounding_seed && n_seeds == 1) kernel = perturb<true, 1>;
   OnDevice scope(device);
   if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
   unsigned grid;
