@@ -15,6 +15,7 @@ gain is the style in which it answers (see countdown_model.py).
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -34,25 +35,29 @@ from es_finetune.runlog import read_log
 
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
 AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays
+TO_STOP = 30
 TO_COMPILE = 150  # seconds after which a decoding without a generation is given up
 SHARE_OF_PRETRAINING = 0.25
 
 
 def es_finetune(*arguments, stop=lambda: False):
-    """Runs a command; Ctrl-C as soon as stop() says so. Returns (exit code, what it printed)."""
+    """Runs a command; Ctrl-C as soon as stop() says so, and where that does not help, the end. Returns (exit code, what it printed)."""
     print("$ es-finetune " + " ".join(map(str, arguments)), flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "es_finetune", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    # A shell ignores Ctrl-C for what it runs in the background, and a child would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", "es_finetune", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed)
+    asked = None
     while True:
         try:
             text, _ = process.communicate(timeout=2)
             break
         except subprocess.TimeoutExpired:
-            if stop():
+            if asked is None and stop():
                 process.send_signal(signal.SIGINT)
-                text, _ = process.communicate()
-                break
+                asked = time.monotonic()
+            elif asked is not None and time.monotonic() - asked > TO_STOP:
+                process.kill()  # nothing is lost: the log has every generation
     print(text[-1500:], flush=True)
     return process.returncode, text
 
@@ -95,12 +100,16 @@ def replayed(run, device):
     return {"theta": re.search(r"theta ([0-9a-f]{16})", text)[1], "seconds": time.monotonic() - begin}
 
 
-def shares(run):
-    """Of the generations after the first, which compiles: {part: share of the time}, and seconds of a generation."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
-    total = sum(row["seconds"] for row in rows)
-    parts = {part: sum(row[f"seconds_{part}"] for row in rows) / total for part in ("generate", "score", "kernels")} if rows else {}
-    return parts | ({"outside generation": 1 - parts["generate"]} if rows else {}), total / len(rows) if rows else None
+def of_generations(run):
+    """What metrics.jsonl tells: the members' mean reward in the first generation and in the last; and of the generations after the first, which
+    compiles, {part: share of the time} and seconds of one, or None where there are none."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {"reward": [rows[0]["reward_mean"], rows[-1]["reward_mean"]], "shares": None, "seconds_a_generation": None}
+    total = sum(row["seconds"] for row in rows[1:])
+    if total:
+        shares = {part: sum(row[f"seconds_{part}"] for row in rows[1:]) / total for part in ("generate", "score", "kernels")}
+        found |= {"shares": shares | {"outside generation": 1 - shares["generate"]}, "seconds_a_generation": total / len(rows[1:])}
+    return found
 
 
 def main():
@@ -143,7 +152,6 @@ def main():
     summary = json.loads((run / "summary.json").read_text())
     replays = {where: replayed(run, where) for where in dict.fromkeys((device, "cpu"))}
     es_finetune("report", run)
-    of_time, seconds_a_generation = shares(run)
     name = f"countdown-{machine.slug(facts)}"
     report = {
         "machine": facts,
@@ -152,8 +160,7 @@ def main():
         "sigma": sigma,
         "decoding": decoding,
         "summary": summary,
-        "shares": of_time,
-        "seconds_a_generation": seconds_a_generation,
+        **of_generations(run),
         "replays": replays,
         "replays_equal_the_run": all(replay["theta"] == summary["fingerprint"] for replay in replays.values()),
     }
@@ -163,7 +170,8 @@ def main():
     write_atomically(args.out / f"{name}.json", json.dumps(report, indent=1) + "\n")
     print(
         json.dumps(
-            {key: report[key] for key in ("sigma", "decoding", "shares", "seconds_a_generation", "replays", "replays_equal_the_run")}, indent=1
+            {key: report[key] for key in ("sigma", "decoding", "reward", "shares", "seconds_a_generation", "replays", "replays_equal_the_run")},
+            indent=1,
         )
     )
     print(f"held-out exact {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations; {time.monotonic() - begin:.0f} s")

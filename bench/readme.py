@@ -281,11 +281,13 @@ def learning_runs():
         r = json.loads(path.read_text())
         facts, summary = r["machine"], r["summary"]
         exact = f"{summary['base']:.1%} → {summary['final']:.1%}"
-        times = [f"{r['model']['seconds']:.0f} s", f"{r['seconds_a_generation']:.1f} s", f"{r['shares']['outside generation']:.1%}"]
+        reward = " → ".join(f"{value:.3f}" for value in r["reward"])
+        share = f"{r['shares']['outside generation']:.1%}" if r["shares"] else ""
+        times = [reward, f"{r['model']['seconds']:.0f} s", f"{r['seconds_a_generation'] or 0:.1f} s", share]
         same = "the same bits" if r["replays_equal_the_run"] else "**other bits**"
         replays = ", ".join(f"{where} {replay['seconds']:.0f} s" for where, replay in r["replays"].items())
         body.append([facts.get("gpu", facts["processor"]), f"{r['model']['parameters'] / 1e6:.3g}M", f"{r['sigma']:g}", str(summary["generations"]), exact, *times, f"{replays}: {same}"])
-    header = ["Countdown, from nothing", "parameters", "sigma = lr", "generations", "held-out exact", "pre-training", "a generation", "of it outside generating", "replays"]
+    header = ["Countdown, from nothing", "parameters", "sigma = lr", "generations", "held-out exact", "members' reward", "pre-training", "a generation", "of it outside generating", "replays"]
     return table(header, body) if body else "No such run was made on a GPU yet."
 
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import subprocess
 import sys
 
@@ -95,9 +96,26 @@ def test_the_next_decoding_serves_where_one_makes_no_generation(tmp_path, monkey
         countdown_run.trained(tmp_path / "run", [], ["static"], 1)
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_command_is_stopped_also_where_the_shell_ignores_interrupts(monkeypatch, deaf):
+    lines = ["import signal, sys, time", "print('begun', flush=True)", "time.sleep(60)"]
+    if deaf:
+        lines.insert(1, "signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    program = "; ".join(lines)
+    popen = subprocess.Popen
+    monkeypatch.setattr(countdown_run.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options))
+    monkeypatch.setattr(countdown_run, "TO_STOP", 3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, text = countdown_run.es_finetune("train", stop=lambda: True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == (-signal.SIGKILL if deaf else -signal.SIGINT) and text.startswith("begun")
+
+
 def test_a_whole_run(tmp_path, monkeypatch):
     flags = ["--seconds", "40", "--sigma", "0.01", "--model", "hidden=32", "layers=1", "heads=2", "batch=16"]
-    flags += ["--train", "population=4", "eval_items=20", "prompts=10", "threads=1", "device=cpu"]
+    flags += ["--train", "population=2", "eval_items=10", "prompts=4", "threads=1", "device=cpu"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [sys.executable, ROOT / "bench/countdown_run.py", "--out", tmp_path, *flags], env=environment, capture_output=True, text=True, timeout=400
