@@ -131,22 +131,9 @@ def main():
     subprocess.run(
         [sys.executable, pathlib.Path(__file__).with_name("countdown_model.py"), "--output", base, *seconds, *_flags(args.model)], check=True
     )
-    asked = [
-        "--model",
-        str(base),
-        "--task",
-        "countdown",
-        "--max_new_tokens",
-        str(MAX_NEW_TOKENS),
-        "--batch_size",
-        "200",
-        "--report_to",
-        "none",
-        "--eval_items",
-        "500",
-    ]
     sigma = args.sigma or _calibrated(base)
-    flags = [*asked, "--sigma", sigma, "--lr", sigma, "--eval_every", "25", *_flags(args.train)]
+    settings = [f"model={base}", "task=countdown", f"max_new_tokens={MAX_NEW_TOKENS}", "batch_size=200", f"sigma={sigma}", f"lr={sigma}"]
+    flags = _flags([*settings, "eval_every=25", "eval_items=500", "report_to=none", *args.train])
     run = work / "run"
     decoding, command = trained(run, flags, args.decoding, max(10.0, args.seconds - AFTER - (time.monotonic() - begin)))
     summary = json.loads((run / "summary.json").read_text())
@@ -179,9 +166,9 @@ def main():
 
 
 def _calibrated(base):
-    """The sigma that calibrate recommends; where it finds none, the largest that cost nothing certain."""
+    """The sigma that calibrate recommends; where it finds none, the paper's."""
     found = calibrate(CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200))
-    return found["sigma"] or found["sigmas"][-1]["sigma"]
+    return found["sigma"] or 1e-3
 
 
 def _flags(pairs):

@@ -85,6 +85,13 @@ def test_only_what_has_the_bits_of_what_ships_is_timed(settings, monkeypatch):
     assert {row["variant"] for row in rows if row["operation"].startswith("fingerprint")} == set(settings) - {"elsewhere"}
 
 
+def test_without_what_ships_nothing_is_timed(settings, monkeypatch):
+    monkeypatch.setattr(tune, "OPERATIONS", {operations.Operation("perturb", "bf16"): variants.PERTURB})
+    settings = {tune.SHIPPED: {"library": "fails"}, "same": {"library": "same"}}
+    rows = list(tune.measure("cpu", settings, lambda name: True, lambda name: variants.EVERY, tune.Tensors(8192, "cpu"), rounds=2))
+    assert [row["variant"] for row in rows] == [tune.SHIPPED, "same"] and all("error" in row for row in rows)
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_the_floor_reads_and_writes_what_ships_does(tmp_path):
     try:
