@@ -7,6 +7,7 @@ the run ends as if it had lived. Ranks that hold other weights, or are on anothe
 import os
 import random
 import signal
+import time
 
 import pytest
 import torch
@@ -48,6 +49,18 @@ def test_a_killed_rank_loses_nothing(run, alone):
     assert killed.summary["fingerprint"] == alone.summary["fingerprint"]
     assert sorted(killed.scored) == sorted(alone.scored)  # each member once
     assert read_log(killed.folder / "run.log")[1] == read_log(alone.folder / "run.log")[1]
+
+
+def test_a_rank_that_is_ahead_keeps_its_members_until_they_are_logged(run, alone):
+    """The first rank dies after the update and before its line of the log; the other one is in the next generation by then."""
+    killed = run()
+    process = killed.start(ranks=2, restarts=1, environment={"SLOW_LOG": "3"})
+    assert killed.wait_until(lambda: len(killed.scored) == 4 * 8, process=process)
+    time.sleep(1)
+    os.kill(next(pid for pid, rank in killed.pids if rank == 0), signal.SIGKILL)
+    assert killed.finish(process) == 0, killed.output
+    assert killed.summary["fingerprint"] == alone.summary["fingerprint"]
+    assert sorted(killed.scored) == sorted(alone.scored)  # each member once
 
 
 def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):

@@ -126,12 +126,21 @@ class Ranks:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         journal = SealedLines(folder / f"journal-{self.rank}", sync=False)
+        held = journal.lines[-1]["generation"] if journal.lines else None
+
+        def keep(line: Row) -> None:
+            # Not when a generation begins here: the first rank may die before it has logged the one before, whose members are in here. It has
+            # when it takes part in the next.
+            nonlocal held
+            if line["generation"] != held:
+                journal.clear()
+                held = line["generation"]
+            journal.append(line)
+
         try:
             for generation in range(self.generation, config.generations):
                 known = known_members(journal.lines, generation, config)
-                if not known:
-                    journal.clear()
-                lines, dropped = self.evaluate(generation, known, journal.append)
+                lines, dropped = self.evaluate(generation, known, keep)
                 self.update(update_of(self.task, config, generation, lines, dropped)[0])
         finally:
             journal.close()
