@@ -29,7 +29,7 @@ import machine
 import torch
 from countdown_model import MAX_NEW_TOKENS
 from es_finetune.calibrate import calibrate
-from es_finetune.config import CalibrateConfig
+from es_finetune.config import PAPER, CalibrateConfig
 from es_finetune.files import write_atomically
 from es_finetune.runlog import read_log
 
@@ -168,7 +168,7 @@ def main():
 def _calibrated(base):
     """The sigma that calibrate recommends; where it finds none, the paper's."""
     found = calibrate(CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200))
-    return found["sigma"] or 1e-3
+    return found["sigma"] or PAPER["sigma"]
 
 
 def _flags(pairs):
