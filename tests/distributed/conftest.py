@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 
@@ -59,9 +60,16 @@ class Run:
 
     @property
     def scored(self):
-        """(generation, member) of each member that some worker finished, in the order of finishing."""
+        """(generation, member) of each member that some worker finished, in the order of finishing. A worker that is killed between its line of the
+        journal and the note of it (run.py) leaves that one out."""
         path = pathlib.Path(f"{self.folder}.scored")
         return [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def assert_none_scored_twice(self, alone):
+        """That no member was finished again after workers were killed, each of whom may have left out one."""
+        assert [member for member, times in Counter(self.scored).items() if times > 1] == []
+        left_out = set(alone.scored) - set(self.scored)
+        assert set(self.scored) <= set(alone.scored) and len(left_out) < len(self.pids), left_out
 
     @property
     def pids(self):

@@ -47,7 +47,7 @@ def test_a_killed_rank_loses_nothing(run, alone):
     assert killed.finish(process) == 0, killed.output
     assert kills == KILLS
     assert killed.summary["fingerprint"] == alone.summary["fingerprint"]
-    assert sorted(killed.scored) == sorted(alone.scored)  # each member once
+    killed.assert_none_scored_twice(alone)
     assert read_log(killed.folder / "run.log")[1] == read_log(alone.folder / "run.log")[1]
 
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):
     process.wait()
     several.options["resume"] = True
     assert several()["fingerprint"] == alone.summary["fingerprint"]
-    assert sorted(several.scored) == sorted(alone.scored)
+    several.assert_none_scored_twice(alone)
     several.options |= {"resume": False, "overwrite": True}
     assert several(ranks=2)["fingerprint"] == alone.summary["fingerprint"] and not (several.folder / "journal-2").exists()
 
