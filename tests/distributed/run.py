@@ -1,6 +1,6 @@
 """What the tests start: one run of the embedded model, `python run.py CONFIG.json` under torchrun or alone. Beside its folder it writes down, one
 line each, which member a worker has finished (FOLDER.scored) and, process by process, who works (FOLDER.pids). SLOW_LOG=G: the first start takes a
-minute to log generation G."""
+minute to log generation G. ELSEWHERE=FOLDER: where the ranks that do not lead have the run's folder, as on a machine that does not share it."""
 
 import json
 import os
@@ -13,6 +13,9 @@ from es_finetune.trainer import follow
 from es_finetune.workers import ranks
 
 options = json.load(open(sys.argv[1]))
+notes = options["output"]
+if not ranks.leads():
+    options["output"] = os.environ.get("ELSEWHERE", options["output"])
 config = TrainConfig(**options)
 append = SealedLines.append
 
@@ -22,12 +25,12 @@ def audited(self, line):
         time.sleep(60)
     append(self, line)
     if "member" in line:
-        with open(f"{config.output}.scored", "a") as file:
+        with open(f"{notes}.scored", "a") as file:
             file.write(f"{line['generation']} {line['member']}\n")
 
 
 SealedLines.append = audited
-with open(f"{config.output}.pids", "a") as file:
+with open(f"{notes}.pids", "a") as file:
     file.write(f"{os.getpid()} {os.environ.get('RANK', 0)}\n")
 if ranks.leads():
     if not ranks.launched() and os.path.exists(os.path.join(config.output, "run.log")):

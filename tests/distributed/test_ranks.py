@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from es_finetune import TrainConfig
-from es_finetune.runlog import read_log
+from es_finetune.runlog import SealedLines, read_journals, read_log
 from es_finetune.workers.worker import Worker
 from es_finetune.workers import WorkersDiffer, ranks
 
@@ -80,6 +80,20 @@ def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):
     several.assert_none_scored_twice(alone)
     several.options |= {"resume": False, "overwrite": True}
     assert several(ranks=2)["fingerprint"] == alone.summary["fingerprint"] and not (several.folder / "journal-2").exists()
+
+
+def test_a_journal_of_another_run_is_not_taken_for_this_one(run, alone, tmp_path):
+    """Its machine has a folder of its own, in which a run that the first rank knows nothing of was broken off."""
+    (tmp_path / "elsewhere").mkdir()
+    journal = SealedLines(tmp_path / "elsewhere" / "journal-1")
+    for line in read_journals(alone.folder):
+        journal.append({**line, "generation": 0, "rewards": [5.0 + line["member"]] * len(line["rewards"])})
+    journal.close()
+    several = run()
+    process = several.start(ranks=2, environment={"ELSEWHERE": str(tmp_path / "elsewhere")})
+    assert several.finish(process) == 0, several.output
+    assert several.summary["fingerprint"] == alone.summary["fingerprint"]
+    assert sorted(several.scored) == sorted(alone.scored)
 
 
 def disagree(rank, folder, kind, result):

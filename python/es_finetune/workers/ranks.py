@@ -25,7 +25,7 @@ from es_finetune.metrics import Row
 from es_finetune.optimizer import Update
 from es_finetune.runlog import SealedLines, is_begun
 from es_finetune.workers import refuse_other, refuse_unshared, together
-from es_finetune.workers.worker import Worker, known_members, update_of
+from es_finetune.workers.worker import Worker, update_of
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
 # ends the others.
@@ -101,7 +101,10 @@ class Ranks:
         self.worker.fast_forward(*sent)
 
     def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
-        known = {line["member"]: line for lines in self._gathered(list(known.values())) for line in lines}
+        """What is known is the first rank's to say: it has read the journals of all."""
+        sent = [known]
+        dist.broadcast_object_list(sent)
+        [known] = sent
         left = [member for member in range(self.config.population) if member not in known]
 
         def drawn() -> Iterator[int]:
@@ -139,8 +142,7 @@ class Ranks:
 
         try:
             for generation in range(self.generation, config.generations):
-                known = known_members(journal.lines, generation, config)
-                lines, dropped = self.evaluate(generation, known, keep)
+                lines, dropped = self.evaluate(generation, {}, keep)
                 self.update(update_of(self.task, config, generation, lines, dropped)[0])
         finally:
             journal.close()
