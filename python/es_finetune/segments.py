@@ -74,10 +74,12 @@ def _adapter_names(model: torch.nn.Module) -> dict[int, str]:
     if not (is_peft(model) or inside):
         return {}
     from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    active = model.active_adapters() if inside else model.active_adapters
+    # A layer is asked, since the model's own active_adapters() may refuse the installed PEFT: transformers 5.24.0 wants 0.22, which is not out.
+    asked = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)) if inside else model
     # save_embedding_layers: "auto" would ask the hub for the base model's config.
-    state = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter_name=active[0], save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter_name=asked.active_adapters[0], save_embedding_layers=False)
     return {id(p): ("base_model.model." if inside else "") + _wrapperless(key) for key, p in state.items()}
 
 
