@@ -14,7 +14,9 @@ import torch
 
 import es_kernels
 from es_finetune import shards
+from es_finetune.ranges import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
 from es_finetune.shaping import SHAPINGS
+from es_finetune.tasks.worker import LARGEST
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
 BASES = ("fp32", "copy", "host", None)
@@ -52,7 +54,7 @@ def make_update(generation: int, fitness: Sequence, dropped: Collection[int] = (
 
 
 def checked_reward(reward: Any, member: int, shaping: str) -> float | list[float]:
-    """What the shaping takes: one finite number, or with "per_prompt" a list of them. ValueError for anything else."""
+    """What the shaping takes: one number of at most 1e100, or with "per_prompt" a list of them. ValueError for anything else."""
     if shaping != "per_prompt":
         return _finite(reward, member)
     is_sequence = getattr(reward, "ndim", 0) == 1 or (isinstance(reward, Sequence) and not isinstance(reward, (str, bytes)))
@@ -131,10 +133,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
             raise ValueError(f'base must be "fp32", "copy", "host" or None, not {base!r}')
         if shaping not in SHAPINGS:
             raise ValueError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
+        momentum = finite("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and less than 1, not {momentum}")
-        if momentum_window < 1:
-            raise ValueError(f"momentum_window counts the present generation: it must be at least 1, not {momentum_window}")
+        momentum_window = whole("momentum_window, which counts the present generation,", momentum_window, 1)
         if update_rounding is None:
             update_rounding = "stochastic" if base in ("copy", None) else "nearest"
         for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
@@ -142,13 +144,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 raise ValueError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
         if base is None and perturb_rounding != "nearest":
             raise ValueError('perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"')
-        if population < 2:
-            raise ValueError(f"population must be at least 2, not {population}: one reward alone has no direction")
+        population = whole("population", population, 2, COUNT)  # one reward alone has no direction
         if antithetic and population % 2:
             raise ValueError(f"antithetic members come in pairs: population must be even, not {population}")
         self.base = base
         self.population = population
-        self.seed = seed
+        self.seed = seed64("seed", seed)
         self.antithetic = antithetic
         self.shaping = shaping
         self.momentum = momentum
@@ -164,11 +165,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, named as in the constructor; group options left out take the constructor's values."""
         group = {**self.defaults, **param_group}
-        if not (group["sigma"] > 0 and math.isfinite(group["sigma"])):
-            raise ValueError(f"sigma must be a positive number, not {group['sigma']}")
+        group["sigma"] = f32_positive("sigma", group["sigma"])
         for option in ("lr", "weight_decay"):
-            if not (group[option] >= 0 and math.isfinite(group[option])):
-                raise ValueError(f"{option} must be a number >= 0, not {group[option]}")
+            group[option] = f32_or_zero(option, group[option])
+        if group["lr"] and group["weight_decay"]:
+            f32_positive("the decay, lr * weight_decay,", group["lr"] * group["weight_decay"])
         entries = self._select(group["params"])
         weights = _Weights.of(entries, self.base, group["anchored"])
         super().add_param_group({**group, "params": [(name, parameter) for name, parameter, _ in entries]})
@@ -255,7 +256,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Update theta from the reward of every member, in member order, and begin the next generation.
 
         With shaping="per_prompt" the reward of a member is a sequence, one number per prompt. A missing (None) or non-finite
-        one is refused with ValueError and nothing changed, unless its member is named in `dropped`: then mean, std and N are
+        one, or one beyond 1e100, is refused with ValueError and nothing changed, unless its member is named in `dropped`: then mean, std and N are
         over the rest. With antithetic, a dropped member's partner goes too.
         """
         self._refuse_if_perturbed("tell()")
@@ -299,12 +300,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
         # All numbers before any weight: one that is no number is refused here, with nothing changed.
         seeds = [seed for term in terms for seed in self._noise_seeds(term)]
         coefs = [[coef for term in terms for coef in self._coefs(term, group["lr"])] for group in self.param_groups]
+        decays = [as_f32(group["lr"] * group["weight_decay"]) for group in self.param_groups]
+        for group, numbers in zip(self.param_groups, zip(coefs, decays)):
+            if not all(map(math.isfinite, [*numbers[0], numbers[1]])):
+                raise ValueError(f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not hold: lower it")
         if self.base is None:
             self.restore()
-        for group, coefs_of_group, weights in zip(self.param_groups, coefs, self._weights):
+        for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights):
             weights.step = Step()
             if terms:
-                decay = float(np.float32(group["lr"] * group["weight_decay"]))
                 pull = {"decay": decay, "anchor": weights.anchor} if decay else {}
                 weights.wait_for_readers()
                 self._add(weights.theta, seeds, coefs_of_group, **pull, **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING))
@@ -322,14 +326,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _coefs(self, update: Update, lr: float) -> list[float]:
         """Coefficient of each noise seed, f32: lr / N * momentum^age * Z in f64, from the f32 Z, cast once."""
-        if not math.isfinite(lr):
-            raise ValueError(f"lr must be a number, not {lr}")
         # The power as a product, because pow() is not exactly rounded and differs among machines.
         scale = lr / update.scored * math.prod([self.momentum] * (self.generation - update.generation))
         z = update.z
         if self.antithetic:
             z = [plus - minus for plus, minus in zip(z[::2], z[1::2])]
-        return [float(np.float32(scale * value)) for value in z]
+        return [as_f32(scale * value) for value in z]
 
     @torch.no_grad()
     def perturb(self, member: int) -> None:
@@ -338,6 +340,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         if member not in self.ask():
             raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
         sign = -1.0 if self.antithetic and member % 2 else 1.0
+        for group in self.param_groups:
+            if not math.isfinite(as_f32(group["sigma"])):
+                raise ValueError(f"sigma must be a number that float32 holds, not {group['sigma']}")
         wanted = [(self._noise_seed(self.generation, member), sign * group["sigma"]) for group in self.param_groups]
         if wanted == [weights.inside for weights in self._weights]:
             return
@@ -552,6 +557,7 @@ def _finite(reward: Any, member: int) -> float:
         value = float(reward)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
         raise ValueError(f"the reward of member {member} must be one number, not {reward!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"the reward of member {member} is {value}; a member that failed must be declared dropped")
+    if not abs(value) <= LARGEST:
+        problem = "a member that failed must be declared dropped" if not math.isfinite(value) else f"its size must be at most {LARGEST:g}"
+        raise ValueError(f"the reward of member {member} is {value}; {problem}")
     return value

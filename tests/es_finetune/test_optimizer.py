@@ -14,6 +14,7 @@
 
 import copy
 import io
+import json
 import math
 import subprocess
 import sys
@@ -747,13 +748,65 @@ def test_it_learns_a_quadratic(weights):
         ({"momentum": 1.0}, "momentum must be"),
         ({"momentum": -0.1}, "momentum must be"),
         ({"momentum": math.nan}, "momentum must be"),
+        ({"momentum": "0.9"}, "momentum must be a number, not '0.9'"),
         ({"momentum_window": 0}, "momentum_window"),
+        ({"momentum_window": 2.0}, "momentum_window.* must be a whole number, not 2.0"),
+        ({"sigma": 1e-50}, "sigma must be a number that float32 holds"),
+        ({"sigma": 1e39}, "sigma must be a number that float32 holds"),
+        ({"sigma": True}, "sigma must be a number, not True"),
+        ({"lr": 1e39}, "lr must be a number that float32 holds"),
+        ({"lr": 1e-50}, "lr must be a number that float32 holds"),
+        ({"lr": 1e-30, "weight_decay": 1e-30}, r"the decay, lr \* weight_decay, must be a number that float32 holds"),
+        ({"lr": 1e30, "weight_decay": 1e30}, r"the decay, lr \* weight_decay, must be a number that float32 holds"),
+        ({"population": True}, "population must be a whole number, not True"),
+        ({"population": 6.0}, "population must be a whole number, not 6.0"),
+        ({"population": 2**32}, "population must be at most 4294967295"),
+        ({"seed": 2**64}, r"seed must be a whole number of 64 bits, at most 2\^64 - 1, not 18446744073709551616"),
+        ({"seed": 0.0}, "seed must be a whole number, not 0.0"),
     ],
     ids=str,
 )
 def test_bad_options_are_named(weights, options, words):
     with pytest.raises(ValueError, match=words):
         EvolutionStrategy(weights(F32), **options)
+
+
+def test_numbers_of_numpy_are_numbers(bits, weights):
+    plain = EvolutionStrategy(weights(F32), sigma=0.5, lr=0, population=4, seed=2**63)
+    opt = EvolutionStrategy(weights(F32), sigma=np.float32(0.5), lr=np.int64(0), population=np.int64(4), seed=np.uint64(2**63))
+    json.dumps([opt.population, opt.seed, opt.param_groups[0]["sigma"], opt.param_groups[0]["lr"]])  # as a log must
+    for each in (plain, opt):
+        each.perturb(3)
+    assert_same(bits, tensors(plain, "live"), tensors(opt, "live"))
+
+
+@pytest.mark.parametrize("base", ["fp32", None])
+@pytest.mark.parametrize("options", [{"sigma": 1e39}, {"sigma": math.nan}, {"lr": 1e40}, {"lr": math.nan}, {"weight_decay": 1e45}], ids=str)
+def test_a_group_that_was_given_an_impossible_number_is_refused_with_nothing_changed(bits, weights, base, options):
+    """In the second group, when the first could have been changed already."""
+    first, second = weights(F32)[:2], weights(F32)[2:]
+    opt = EvolutionStrategy([{"params": first}, {"params": second}], sigma=0.05, population=4, base=base)
+    before = tensors(opt, "live")
+    opt.param_groups[1].update(options)
+    with pytest.raises(ValueError, match="float32"):
+        opt.step(iter([1.0, 2.0, 3.0, 4.0]).__next__)
+    if base is None and "sigma" not in options:  # the members' own rounding is left
+        return
+    assert_same(bits, before, tensors(opt, "live"))
+    assert opt.generation == 0
+
+
+@pytest.mark.parametrize("shaping", ["zscore", "ranks", "per_prompt"])
+def test_rewards_whose_mean_could_overflow_are_refused(bits, weights, shaping):
+    opt = EvolutionStrategy(weights(F32), population=4, shaping=shaping)
+    before = tensors(opt)
+    for huge in (1e308, -1e308, np.longdouble("1e4000")):
+        fitness = [huge, 1e308, 1.0, 2.0]
+        with pytest.raises(ValueError, match=r"the reward of member 0 is .*; its size must be at most 1e\+100|must be declared dropped"):
+            opt.tell([[reward] for reward in fitness] if shaping == "per_prompt" else fitness)
+    assert_same(bits, before, tensors(opt))
+    fitness = [1e100, -1e100, 1e100, -1e100]
+    assert opt.tell([[reward] for reward in fitness] if shaping == "per_prompt" else fitness).z == (1.0, -1.0, 1.0, -1.0)
 
 
 def test_bad_parameters_are_named(weights):
