@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import os
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from es_finetune.engines.hf import DECODINGS
 from es_finetune.model import WEIGHT_DTYPES
 from es_finetune.optimizer import EvolutionStrategy
+from es_finetune.ranges import COUNT, f32_positive, finite, seed64, whole
 
 # What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87
 # points of exact plain answers and 0.02 costs 14; threads=1 because a model this small gains nothing from a second one, and
 # with two a busy neighbour on either core makes every small matrix product wait (10 times slower in a trial).
 PAPER = {"sigma": 1e-3, "lr": 5e-4, "generations": 500, "prompts": 0, "eval_every": 25, "batch_size": 100, "threads": 0}
 DEMO = {"sigma": 0.01, "lr": 0.01, "generations": 30, "prompts": 128, "eval_every": 5, "batch_size": 128, "threads": 1}
+
+MAX_THREADS = 1024  # torch still runs with 4096 of them on 2 cores; with 100,000 the process crashes
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -79,6 +86,7 @@ class Setup(ModelConfig, TaskConfig):
 
     def fill(self) -> None:
         """Replace each None that has a default by it, and check. ValueError for what is missing or wrong."""
+        make_plain(self)
         if self.task is None:
             self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
             if self.task is None:
@@ -91,8 +99,9 @@ class Setup(ModelConfig, TaskConfig):
             if getattr(self, name, value) is None:
                 setattr(self, name, value)
         at_least(self, lora_rank=0, batch_size=1, threads=0)
+        at_most(self, threads=MAX_THREADS)
         one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES)
-        if not 0 < self.time_limit < math.inf:
+        if self.time_limit <= 0:
             raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
         if self.max_new_tokens is not None:
             at_least(self, max_new_tokens=1)
@@ -146,6 +155,7 @@ class TrainConfig(Setup):
         if self.output is None:
             self.output = str(Path("runs") / self.label)
         at_least(self, tensor_parallel=1, ray_workers=0, straggler_limit=0, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        at_most(self, generations=COUNT)
         one_of(self, engine=("hf", "vllm"), workers=("alone", "ray"), on_straggler=("reissue", "drop"))
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise ValueError("tensor_parallel goes with --engine vllm")
@@ -179,6 +189,7 @@ class EvalConfig(Setup):
         if self.run is None and self.kl and self.kl_model is None:
             raise ValueError("--kl needs a model to compare with: give --kl_model, or --run")
         self.fill()
+        seed64("seed", self.seed)
         at_least(self, items=0)
         one_of(self, split=("test", "train"))
         if self.samples is not None:
@@ -198,15 +209,14 @@ class CalibrateConfig(Setup):
         asked = self.prompts  # has a meaning of its own here, not the one of a run
         self.fill()
         self.prompts = asked
+        seed64("seed", self.seed)
         at_least(self, members=4)
+        at_most(self, members=COUNT)
         if self.members % 2:
             raise ValueError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
         if self.prompts is not None:
             at_least(self, prompts=0)
-        for sigma in self.sigmas:
-            if not 0 < sigma < math.inf:
-                raise ValueError(f"sigmas must be positive numbers, not {sigma}")
-        self.sigmas = sorted(set(self.sigmas or [1e-4 * 2**k for k in range(9)]))  # the paper's is 0.001
+        self.sigmas = sorted(set([f32_positive("each of sigmas", sigma) for sigma in self.sigmas] or [1e-4 * 2**k for k in range(9)]))  # the paper's is 0.001
 
 
 @dataclass
@@ -219,6 +229,7 @@ class ReplayConfig:
     device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
     def __post_init__(self):
+        make_plain(self)
         if self.generation is not None:
             at_least(self, generation=0)
 
@@ -239,11 +250,56 @@ class ReportConfig:
     run: str = field(metadata={"help": "folder of the run"})
 
 
+def make_plain(config) -> None:
+    """Make each field the plain value of its type, as log and config.json hold it: of a Path its text, of an integer of NumPy an int. ValueError, by
+    name, for a value of another type, and for NaN and infinities."""
+    for name, allowed in _types(type(config)).items():
+        value = getattr(config, name)
+        if value is None and types.NoneType in allowed:
+            continue
+        if list not in allowed:
+            setattr(config, name, _PLAIN[allowed[0]](name, value))
+        elif isinstance(value, (list, tuple)):
+            setattr(config, name, [_PLAIN[allowed[1]](f"each of {name}", entry) for entry in value])
+        else:
+            raise ValueError(f"{name} must be a list, not {value!r}")
+
+
+@functools.cache
+def _types(kind: type) -> dict[str, tuple[type, ...]]:
+    """Of each field (T,) or (T, NoneType), of a list (list, T)."""
+    hints = typing.get_type_hints(kind)
+    return {name: (list, *typing.get_args(hint)) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+
+
+def _text(name: str, value: Any) -> str:
+    found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(found, str):
+        raise ValueError(f"{name} must be text, not {value!r}")
+    return str(found)
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be true or false, not {value!r}")
+    return bool(value)
+
+
+_PLAIN = {str: _text, bool: _truth, int: whole, float: finite}
+
+
 def at_least(config, **least: float) -> None:
     """ValueError unless each named field is at least the value given for it."""
     for name, value in least.items():
         if getattr(config, name) < value:
             raise ValueError(f"{name} must be at least {value}, not {getattr(config, name)}")
+
+
+def at_most(config, **most: float) -> None:
+    """ValueError unless each named field is at most the value given for it."""
+    for name, value in most.items():
+        if getattr(config, name) > value:
+            raise ValueError(f"{name} must be at most {value}, not {getattr(config, name)}")
 
 
 def one_of(config, **choices) -> None:
@@ -275,9 +331,9 @@ def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
     for text in config.sigma_for:
         pattern, _, sigma = text.rpartition("=")
         try:
-            found.append((pattern, float(sigma)))
+            found.append((pattern, f32_positive("sigma", float(sigma))))
         except ValueError:
-            found.append(("", 0.0))
-        if not (pattern and found[-1][1] > 0 and math.isfinite(found[-1][1])):
+            pattern = ""
+        if not pattern:
             raise ValueError(f"sigma_for must be PATTERN=SIGMA with a positive sigma, not {text!r}; to leave parameters out use freeze")
     return found

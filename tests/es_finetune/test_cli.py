@@ -58,6 +58,15 @@ def train(output, *flags):
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--pad_token", "<nosuch>"], "<nosuch>"),
         (["--lora_rank", "-1"], "lora_rank"),
+        (["--seed", str(2**64)], "seed must be a whole number of 64 bits"),
+        (["--sigma", "1e-50"], "sigma must be a number that float32 holds"),
+        (["--sigma_for", "*norm*=1e39"], "PATTERN=SIGMA"),
+        (["--lr", "1e39"], "lr must be a number that float32 holds"),
+        (["--weight_decay", "1e300"], "weight_decay must be a number that float32 holds"),
+        (["--threads", "100000"], "threads must be at most 1024, not 100000"),
+        (["--generations", str(2**32)], "generations must be at most 4294967295"),
+        (["--straggler_limit", "nan"], "straggler_limit must be a finite number, not nan"),
+        (["--time_limit", "inf"], "time_limit must be a finite number, not inf"),
     ],
     ids=str,
 )
@@ -66,6 +75,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, capsys, flags, wo
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and any(word in lines[0] for word in words.split("|")), lines
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_the_other_commands_know_the_same_limits(capsys, command):
+    for flags, words in ((["--seed", str(2**64)], "seed must be a whole number of 64 bits"), (["--threads", "100000"], "threads must be at most 1024")):
+        assert main([command, "--model", "embedded", *flags]) == 2
+        assert words in capsys.readouterr().err
+    if command == "calibrate":
+        assert main([command, "--model", "embedded", "--sigmas", "1e-50"]) == 2
+        assert "each of sigmas must be a number that float32 holds" in capsys.readouterr().err
 
 
 REWARDS = """

@@ -233,6 +233,12 @@ def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, 
         HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "system", "content": "a"}]])
 
 
+def test_a_model_without_a_limit_of_positions_takes_prompts_of_any_length(model, tokenizer):
+    for unlimited in (-1, 0, None):  # XLNet's config says -1
+        model.config.max_position_embeddings = unlimited
+        assert HFEngine(model, tokenizer, 12, 16).encode(["3" * 500])
+
+
 def test_options_that_cannot_be_are_refused(model):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     with pytest.raises(ValueError, match="decoding must be one of dynamic, static, continuous, not 'paged'"):

@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.assess import assess
-from es_finetune.config import EvalConfig
+from es_finetune.config import EvalConfig, asked
 from es_finetune.files import read_rows
 from es_finetune.runlog import read_log
 from es_finetune.tasks import Item, Score, load_task
@@ -385,6 +386,26 @@ def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
     found = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
     assert found["metric"] == "reward" and found["final"] <= 0
     assert all(not torch.equal(before[name], p) for name, p in tiny_llama.named_parameters())
+
+
+def test_a_config_holds_plain_values_whatever_it_was_given():
+    given = {"model": pathlib.Path("some/model"), "task": "countdown", "output": pathlib.Path("out"), "population": np.int64(4), "sigma": np.float32(0.5)}
+    config = TrainConfig(**given, seed=np.uint64(2**64 - 1), antithetic=np.True_, freeze=("*norm*",))
+    assert asked(config) == json.loads(json.dumps(asked(config), allow_nan=False))
+    assert (config.model, config.output, config.population, config.sigma, config.seed) == ("some/model", "out", 4, 0.5, 2**64 - 1)
+    assert (config.antithetic, config.freeze) == (True, ["*norm*"])
+    for wrong, words in (
+        ({"population": 4.0}, "population must be a whole number, not 4.0"),
+        ({"generations": True}, "generations must be a whole number, not True"),
+        ({"momentum": None}, "momentum must be a number, not None"),
+        ({"model": 3}, "model must be text, not 3"),
+        ({"report_to": "none"}, "report_to must be a list, not 'none'"),
+        ({"antithetic": "false"}, "antithetic must be true or false, not 'false'"),
+        ({"straggler_limit": float("nan")}, "straggler_limit must be a finite number, not nan"),
+        ({"threads": 2000}, "threads must be at most 1024, not 2000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TrainConfig(**wrong)
 
 
 def test_a_trainer_that_shall_not_train_lets_go_of_its_folder(tmp_path):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from es_finetune.engines import Answer
-from es_finetune.engines.prompts import refuse_unanswerable, tokenize
+from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize
 
 DECODINGS = ("dynamic", "static", "continuous")
 _CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
@@ -77,7 +77,7 @@ class HFEngine:
         where the tokenizer has no chat template.
         """
         tokens = tokenize(self.tokenizer, prompts)
-        refuse_unanswerable(tokens, self.max_new_tokens, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
+        refuse_unanswerable(tokens, self.max_new_tokens, positions_of(self.model))
         if self.decoding == "continuous":
             return tokens
         order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))

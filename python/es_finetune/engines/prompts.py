@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 Prompt = str | Sequence[dict]
@@ -18,6 +19,12 @@ def tokenize(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
             for row, tokens in zip(rows, found, strict=True):
                 ids[row] = tokens
     return ids
+
+
+def positions_of(model) -> float:
+    """How many tokens the model can place. A config that gives no number, or -1 as XLNet's, knows no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions and positions > 0 else math.inf
 
 
 def refuse_unanswerable(tokens: Sequence[Sequence[int]], max_new_tokens: int, positions: float) -> None:

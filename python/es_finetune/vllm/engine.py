@@ -15,7 +15,7 @@ import torch
 
 from es_finetune.config import TrainConfig
 from es_finetune.engines import Answer, Replica
-from es_finetune.engines.prompts import Prompt, refuse_unanswerable, tokenize
+from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize
 from es_finetune.model import empty_model, first_line, path_of, save_model
 from es_finetune.tasks import Task
 
@@ -52,9 +52,8 @@ class VllmEngine:
 
     def __init__(self, vllm, config: TrainConfig, task: Task, model, tokenizer, dtype: torch.dtype):
         self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens or task.max_new_tokens
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         longest = max(map(len, tokenize(tokenizer, [item.prompt for split in (task.train, task.test) for item in split])), default=0)
-        self.length = min(positions, -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
+        self.length = min(positions_of(model), -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel}
         if config.tensor_parallel > 1:
