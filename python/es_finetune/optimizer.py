@@ -80,6 +80,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
     live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `restore`, `apply`, `replay`, `load_state_dict`
     and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every device and backend.
 
+    Who else writes the weights between two of these calls (another optimizer, the model's load_state_dict, a merge) calls `adopt_live`
+    before the next one. Until then each of them is refused with RuntimeError, since it would undo that write: they compare the
+    fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a member with `perturbed`.
+    With base=None live is theta, whoever writes it.
+
     params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
                  "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
                  unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
@@ -216,9 +221,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
             for member in self.ask():
                 self.perturb(member)
                 rewards.append(checked_reward(closure(), member, self.shaping))
+            self._refuse_changed()
             return self._apply(self._shaped(rewards)).mean  # writes live, so that restoring it first would be in vain
         except BaseException:
-            self.restore()
+            self._put_back()
             raise
 
     @torch.no_grad()
@@ -230,13 +236,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """
         self._refuse_if_perturbed("evaluate()")
         results = []
-        try:
+        with self._restored():
             for member in self.ask():
                 self.perturb(member)
                 results.append(closure(member))
-            return results
-        finally:
-            self.restore()
+        return results
 
     def ask(self) -> range:
         """The members of this generation. Evaluate each inside `perturbed(member)`, in any order, then `tell`."""
@@ -246,11 +250,19 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def perturbed(self, member: int) -> Iterator[None]:
         """Within the `with` block the model computes with theta + sigma * eps of this member of this generation."""
         self._refuse_if_perturbed("perturbed()")
-        try:
+        with self._restored():
             self.perturb(member)
             yield
-        finally:
-            self.restore()
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """`restore` at the end; after an exception without its check, which would hide that one."""
+        try:
+            yield
+        except BaseException:
+            self._put_back()
+            raise
+        self.restore()
 
     def tell(self, fitness: Sequence[float] | Sequence[Sequence[float]], dropped: Collection[int] = ()) -> Update:
         """Update theta from the reward of every member, in member order, and begin the next generation.
@@ -260,6 +272,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         over the rest. With antithetic, a dropped member's partner goes too.
         """
         self._refuse_if_perturbed("tell()")
+        self._refuse_changed()
         return self._apply(self._shaped(fitness, dropped))
 
     def replay(self, update: Update) -> Update:
@@ -271,6 +284,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         and population.
         """
         self._refuse_if_perturbed("replay()")
+        self._refuse_changed()
         self._refuse_other(update)
         if self.base is None:
             self.evaluate(lambda member: None)
@@ -281,6 +295,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped already
         (`make_update`). ValueError, with nothing changed, if it is not of this generation and population."""
         self._refuse_if_perturbed("apply()")
+        self._refuse_changed()
         self._refuse_other(update)
         return self._apply(update)
 
@@ -305,16 +320,19 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if not all(map(math.isfinite, [*numbers[0], numbers[1]])):
                 raise ValueError(f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not hold: lower it")
         if self.base is None:
-            self.restore()
+            self._put_back()
         for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights):
             weights.step = Step()
             if terms:
+                weights.proof = None  # until live is written too: an interrupt in between is nobody's change
                 pull = {"decay": decay, "anchor": weights.anchor} if decay else {}
                 weights.wait_for_readers()
                 self._add(weights.theta, seeds, coefs_of_group, **pull, **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING))
                 weights.step = Step(seeds, coefs_of_group, decay)
             if self.base is not None:
                 self._restore(weights)
+                if terms:
+                    weights.prove()
         self._history = (terms or history) if self.momentum else []
         self.generation += 1
         self._opt_called = True  # as LR schedulers mark a call of step()
@@ -344,18 +362,26 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if not math.isfinite(as_f32(group["sigma"])):
                 raise ValueError(f"sigma must be a number that float32 holds, not {group['sigma']}")
         wanted = [(self._noise_seed(self.generation, member), sign * group["sigma"]) for group in self.param_groups]
+        self._refuse_changed()
         if wanted == [weights.inside for weights in self._weights]:
             return
         if self.base is None:
-            self.restore()
+            self._put_back()
         for weights, (seed, coef) in zip(self._weights, wanted):
             weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
             base = {} if self.base is None else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
-            self._add(weights.live, [seed], [coef], **base)
+            self._write_live(weights, [seed], [coef], **base)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Make the model compute with theta again, if a member is in place."""
+        try:
+            self._refuse_changed()
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """`restore`, whatever else was written."""
         for weights in self._weights:
             if weights.inside is None:
                 continue
@@ -365,14 +391,19 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 # A pass of its own, before the next member's: most weights are then back where they were. Both in one pass would save
                 # half the memory traffic and never come back: one rounding a member, which add up (bench/FACTS.md).
                 seed, coef = weights.inside
-                self._add(weights.live, [seed], [-coef])
+                self._write_live(weights, [seed], [-coef])
                 weights.inside = None
 
     def _restore(self, weights: _Weights) -> None:
         """live <- nearest(theta)."""
-        self._add(weights.live, [], [], base=weights.theta)
+        self._write_live(weights, [], [], base=weights.theta)
         weights.inside = None
         weights.wait_for_readers()  # theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
+
+    def _write_live(self, weights: _Weights, seeds, coefs, **options) -> None:
+        weights.versions = None  # until it has ended
+        self._add(weights.live, seeds, coefs, **options)
+        weights.versions = _versions(weights.live)
 
     def _add(self, out: es_kernels.ParamTable, seeds, coefs, **options) -> None:
         with torch.no_grad(), self._clock.on(out):
@@ -389,6 +420,45 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def _refuse_if_perturbed(self, what: str) -> None:
         if any(weights.inside is not None for weights in self._weights):
             raise RuntimeError(f"{what} was called while a member's noise is in the weights: leave perturbed(), evaluate() or step() first")
+
+    # --- weights that somebody else writes --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def adopt_live(self) -> None:
+        """Take the live weights, changed or moved in memory by others, as theta: what else starts from theta then starts from them.
+
+        Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does not hold this, so
+        that it cannot be replayed past it. RuntimeError, with nothing changed, inside of a member; ValueError where a tensor has another
+        shape than at construction, or with base="copy" another dtype.
+        """
+        self._refuse_if_perturbed("adopt_live()")
+        for weights in self._weights:
+            weights.refuse_unlike()
+        for weights in self._weights:
+            weights.live.refresh()
+            if self.base is not None:
+                weights.wait_for_readers()
+                for theta, live in zip(weights.theta.tensors, weights.live.tensors):
+                    theta.copy_(live)
+                self._restore(weights)  # nothing moves, but for NaNs, of which the kernels store one kind
+                weights.prove()
+
+    def _refuse_changed(self) -> None:
+        """RuntimeError where live holds what this optimizer did not write, and would overwrite."""
+        if self.base is None:
+            return
+        for weights in self._weights:
+            name = weights.changed()
+            if name and weights.inside is not None:
+                raise RuntimeError(
+                    f"{name!r} was written by others while a member's noise was in the weights, which restoring undoes: write weights between "
+                    "members, and call adopt_live() after it"
+                )
+            if name:
+                raise RuntimeError(
+                    f"{name!r} was changed by others since this optimizer wrote it, and the next restore would undo that: call adopt_live() "
+                    "to take the live weights as theta, or load_state_dict(state_dict()) to have theta in them again"
+                )
 
     # --- looking at it, saving it ------------------------------------------------------------------------------------
 
@@ -464,6 +534,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         if self.base is not None:
             for weights in self._weights:
                 self._restore(weights)
+                weights.prove()
 
 
 _SETTINGS = ("generation", "seed", "population", "antithetic", "shaping", "momentum", "momentum_window", "perturb_rounding", "update_rounding")
@@ -486,6 +557,8 @@ class _Weights:
     anchor: es_kernels.ParamTable | None
     inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
     step: Step = Step()
+    proof: int | None = None  # fingerprint, of this process's part, of nearest(theta); None while it is being changed
+    versions: list[int] | None = None  # of live's tensors when they were written last; None while that goes on
 
     @classmethod
     def of(cls, entries: list[_Entry], base: str | None, anchored: bool) -> _Weights:
@@ -504,7 +577,41 @@ class _Weights:
             theta = live
         else:
             theta = copy(None if base == "copy" else torch.float32, pinned=base == "host" and live.tensors[0].is_cuda)
-        return cls(live, theta, copy(None) if anchored else None)
+        weights = cls(live, theta, copy(None) if anchored else None)
+        if base is not None:
+            weights.prove()
+        return weights
+
+    def prove(self) -> None:
+        """live is nearest(theta) now."""
+        self.proof = es_kernels.fingerprint(self.live)
+
+    def changed(self) -> str | None:
+        """The name of a tensor of live that others have written, if there is one. At rest the contents say so; with a member in place, whose
+        bits nobody has counted, the tensors' versions, which do not know of writes through `.data`. RuntimeError where memory moved."""
+        if self.inside is not None:
+            if self.versions is None:
+                return None
+            return next((name for name, then, now in zip(self.live.names, self.versions, _versions(self.live)) if then != now), None)
+        if self.proof is None:
+            return None
+        try:
+            self.live.check_unmoved()
+        except RuntimeError as error:
+            moved = str(error).partition(":")[0]
+            raise RuntimeError(f"{moved}: call adopt_live() to take the live weights, where they are now, as theta") from None
+        if es_kernels.fingerprint(self.live) == self.proof:
+            return None
+        pairs = zip(self.live.names, self.theta.tensors, self.live.tensors)
+        return next((name for name, theta, live in pairs if not torch.equal(theta.to(live), live)), self.live.names[0])
+
+    def refuse_unlike(self) -> None:
+        """ValueError unless theta can hold what is in live."""
+        for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors):
+            if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
+                raise ValueError(
+                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} {tuple(theta.shape)}, cannot hold: make a new EvolutionStrategy"
+                )
 
     def names(self) -> set[str]:
         """Of the tensors and of the segments in them."""
@@ -542,6 +649,11 @@ class _KernelClock:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
         return self._seconds
+
+
+def _versions(table: es_kernels.ParamTable) -> list[int]:
+    """How often torch has seen each tensor written. Of an inference tensor it does not know."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in table.tensors]
 
 
 def _is_named(entry: Any) -> bool:

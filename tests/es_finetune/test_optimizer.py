@@ -7,6 +7,7 @@
   changed. (The Z of each shaping: test_shaping.py.)
 - Each option changes what it says and nothing else.
 - Equal rewards give equal bits on every backend, after a resume from state_dict, and in a replay of the recorded updates.
+- Weights that others wrote are refused by every call that would undo it, and adopt_live takes them as theta. A copy is refused.
 - base="host" has the bits of "fp32", and writes theta only when no kernel reads it any more.
 - It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes; a tensor given with segments draws the noise
   of the tensors that these name.
@@ -182,6 +183,171 @@ def test_members_do_not_nest_and_nothing_else_runs_inside(weights):
                 call()
     with pytest.raises(ValueError, match="0..3"), opt.perturbed(4):
         pass
+
+
+# --- weights that others write ---------------------------------------------------------------------------------------
+
+
+def doors(opt):
+    yield lambda: opt.step(lambda: 0.0)
+    yield lambda: opt.evaluate(lambda member: 0.0)
+    yield lambda: opt.perturbed(1).__enter__()
+    yield lambda: opt.perturb(1)
+    yield opt.restore
+    yield lambda: opt.tell([0.0, 1.0, 2.0, 3.0])
+    yield lambda: opt.apply(Update(opt.generation, 0.0, 4, (1.0, -1.0, 1.0, -1.0)))
+    yield lambda: opt.replay(Update(opt.generation, 0.0, 4, (1.0, -1.0, 1.0, -1.0)))
+
+
+@torch.no_grad()
+def by_another_optimizer(named):
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD([p for _, p in named], lr=0.5).step()
+
+
+@torch.no_grad()
+def by_loading(named):
+    module = torch.nn.Module()
+    module.p = named[2][1]
+    module.load_state_dict({"p": torch.full_like(module.p, 3.0)})
+
+
+def by_data(named):  # as PEFT merges: torch counts no version
+    named[2][1].data += 1.0
+
+
+def by_another_memory(named):  # as PEFT's safe merge
+    named[2][1].data = named[2][1].data + 1.0
+
+
+WRITERS = [by_another_optimizer, by_loading, by_data, by_another_memory]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("base", ["fp32", "copy", "host"])
+def test_weights_that_others_wrote_are_refused_at_every_door_and_adopted(bits, weights, base, write):
+    named = weights(BF16)
+    groups = [{"params": named[:1]}, {"params": named[1:]}]
+    opt = EvolutionStrategy(groups, sigma=0.05, lr=0.02, population=4, base=base, anchored=True, weight_decay=0.5)
+    opt.tell(rewards(0, 4))
+    theta, anchor = tensors(opt), tensors(opt, "anchor")
+    write(named)
+    written = {name: p.detach().clone() for name, p in named}
+    for call in doors(opt):
+        with pytest.raises(RuntimeError, match=r"'layer[02]\.weight' .* adopt_live\(\)"):
+            call()
+        assert_same(bits, theta, tensors(opt))
+        assert_same(bits, written, {name: p.detach() for name, p in named})
+    opt.adopt_live()
+    assert_same(bits, written, {name: p.detach() for name, p in named})
+    assert_same(bits, {name: t.to(theta[name].dtype) for name, t in written.items()}, tensors(opt))
+    assert_same(bits, anchor, tensors(opt, "anchor"))
+    assert opt.generation == 1
+    run(opt, 1)
+    assert_live_is_theta(bits, opt)
+
+
+def test_theta_can_be_put_back_instead(bits, weights):
+    named = weights(BF16)
+    opt = EvolutionStrategy(named, sigma=0.05, population=4)
+    run(opt, 1)
+    before = tensors(opt)
+    by_data(named)
+    opt.load_state_dict(opt.state_dict())
+    assert_same(bits, before, tensors(opt))
+    assert_live_is_theta(bits, opt)
+    run(opt, 1)
+
+
+def test_a_write_of_the_same_values_is_no_change(weights):
+    named = weights(BF16)
+    opt = EvolutionStrategy(named, population=4)
+    with torch.no_grad():
+        for _, p in named:
+            p.copy_(p.clone())
+    run(opt, 1)
+
+
+@pytest.mark.parametrize("drive", ["step", "evaluate", "perturbed", "perturb"])
+def test_weights_written_while_a_member_is_in_place_are_said_to_be_undone(bits, weights, drive):
+    named = weights(BF16)
+    opt = EvolutionStrategy(named, sigma=0.05, population=4)
+    theta = tensors(opt)
+
+    def write(member=0):
+        by_loading(named)
+        return 1.0
+
+    def perturbed():
+        with opt.perturbed(1):
+            write()
+
+    def perturb():
+        opt.perturb(1)
+        write()
+        with pytest.raises(RuntimeError, match="others"):
+            opt.perturb(2)
+        opt.restore()
+
+    calls = {"step": lambda: opt.step(write), "evaluate": lambda: opt.evaluate(write), "perturbed": perturbed, "perturb": perturb}
+    with pytest.raises(RuntimeError, match="'layer2.weight' was written by others while a member's noise"):
+        calls[drive]()
+    assert_same(bits, theta, tensors(opt))
+    assert_live_is_theta(bits, opt)
+    with pytest.raises(ZeroDivisionError), opt.perturbed(1):  # which is not hidden
+        write()
+        raise ZeroDivisionError
+    run(opt, 1)
+
+
+def test_without_a_base_what_others_write_is_theta(bits, weights):
+    one, two = weights(F32), weights(F32)
+    by_data(two)
+    opt, other = EvolutionStrategy(one, population=4, base=None), EvolutionStrategy(two, population=4, base=None)
+    by_data(one)
+    for of in (opt, other):
+        run(of, 1)
+        of.adopt_live()
+    assert_same(bits, tensors(opt), tensors(other))
+
+
+def test_what_theta_cannot_hold_is_not_adopted(weights):
+    for change, base in ((lambda p: p.data.float(), "copy"), (lambda p: p.data[:3], "fp32")):
+        named = weights(BF16)
+        opt = EvolutionStrategy(named, population=4, base=base)
+        named[0][1].data = change(named[0][1])
+        with pytest.raises(ValueError, match="'layer0.weight' is .* cannot hold: make a new EvolutionStrategy"):
+            opt.adopt_live()
+    opt = EvolutionStrategy(weights(BF16), population=4)
+    with opt.perturbed(0), pytest.raises(RuntimeError, match="member's noise is in the weights"):
+        opt.adopt_live()
+
+
+@pytest.mark.parametrize("base", ["fp32", "host"])
+def test_an_interrupted_write_is_nobodys_change(bits, weights, monkeypatch, base):
+    """Of the member, of its end, of theta."""
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, base=base)
+    add_noise_ = es_kernels.add_noise_
+    for broken in range(3):
+        writes = iter(range(9))
+
+        def interrupted(*arguments, **options):
+            add_noise_(*arguments, **options)
+            if next(writes) == broken:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(es_kernels, "add_noise_", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                opt.perturb(1)
+                opt.restore()
+                opt.tell(rewards(0, 4))
+        opt.restore()
+        if broken < 2:  # at the third theta has moved, and live has not yet
+            assert_live_is_theta(bits, opt)
+    run(opt, 1)
+    assert_live_is_theta(bits, opt)
 
 
 # --- the update ------------------------------------------------------------------------------------------------------
@@ -443,6 +609,9 @@ def test_a_generation_passes_over_memory_so_often(weights, monkeypatch):
     monkeypatch.setattr(
         es_kernels, "add_noise_", lambda out, seeds, coefs, **rest: passes.append(len(seeds)) or add_noise_(out, seeds, coefs, **rest)
     )
+    looks = []
+    fingerprint = es_kernels.fingerprint
+    monkeypatch.setattr(es_kernels, "fingerprint", lambda table: looks.append(table) or fingerprint(table))
     for base, step, replay in (("fp32", [1, 1, 1, 1, 4, 0], [4, 0]), (None, [1] * 8 + [4], [1] * 8 + [4])):
         opt = EvolutionStrategy(weights(F32), population=4, base=base)
         fitness = iter(rewards(0, 4))
@@ -451,7 +620,9 @@ def test_a_generation_passes_over_memory_so_often(weights, monkeypatch):
         passes.clear()
         opt.replay(Update(1, 0.0, 4, z_scores(rewards(1, 4))))
         assert passes == replay
+        assert len(looks) == (5 if base else 0)  # for what others write: one at the start, two a generation
         passes.clear()
+        looks.clear()
 
 
 REPLAYED = [
