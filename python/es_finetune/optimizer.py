@@ -482,6 +482,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
         with torch.no_grad():
             return sum(shards.fingerprint(getattr(weights, of), weights.live) for weights in self._weights) % 2**64
 
+    def __getstate__(self):
+        """What copy, deepcopy, pickle and torch.save ask for. torch.optim's own holds neither theta nor what else is needed, and a copy's
+        weights would be those of no model."""
+        raise TypeError(
+            "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its state_dict(), make a new one over the "
+            "other model, and load_state_dict() there"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what momentum carries.
 

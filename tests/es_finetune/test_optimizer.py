@@ -17,6 +17,7 @@ import copy
 import io
 import json
 import math
+import pickle
 import subprocess
 import sys
 
@@ -758,6 +759,18 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(bits, weights, co
     assert_same(bits, tensors(whole), tensors(resumed))
     assert_same(bits, tensors(whole, "live"), tensors(resumed, "live"))
     assert whole.fingerprint() == resumed.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda opt: torch.save(opt, io.BytesIO()), lambda opt: copy.deepcopy({"optimizer": opt})]
+)
+def test_a_copy_is_refused_and_the_state_serves(bits, weights, copied):
+    opt, other = (EvolutionStrategy(weights(BF16), population=4) for _ in range(2))
+    run(opt, 1)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict\(\).*load_state_dict\(\)"):
+        copied(opt)
+    other.load_state_dict(pickle.loads(pickle.dumps(copy.deepcopy(opt.state_dict()))))
+    assert_same(bits, tensors(opt), tensors(other))
 
 
 def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(bits, weights):
