@@ -1,20 +1,28 @@
 """Builds the two libraries of the C ABI, if the compilers are there. Needs neither torch nor Python headers.
 
-g++ (or CXX) makes libes_cpu.so, nvcc libes_cuda.so; without a compiler the wheel is pure and the reference and Triton backends serve.
-ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found, never, or else fail. ES_KERNELS_CUDA_ARCHS: "80 90 100 120" by default.
+g++ (or CXX) makes libes_cpu.so on x86-64, nvcc libes_cuda.so; without a compiler the wheel is pure and the reference and Triton backends serve.
+ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found and can, never, or else fail. ES_KERNELS_CUDA_ARCHS="80 90": for these architectures;
+by default for those of CUDA_ARCHS that nvcc knows. PTX of the oldest and of the newest comes along, so every GPU from the oldest on is served.
 """
 
 import os
 import pathlib
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70 it was wheel's; `make build` makes no wheel and does without
+    bdist_wheel = None
 
 ROOT = pathlib.Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -27,6 +35,7 @@ ISAS = {
     "baseline": [],
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+CUDA_ARCHS = ["80", "90", "100", "120"]
 
 
 def cxx():
@@ -39,20 +48,67 @@ def nvcc():
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def nvcc_archs():
+    """The architectures to build for. Raises RuntimeError if nvcc knows none of CUDA_ARCHS; one asked for that it does not know ends the build."""
+    known = re.findall(r"^sm_(\d+)\s*$", subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout, re.MULTILINE)
+    asked = os.environ.get("ES_KERNELS_CUDA_ARCHS", "").split()
+    unknown = [arch for arch in asked or CUDA_ARCHS if arch.rstrip("af") not in known]
+    if unknown:
+        words = f"{nvcc()} knows no {', '.join(f'sm_{arch}' for arch in unknown)}, only {', '.join(f'sm_{arch}' for arch in known) or 'none'}"
+        if asked:
+            sys.exit(f"ES_KERNELS_CUDA_ARCHS={' '.join(asked)!r}: {words}")
+        if unknown == CUDA_ARCHS:
+            raise RuntimeError(words)
+        print(f"es_kernels: {words}: newer GPUs compile the library's PTX when they first load it")
+    return sorted((arch for arch in asked or CUDA_ARCHS if arch not in unknown), key=lambda arch: int(arch.rstrip("af")))
+
+
+def cuda_choice():
+    return os.environ.get("ES_KERNELS_CUDA", "auto")
+
+
 def wanted_extensions():
-    choice = os.environ.get("ES_KERNELS_CUDA", "auto")
+    choice = cuda_choice()
     if choice not in ("auto", "0", "1"):
         sys.exit(f"ES_KERNELS_CUDA is auto, 0 or 1, not {choice!r}")
     if choice == "1" and not nvcc():
         sys.exit("ES_KERNELS_CUDA=1, but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
-    names = (["cpu"] if cxx() else []) + (["cuda"] if choice != "0" and cxx() and nvcc() else [])
-    for name, missing in (("cpu", "C++ compiler (g++ or CXX)"), ("cuda", "nvcc")):
+    if choice == "1" and not cxx():
+        sys.exit("ES_KERNELS_CUDA=1, but nvcc needs a C++ compiler, and none was found: install g++ or set CXX")
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    names = (["cpu"] if x86 and cxx() else []) + (["cuda"] if choice != "0" and cxx() and nvcc() else [])
+    missing = {"cpu": "no C++ compiler (g++ or CXX) was found" if x86 else f"it is for x86-64, not {platform.machine()}", "cuda": "nvcc was not found"}
+    if choice == "0":
+        missing["cuda"] = "ES_KERNELS_CUDA=0"
+    for name in missing:
         if name not in names:
-            print(f"es_kernels: no libes_{name}.so will be built" + ("" if name == "cuda" and choice == "0" else f": {missing} was not found"))
+            print(f"es_kernels: no libes_{name}.so will be built: {missing[name]}")
     return [Extension(f"es_kernels.libes_{name}", [], depends=HEADERS) for name in names]
 
 
 class Build(build_ext):
+    def build_extensions(self):
+        for ext in list(self.extensions):
+            try:
+                self.build_extension(ext)
+            except (subprocess.CalledProcessError, RuntimeError) as error:
+                if not ext.name.endswith("cuda") or cuda_choice() != "auto":
+                    raise
+                self.go_on_without(ext, error)
+
+    def go_on_without(self, ext, error):
+        """One library less; of an older build none stays in place, where it would pass for this one."""
+        why = f"{error.cmd[0]} failed, as it says above" if isinstance(error, subprocess.CalledProcessError) else error
+        print(f"es_kernels: WARNING: no libes_cuda.so was built: {why}. The triton backend serves GPUs without it. ES_KERNELS_CUDA=1 makes this an error.")
+        self.extensions.remove(ext)
+        pathlib.Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        if self.in_place:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+
+    def run(self):
+        self.in_place = self.inplace  # setuptools builds elsewhere first and copies then
+        super().run()
+
     def get_ext_filename(self, fullname):
         return fullname.replace(".", os.sep) + ".so"  # a plain shared library: one for every Python
 
@@ -71,8 +127,9 @@ class Build(build_ext):
         self.run_tool([cxx(), "-shared", "-static-libgcc", "-static-libstdc++", *map(str, objects), "-o", str(target), "-pthread"])
 
     def build_cuda(self, target, temp):
-        archs = os.environ.get("ES_KERNELS_CUDA_ARCHS", "80 90 100 120").split()
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        archs = nvcc_archs()
+        ptx = {a: f"[sm_{a},compute_{a}]" for a in (archs[0], archs[-1])}
+        code = [f"-gencode=arch=compute_{a},code={ptx.get(a, f'sm_{a}')}" for a in archs]
         self.run_tool([nvcc(), *NVCC_FLAGS, *code, "-shared", "-ccbin", cxx(), str(CSRC / "cuda.cu"), "-o", str(target)])
 
     def run_tool(self, command):
@@ -90,15 +147,27 @@ class Build(build_ext):
         return os.path.join(self.build_lib, self.get_ext_filename(ext.name))
 
 
-class Wheel(bdist_wheel):
-    def get_tag(self):
-        # The libraries know nothing of Python's ABI; without them the wheel is pure.
-        return ("py3", "none", "linux_x86_64" if self.distribution.has_ext_modules() else "any")
-
-
 class Dist(Distribution):
     def has_ext_modules(self):
         return bool(self.ext_modules)
 
+    def parse_config_files(self, *args, **kwargs):
+        # `setup.py build_ext` (make build) needs nothing of pyproject.toml, whose license field a setuptools before 77 refuses.
+        if "build_ext" in self.script_args:
+            self.packages = []  # none are looked for
+        else:
+            super().parse_config_files(*args, **kwargs)
 
-setup(distclass=Dist, ext_modules=wanted_extensions(), cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+
+commands = {"build_ext": Build}
+if bdist_wheel:
+
+    class Wheel(bdist_wheel):
+        def get_tag(self):
+            # The libraries know nothing of Python's ABI; without them the wheel is pure.
+            where = re.sub("[^a-z0-9]", "_", sysconfig.get_platform())
+            return ("py3", "none", where if self.distribution.has_ext_modules() else "any")
+
+    commands["bdist_wheel"] = Wheel
+
+setup(distclass=Dist, ext_modules=wanted_extensions(), cmdclass=commands)

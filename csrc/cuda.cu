@@ -518,6 +518,11 @@ int es_cuda_versions(int* driver, int* runtime, int* devices) {
   return status == cudaSuccess ? 0 : failed("no usable CUDA device", status);
 }
 
+int es_cuda_capability(void) {
+  const int archs[] = {__CUDA_ARCH_LIST__};  // of nvcc, ascending: 800 for compute_80; setup.py embeds PTX of the first
+  return archs[0] / 10;
+}
+
 int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds, int seeds_on_device, const float* coefs,
                       int coefs_on_device, int64_t n_seeds, float decay, const uint64_t* rounding_seed, int rounding_seed_on_device, int device,
                       void* stream) {

@@ -44,6 +44,8 @@ ES_API int es_cuda_abi(void);
 ES_API const char* es_cuda_error(void);
 /* Fills driver and runtime version (CUDA's numbers, 13000 for 13.0; driver 0: none installed) and the number of devices. */
 ES_API int es_cuda_versions(int* driver, int* runtime, int* devices);
+/* The least compute capability that is served, 80 for 8.0: machine code or PTX is there for every GPU from it on. */
+ES_API int es_cuda_capability(void);
 /* One launch, asynchronous on `stream`, on the device `device`. `segments` is in device memory, n_units the unit_end of the last.
  * seeds and coefs: in device memory if seeds_on_device / coefs_on_device, else in host memory, read before the call returns, and then
  * at most ES_CUDA_HOST_SEEDS; rounding_seed NULL: nearest. */

@@ -1,5 +1,6 @@
 """Contract: one wheel for every Python: py3-none-linux_x86_64 with the libraries where there are compilers, pure without one, and then
-the reference serves, with the same bits. The native library needs nothing but libc: no Python, torch or C++ runtime."""
+the reference serves, with the same bits. The native library needs nothing but libc: no Python, torch or C++ runtime. The CUDA library is built
+for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools since 65."""
 
 import os
 import pathlib
@@ -74,6 +75,101 @@ def test_native_wheel(tmp_path, expected):
     needed = subprocess.run(["objdump", "-p", str(tmp_path / "site/es_kernels/libes_cpu.so")], capture_output=True, text=True).stdout
     libraries = {line.split()[1] for line in needed.splitlines() if line.strip().startswith("NEEDED")}
     assert libraries <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+
+
+# ---- make build, with compilers that only note what they are asked for ----
+
+COMPILER = """#!/bin/sh
+case "$*" in *--list-gpu-code*) printf '%s\\n' $KNOWN; exit;; esac
+echo "$@" >> "$0.calls"
+case "$0" in *nvcc) [ -z "$FAILS" ] || { echo "nvcc fatal: $FAILS"; exit 2; };; esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+KNOWN_TO_12_4 = "sm_50 sm_52 sm_53 sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90"
+KNOWN_TO_13_0 = "sm_75 sm_80 sm_86 sm_87 sm_88 sm_89 sm_90 sm_100 sm_110 sm_103 sm_120 sm_121"
+
+
+@pytest.fixture
+def make_build(tmp_path):
+    """Runs it in a tree with a libes_cuda.so of an earlier build; returns (exit code, output, libraries, what nvcc was asked to build)."""
+    for part in ("setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, tmp_path / part)
+    (tmp_path / "es_kernels").mkdir()
+    (tmp_path / "another_folder").mkdir()
+    (tmp_path / "es_kernels/libes_cuda.so").write_text("of an earlier build")
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    for compiler in ("g++", "nvcc"):
+        (tmp_path / "cuda/bin" / compiler).write_text(COMPILER)
+        (tmp_path / "cuda/bin" / compiler).chmod(0o755)
+
+    def run(python=sys.executable, **environment):
+        env = os.environ | {"CUDA_HOME": str(tmp_path / "cuda"), "CXX": str(tmp_path / "cuda/bin/g++"), "KNOWN": KNOWN_TO_13_0}
+        for name in ("ES_KERNELS_CUDA", "ES_KERNELS_CUDA_ARCHS"):
+            env.pop(name, None)
+        done = subprocess.run(["make", "build", f"PYTHON={python}"], cwd=tmp_path, env=env | environment, capture_output=True, text=True)
+        calls = tmp_path / "cuda/bin/nvcc.calls"
+        asked = [word.removeprefix("-gencode=") for word in calls.read_text().split() if "gencode" in word] if calls.exists() else []
+        libraries = {path.name: path.read_text() for path in (tmp_path / "es_kernels").glob("*.so")}
+        return done.returncode, done.stdout + done.stderr, libraries, asked
+
+    return run
+
+
+def test_the_cuda_library_is_built_for_what_nvcc_knows(make_build):
+    code, output, libraries, asked = make_build(KNOWN=KNOWN_TO_12_4)
+    assert code == 0 and libraries == {"libes_cpu.so": "", "libes_cuda.so": ""}, output
+    assert asked == ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90,code=[sm_90,compute_90]"]
+    assert "knows no sm_100, sm_120" in output
+
+
+@pytest.mark.parametrize(
+    "archs, asked",
+    [
+        ("", ["80,code=[sm_80,compute_80]", "90,code=sm_90", "100,code=sm_100", "120,code=[sm_120,compute_120]"]),
+        ("120 75", ["75,code=[sm_75,compute_75]", "120,code=[sm_120,compute_120]"]),
+        ("90a", ["90a,code=[sm_90a,compute_90a]"]),
+    ],
+)
+def test_the_oldest_and_the_newest_architecture_bring_ptx(make_build, archs, asked):
+    code, output, _, found = make_build(ES_KERNELS_CUDA_ARCHS=archs)
+    assert code == 0 and found == [f"arch=compute_{a}" for a in asked], output
+    assert "knows no" not in output
+
+
+def test_an_architecture_asked_for_that_nvcc_does_not_know(make_build):
+    code, output, libraries, _ = make_build(ES_KERNELS_CUDA_ARCHS="80 130")
+    assert code != 0 and "ES_KERNELS_CUDA_ARCHS='80 130'" in output and "nvcc knows no sm_130, only sm_75, sm_80" in output
+    assert libraries["libes_cuda.so"] == "of an earlier build"
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [({"FAILS": "unsupported GNU version"}, "nvcc failed, as it says above"), ({"KNOWN": "sm_60 sm_70"}, "nvcc knows no sm_80, sm_90, sm_100, sm_120")],
+)
+def test_a_cuda_library_that_cannot_be_built(make_build, environment, words):
+    """By default the rest is built, and nothing of an earlier build passes for it; asked for, it is an error."""
+    code, output, libraries, _ = make_build(**environment)
+    assert code == 0 and libraries == {"libes_cpu.so": ""}, output
+    assert "WARNING: no libes_cuda.so was built" in output and words in output
+    assert make_build(ES_KERNELS_CUDA="1", **environment)[0] != 0
+
+
+def test_make_build_without_a_compiler(make_build):
+    code, output, libraries, _ = make_build(CXX="no-such-compiler")
+    assert code == 0 and list(libraries) == ["libes_cuda.so"] and "no C++ compiler (g++ or CXX) was found" in output
+    code, output, _, _ = make_build(CXX="no-such-compiler", ES_KERNELS_CUDA="1")
+    assert code != 0 and "nvcc needs a C++ compiler" in output
+
+
+def test_make_build_with_an_old_setuptools(make_build, tmp_path):
+    """As `python -m venv` of Python 3.11 brings it: it has no bdist_wheel, and refuses pyproject.toml's license. Python 3.12 needs a newer one."""
+    old = "65.5.0" if sys.version_info < (3, 12) else "69.5.1"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", f"setuptools=={old}"], check=True)
+    code, output, libraries, _ = make_build(python, PYTHONPATH="")
+    assert code == 0 and libraries == {"libes_cpu.so": "", "libes_cuda.so": ""}, output
 
 
 def test_cuda_asked_for_but_not_there(tmp_path):

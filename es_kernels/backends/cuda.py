@@ -15,7 +15,7 @@ def unavailable(device):
         return f"it serves CUDA tensors, not {device.type}"
     if torch.version.hip:
         return "this torch is built for ROCm: the triton backend serves AMD GPUs"
-    return native.why_not("cuda") or _driver_problem()
+    return native.why_not("cuda") or _driver_problem() or _capability_problem(device)
 
 
 @functools.cache
@@ -26,6 +26,20 @@ def _driver_problem():
     if driver // 1000 < runtime // 1000:
         return f"the driver supports CUDA {driver // 1000}, libes_cuda.so needs {runtime // 1000}: update the driver (the triton backend serves meanwhile)"
     return None if devices else "CUDA sees no device"
+
+
+@functools.cache
+def _capability_problem(device):
+    """A GPU older than the library's code is refused before a launch fails. Newer ones are served: it embeds PTX (setup.py)."""
+    if not torch.cuda.is_available():  # nothing to ask: CUDA tensors cannot exist
+        return None
+    (major, minor), least = torch.cuda.get_device_capability(device), _library().es_cuda_capability()
+    if 10 * major + minor >= least:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, libes_cuda.so was built for {least // 10}.{least % 10} and newer: "
+        f"rebuild it with ES_KERNELS_CUDA=1 ES_KERNELS_CUDA_ARCHS={major}{minor} (the triton backend serves meanwhile)"
+    )
 
 
 def versions():

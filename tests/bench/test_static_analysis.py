@@ -1,8 +1,10 @@
 """Contract: on sm_90 a value costs at most the instructions that the design allows, kernels spill nothing on any architecture, and
-whole blocks are loaded and stored by 128-bit instructions. Counted from the built library (and, for Triton, an offline compilation)."""
+whole blocks are loaded and stored by 128-bit instructions; the library holds code for every GPU that it claims to serve. Counted from the
+built library (and, for Triton, an offline compilation)."""
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -55,6 +57,16 @@ def test_cuda_accesses_are_128_bit(cuda_rows):
             out, base = row["kernel"].split()[-3::2]
             blocks = row["values"] // 8
             assert row["accesses"] == {"LDG.E.128": blocks * WIDE[base], "STG.E.128": blocks * WIDE[out]}, row
+
+
+def test_every_gpu_from_the_least_capability_on_finds_code():
+    """PTX of the oldest architecture, so that none is without; of the newest for what comes after it."""
+    if native.why_not("cuda"):
+        pytest.skip(native.why_not("cuda"))
+    command = [sass.tool("cuobjdump"), "--list-elf", "--list-ptx", native.path("cuda")]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    machine_code, ptx = (sorted({int(a) for a in re.findall(rf"sm_(\d+)\w*\.{kind}", listing)}) for kind in ("cubin", "ptx"))
+    assert native.load("cuda").es_cuda_capability() == machine_code[0] and ptx == [machine_code[0], machine_code[-1]]
 
 
 def test_triton_keeps_to_its_budget(tmp_path):

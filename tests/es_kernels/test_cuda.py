@@ -2,6 +2,7 @@
 a message, reports CUDA's own words, and is passed over by one clear line. What it computes is checked in tests/gpu."""
 
 import ctypes
+import types
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_driver_problems(monkeypatch, versions, words):
     monkeypatch.setattr(cuda, "versions", lambda: versions)
     why = cuda._driver_problem.__wrapped__()
     assert why is None if words is None else words in why
+
+
+@pytest.mark.parametrize("capability, served", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((13, 0), True)])
+def test_a_gpu_older_than_the_library_is_not_served(monkeypatch, capability, served):
+    """Older than any code in it: newer ones run its PTX."""
+    monkeypatch.setattr(native, "_load", lambda name: (types.SimpleNamespace(es_cuda_capability=lambda: 80), None))
+    monkeypatch.setattr(cuda, "_library", lambda: native.load("cuda"))
+    monkeypatch.setattr(cuda, "_driver_problem", lambda: None)
+    monkeypatch.setattr(cuda, "_capability_problem", cuda._capability_problem.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    why = cuda.unavailable(torch.device("cuda", 0))
+    if served:
+        assert why is None
+    else:
+        for words in ("Tesla T4 has compute capability 7.5", "built for 8.0 and newer", "ES_KERNELS_CUDA_ARCHS=75", "triton"):
+            assert words in why
 
 
 def test_an_old_driver_leaves_the_next_backend(monkeypatch):

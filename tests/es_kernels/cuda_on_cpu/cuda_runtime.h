@@ -6,6 +6,7 @@
 // depends on their order gives two results. A barrier that some threads reach and others do not aborts.
 #pragma once
 #define __CUDACC__  // lanes.h: one lane
+#define __CUDA_ARCH_LIST__ 800
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
