@@ -171,8 +171,8 @@ def test_realised_step_in_bf16(base):
     exact = make(around_one(dtype=torch.float32), lr=2e-3)
     optimizer = make((name, weight), base=base, lr=2e-3)
     with torch.no_grad():
-        exact.tables[0].theta.tensors[0].copy_(weight)
         exact.tables[0].live.tensors[0].copy_(weight)
+    exact.adopt_live()
     health = Health(optimizer)
     generation(exact, Health(exact))
     told = optimizer.evaluate(lambda member: (1.0, 0.0, 0.5, 0.25)[member])
