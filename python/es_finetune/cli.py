@@ -74,12 +74,15 @@ def _train(arguments: list[str]) -> None:
             raise ValueError("--resume continues the run in a folder: give it with --output")
         arguments = _flags_of(read_log(Path(folder) / "run.log")[0]["config"], TrainConfig) + arguments
     config = _parse(TrainConfig, arguments, "train")
+    from huggingface_hub.utils import disable_progress_bars
+
     from es_finetune.progress import value
     from es_finetune.trainer import Trainer, follow
     from es_finetune.workers.worker import RewardFailed
     from es_finetune.workers import WorkersDiffer, ranks
 
     if not ranks.leads():
+        disable_progress_bars()  # the first rank shows what is downloaded
         try:
             return follow(config)
         except (RewardFailed, WorkersDiffer) as error:
@@ -91,9 +94,10 @@ def _train(arguments: list[str]) -> None:
         if not isinstance(error, (OSError, RewardFailed, WorkersDiffer, KeyboardInterrupt)):
             traceback.print_exc()  # nobody foresaw it
         words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
-        kept = f"{trainer.generation} generations are kept in {config.output}"
+        members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
+        kept = f"{_counted(trainer.generation, 'generation')}{members} are kept in {config.output}"
         begun = read_log(Path(config.output) / "run.log")[0]["config"]
-        changed = _flags_of({name: value for name, value in asked(config).items() if value != begun[name]}, TrainConfig)
+        changed = _flags_of({name: value for name, value in asked(trainer.config).items() if value != begun[name]}, TrainConfig)
         command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
         how = "the same torchrun, and --resume" if ranks.launched() else command
         raise _BrokenOff(f"{words}. {kept}; continue with: {how}") from error
@@ -102,6 +106,10 @@ def _train(arguments: list[str]) -> None:
         f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "
         f"({summary['share_outside'] or 0:.1%} outside generation and reward); theta {summary['fingerprint']}; {config.output}"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _eval(arguments: list[str]) -> None:
@@ -185,15 +193,26 @@ def _report(arguments: list[str]) -> None:
 
 def _parse(kind: type, arguments: list[str], command: str) -> Any:
     from transformers import HfArgumentParser
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # "Loading weights", "Writing model shards": two bars of a second each around our own
+    _hide_bars()
     first = {"train": " [FILE.yaml]", "calibrate": " [FILE.yaml]", "replay": " RUN", "export": " RUN", "report": " RUN"}.get(command, "")
     usage = f"es-finetune {command}{first} [flags]"
     parser = HfArgumentParser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
     parser.error = _refuse  # instead of the usage of fifty flags
     (config,) = parser.parse_args_into_dataclasses(arguments)
     return config
+
+
+def _hide_bars() -> None:
+    """Those of transformers, "Loading weights" and "Writing model shards", a second each around our own. Not the hub's, of gigabytes that are
+    being downloaded, unless they are hidden already; transformers hides both."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    hidden = are_progress_bars_disabled()
+    disable_progress_bar()
+    if not hidden:
+        enable_progress_bars()
 
 
 class _Help(argparse.HelpFormatter):

@@ -26,6 +26,7 @@ PAPER = {"sigma": 1e-3, "lr": 5e-4, "generations": 500, "prompts": 0, "eval_ever
 DEMO = {"sigma": 0.01, "lr": 0.01, "generations": 30, "prompts": 128, "eval_every": 5, "batch_size": 128, "threads": 1}
 
 MAX_THREADS = 1024  # torch still runs with 4096 of them on 2 cores; with 100,000 the process crashes
+CUSTOM_PROMPTS = 128  # of a custom task that has more: 30 members give 3,840 answers a generation, however long the file is
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -96,7 +97,7 @@ class Setup(ModelConfig, TaskConfig):
                 raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
             self.model = "embedded"
         for name, value in (DEMO if self.model == "embedded" else PAPER).items():
-            if getattr(self, name, value) is None:
+            if getattr(self, name, value) is None and (name, self.task) != ("prompts", "custom"):  # whose number depends on its data
                 setattr(self, name, value)
         at_least(self, lora_rank=0, batch_size=1, threads=0)
         at_most(self, threads=MAX_THREADS)
@@ -132,7 +133,10 @@ class TrainConfig(Setup):
     tune: list[str] = _list("name patterns (as *.mlp.*) of the parameters to tune; all if not given")
     freeze: list[str] = _list("name patterns of parameters to leave out")
     sigma_for: list[str] = _list("PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts")
-    prompts: int | None = _preset("prompts", "training prompts per generation, drawn anew each time, the same for all members; 0: all of them")
+    prompts: int | None = _flag(
+        "training prompts per generation, drawn anew each time, the same for all members; 0: all of them; "
+        f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else {PAPER['prompts']}"
+    )
     seed: int = _flag("of the whole run", 0)
     eval_every: int | None = _preset("eval_every", "generations between looks at the held-out prompts; 0: only first and last")
     eval_items: int = _flag("how many held-out prompts; 0: all", 0)
@@ -154,8 +158,10 @@ class TrainConfig(Setup):
         self.fill()
         if self.output is None:
             self.output = str(Path("runs") / self.label)
-        at_least(self, tensor_parallel=1, ray_workers=0, straggler_limit=0, generations=1, prompts=0, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
         at_most(self, generations=COUNT)
+        at_least(self, tensor_parallel=1, ray_workers=0, straggler_limit=0, generations=1, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        if self.prompts is not None:
+            at_least(self, prompts=0)
         one_of(self, engine=("hf", "vllm"), workers=("alone", "ray"), on_straggler=("reissue", "drop"))
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise ValueError("tensor_parallel goes with --engine vllm")

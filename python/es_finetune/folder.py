@@ -42,6 +42,13 @@ def claim(folder: Path, config: TrainConfig) -> None:
             raise ValueError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
 
 
+def inherit(config: TrainConfig) -> None:
+    """Fill in, from the log of a run that is resumed, the number of prompts that was left open: it is the one the run began with."""
+    log = Path(config.output) / "run.log"
+    if config.resume and config.prompts is None and is_begun(log):
+        config.prompts = read_log(log)[0]["config"]["prompts"]
+
+
 def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
     """ValueError if a resumed run would not be the run that was begun."""
     for field in dataclasses.fields(TrainConfig):

@@ -111,12 +111,13 @@ def total_seconds(rows: Sequence[Row], looks: Sequence[Row]) -> float:
     return math.fsum([*(row["seconds"] for row in rows), *(look["seconds"] for look in looks)])
 
 
-def estimate(row: Row, look: Row, generations: int, eval_every: int) -> str:
-    """What the first generation and the first look say of the whole run."""
+def estimate(seconds: float, look: Row, generations: int, eval_every: int) -> str:
+    """How long the whole run takes, if a generation takes `seconds` and every look as long as this first one."""
+    each = f"{seconds:.1f} s" if seconds < 120 else duration(seconds)
     looks = 2 + ((generations - 1) // eval_every if eval_every else 0)
     return (
-        f"estimate: {duration(row['seconds'] * generations + look['seconds'] * looks)} for {generations} generations of {row['seconds']:.1f} s and {looks} "
-        f"looks at the held-out prompts of {look['seconds']:.1f} s; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB"
+        f"{duration(seconds * generations + look['seconds'] * looks)} for {generations} generations of {each} and {looks} "
+        f"looks at the held-out prompts of {look['seconds']:.1f} s"
     )
 
 

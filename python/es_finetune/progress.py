@@ -32,9 +32,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Use as a context manager; `update` after every generation. `metric`: the headline on held-out items, exact or reward."""
+    """Use as a context manager; `update` after every generation. `metric`: the headline on held-out items, exact or reward. `done`: generations
+    that an earlier process did."""
 
-    def __init__(self, generations: int, metric: str = "exact", console: Console | None = None):
+    def __init__(self, generations: int, metric: str = "exact", console: Console | None = None, done: int = 0):
         self.generations, self.metric = generations, metric
         self.console = console or Console(highlight=False, soft_wrap=True)
         # In a notebook rich draws its live line with ipywidgets; without them it would only complain.
@@ -42,7 +43,8 @@ class Progress:
         # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower still, its end is cut.
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self.bar = Bar(text, console=self.console, disable=not self.live)
-        self.row = self.bar.add_task(f"0/{generations}", total=generations)
+        self.latest = f"{done}/{generations}"  # what the live line says of the generations done
+        self.row = self.bar.add_task(self.latest, total=generations)
         self.first: tuple[int, float] | None = None
 
     def __enter__(self) -> Progress:
@@ -54,7 +56,16 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays: a warning, an estimate, a look at the held-out items."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.live)  # on a terminal broken between words
+
+    def now(self, text: str) -> None:
+        """What is being done, on the live line behind what the generations came to."""
+        self.bar.update(self.row, description=f"{self.latest}  {text}")
+
+    def member(self, number: int, population: int, seconds: float) -> None:
+        """After each member of a generation, which will take so many seconds in all."""
+        about = "" if self.first else f", generation about {duration(seconds)}"  # until the line has the time left
+        self.now(f"member {number}/{population}{about}")
 
     def update(self, row: dict[str, Any], held_out: float | None, seconds: float) -> None:
         """`row`: the generation's metrics; `held_out`: the latest headline on held-out items; `seconds`: since this process began the run."""
@@ -63,11 +74,11 @@ class Progress:
         first, then = self.first = self.first or (done, seconds)
         each = (seconds - then) / (done - first) if done > first else row["seconds"]
         held = value(self.metric, held_out) if self.metric == "reward" else f"{self.metric} {value(self.metric, held_out)}"
-        text = (
+        self.latest = (
             f"{done:{len(str(self.generations))}d}/{self.generations}  reward {value('reward', row['reward_mean'])}  "
-            f"held-out {held}  {duration(seconds)}, {duration(each * (self.generations - done))} left  "
-            f"outside {row['share_outside']:.1%}"
+            f"held-out {held}  {duration(seconds)}, {duration(each * (self.generations - done))} left"
         )
+        text = f"{self.latest}  outside {row['share_outside']:.1%}"
         self.bar.update(self.row, completed=done, description=text)
         if not self.live and (done % max(1, self.generations // 10) == 0 or done == 1):
             self.note(text)

@@ -6,6 +6,7 @@ other files are for people and can be made again from them.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -17,7 +18,7 @@ import torch
 import es_kernels
 from es_finetune.config import TrainConfig, asked
 from es_finetune.files import append_row, read_rows, write_atomically
-from es_finetune.folder import CURVES, claim, is_ours, remove
+from es_finetune.folder import CURVES, claim, inherit, is_ours, remove
 from es_finetune.health import warnings_of
 from es_finetune.measure import save_answers
 from es_finetune.metrics import estimate, look_row, population_row, summary, total_seconds
@@ -28,12 +29,14 @@ from es_finetune.runlog import FORMAT, SealedLines, parse_log, read_journals
 from es_finetune.tasks import Task
 from es_finetune.tracking import Tracker, require
 from es_finetune.workers import Workers, pool, ranks
-from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, update_of
+from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, missing, update_of
 
 
 def follow(config: TrainConfig, **objects) -> None:
     """What the ranks of torchrun do instead of a Trainer's work, all but the first: their share of the members. Arguments as for Trainer."""
-    ranks.Ranks(Worker(ranks.placed(config), **objects)).follow()
+    config = ranks.placed(config)
+    inherit(config)
+    ranks.Ranks(Worker(config, **objects)).follow()
 
 
 class Trainer:
@@ -54,12 +57,15 @@ class Trainer:
             if not ranks.leads():
                 raise RuntimeError("under torchrun a Trainer is for the first rank, which writes the folder: call es_finetune.trainer.follow() on the others")
             config = ranks.placed(config)
-        self.config = config
+        self.config = config = copy.copy(config)
         self.folder = Path(config.output)
+        inherit(config)
+        open_prompts = config.prompts is None
         claim(self.folder, config)
         require(config.report_to)
         self.workers = _assemble(config, model=model, tokenizer=tokenizer, task=task)
         self.model, self.task = self.workers.model, self.workers.task
+        self._by_default = open_prompts and config.prompts  # prompts a generation, where nobody asked for a number
         self.log: SealedLines | None = None
         self.journal: SealedLines | None = None
         self.generation = 0  # updates done
@@ -129,11 +135,16 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the last generation; returns what summary.json holds. Call it once; to go on later, resume."""
         try:
-            with Progress(self.config.generations, self.task.metric) as progress:
+            with Progress(self.config.generations, self.task.metric, done=self.generation) as progress:
                 self._run(progress)
             return self._finish()
         finally:
             self.close()
+
+    @property
+    def members(self) -> int:
+        """How many members of the generation in progress have been scored, and need not be again."""
+        return len(known_members(read_journals(self.folder), self.generation, self.config))
 
     def close(self) -> None:
         """Let go of the run's folder and the workers, for a Trainer that shall not train; `train` does so at its end."""
@@ -155,21 +166,26 @@ class Trainer:
         )
         for note in self.task.notes:
             progress.note(note)
+        if self._by_default:
+            progress.note(f"{config.prompts} of the {len(self.task.train):,} training prompts are drawn for each generation; --prompts 0 takes all")
+        prompts = config.prompts or len(self.task.train)
+        progress.note(f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts")
         while True:
             done = self.generation
             if not self._looks or done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
                 self._look_at_held_out(progress)
             if done >= config.generations:
                 return
-            row = self._generation()
+            row = self._generation(progress)
             self.tracker.log(row, self.generation)
             if len(self._rows) == 1:
-                progress.note(estimate(row, self._looks[0], config.generations, config.eval_every))
+                whole = estimate(row["seconds"], self._looks[0], config.generations, config.eval_every)
+                progress.note(f"estimate: {whole}; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB")
             for warning in row["warnings"]:
                 progress.note(f"generation {row['generation'] + 1}: {warning}")
             progress.update(row, self._looks[-1][self.task.metric], total_seconds(self._rows, self._looks))
 
-    def _generation(self) -> dict[str, Any]:
+    def _generation(self, progress: Progress) -> dict[str, Any]:
         """One generation: score the members that the journal does not hold, update, log. Returns its row of metrics.jsonl."""
         config, generation = self.config, self.generation
         begin = time.perf_counter()
@@ -178,8 +194,21 @@ class Trainer:
         before = math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / self.workers.count
         if not known:
             self.journal.clear()
+        # Members are handed out in this order, so that of several workers a member's place says how far all of them are.
+        places = {member: place for place, member in enumerate(missing(config, known), 1)}
+        new = 0
+
+        def keep(line: dict[str, Any]) -> None:
+            nonlocal new
+            self.journal.append(line)
+            place, new = places[line["member"]], new + 1
+            seconds = (time.perf_counter() - begin) / max(place, min(self.workers.count, len(places))) * config.population
+            if new == 1 and not self._rows:
+                progress.note(f"estimate after the first member: {estimate(seconds, self._looks[0], config.generations, config.eval_every)}")
+            progress.member(len(known) + place, config.population, seconds)
+
         looking = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
-        members, dropped = self.workers.evaluate(generation, known, self.journal.append, looking)
+        members, dropped = self.workers.evaluate(generation, known, keep, looking)
         update, means = update_of(self.task, config, generation, members, dropped)
         found = self.workers.update(update, looking)
         row = {
@@ -210,6 +239,7 @@ class Trainer:
         done = self.generation
         if any(look["generation"] == done for look in self._looks):
             return
+        progress.now(f"answering {len(held_out_items(self.task, self.config)):,} held-out prompts")
         begin = time.perf_counter()
         evaluation = self.workers.answer_held_out()
         if evaluation.failed:

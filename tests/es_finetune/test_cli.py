@@ -294,18 +294,33 @@ def test_a_run_that_breaks_off_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     real = SealedLines.append
 
     def append(self, line):
-        if line.get("generation") == 1 and "member" in line:
+        if line.get("generation") == 1 and line.get("member") == 2:
             raise OSError(28, "No space left on device", str(self.path))
         real(self, line)
 
     monkeypatch.setattr(SealedLines, "append", append)
     assert train(tmp_path / "run") == 1
     error = capsys.readouterr().err.strip()
-    assert "No space left on device" in error and "1 generations are kept" in error
+    assert "No space left on device" in error and "1 generation and 2 members are kept in" in error
     monkeypatch.undo()
     command = error[error.index("es-finetune train") :].split()
     assert main(command[1:]) == 0
     assert len(read_log(tmp_path / "run" / "run.log")[1]) == 2
+
+
+def test_only_what_is_downloaded_has_bars(monkeypatch):
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    try:
+        for hide in (enable_progress_bars, disable_progress_bars):  # whoever has hidden the hub's, keeps them hidden
+            hide()
+            hidden = are_progress_bars_disabled()
+            logging._tqdm_active = True
+            _parse(TrainConfig, [], "train")
+            assert are_progress_bars_disabled() == hidden == (hide is disable_progress_bars) and not logging.is_progress_bar_enabled()
+    finally:
+        enable_progress_bars()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):

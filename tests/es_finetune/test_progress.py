@@ -2,7 +2,8 @@
 
 On a terminal one live line, below 80 columns in ordinary runs and cut, not wrapped, in narrower ones; in a pipe a plain line
 for the first generation, every tenth part and the last, without escape codes. The time left is what the generations since the
-first took, looks at the held-out items included. Notes stay, as they are, in both.
+first took, looks at the held-out items included. Within a generation the live line moves with every member; a pipe gets nothing of that. Notes
+stay, as they are, in both.
 """
 
 import io
@@ -55,6 +56,24 @@ def test_a_terminal_shows_one_live_line_and_cuts_it():
     assert "[bold]a note[/bold] 7" in wide
     narrow = run(500, force_terminal=True, width=30)
     assert "…" in narrow and "outside" not in narrow
+
+
+def test_the_live_line_moves_with_every_member():
+    out = io.StringIO()
+    with Progress(500, "exact", Console(file=out, force_terminal=True, width=80), done=3) as progress:
+        progress.now("answering 720 held-out prompts")
+        assert progress.bar.tasks[0].description == "3/500  answering 720 held-out prompts"
+        progress.member(7, 30, 840.0)
+        assert progress.bar.tasks[0].description == "3/500  member 7/30, generation about 14 min"
+        progress.update({**ROW, "generation": 3}, 0.4321, 72.0)
+        progress.member(30, 30, 840.0)
+        line = progress.bar.tasks[0].description
+        assert line == "  4/500  reward 0.512  held-out exact 43.2%  72 s, 8.3 h left  member 30/30" and len(line) < 80
+    out = io.StringIO()
+    with Progress(500, console=Console(file=out)) as progress:
+        progress.now("answering 720 held-out prompts")
+        progress.member(7, 30, 840.0)
+    assert not out.getvalue().strip()
 
 
 def test_numbers_and_times_in_words():

@@ -408,6 +408,43 @@ def test_a_config_holds_plain_values_whatever_it_was_given():
             TrainConfig(**wrong)
 
 
+def own_task(questions):
+    return load_task("custom", data=[{"prompt": f"^{a}:"} for a in range(questions)], reward=lambda completion, item: len(completion))
+
+
+def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    """Here 6, of the 16 that are left for training from 20. The run says so, and how many answers that is, before the first of them."""
+    monkeypatch.setattr("es_finetune.workers.worker.CUSTOM_PROMPTS", 6)
+    options = {"model": "embedded", "max_new_tokens": 4, "generations": 1, "population": 4, "eval_items": 1, "report_to": ["none"]}
+
+    def prompts_of(name, questions=20, **more):
+        config = TrainConfig(output=str(tmp_path / name), task="custom", **options, **more)
+        Trainer(config, task=own_task(questions)).train()
+        assert config.prompts == more.get("prompts")  # the caller's config serves for another file
+        return read_log(tmp_path / name / "run.log")[0]["config"]["prompts"], capsys.readouterr().out.splitlines()
+
+    prompts, lines = prompts_of("many")
+    assert prompts == 6
+    assert lines[1:3] == ["6 of the 16 training prompts are drawn for each generation; --prompts 0 takes all", "24 answers a generation: 4 members x 6 prompts"]
+    for name, more, answers in (("few", {"questions": 7}, "4 members x 6 prompts"), ("all", {"prompts": 0}, "4 members x 16 prompts"), ("some", {"prompts": 3}, "4 members x 3 prompts")):
+        prompts, lines = prompts_of(name, **more)
+        assert prompts == more.get("prompts", 0) and answers in lines[1] and not any("--prompts 0" in line for line in lines)
+    # A run that was begun when all prompts were the default goes on with all of them.
+    assert prompts_of("all", resume=True)[0] == 0
+    with pytest.raises(ValueError, match="begun with prompts 3, not 0"):
+        prompts_of("some", resume=True, prompts=0)
+
+
+def test_the_whole_run_is_estimated_after_its_first_member(tmp_path, capsys):
+    train(tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    after_member, after_generation = (i for i, line in enumerate(lines) if line.startswith("estimate"))
+    assert lines[after_member].startswith("estimate after the first member: ") and after_generation == after_member + 1
+    assert all("for 2 generations of" in lines[i] and "and 2 looks at the held-out prompts" in lines[i] for i in (after_member, after_generation))
+    train(tmp_path / "run", resume=True, generations=3)
+    assert "\nestimate" not in capsys.readouterr().out
+
+
 def test_a_trainer_that_shall_not_train_lets_go_of_its_folder(tmp_path):
     config = TrainConfig(output=str(tmp_path / "run"), overwrite=True, **SMALL)
     first = Trainer(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import es_kernels
-from es_finetune.config import TrainConfig, model_options
+from es_finetune.config import CUSTOM_PROMPTS, TrainConfig, model_options
 from es_finetune.engines import Replica
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.metrics import Row, member_line, rewards_by_prompt
@@ -114,10 +114,12 @@ class Worker:
 
 
 def checked(task: Task, config: TrainConfig) -> Task:
-    """ValueError unless the task has what the config asks for."""
+    """ValueError unless the task has what the config asks for. A number of prompts that the config left open is settled here."""
     for split in ("train", "test"):
         if not getattr(task, split):
             raise ValueError(f"task {config.task} has no {split} items")
+    if config.prompts is None:
+        config.prompts = CUSTOM_PROMPTS if len(task.train) > CUSTOM_PROMPTS else 0
     if config.prompts > len(task.train):
         raise ValueError(f"prompts must be at most {len(task.train)}, the training prompts of {config.task}, not {config.prompts}")
     return task
