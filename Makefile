@@ -8,6 +8,7 @@
 #   make wheel           dist/es_kernels-*.whl, one for every Python and torch
 #   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
 #   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
+#                        STEPS="sanitizer runs": only these, as it names what it had no time for
 #   make gpu-tune        times the kernels' variants there, in about 4 -> OUT
 #   make gpu-generate    whole generations of models of true shapes, long answers measured, every decoding, in about 8 -> OUT
 #   make gpu-learn       pre-trains a model there and fine-tunes it by ES, in about 8 -> OUT
@@ -65,7 +66,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python bench/plots.py
 
 gpu:
-	PYTHON=$(PYTHON) bash bench/gpu.sh $(OUT)
+	PYTHON=$(PYTHON) bash bench/gpu.sh $(OUT) $(STEPS)
 
 gpu-tune: build
 	PYTHONPATH=.:python $(PYTHON) bench/tune.py --device cuda --out $(OUT)

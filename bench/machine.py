@@ -1,5 +1,9 @@
-"""What a measurement was taken on: part of every result file; and what the GPU's sensors say while it runs."""
+"""What a measurement was taken on: part of every result file; and what the GPU's sensors say while it runs.
 
+python bench/machine.py     the facts, of the GPU if there is one
+"""
+
+import json
 import os
 import pathlib
 import platform
@@ -19,12 +23,10 @@ def describe(device):
     facts = {"processor": processor, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "torch": torch.__version__}
     facts |= {"es_kernels": es_kernels.__version__, "commit": _commit()}
     if torch.device(device).type == "cuda":
-        from importlib.metadata import version
-
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "sms": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
         facts |= {"capability": f"sm_{properties.major}{properties.minor}", "memory_bytes": properties.total_memory}
-        facts |= {"triton": version("triton"), "cuda": torch.version.cuda, **Sensors(device).limits()}
+        facts |= {"triton": _triton(), "cuda": torch.version.cuda, **Sensors(device).limits()}
     return facts
 
 
@@ -33,10 +35,22 @@ def slug(facts):
     return facts["gpu"].lower().replace(" ", "-") if "gpu" in facts else "cpu"
 
 
+def _triton():
+    """Its version by the module itself: torch's own builds of it are registered under other names, or under none."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
 def _commit():
-    """The commit measured, with a + if files differ from it; None where there is no repository."""
-    run = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    return run.stdout.strip() or None
+    """The commit measured, with a + if files differ from it; None without git, or in sources that are no repository (though in a folder that is one)."""
+    command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 class Sensors:
@@ -82,3 +96,7 @@ class Sensors:
         """Energy since the driver was loaded."""
         millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1000
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
