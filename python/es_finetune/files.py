@@ -51,3 +51,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         elif any(later.strip() for later in lines[index + 1 :]):
             raise ValueError(f"{path} is damaged in line {index + 1}, which is not the last: it is no JSON object; remove that line")
     return rows
+
+
+def generation_rows(path: Path) -> list[dict[str, Any]]:
+    """As `read_rows`, of a file whose rows each say of which generation they are: metrics.jsonl and evals.jsonl."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
+        if type(row.get("generation")) is not int:
+            raise ValueError(f"{path} is damaged in row {number}: it does not say of which generation it is; remove that row")
+    return rows

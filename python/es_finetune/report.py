@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune import plot
-from es_finetune.files import read_rows, write_atomically
+from es_finetune.files import generation_rows, read_rows, write_atomically
 from es_finetune.health import FAITHFUL
 from es_finetune.progress import duration, value
 from es_finetune.runlog import read_log
@@ -47,8 +47,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no run of es_finetune: it has no config.json")
     summary = summary or {}
     # A generation done again after a kill has two rows, of which the later counts.
-    rows = list({row["generation"]: row for row in read_rows(folder / "metrics.jsonl")}.values())
-    looks = list({row["generation"]: row for row in read_rows(folder / "evals.jsonl")}.values())
+    rows = list({row["generation"]: row for row in generation_rows(folder / "metrics.jsonl")}.values())
+    looks = list({row["generation"]: row for row in generation_rows(folder / "evals.jsonl")}.values())
     header = _header(folder / "run.log")
     metric = header.get("metric", "reward")
     looks = [row for row in looks if row.get(metric) is not None]

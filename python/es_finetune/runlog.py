@@ -13,8 +13,8 @@ The journal beside it has the same form, one line for each member of the generat
 score that is in it is never computed again: greedy text may differ between machines, and the run must not. Under torchrun every
 rank but the first has one of its own, journal-RANK.
 
-Both files only grow, a line per write, so what a killed writer leaves is whole lines and at most one torn last one, which
-is dropped. A line of run.log has reached the disk before the run goes on.
+Both files only grow, a line per write, so what a killed writer leaves is whole lines and at most one torn last one, without
+its newline, which is dropped. A line of run.log has reached the disk before the run goes on.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class SealedLines:
         """Open `path` or make it, drop a torn last line, and hold a lock on it until it is closed.
 
         sync=False leaves it to the system when a line reaches the disk: enough where the process may be killed, but not the
-        machine, after which lines are dropped from the first damaged one on. With sync a damaged line before the last is a
-        ValueError, as is a file that another process holds.
+        machine, after which lines are dropped from the first damaged one on. With sync a damaged line is a ValueError, as is a
+        file that another process holds.
         """
         self.path, self._sync = path, sync
         self._file = open(path, "ab", buffering=0)
@@ -81,7 +81,7 @@ class SealedLines:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add one line. OSError, as of a full disk, leaves the file as it was."""
-        data = memoryview(_sealed(line))
+        data = memoryview(sealed(line))
         before = os.fstat(self._file.fileno()).st_size
         try:
             while data:
@@ -119,14 +119,24 @@ def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], 
     """The lines of a run.log as header and generations."""
     if not lines or lines[0].get("run") != FORMAT:
         raise ValueError(f"{path} is no log of a run (format {FORMAT})")
-    generations = [Generation.from_json(line) for line in lines[1:]]
+    generations = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            generations.append(Generation.from_json(line))
+        except (KeyError, TypeError, ValueError):
+            what = "a second header" if "run" in line else "no generation"
+            raise ValueError(f"{path} is damaged in line {number}, which is {what}: remove that line") from None
     if [g.generation for g in generations] != list(range(len(generations))):
         raise ValueError(f"{path} is damaged: its generations are not 0, 1, 2, ...")
     return lines[0], generations
 
 
-def _sealed(line: dict[str, Any]) -> bytes:
-    body = json.dumps(line, allow_nan=False)[:-1].encode()
+def sealed(line: dict[str, Any]) -> bytes:
+    """The line as the file holds it. ValueError for what is no JSON."""
+    try:
+        body = json.dumps(line, allow_nan=False)[:-1].encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a line of the log can only hold JSON: {error}") from None
     return body + (_SEAL % zlib.crc32(body)).encode()
 
 
@@ -136,7 +146,8 @@ def is_begun(path: Path) -> bool:
 
 
 def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
-    """The lines of the file before the first that is not whole, and the length in bytes of what they take. With `strict` that one must be the last."""
+    """The lines of the file before the first that is not whole, and the length in bytes of what they take. With `strict` that one must be the last,
+    and torn: without its newline."""
     data = path.read_bytes()
     lines, at = [], 0
     while at < len(data):
@@ -144,8 +155,11 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
         line = data[at:end] if end else b""
         body = line[:-_SEAL_LENGTH]
         if not end or line != body + (_SEAL % zlib.crc32(body)).encode():
-            if strict and end and end < len(data):
-                raise ValueError(f"{path} is damaged in line {len(lines) + 1}, which is not the last: its CRC does not fit; to begin the run anew, remove the file")
+            if strict and end:
+                if not lines and not line.startswith(b'{"run": '):
+                    raise ValueError(f"{path} is no log of a run (format {FORMAT})")
+                last = "remove that line, and the run goes on from the one before" if lines and end == len(data) else "to begin the run anew, remove the file"
+                raise ValueError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {last}")
             break
         lines.append(json.loads(line))
         at = end

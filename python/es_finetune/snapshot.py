@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from es_finetune.optimizer import EvolutionStrategy
 from es_finetune.runlog import Generation
 
+_NAME = re.compile(r"theta-([0-9]+)\.safetensors")
 
 def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
     """Write theta as FOLDER/theta-GENERATION.safetensors, whole or not at all, and then remove older ones."""
@@ -27,7 +29,7 @@ def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
     except (OSError, SafetensorError) as error:  # the second where the disk is full
         part.unlink(missing_ok=True)
         raise OSError(f"the snapshot {path} could not be written: {error}") from error
-    for old in older:
+    for _, old in older:
         if old != path:
             old.unlink()
     return path
@@ -42,8 +44,10 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for path in reversed(_snapshots(folder)):
-        done = int(path.stem.removeprefix("theta-"))
+    for path in folder.glob("theta-*.safetensors"):
+        if not _NAME.fullmatch(path.name):
+            raise ValueError(f"{path} does not say of which generation it is, as theta-000100.safetensors does: rename it, or move it away")
+    for done, path in reversed(_snapshots(folder)):
         if not 0 < done <= len(generations):
             continue
         state = optimizer.state_dict()
@@ -62,5 +66,7 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
     return 0
 
 
-def _snapshots(folder: Path) -> list[Path]:
-    return sorted(folder.glob("theta-*.safetensors"))
+def _snapshots(folder: Path) -> list[tuple[int, Path]]:
+    """(updates done, file) of each snapshot, the oldest first."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("theta-*.safetensors"))
+    return sorted((int(name[1]), path) for name, path in named if name)

@@ -17,7 +17,7 @@ import torch
 
 import es_kernels
 from es_finetune.config import TrainConfig, asked
-from es_finetune.files import append_row, read_rows, write_atomically
+from es_finetune.files import append_row, generation_rows, write_atomically
 from es_finetune.folder import CURVES, claim, inherit, is_ours, remove
 from es_finetune.health import warnings_of
 from es_finetune.measure import save_answers
@@ -25,7 +25,7 @@ from es_finetune.metrics import estimate, look_row, population_row, summary, tot
 from es_finetune.plot import plot_run
 from es_finetune.progress import Progress
 from es_finetune.replay import check_start
-from es_finetune.runlog import FORMAT, SealedLines, parse_log, read_journals
+from es_finetune.runlog import FORMAT, SealedLines, parse_log, read_journals, sealed
 from es_finetune.tasks import Task
 from es_finetune.tracking import Tracker, require
 from es_finetune.workers import Workers, pool, ranks
@@ -74,10 +74,10 @@ class Trainer:
         self._rows: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
         try:
+            start = self._proof = self.workers.start()  # a pool's workers load model and task only now: still nothing has been written
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log = SealedLines(self.folder / "run.log")
             self.journal = SealedLines(self.folder / "journal", sync=False)
-            start = self._proof = self.workers.start()
             self._resume(start) if config.resume else self._begin(start)
         except BaseException:
             self._let_go()
@@ -86,10 +86,13 @@ class Trainer:
     # --- the folder ---------------------------------------------------------------------------------------------------
 
     def _begin(self, start: dict[str, Any]) -> None:
-        """A new run: empty the folder of what an older one left, and begin the log."""
+        """A new run: prove what it will write, remove what an older one left, then write."""
         config, folder = self.config, self.folder
         if self.log.lines and not config.overwrite:
             raise ValueError(f"output {folder} holds a run that another process has begun meanwhile: give another folder")
+        versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
+        header = {"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), **start, "versions": versions}
+        sealed(header)
         # Older curves step aside until the trackers have started: one that refuses shall leave the old run as it was.
         curves = [folder / name for name in CURVES if (folder / name).exists()]
         for path in curves:
@@ -106,8 +109,7 @@ class Trainer:
         self.journal.clear()
         remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES))
         write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
-        versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
-        self.log.append({"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), **start, "versions": versions})
+        self.log.append(header)
         self.workers.fast_forward([])
 
     def _resume(self, start: dict[str, Any]) -> None:
@@ -123,7 +125,8 @@ class Trainer:
         self.generation = len(generations)
         self._proof = self.log.lines[-1]  # the header, where there is no generation
         for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._looks, "evals.jsonl", 1)):
-            rows += [row for row in read_rows(folder / name) if row["generation"] < len(generations) + least]
+            rows += [row for row in generation_rows(folder / name) if row["generation"] < len(generations) + least]
+        for rows, name in ((self._rows, "metrics.jsonl"), (self._looks, "evals.jsonl")):
             write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         self.tracker = Tracker(config.report_to, folder, asked(config), done=len(generations))
         if len(generations) < config.generations:

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from es_finetune.model import EMBEDDED_MODEL
 from es_finetune.report import report
 from es_finetune.runlog import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
+from es_finetune.workers.worker import Worker
 
 
 OPTIONS = {"generations": 5, "population": 4, "prompts": 24, "eval_items": 24, "eval_every": 2, "report_to": ["none"], "health_every": 2}
@@ -251,6 +253,51 @@ def test_a_truncated_snapshot_is_refused_too(tmp_path):
         run(tmp_path / "run", resume=True, generations=3)
     snapshot.unlink()
     assert run(tmp_path / "run", resume=True, generations=3)["generations"] == 3
+
+
+def test_a_row_without_generation_is_one_line_with_nothing_changed(interrupted):
+    with open(interrupted / "evals.jsonl", "a") as file:
+        file.write('{"reward": 1.0}\n')
+    before = contents(interrupted)
+    with pytest.raises(ValueError, match="evals.jsonl is damaged in row 3: it does not say of which generation it is"):
+        run(interrupted, resume=True)
+    with pytest.raises(ValueError, match="evals.jsonl is damaged in row 3"):
+        report(interrupted)
+    assert contents(interrupted) == before
+
+
+def test_a_snapshot_of_another_name_is_one_line_and_is_never_removed(tmp_path):
+    run(tmp_path / "run", snapshot_every=1, generations=2)
+    (snapshot,) = (tmp_path / "run" / "snapshots").iterdir()
+    best = snapshot.rename(snapshot.with_name("theta-best.safetensors"))
+    with pytest.raises(ValueError, match="theta-best.safetensors does not say of which generation it is, as theta-000100.safetensors does"):
+        run(tmp_path / "run", resume=True, generations=3)
+    kept = best.rename(best.with_name("best.safetensors"))
+    run(tmp_path / "run", resume=True, snapshot_every=1, generations=3)
+    assert kept.exists()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwrite_removes_nothing_before_the_new_run_is_proven(interrupted, monkeypatch):
+    """What its first line would hold, and what its workers say of themselves, which a pool's do only when they are asked."""
+    before = contents(interrupted)
+    for found, words in ((np.int64(3), "a line of the log can only hold JSON"), (float("nan"), "can only hold JSON"), (ValueError("no such model"), "no such model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "start", lambda self: raised(found) if isinstance(found, Exception) else {"odd": found})
+            with pytest.raises(ValueError, match=words):
+                run(interrupted, overwrite=True)
+            assert contents(interrupted) == before
+            with pytest.raises(ValueError, match=words):
+                run(interrupted.parent / "new")
+    assert isinstance(found, Exception) and not list((interrupted.parent / "new").glob("*.json*"))
+    run(interrupted, resume=True)
+
+
+def raised(error):
+    raise error
 
 
 def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):

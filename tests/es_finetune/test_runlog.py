@@ -1,7 +1,7 @@
 """Contract under test: run.log and journal.
 
 What was appended is read back exactly, f32 and f64 values included. A file cut at any byte loses at most its last line and
-can be appended to again; damage anywhere else is refused by line. A write that fails, as on a full disk, leaves the file as
+can be appended to again; any other damage is refused by line. A write that fails, as on a full disk, leaves the file as
 it was. Two processes never write one file.
 """
 
@@ -13,8 +13,8 @@ import random
 import numpy as np
 import pytest
 
-from es_finetune.files import append_row, read_rows, write_atomically
-from es_finetune.runlog import FORMAT, Generation, SealedLines, read_log
+from es_finetune.files import append_row, generation_rows, read_rows, write_atomically
+from es_finetune.runlog import FORMAT, Generation, SealedLines, read_log, sealed
 
 
 def generation(number, n=6):
@@ -60,18 +60,45 @@ def test_what_a_machine_leaves_after_its_power_failed_is_a_torn_line_too(path):
     assert len(read_log(path)[1]) == 4
 
 
-def test_damage_before_the_last_line_is_refused_by_line(path):
+def test_any_other_damage_is_refused_by_line(path):
+    """A bit anywhere but in the last newline, without which the last line is a torn one."""
     data = bytearray(path.read_bytes())
     lines = data.splitlines(keepends=True)
-    for place in random.Random(0).sample(range(len(data) - len(lines[-1])), 60):
+    places = random.Random(0).sample(range(len(data) - len(lines[-1])), 60) + random.Random(0).sample(range(len(data) - len(lines[-1]), len(data) - 1), 20)
+    for place in places:
         damaged = bytearray(data)
         damaged[place] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged in line|no log of a run"):
             read_log(path)
+        with pytest.raises(ValueError, match="is damaged in line|no log of a run"):
+            SealedLines(path)
+        assert path.read_bytes() == damaged
+    assert damaged[:place] == data[:place]
+    with pytest.raises(ValueError, match="is damaged in line 5: its CRC does not fit; remove that line, and the run goes on from the one before"):
+        read_log(path)
+    path.write_bytes(b"".join(lines[:-1]))
+    assert len(read_log(path)[1]) == 3
     path.write_bytes(b"".join([*lines[:2], *lines[3:]]))
     with pytest.raises(ValueError, match="generations are not 0, 1, 2"):
         read_log(path)
+
+
+def test_a_line_out_of_place_is_refused_by_line(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line, words in ((lines[0], "line 3, which is a second header"), (sealed({"generation": 1, "member": 0}), "line 3, which is no generation")):
+        path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
+        with pytest.raises(ValueError, match=f"run.log is damaged in {words}: remove that line"):
+            read_log(path)
+
+
+def test_what_is_no_json_is_refused_with_nothing_written(path):
+    log, before = SealedLines(path), path.read_bytes()
+    for value in (math.nan, np.int64(1), object()):
+        with pytest.raises(ValueError, match="a line of the log can only hold JSON"):
+            log.append({"value": value})
+    assert path.read_bytes() == before
+    log.close()
 
 
 def test_what_is_no_log_is_refused(tmp_path):
@@ -135,3 +162,11 @@ def test_rows_are_read_up_to_a_torn_one(tmp_path):
         append_row(path, {"generation": number, "text": "\u2028"})
     path.write_bytes(path.read_bytes()[:-5])
     assert [row["generation"] for row in read_rows(path)] == [0, 1]
+
+
+def test_a_row_that_does_not_say_of_which_generation_it_is_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for row in ({"generation": 0}, {"generation": None}, {"generation": 2}):
+        append_row(path, row)
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged in row 2: it does not say of which generation it is; remove that row"):
+        generation_rows(path)
