@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
+import json
 import math
 import os
 import shutil
@@ -16,11 +18,12 @@ from typing import Any
 import torch
 
 import es_kernels
-from es_finetune.segments import is_peft, named_segments, unwrap
+from es_finetune.segments import adapter_names, is_peft, named_segments, unwrap
 from es_kernels.table import DTYPES
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "countdown_char"
 WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MIXED = "mixed_dtypes"  # key of a config.json: the files hold tensors of several dtypes, each to be loaded as it is
 LORA_SEED = 0  # of the first values of every new adapter, whatever the run's seed: runs that differ in it start from one model
 
 # Options of a GenerationConfig that mean something only with do_sample.
@@ -35,12 +38,14 @@ def load_model(
     lora_rank: int = 0,
     pad_token: str | None = None,
     attn_implementation: str | None = None,
+    mixed: bool = False,
 ) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
     """(model in eval mode on `device`, its tokenizer, which pads on the left, what to write into a log about them).
 
     name: "embedded" (the character-level model of the demo), or a folder or hub name of a causal LM or of a PEFT adapter, which
         comes with its base model. Of a model with an adapter only the adapter is trainable.
-    dtype: of the weights, one of WEIGHT_DTYPES; "auto" is that of the checkpoint.
+    dtype: of the weights, one of WEIGHT_DTYPES; "auto" is that of the checkpoint's config.
+    mixed: with dtype "auto" each tensor has the dtype of its file, as it always has where save_model wrote a model of several.
     lora_rank: above 0 adds a LoRA adapter of this rank to all linear layers but the output, alpha 2 * rank. Its first values are
         the same on every machine and for every seed of a run.
     pad_token: an existing token to pad with, for a tokenizer without one.
@@ -65,12 +70,13 @@ def load_model(
             base_path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
         if not base_path:
             raise ValueError(f"adapter {name} does not say of which model: set base_model_name_or_path in its adapter_config.json")
-        base = _load_base(base_path, f"base model {base_path} of adapter {name}", dtype, attn_implementation)
+        base, mixed = _load_base(base_path, f"base model {base_path} of adapter {name}", dtype, attn_implementation, mixed)
         with _one_line(f"adapter {name}"):
             model = peft.PeftModel.from_pretrained(base, path, is_trainable=True)
     else:
         base_path = path
-        model = base = _load_base(path, f"model {name}", dtype, attn_implementation)
+        base, mixed = _load_base(path, f"model {name}", dtype, attn_implementation, mixed)
+        model = base
         if lora_rank:
             model = _add_lora(base, lora_rank)
     tokenizer = _load_tokenizer(name, path, base_path)
@@ -86,7 +92,7 @@ def load_model(
         "model": name,
         "class": type(base).__name__,
         "commit": getattr(base.config, "_commit_hash", None),  # of the hub; a folder has none
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_of(base) if mixed else str(base.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "vocabulary": len(tokenizer),
@@ -96,6 +102,13 @@ def load_model(
     if lora_rank:
         identity["lora_rank"] = lora_rank
     return model, tokenizer, identity
+
+
+def dtype_of(model: torch.nn.Module) -> str:
+    """Of the parameters and buffers that a checkpoint holds; "mixed" where these are several. An adapter, which has a file of its own, aside."""
+    base, adapter = (model.get_base_model() if is_peft(model) else model), adapter_names(model)
+    found = {t.dtype for t in base.state_dict(keep_vars=True).values() if t.is_floating_point() and id(t) not in adapter}
+    return "mixed" if len(found) > 1 else str(*found).removeprefix("torch.")
 
 
 def path_of(name: str) -> str:
@@ -121,7 +134,8 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     an older one of the name is replaced. OSError if it cannot be written.
 
     Of a model with a PEFT adapter the adapter is written, or with merge_lora the full model with the adapter added into its
-    weights (made on the CPU; `model` stays as it is).
+    weights (made on the CPU; `model` stays as it is). A model of several dtypes is written as it is and load_model reads it so, while
+    transformers rounds all of it to the dtype of its first weight.
     """
     from safetensors import SafetensorError
 
@@ -139,6 +153,9 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
                 model = _merged(model)
             with _savable_generation_config(model, part):
                 model.save_pretrained(part)
+            if dtype_of(model) == "mixed":
+                config = part / "config.json"
+                config.write_text(json.dumps({**json.loads(config.read_text()), _MIXED: True}, indent=2) + "\n")
         tokenizer.save_pretrained(part)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
         shutil.rmtree(scratch)
@@ -194,10 +211,14 @@ def _load_config(path: str, what: str) -> Any:
     return config
 
 
-def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None) -> torch.nn.Module:
+def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None, mixed: bool) -> tuple[torch.nn.Module, bool]:
+    """The model, and whether each tensor has the dtype of its file."""
     from transformers import AutoModelForCausalLM
 
-    _load_config(path, what)
+    config = _load_config(path, what)
+    mixed = dtype == "auto" and (mixed or getattr(config, _MIXED, False))
+    if mixed:
+        dtype = "float32"  # holds every value of the others
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _one_line(what):
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
@@ -206,7 +227,38 @@ def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None
         raise ValueError(
             f"{what} lacks {len(missing)} weight(s) of {type(model).__name__}, e.g. {missing[0]}: give a complete checkpoint of a causal LM"
         )
-    return model
+    if mixed:
+        with _one_line(what):
+            _cast_as_in_files(model, _dtypes_in_files(path))
+        for part in ("", *config.sub_configs):
+            of, given = ((getattr(c, part) if part else c) for c in (model.config, config))
+            if of is not None:
+                of.dtype = given.dtype
+    return model, mixed
+
+
+def _dtypes_in_files(path: str) -> dict[str, torch.dtype]:
+    """Of each tensor in the safetensors files of a folder or a model of the hub."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    files = get_checkpoint_shard_files(path, index)[0] if index else [cached_file(path, SAFE_WEIGHTS_NAME)]
+    names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            found |= {name: names.get(file.get_slice(name).get_dtype()) for name in file.keys()}
+    return found
+
+
+def _cast_as_in_files(model: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give each parameter and buffer the dtype of the file's tensor, or of the tensors that it is made of the widest."""
+    for name, tensor, *segments in itertools.chain(named_segments(model), model.named_buffers()):
+        found = [dtypes[key] for key in ({s.name for s in segments[0]} if segments else {name}) if dtypes.get(key)]
+        if found and tensor.is_floating_point():
+            tensor.data = tensor.data.to(functools.reduce(torch.promote_types, found))
 
 
 def _load_tokenizer(name: str, path: str, base_path: str) -> Any:

@@ -42,12 +42,21 @@ def rebuild(run: str | Path, *, model: str | None = None, device: str = "auto", 
     if generation is not None and generation > len(generations):
         raise ValueError(f"{run} has {len(generations)} generations, not {generation}")
     config = config_of(header, run)
-    loaded, tokenizer, _ = load_model(model or config.model, device=pick_device(device), **model_options(config))
-    entries = list(named_segments(loaded))
+    loaded, tokenizer, entries = _load_start(header, model or config.model, device, config)
     optimizer = make_optimizer(entries, config)
     check_start(header, start_of(entries, optimizer), model or config.model)
     fast_forward(optimizer, generations[:generation], on_generation)
     return Rebuilt(config, header, generations, loaded, tokenizer, optimizer)
+
+
+def _load_start(header: dict[str, Any], name: str, device: str, config: TrainConfig) -> tuple[torch.nn.Module, Any, list[tuple]]:
+    """(model, tokenizer, its parameters). Weights of several dtypes in memory, which a run was given, may be in files that do not say so."""
+    for mixed in (False, True):
+        loaded, tokenizer, _ = load_model(name, device=pick_device(device), **model_options(config), mixed=mixed)
+        entries = list(named_segments(loaded))
+        if header["model"].get("dtype") != "mixed" or base_fingerprint(entries) == header["base_fingerprint"]:
+            break
+    return loaded, tokenizer, entries
 
 
 def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
@@ -59,13 +68,17 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
 
 def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str, Any]:
     """What the log's header says of the weights before the first update; `entries`: of all parameters, as named_segments gives them."""
-    every = [entry for entry in entries if entry[1].dtype in DTYPES]
     return {
         "noise_version": es_kernels.noise.VERSION,
-        "base_fingerprint": f"{es_kernels.fingerprint(es_kernels.ParamTable(every)):016x}",  # frozen parameters too
+        "base_fingerprint": base_fingerprint(entries),
         "theta": f"{optimizer.fingerprint('theta'):016x}",
         "live": f"{optimizer.fingerprint('live'):016x}",
     }
+
+
+def base_fingerprint(entries: Sequence[tuple]) -> str:
+    """Of all parameters that the kernels can read, frozen ones too."""
+    return f"{es_kernels.fingerprint(es_kernels.ParamTable(entry for entry in entries if entry[1].dtype in DTYPES)):016x}"
 
 
 def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None:

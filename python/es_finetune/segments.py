@@ -27,7 +27,7 @@ def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
     of the checkpoint's tensor.
     """
     model = unwrap(model)
-    adapter = _adapter_names(model)
+    adapter = adapter_names(model)
     base = model.get_base_model() if is_peft(model) else model
     memory = {_clean(name): p for name, p in base.named_parameters() if id(p) not in adapter}
     names = {id(p): name for name, p in memory.items()}
@@ -68,7 +68,7 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "base_layer", "original_module"))
 
 
-def _adapter_names(model: torch.nn.Module) -> dict[int, str]:
+def adapter_names(model: torch.nn.Module) -> dict[int, str]:
     """id(parameter) -> key in adapter_model.safetensors, of the active adapter; empty without PEFT."""
     inside = not is_peft(model) and getattr(model, "_hf_peft_config_loaded", False)  # an adapter that transformers loaded
     if not (is_peft(model) or inside):

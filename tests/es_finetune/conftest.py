@@ -75,8 +75,8 @@ def tiny_llama():
 def build_model():
     """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
 
-    Kinds: llama; qwen2 (tied embeddings, biases); mixtral and qwen3_moe (experts fused in memory); lora (llama with a PEFT
-    adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the embedded model's tokenizer.
+    Kinds: llama; qwen2 (tied embeddings, biases); mixed (gemma in bfloat16 with norms in float32); mixtral and qwen3_moe (experts fused
+    in memory); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the embedded model's tokenizer.
     """
 
     def build(kind, **config):
@@ -93,8 +93,15 @@ def build_model():
                     if "lora_B" in name:
                         parameter.normal_(0, 0.1)
             return model.eval()
+        if kind == "mixed":
+            model = build("gemma", **config).bfloat16()
+            for name, module in model.named_modules():
+                if name.endswith("norm"):
+                    module.float()
+            return model
         family, options = {
             "llama": ("Llama", {}),
+            "gemma": ("Gemma", {"head_dim": 8}),
             "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
             "mixtral": ("Mixtral", {"num_local_experts": 4}),
             "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}),

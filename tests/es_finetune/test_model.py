@@ -2,6 +2,7 @@
 adapter has the same first values everywhere; what save_model writes, from_pretrained reads, with the same bits and the same text,
 and the folder is at no time half of it."""
 
+import functools
 import json
 import math
 import re
@@ -79,6 +80,32 @@ def test_saved_and_loaded_again(save_tiny, tmp_path, kind):
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "model", dtype="auto")
     assert text(plain.eval(), transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "model")) == text(model, tokenizer)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_several_dtypes_are_loaded_as_they_were_saved(build_model, tmp_path, monkeypatch, sharded):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = build_model("mixed")
+    if sharded:
+        monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="5KB"))
+    save_model(model, tokenizer, tmp_path / "model")
+    assert sharded == (len(list((tmp_path / "model").glob("*.safetensors"))) > 1)
+    again, its_tokenizer, identity = load_model(tmp_path / "model", device="cpu")
+    assert identity["dtype"] == "mixed" and {p.dtype for p in again.parameters()} == {torch.float32, torch.bfloat16}
+    assert fingerprint(again) == fingerprint(model) and again.config.dtype == torch.bfloat16
+    assert text(again, its_tokenizer) == text(model, tokenizer)
+    save_model(again, tokenizer, tmp_path / "again")
+    assert fingerprint(load_model(tmp_path / "again", device="cpu")[0]) == fingerprint(model)
+    uniform, _, identity = load_model(tmp_path / "model", device="cpu", dtype="bfloat16")
+    assert identity["dtype"] == "bfloat16" == str(uniform.dtype).removeprefix("torch.")
+
+
+def test_experts_of_several_dtypes_too(save_tiny, build_model, tmp_path):
+    model = build_model("mixtral").bfloat16()
+    model.model.layers[1].mlp.experts.float()
+    save_tiny(tmp_path / "base", "mixtral")
+    save_model(model, transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL), tmp_path / "model")
+    assert fingerprint(load_model(tmp_path / "model", device="cpu")[0]) == fingerprint(model)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.cli import main
+from es_finetune.model import EMBEDDED_MODEL, load_model, save_model
 from es_finetune.replay import rebuild
 from es_finetune.runlog import SealedLines, read_log
+from es_finetune.segments import named_segments
 from es_finetune.tasks import Item, Score
 
 CONFIGS = {
@@ -114,6 +116,29 @@ def test_export_writes_what_the_run_wrote(run, tmp_path, capsys):
     texts = [m.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist() for m in (model, rebuilt.model)]
     if "lora" not in str(run):  # merging rounds
         assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("save", ["save_model", "save_pretrained"])
+def test_weights_of_several_dtypes(build_model, tmp_path, save):
+    """Of a model given in memory: the run's own model and its base, whoever saved that, are read as they were."""
+    model, tokenizer = build_model("mixed"), AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    if save == "save_model":
+        save_model(model, tokenizer, tmp_path / "base")
+    else:
+        model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+    options = {"sigma": 0.05, "lr": 0.05, "generations": 2, "population": 4, "prompts": 0, "report_to": ["none"]}
+    config = TrainConfig(output=str(tmp_path / "run"), model=str(tmp_path / "base"), task="letters", **options)
+    Trainer(config, model=model, tokenizer=tokenizer, task=Letters()).train()
+    header, generations = read_log(tmp_path / "run" / "run.log")
+    assert header["model"]["dtype"] == "mixed"
+    rebuilt = rebuild(tmp_path / "run")
+    assert (rebuilt.optimizer.fingerprint("theta"), rebuilt.optimizer.fingerprint("live")) == (generations[-1].theta, generations[-1].live)
+    for written in (tmp_path / "run" / "model", tmp_path / "exported"):
+        if written.name == "exported":
+            assert main(["export", str(tmp_path / "run"), "--output", str(written)]) == 0
+        tuned = load_model(written, device="cpu")[0]
+        assert es_kernels.fingerprint(es_kernels.ParamTable(named_segments(tuned))) == generations[-1].live
 
 
 def test_the_command_proves_it(run, capsys):
