@@ -202,8 +202,9 @@ def test_drift_counts_each_weight_once(base):
     optimizer = make(("large", large), ("few", few), base=base, lr=0.0)
     health = Health(optimizer, samples=100)
     with torch.no_grad():
-        optimizer.tables[0].theta.tensors[0].add_(1.0)
-        optimizer.tables[0].theta.tensors[1].add_(3.0)
+        large.add_(1.0)
+        few.add_(3.0)
+    optimizer.adopt_live()
     found = generation(optimizer, health)
     drift = math.sqrt((10_000 * 1 + 100 * 9) / 10_100)
     # base=None: adding and taking out the noise of four members rounds in f32
