@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import backends, noise
-from .table import Layout, ParamTable, check_tensor, named_tensors
+from .table import Layout, ParamTable, check_tensor, named_tensors, shared_memory
 
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 
@@ -63,8 +63,8 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
         a function of these three integers alone, the same to the bit on every device and backend.
     seeds: int or sequence of N ints of 64 bits, or an int64 tensor [N] (bit pattern) on the CPU or on the device.
     coefs: float or sequence of N floats, or a float32 tensor [N]. Python numbers are cast to float32 and must be finite.
-    base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes); None: `out` itself.
-        No seeds and a base restore: add_noise_(live, [], [], master).
+    base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes), in memory of its own: p.clone(),
+        for p.float() of a float32 p is p itself. None: `out` itself. No seeds and a base restore: add_noise_(live, [], [], master).
     decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0, no decay no anchor. anchor is in out's form.
     rounding: "nearest" (even) or "stochastic" (unbiased), which needs `rounding_seed`, fresh for every call: int, or int64 tensor [] or [1].
 
@@ -110,6 +110,12 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
         for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
             if t is not None and t.is_meta:
                 raise ValueError(f"{what} are on the meta device")
+    else:
+        # A graph writes a copy of out and would hide it; without addresses only the same tensor can be seen.
+        for what, given in (("base", base), ("anchor", anchor)):
+            for n, t, source in zip(names, tensors, given):
+                if source is t:
+                    raise ValueError(shared_memory(what, n, n))
     if torch.is_grad_enabled():
         for n, t in zip(names, tensors):
             if t.requires_grad:

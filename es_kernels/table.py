@@ -161,16 +161,14 @@ class Pack:
         ranges = []
         for what in ["out"] + ["base"] * has_base + ["anchor"] * has_anchor:
             for i, r in enumerate(s):
-                if what != "out" and (r[what], r[f"{what}_stride"], r[f"{what}_dtype"]) == (r["out"], r["out_stride"], r["out_dtype"]):
-                    continue  # in place
                 size = _SIZES[r[f"{what}_dtype"]]
                 if r[what]:
-                    ranges.append((what != "out", int(r[what]), int(r["rows"]), int(r["cols"]) * size, int(r[f"{what}_stride"]) * size, (what, i)))
+                    ranges.append((0, int(r[what]), int(r["rows"]), int(r["cols"]) * size, int(r[f"{what}_stride"]) * size, (what, i)))
         # Reading the same memory twice is fine: only ranges that are written, or written and read, must not meet.
-        clash = _find_overlap([(0, *r[1:]) for r in ranges], may_meet=lambda a, b: a[0] != "out" and b[0] != "out")
+        clash = _find_overlap(ranges, may_meet=lambda a, b: a[0] != "out" and b[0] != "out")
         if clash:
-            (what_a, a), (what_b, b) = clash
-            raise ValueError(f"{self.owners[a]!r} ({what_a}) and {self.owners[b]!r} ({what_b}) overlap in memory: pass tensors that do not")
+            (a, name_a), (b, name_b) = sorted(((what, self.owners[i]) for what, i in clash), key=lambda c: c[0] == "out")
+            raise ValueError(f"{name_a!r} and {name_b!r} overlap in memory: pass tensors that do not" if a == "out" else shared_memory(a, name_a, name_b))
 
 
 class ParamTable:
@@ -238,6 +236,13 @@ def check_tensor(name, what, t):
         raise ValueError(f"{label} is on the meta device and has no memory: materialise it first")
     if t.is_neg():
         raise ValueError(f"{label} is a lazily negated view: call .resolve_neg() first")
+
+
+def shared_memory(what, name, of_out):
+    """The words for a base or anchor that lies in memory which the call writes."""
+    whose = "out" if name == of_out else f"out's {of_out!r}"
+    in_place = ", or leave base out to add in place" if what == "base" else ""
+    return f"{name!r}: {what} shares memory with {whose}: pass a copy, p.clone(){in_place} (p.float() of a float32 p is p itself)"
 
 
 def _is_pinned(t):

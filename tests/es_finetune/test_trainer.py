@@ -478,12 +478,13 @@ def test_without_flags_the_papers_run_is_meant():
     assert config.output == "runs/countdown-model"
 
 
-def test_the_readmes_example_runs_as_it_stands(tmp_path, save_tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_the_readmes_example_runs_as_it_stands(tmp_path, save_tiny, monkeypatch, capsys, dtype):
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer(" in block)
     assert len(example.splitlines()) < 20
     model = save_tiny(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", model).replace("generations=50", "generations=2, population=4")
+    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", model).replace("generations=50", f"generations=2, population=4, dtype={dtype!r}")
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     assert "->" in capsys.readouterr().out and (tmp_path / "runs" / "short" / "summary.json").exists()

@@ -126,9 +126,22 @@ def test_base_and_anchor_must_match_out(refused, good, what):
     refused(ValueError, f"{what}.*'x' is not in out", lambda: call({GOOD: good.clone(), BAD: bad.clone(), "x": bad.clone()}), good, bad)
     refused(TypeError, f"{what}.*form of out", lambda: call(bad.clone()), good, bad)
     refused(TypeError, f"{what}.*form of out", lambda: add_noise_(bad, 1, 1.0, name=BAD, decay=0.1, **{what: {BAD: bad.clone()}}), bad)
-    refused(ValueError, f"'{BAD}'.*overlap in memory", lambda: add_noise_(good[:30], 1, 1.0, name=BAD, decay=0.1, **{what: good[1:31]}), good)
+    refused(ValueError, f"'{BAD}': {what} shares memory", lambda: add_noise_(good[:30], 1, 1.0, name=BAD, decay=0.1, **{what: good[1:31]}), good)
     meta = torch.empty(8, device="meta")
     refused(ValueError, f"'{BAD}'.*{what}.*meta", lambda: call({GOOD: good.clone(), BAD: meta}), good, bad)
+
+
+@pytest.mark.parametrize("what", ("base", "anchor"))
+@pytest.mark.parametrize("form", (dict, list, ParamTable))
+def test_base_or_anchor_in_the_memory_of_out(refused, good, form, what):
+    """`{n: p.float() ...}` of float32 weights holds the weights themselves: a restore from them would do nothing."""
+    live = {GOOD: good.bfloat16(), BAD: torch.zeros(8)}
+    master = {n: p.float() for n, p in live.items()}
+    call = lambda seeds, coefs: add_noise_(form(live.items()), seeds, coefs, **{what: form(master.items())}, decay=0.1)  # noqa: E731
+    words = f"'{BAD}': {what} shares memory with out: pass a copy, p.clone\\(\\)" + ", or leave base out to add in place" * (what == "base")
+    refused(ValueError, words, lambda: call(1, 1.0), *live.values())
+    refused(ValueError, words, lambda: call([], []), *live.values())
+    refused(ValueError, f"'{GOOD}': {what} shares memory", lambda: add_noise_(good, 1, 1.0, name=GOOD, decay=0.1, **{what: good}), good)
 
 
 def test_explicit_segments_need_equal_strides(refused):

@@ -91,10 +91,10 @@ def test_compile_stream_base_decay_anchor(bits):
 
 @pytest.mark.parametrize("form", (dict, lambda pairs: list(pairs), lambda pairs: dict(pairs).items()), ids=("dict", "list", "items"))
 def test_compile_named_tensors(bits, form):
-    def function(a, b, c):
-        add_noise_(form([("a", a), ("b", b)]), SEEDS, [0.1, -0.2], {"a": c, "b": b}, **STOCHASTIC)
+    def function(a, b, c, d):
+        add_noise_(form([("a", a), ("b", b)]), SEEDS, [0.1, -0.2], {"a": c, "b": d}, **STOCHASTIC)
 
-    check(bits, function, torch.randn(100), torch.randn(7, 9).bfloat16(), torch.randn(100))
+    check(bits, function, torch.randn(100), torch.randn(7, 9).bfloat16(), torch.randn(100), torch.randn(7, 9))
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
@@ -133,6 +133,13 @@ def test_compile_tensor_seeds_coefs_and_rounding_seed_without_recompilation(bits
         run(graph, *arguments)
         assert torch.equal(bits(plain), bits(graph))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("what", ("base", "anchor"))
+def test_compile_refuses_out_as_base_or_anchor(what):
+    """A graph writes a copy of out, in which nothing is shared any more."""
+    with pytest.raises(Exception, match=f"'w': {what} shares memory with out"):
+        compiled(lambda t: add_noise_({"w": t}, 1, 1.0, decay=0.1, **{what: {"w": t}}))(torch.randn(8))
 
 
 def test_compile_intermediate_value(bits):
