@@ -297,7 +297,10 @@ def _peft():
 
 def _add_lora(base: torch.nn.Module, rank: int) -> torch.nn.Module:
     peft = _peft()
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    # Llama 4's and PhiMoE's routers are linear layers that return a tuple, which PEFT cannot wrap.
+    routers = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")]
+    options = {"target_modules": "all-linear", "exclude_modules": routers or None}
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
     with _one_line(f"LoRA adapter of {type(base).__name__}"), torch.random.fork_rng(devices=[]):
         model = peft.get_peft_model(base, config)
     # Instead of PEFT's own draw for A, which depends on the device and on torch's version: the kernels' noise, with the same

@@ -17,5 +17,7 @@ def make_task(config: Setup) -> Task:
 
 
 def make_engine(config: Setup, task: Task, model, tokenizer, **sampling) -> HFEngine:
-    """The engine over a loaded model; `sampling`: HFEngine's temperature and seed, greedy if left out."""
-    return HFEngine(model, tokenizer, config.max_new_tokens or task.max_new_tokens, config.batch_size, decoding=config.decoding, **sampling)
+    """The engine over a loaded model, proven to generate; `sampling`: HFEngine's temperature and seed, greedy if left out."""
+    engine = HFEngine(model, tokenizer, config.max_new_tokens or task.max_new_tokens, config.batch_size, decoding=config.decoding, **sampling)
+    engine.prove()
+    return engine

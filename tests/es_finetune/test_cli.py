@@ -7,10 +7,12 @@ the paper's experiments. A run that breaks off says how to go on, with exit code
 import json
 
 import pytest
+import transformers
 
 from es_finetune.cli import CONFIGS, _flags_of, _parse, _read_yaml, main
 from es_finetune.config import TrainConfig
 from es_finetune.files import read_rows
+from es_finetune.model import EMBEDDED_MODEL
 from es_finetune.runlog import read_log
 
 SMALL = ["--generations", "2", "--population", "4", "--prompts", "16", "--eval_items", "32", "--report_to", "none"]
@@ -131,6 +133,20 @@ def test_a_model_without_pad_token_says_what_to_do(tmp_path, save_tiny, capsys):
     assert train(tmp_path / "run", "--model", model, "--task", "countdown-char") == 2
     assert "has no pad token" in (error := capsys.readouterr().err) and "--pad_token" in error and error.count("\n") == 1
     assert train(tmp_path / "run", "--model", model, "--task", "countdown-char", "--pad_token", pad) == 0
+
+
+def test_a_decoding_that_the_model_cannot_do_leaves_an_older_run_as_it_was(tmp_path, capfd):
+    config = transformers.GPTNeoXConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, eos_token_id=2)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "model")
+    assert train(tmp_path / "run", "--no_save_model") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    flags = ["--model", str(tmp_path / "model"), "--task", "countdown-char", "--decoding", "continuous", "--overwrite"]
+    assert train(tmp_path / "run", *flags) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "models of type gpt_neox" in lines[0] and lines[0].endswith("use --decoding dynamic"), lines
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 REWARD = """

@@ -6,6 +6,7 @@
 - An answer's ids end with its first end token; text leaves special tokens out.
 - Prompts are text as it is, or chats as the tokenizer's template writes them, with special tokens once. What cannot be asked is refused
   before any work.
+- A model that cannot generate, or not by the decoding asked for, is refused before any work, in one line; no error and a wrong answer is worse.
 - log_probs are those of the model at temperature 1, whatever the batches.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -248,6 +250,48 @@ def test_options_that_cannot_be_are_refused(model):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
         HFEngine(model, tokenizer, 12, 16)
+
+
+# --- models
+
+
+NEOX = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+MAMBA = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    "family, config, refused",
+    [
+        ("GPTNeoXForCausalLM", NEOX, {"continuous": r"models of type gpt_neox cannot generate with decoding 'continuous' \(.*\)"}),
+        ("XLNetLMHeadModel", XLNET, dict.fromkeys(["continuous", "static"], "models of type xlnet do not support decoding")),
+        ("GPTNeoForCausalLM", NEO, dict.fromkeys(["continuous", "static"], "models of type gpt_neo do not support decoding")),
+        ("MambaForCausalLM", MAMBA, dict.fromkeys(["continuous", "static"], "models of type mamba do not support decoding")),
+        ("LlamaForCausalLM", NEOX, {}),
+    ],
+)
+def test_a_decoding_that_a_model_cannot_do_is_refused_in_one_line(tokenizer, capfd, family, config, refused):
+    kind = getattr(transformers, family)
+    model = kind(kind.config_class(vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config)).eval()
+    engines = {decoding: HFEngine(model, tokenizer, 4, 4, decoding=decoding) for decoding in DECODINGS}
+    capfd.readouterr()
+    for decoding, engine in engines.items():
+        if decoding in refused:
+            with pytest.raises(ValueError, match=refused[decoding] + ".*: use --decoding dynamic$") as raised:
+                engine.prove()
+            assert "\n" not in str(raised.value)
+        else:
+            engine.prove()
+            assert engine.generate(engine.encode(["1", "2+2"])) == engines["dynamic"].generate(engines["dynamic"].encode(["1", "2+2"]))
+            assert engine.options.max_new_tokens == 4
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_generate_at_all_is_refused_in_one_line(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: 1 / 0)
+    with pytest.raises(ValueError, match=r"^models of type llama cannot generate with decoding 'dynamic' \(division by zero\)$"):
+        HFEngine(model, tokenizer, 4, 4).prove()
 
 
 # --- log probabilities

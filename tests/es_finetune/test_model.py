@@ -181,6 +181,21 @@ def test_a_new_adapter_is_all_that_is_trainable(save_tiny, tmp_path):
     assert model.peft_config["default"].lora_alpha == 6
 
 
+def test_a_router_that_returns_a_tuple_is_left_out_of_an_adapter(tmp_path):
+    """Llama 4's is a linear layer to PEFT; wrapped, every forward pass would fail."""
+    config = transformers.Llama4TextConfig(**{**TINY_LLAMA4, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path)
+    model, tokenizer, _ = load_model(tmp_path, device="cpu", lora_rank=2)
+    assert len(text(model, tokenizer)) == 2
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("shared_expert" in name for name in trained) and not any("router" in name for name in trained)
+
+
+TINY_LLAMA4 = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+TINY_LLAMA4 |= {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1], "max_position_embeddings": 64}
+
+
 def test_the_first_values_of_an_adapter(save_tiny, bits, tmp_path):
     """They are the kernels' noise for seed 0, of variance 1 / (3 * inputs), whatever torch's generator holds, which stays as it was."""
     folder = save_tiny(tmp_path)

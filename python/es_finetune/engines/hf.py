@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ import torch
 
 from es_finetune.engines import Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize
+from es_finetune.model import first_line
 
 DECODINGS = ("dynamic", "static", "continuous")
 _CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
@@ -68,6 +71,32 @@ class HFEngine:
             pad_token_id=tokenizer.pad_token_id,
         )
         self._caches: dict[int, tuple] = {}  # rows -> (positions, StaticCache)
+
+    def prove(self) -> None:
+        """Two tokens, as the first member would be asked for them. ValueError, of one line, where the model cannot generate at all or not by this
+        decoding; a run asks before it writes anything."""
+        kind = getattr(self.model.config, "model_type", type(self.model).__name__)
+        remedy = "" if self.decoding == "dynamic" else ": use --decoding dynamic"
+        # What transformers' own flags say first: without them XLNet's and OpenAI-GPT's continuous and GPT-Neo's static answers are wrong, and no error tells.
+        needs = {"continuous": "_supports_attention_backend", "static": "_can_compile_fullgraph"}.get(self.decoding)
+        if needs and not getattr(self.model, needs, True):
+            raise ValueError(f"models of type {kind} do not support decoding {self.decoding!r}{remedy}")
+        token = min(self.eos, default=0)
+        options, self.options = self.options, copy.deepcopy(self.options)
+        # A compiled step for a batch that never comes again would cost half a minute.
+        self.options.update(max_new_tokens=2, disable_compile=True)
+        try:
+            with _silent("ContinuousBatchingLogger"), self._only_our_options(), self._own_random_numbers():
+                if self.decoding == "continuous":
+                    self._in_places([[token]])
+                else:
+                    inputs = torch.full((1, 1), token, device=self.model.device)
+                    self._in_batches([([0], {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})])
+        except Exception as error:
+            raise ValueError(f"models of type {kind} cannot generate with decoding {self.decoding!r} ({first_line(error)}){remedy}") from error
+        finally:
+            self.options = options
+            self._caches.clear()
 
     def encode(self, prompts: Sequence[str | Sequence[dict]]) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
         """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the batch that needs most
@@ -184,7 +213,8 @@ class HFEngine:
             while len(results) < len(names):
                 result = manager.get_result(timeout=1)
                 if result is not None and result.error is not None:
-                    raise RuntimeError(f"continuous batching failed: {result.error}; a smaller batch_size needs less memory")
+                    remedy = "; a smaller batch_size needs less memory" if "memory" in str(result.error) else ""
+                    raise RuntimeError(f"continuous batching failed: {result.error}{remedy}")
                 if result is not None and result.is_finished():
                     results[result.request_id] = result.generated_tokens
                 elif result is None and not manager.is_running():
@@ -219,3 +249,14 @@ class HFEngine:
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             yield
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Within, it says nothing: transformers logs a page for each failure of its loop, which we raise."""
+    found = logging.getLogger(logger)
+    before, found.disabled = found.disabled, True
+    try:
+        yield
+    finally:
+        found.disabled = before
