@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import es_kernels
-from es_finetune.segments import adapter_names, is_peft, named_segments, unwrap
+from es_finetune.segments import adapter_names, base_of, is_peft, named_segments, refuse_prompt_config, unwrap
 from es_kernels.table import DTYPES
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "countdown_char"
@@ -67,7 +67,9 @@ def load_model(
             raise ValueError(f"model {name} is an adapter already: leave out lora_rank, or give the base model")
         peft = _peft()
         with _one_line(f"adapter {name}"):
-            base_path = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
+            peft_config = peft.PeftConfig.from_pretrained(path)
+        refuse_prompt_config(peft_config)
+        base_path = peft_config.base_model_name_or_path
         if not base_path:
             raise ValueError(f"adapter {name} does not say of which model: set base_model_name_or_path in its adapter_config.json")
         base, mixed = _load_base(base_path, f"base model {base_path} of adapter {name}", dtype, attn_implementation, mixed)
@@ -106,8 +108,8 @@ def load_model(
 
 def dtype_of(model: torch.nn.Module) -> str:
     """Of the parameters and buffers that a checkpoint holds; "mixed" where these are several. An adapter, which has a file of its own, aside."""
-    base, adapter = (model.get_base_model() if is_peft(model) else model), adapter_names(model)
-    found = {t.dtype for t in base.state_dict(keep_vars=True).values() if t.is_floating_point() and id(t) not in adapter}
+    adapter = adapter_names(unwrap(model))
+    found = {t.dtype for t in base_of(model).state_dict(keep_vars=True).values() if t.is_floating_point() and id(t) not in adapter}
     return "mixed" if len(found) > 1 else str(*found).removeprefix("torch.")
 
 

@@ -15,6 +15,7 @@ import torch
 import es_kernels
 from es_finetune import shards
 from es_finetune.ranges import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
+from es_finetune.segments import has_plain_memory
 from es_finetune.shaping import SHAPINGS
 from es_finetune.tasks.worker import LARGEST
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
@@ -196,6 +197,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             name, parameter, segments = (*entry, None)[:3]
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
+            if not has_plain_memory(parameter):
+                raise ValueError(f"{name!r} is a {type(parameter).__name__}, whose values are not in its memory as they are: give the unquantised weights")
             clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
             if clash:
                 raise ValueError(f"two different parameters are named {min(clash)!r}; they would get the same noise")

@@ -14,7 +14,7 @@ from es_finetune.config import TrainConfig, model_options
 from es_finetune.model import load_model, pick_device
 from es_finetune.optimizer import EvolutionStrategy, Update
 from es_finetune.runlog import Generation, read_log
-from es_finetune.segments import named_segments
+from es_finetune.segments import has_plain_memory, named_segments
 from es_finetune.snapshot import load_snapshot
 from es_finetune.tuning import make_optimizer
 from es_kernels.table import DTYPES
@@ -77,8 +77,9 @@ def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str
 
 
 def base_fingerprint(entries: Sequence[tuple]) -> str:
-    """Of all parameters that the kernels can read, frozen ones too."""
-    return f"{es_kernels.fingerprint(es_kernels.ParamTable(entry for entry in entries if entry[1].dtype in DTYPES)):016x}"
+    """Of all parameters that the kernels can read, frozen ones too; quantised ones under an adapter they cannot."""
+    read = [entry for entry in entries if entry[1].dtype in DTYPES and has_plain_memory(entry[1])]
+    return f"{es_kernels.fingerprint(es_kernels.ParamTable(read)):016x}"
 
 
 def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from es_kernels import Segment
 
@@ -24,11 +26,11 @@ def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
     weights under an adapter, the name in the base model's checkpoint. A parameter that the checkpoint holds as several
     tensors, as the fused experts of a mixture, or as a part of one, comes with segments and its name in memory. Where the
     checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, with a warning: its noise is not that
-    of the checkpoint's tensor.
+    of the checkpoint's tensor. ValueError for a model that cannot be tuned (refuse_untunable).
     """
-    model = unwrap(model)
+    model, base = unwrap(model), base_of(model)
+    refuse_untunable(model)
     adapter = adapter_names(model)
-    base = model.get_base_model() if is_peft(model) else model
     memory = {_clean(name): p for name, p in base.named_parameters() if id(p) not in adapter}
     names = {id(p): name for name, p in memory.items()}
     found, copied, error = _checkpoint_layout(base, memory)
@@ -54,6 +56,67 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     while list(model._modules) in (["_orig_mod"], ["module"]) and not model._parameters:
         (model,) = model._modules.values()
     return model
+
+
+def base_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, inside of wrappers and PEFT: what computes, and what a checkpoint of the whole model holds."""
+    model = unwrap(model)
+    return unwrap(model.get_base_model()) if is_peft(model) else model
+
+
+def refuse_untunable(model: torch.nn.Module) -> None:
+    """ValueError for quantised weights, unless all that require grad are an adapter's over them (QLoRA), and for prompt learning."""
+    refuse_prompt_learning(model)
+    model, base = unwrap(model), base_of(model)
+    found = _quantised(base)
+    if not found:
+        return
+    adapter = adapter_names(model)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
+    if trainable or not adapter:
+        own = f", of which only such as {trainable[0]} could be tuned" if trainable else ""
+        raise ValueError(
+            f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA adapter over this one, the rest frozen"
+        )
+
+
+def refuse_prompt_learning(model: torch.nn.Module) -> None:
+    """ValueError for an adapter whose virtual tokens are put in by PEFT's wrapper, which answers are not generated through."""
+    model = unwrap(model)
+    for config in model.peft_config.values() if is_peft(model) else ():
+        refuse_prompt_config(config)
+
+
+def refuse_prompt_config(config) -> None:
+    """refuse_prompt_learning of one peft.PeftConfig."""
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual tokens: give one that changes layers, as LoRA"
+        )
+
+
+def _quantised(base: torch.nn.Module) -> str:
+    """Why the weights of the model are no plain numbers, or "". transformers notes it on the model and in its config, and takes both away
+    when it dequantises; others leave weights of another form."""
+    config = getattr(getattr(base, "config", None), "quantization_config", None)
+    if config is not None or getattr(base, "hf_quantizer", None) is not None:
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        return str(getattr(method, "value", None) or method or type(base.hf_quantizer if config is None else config).__name__)
+    for name, p in base.named_parameters():
+        if not has_plain_memory(p):
+            return f"{name} is a {type(p).__name__}"
+        if not p.is_floating_point() or p.element_size() < 2:
+            return f"{name} is {p.dtype}"
+    for name, module in base.named_modules():  # those that keep packed weights elsewhere than in parameters
+        if (hasattr(module, "in_features") or hasattr(module, "num_embeddings")) and next(module.parameters(), None) is None:
+            return f"{name} is a {type(module).__module__}.{type(module).__name__} without parameters"
+    return ""
+
+
+def has_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether its values are where its data_ptr() says, as dtype and shape say: not those of a subclass around other tensors."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before its module is imported, which takes a second
+    return not is_traceable_wrapper_subclass(tensor) or (distributed is not None and isinstance(tensor, distributed.DTensor))
 
 
 def is_peft(model: torch.nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Contract under test: named_segments gives every parameter the names, shapes and indices of the tensors in the files that
 `save_pretrained` writes, whatever wraps, fuses or adapts the model in memory. So one fingerprint serves for the model and the
 files, and noise added in memory is, to the bit, noise added to the files' tensors. What cannot be named so keeps its name in
-memory, and a warning says it."""
+memory, and a warning says it. Weights that are not plain numbers in memory, and prompts that an adapter learns, are refused."""
 
 import sys
 import warnings
@@ -13,6 +13,10 @@ import torch
 import transformers
 
 import es_kernels
+from es_finetune import EvolutionStrategy, TrainConfig, Trainer
+from es_finetune.engines.hf import HFEngine
+from es_finetune.model import EMBEDDED_MODEL, load_model
+from es_finetune.replay import base_fingerprint
 from es_finetune.segments import named_segments
 
 KINDS = ("llama", "qwen2", "mixtral", "qwen3_moe")
@@ -205,3 +209,124 @@ def test_before_version_5_nothing_is_fused(tiny_mixtral, monkeypatch):
 def test_a_plain_module():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     assert list(named_segments(torch.compile(model))) == list(model.named_parameters())
+
+
+# --- what cannot be tuned
+
+
+def noted_in_the_config(model):  # as transformers does for torchao, bitsandbytes, GPTQ and the rest, from files and at loading
+    model.config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def noted_on_the_model(model):
+    model.hf_quantizer = object()
+
+
+def in_another_dtype(model):  # as bitsandbytes
+    for name, p in list(model.named_parameters()):
+        if name.endswith("_proj.weight"):
+            model.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(p.to(torch.int8), requires_grad=False)
+
+
+def in_eight_bit_floats(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def in_a_subclass(model):  # as torchao: a float tensor around others
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(TwoTensor(weight, weight))
+
+
+def in_packed_modules(model):  # torch's own; GPTQ's and AWQ's layers are such too
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+
+
+QUANTISED = [noted_in_the_config, noted_on_the_model, in_another_dtype, in_eight_bit_floats, in_a_subclass, in_packed_modules]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, torch.nn.DataParallel])
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_quantised_weights_are_refused(build_model, quantise, wrap):
+    model = build_model("llama")
+    quantise(model)
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has quantised weights \(.*\), of which only such as .* LoRA adapter"):
+        list(named_segments(wrap(model)))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has quantised weights \([^)]*\): give the unquantised model"):
+        list(named_segments(wrap(model)))
+
+
+@pytest.mark.parametrize("quantise", [noted_in_the_config, noted_on_the_model, in_another_dtype, in_a_subclass])
+def test_an_adapter_over_quantised_weights_is_tuned(build_model, tmp_path, quantise):
+    """QLoRA."""
+    model = build_model("lora")
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    base = model.get_base_model()
+    if quantise is in_another_dtype:
+        for name, p in list(base.named_parameters()):
+            if "base_layer" in name:
+                base.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(p.to(torch.int8), requires_grad=False)
+    else:
+        quantise(base)
+        base.lm_head.weight.requires_grad_(False)
+    entries = list(named_segments(model))
+    assert fingerprint([(name, p) for name, p in entries if p.requires_grad]) == fingerprint(read(tmp_path))
+    assert base_fingerprint(entries)
+    base.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="of which only such as .*norm.weight could be tuned"):
+        list(named_segments(model))
+
+
+def test_what_transformers_has_dequantised_is_tuned(build_model):
+    model = build_model("llama")
+    model.config.quantization_config, model.is_quantized = {"quant_method": "mxfp4"}, True
+    transformers.quantizers.HfQuantizer.remove_quantization_config(None, model)
+    assert list(named_segments(model))
+
+
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+    "cpt": lambda: peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]
+    ),
+}
+
+
+@pytest.fixture(params=PROMPTS)
+def prompt_adapter(request, build_model):
+    return peft.get_peft_model(build_model("llama"), PROMPTS[request.param]())
+
+
+def test_prompt_learning_is_refused_at_every_door(prompt_adapter, save_tiny, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    config = TrainConfig(model="mine", task="countdown-char", output=str(tmp_path / "run"))
+    doors = [
+        lambda: list(named_segments(prompt_adapter)),
+        lambda: HFEngine(torch.nn.DataParallel(prompt_adapter), tokenizer, 4, 4),
+        lambda: Trainer(config, model=prompt_adapter, tokenizer=tokenizer),
+        lambda: load_model(tmp_path / "adapter", device="cpu"),
+    ]
+    prompt_adapter.base_model.save_pretrained(tmp_path / "base")
+    prompt_adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    prompt_adapter.save_pretrained(tmp_path / "adapter")
+    for door in doors:
+        with pytest.raises(ValueError, match="the adapter learns a prompt .* virtual tokens"):
+            door()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_quantised_model_is_refused_by_the_trainer_and_its_tensors_by_the_optimizer(build_model, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = build_model("llama")
+    in_a_subclass(model)
+    with pytest.raises(ValueError, match="has quantised weights"):
+        Trainer(TrainConfig(model="mine", task="countdown-char", output=str(tmp_path / "run")), model=model, tokenizer=tokenizer)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="'lm_head.weight' is a TwoTensor, whose values are not in its memory"):
+        EvolutionStrategy(model.named_parameters())

@@ -13,6 +13,7 @@ import torch
 from es_finetune.engines import Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize
 from es_finetune.model import first_line
+from es_finetune.segments import base_of, refuse_prompt_learning
 
 DECODINGS = ("dynamic", "static", "continuous")
 _CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
@@ -54,8 +55,9 @@ class HFEngine:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and save it")
-        # Without PEFT's wrapper, which adds nothing to generating: its layers sit inside the model, and so do the options to replace.
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        refuse_prompt_learning(model)
+        # Without PEFT's wrapper, which then adds nothing to generating: its layers sit inside the model, and so do the options to replace.
+        self.model = base_of(model)
         model.eval()  # dropout would be noise that no seed explains
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
         self.decoding, self.temperature, self.seed = decoding, temperature, seed

@@ -19,7 +19,7 @@ from es_finetune.model import dtype_of, load_model, pick_device, save_model
 from es_finetune.optimizer import Update, make_update
 from es_finetune.prepare import make_engine, make_task
 from es_finetune.runlog import Generation
-from es_finetune.segments import named_segments
+from es_finetune.segments import base_of, named_segments, refuse_untunable
 from es_finetune.tasks import Item, Task
 from es_finetune.weights import Weights
 from es_kernels.noise import PROMPT_CHOICE, member_seed
@@ -175,11 +175,12 @@ def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
     if model is None:
         model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
     else:
-        identity = {"model": config.model, "class": type(model).__name__, "dtype": dtype_of(model), "in_memory": True}
+        refuse_untunable(model)
+        identity = {"model": config.model, "class": type(base_of(model)).__name__, "dtype": dtype_of(model), "in_memory": True}
     engine = make_engine(config, task, model, tokenizer)
     weights = Weights(list(named_segments(model)), config)
     parameters = sum(p.numel() for p in model.parameters())
-    backend = es_kernels.active_backend(model.device)
+    backend = es_kernels.active_backend(base_of(model).device)
     return Replica(weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model)
 
 
