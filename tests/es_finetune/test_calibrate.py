@@ -172,7 +172,7 @@ def test_what_is_measured():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"sigmas": [0.0]}, "sigmas must be positive numbers, not 0.0"),
+        ({"sigmas": [0.0]}, "each of sigmas must be a positive number, not 0.0"),
         ({"sigmas": [0.1, math.nan]}, "not nan"),
         ({"members": 3}, "members must be at least 4"),
         ({"members": 5}, "must be even, not 5"),
