@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from es_finetune.door import FINETUNE, did_you_mean, require
+
 _NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
 CONFIGS = Path(__file__).parent / "configs"
@@ -41,10 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
-    if not arguments or arguments[0] not in commands:
-        print(f"error: {'no command given' if not arguments else f'unknown command {arguments[0]!r}'}\n{USAGE}", file=sys.stderr)
+    if not arguments:
+        print(f"error: no command given\n{USAGE}", file=sys.stderr)
         return 2
     try:
+        if arguments[0] not in commands:
+            raise ValueError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], commands) or '; the commands are ' + ', '.join(commands)}")
+        require(f"es-finetune {arguments[0]}", "finetune", *FINETUNE)
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -138,7 +143,7 @@ def _calibrate(arguments: list[str]) -> None:
 def _replay(arguments: list[str]) -> None:
     from es_finetune.config import ReplayConfig
 
-    config = _parse(ReplayConfig, _run_first(arguments), "replay")
+    config = _parse(ReplayConfig, _run_first(arguments, "replay"), "replay")
     rebuilt = _rebuild(config)
     optimizer = rebuilt.optimizer
     print(
@@ -152,7 +157,7 @@ def _export(arguments: list[str]) -> None:
     from es_finetune.model import save_model
     from es_finetune.runlog import read_log
 
-    config = _parse(ExportConfig, _run_first(arguments), "export")
+    config = _parse(ExportConfig, _run_first(arguments, "export"), "export")
     output = Path(config.output or Path(config.run) / "model")
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it")
@@ -185,7 +190,7 @@ def _report(arguments: list[str]) -> None:
     from es_finetune.config import ReportConfig
     from es_finetune.report import report
 
-    print(report(Path(_parse(ReportConfig, _run_first(arguments), "report").run)))
+    print(report(Path(_parse(ReportConfig, _run_first(arguments, "report"), "report").run)))
 
 
 # --- flags --------------------------------------------------------------------------------------------------------------
@@ -195,10 +200,17 @@ def _parse(kind: type, arguments: list[str], command: str) -> Any:
     from transformers import HfArgumentParser
 
     _hide_bars()
-    first = {"train": " [FILE.yaml]", "calibrate": " [FILE.yaml]", "replay": " RUN", "export": " RUN", "report": " RUN"}.get(command, "")
+    first = {"train": " [FILE.yaml]", "calibrate": " [FILE.yaml]", "eval": " [--run RUN]", "replay": " RUN", "export": " RUN", "report": " RUN"}.get(command, "")
     usage = f"es-finetune {command}{first} [flags]"
     parser = HfArgumentParser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
     parser.error = _refuse  # instead of the usage of fifty flags
+    _, unknown = parser.parse_known_args(arguments)  # looked at before the config, which might miss what was misspelt
+    if unknown:
+        word = unknown[0]
+        if not word.startswith("-"):
+            raise ValueError(f"{word!r} belongs to no flag; usage: {usage}")
+        near = did_you_mean(word.lstrip("-").partition("=")[0], kind.__dataclass_fields__, prefix="--")
+        raise ValueError(f"unknown flag {word}{near or f'; es-finetune {command} --help lists them'}")
     (config,) = parser.parse_args_into_dataclasses(arguments)
     return config
 
@@ -226,8 +238,12 @@ def _refuse(message: str) -> None:
     raise ValueError(message)
 
 
-def _run_first(arguments: list[str]) -> list[str]:
-    return ["--run", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+def _run_first(arguments: list[str], command: str) -> list[str]:
+    if arguments and not arguments[0].startswith("-"):
+        return ["--run", *arguments]
+    if not {"-h", "--help"} & {*arguments} and _flag(arguments, "run") is None:
+        raise ValueError(f"{command} needs the folder of a run: es-finetune {command} RUN")
+    return arguments
 
 
 def _flag(arguments: list[str], name: str, default: str | None = None) -> str | None:
@@ -242,7 +258,7 @@ def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
     flags = []
     for name, value in values.items():
         if name not in kind.__dataclass_fields__:
-            raise ValueError(f"unknown option {name!r}; --help lists them")
+            raise ValueError(f"unknown option {name!r}{did_you_mean(name, kind.__dataclass_fields__) or '; --help lists them'}")
         if value in (None, []):
             value = _NOTHING.get(name)
         if value is not None:
@@ -254,12 +270,18 @@ def _read_yaml(name: str) -> dict[str, Any]:
     """The options in a YAML file, or in one that comes with the package."""
     import yaml
 
+    from es_finetune.tasks import NAMES
+
     path = Path(name)
     if not path.exists():
         path = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
     if not path.exists():
-        ready = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-        raise ValueError(f"there is no file {name}, and no ready config of that name; ready are {ready}")
+        ready = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+        flag = f"--task {name}" if name in NAMES else f"--{name}" if "=" in name else ""
+        meant = f": did you mean {flag}?" if flag else did_you_mean(name, ready) or f"; ready are {', '.join(ready)}"
+        raise ValueError(f"there is no file {name}, and no ready config of that name{meant}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a file with options was expected; a run is continued with --resume --output {path}")
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

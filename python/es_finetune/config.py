@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from es_finetune.door import did_you_mean
 from es_finetune.engines.hf import DECODINGS
 from es_finetune.model import WEIGHT_DTYPES
 from es_finetune.optimizer import EvolutionStrategy
 from es_finetune.ranges import COUNT, f32_positive, finite, seed64, whole
+from es_finetune.tasks import NAMES
 
 # What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87
 # points of exact plain answers and 0.02 costs 14; threads=1 because a model this small gains nothing from a second one, and
@@ -94,7 +96,8 @@ class Setup(ModelConfig, TaskConfig):
                 raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
         if self.model is None:
             if self.task != "countdown-char":
-                raise ValueError(f"task {self.task!r} needs a model: give --model with a folder or hub name")
+                meant = did_you_mean(self.task, NAMES) if self.task not in NAMES else ""
+                raise ValueError(f"task {self.task!r} needs a model{meant or ': give --model with a folder or hub name'}")
             self.model = "embedded"
         for name, value in (DEMO if self.model == "embedded" else PAPER).items():
             if getattr(self, name, value) is None and (name, self.task) != ("prompts", "custom"):  # whose number depends on its data
@@ -168,6 +171,8 @@ class TrainConfig(Setup):
         one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
         if not 0 < self.final_scale <= 1:
             raise ValueError(f"final_scale must be in (0, 1], not {self.final_scale}")
+        if not self.lr:
+            raise ValueError("lr must be a positive number, not 0: with it no generation would change the weights")
         own_sigmas(self)
         # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
         EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import es_kernels
+from es_finetune.door import did_you_mean, require
 from es_finetune.segments import adapter_names, base_of, is_peft, named_segments, refuse_prompt_config, unwrap
 from es_kernels.table import DTYPES
 
@@ -114,7 +115,14 @@ def dtype_of(model: torch.nn.Module) -> str:
 
 
 def path_of(name: str) -> str:
-    """Where a model of this name is, for transformers and engines: the embedded one is a folder of the package."""
+    """Where a model of this name is, for transformers and engines: the embedded one is a folder of the package. ValueError for what can only be a
+    path, and is no folder."""
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"model {name} is a file: give its folder")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not path.is_dir():
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        raise ValueError(f"the model's folder {name} does not exist{did_you_mean(path.name, beside)}")
     return str(EMBEDDED_MODEL) if name == "embedded" else name
 
 
@@ -290,10 +298,9 @@ def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: torc
 
 
 def _peft():
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("adapters need the package peft: pip install 'es-kernels[lora]'") from None
+    require("an adapter", "lora", "peft")
+    import peft
+
     return peft
 
 

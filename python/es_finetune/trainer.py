@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import es_kernels
+from es_finetune import door
 from es_finetune.config import TrainConfig, asked
 from es_finetune.files import append_row, generation_rows, write_atomically
 from es_finetune.folder import CURVES, claim, inherit, is_ours, remove
@@ -59,6 +60,7 @@ class Trainer:
             config = ranks.placed(config)
         self.config = config = copy.copy(config)
         self.folder = Path(config.output)
+        door.require("a run", "finetune", *door.FINETUNE)
         inherit(config)
         open_prompts = config.prompts is None
         claim(self.folder, config)

@@ -5,10 +5,12 @@ the paper's experiments. A run that breaks off says how to go on, with exit code
 """
 
 import json
+import sys
 
 import pytest
 import transformers
 
+import es_finetune
 from es_finetune.cli import CONFIGS, _flags_of, _parse, _read_yaml, main
 from es_finetune.config import TrainConfig
 from es_finetune.files import read_rows
@@ -30,6 +32,7 @@ def train(output, *flags):
         (["--sigma", "nan"], "sigma must be"),
         (["--sigma", "much"], "invalid float value: 'much'"),
         (["--lr", "-1"], "lr must be"),
+        (["--lr", "0"], "lr must be a positive number, not 0"),
         (["--population", "1"], "population must be"),
         (["--population", "5", "--antithetic"], "even"),
         (["--generations", "0"], "generations must be"),
@@ -57,7 +60,19 @@ def train(output, *flags):
         (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
         (["--resume"], "cannot be read"),
         (["--resume", "--overwrite"], "cannot be read|give one of them"),
-        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--no_such_flag", "1"], "unknown flag --no_such_flag; es-finetune train --help lists them"),
+        (["--sgima", "1"], "unknown flag --sgima: did you mean --sigma?"),
+        (["-sigma", "1"], "unknown flag -sigma: did you mean --sigma?"),
+        (["--batchsize=3"], "unknown flag --batchsize=3: did you mean --batch_size?"),
+        (["--pop", "1"], "unknown flag --pop: did you mean --population?"),
+        (["--modle", "X", "--task", "countdown"], "unknown flag --modle: did you mean --model?"),
+        (["--sigma", "1", "2"], "'2' belongs to no flag; usage: es-finetune train [FILE.yaml] [flags]"),
+        (["--model", "embedded", "--task", "countdwn"], "unknown task 'countdwn': did you mean countdown?"),
+        (["--model", "embedded", "--task", "reasoning_gym:x"], "unknown task 'reasoning_gym:x': did you mean reasoning-gym:<name>?"),
+        (["--task", "countdown_char"], "task 'countdown_char' needs a model: did you mean countdown-char?"),
+        (["--model", "./nope", "--task", "countdown"], "the model's folder ./nope does not exist"),
+        (["--model", __file__, "--task", "countdown"], "test_cli.py is a file: give its folder"),
+        (["--model", f"{CONFIGS.parent}/modles", "--task", "countdown"], "/modles does not exist: did you mean models?"),
         (["--pad_token", "<nosuch>"], "<nosuch>"),
         (["--lora_rank", "-1"], "lora_rank"),
         (["--seed", str(2**64)], "seed must be a whole number of 64 bits"),
@@ -180,8 +195,68 @@ def test_commands(capsys):
     for command in ("train", "eval", "calibrate", "replay", "export", "report"):
         assert command in out
         assert command == "train" or main([command, "--no_such_flag"]) == 2
-    assert main([]) == 2 and main(["fly"]) == 2
-    assert "unknown command 'fly'" in capsys.readouterr().err
+    assert main([]) == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["fly"], "unknown command 'fly'; the commands are train, eval, calibrate, replay, export, report"),
+        (["trian"], "unknown command 'trian': did you mean train?"),
+        (["Train"], "unknown command 'Train': did you mean train?"),
+        (["replay"], "replay needs the folder of a run: es-finetune replay RUN"),
+        (["export", "--overwrite"], "export needs the folder of a run: es-finetune export RUN"),
+        (["report", "a", "b"], "'b' belongs to no flag; usage: es-finetune report RUN [flags]"),
+        (["eval", "RUN"], "'RUN' belongs to no flag; usage: es-finetune eval [--run RUN] [flags]"),
+        (["calibrate", "--sigma", "1"], "unknown flag --sigma: did you mean --sigmas?"),
+        (["train", "countdown-qwen2.5-1.5"], "no ready config of that name: did you mean countdown-qwen2.5-1.5b?"),
+        (["train", "countdown"], "no ready config of that name: did you mean --task countdown?"),
+        (["train", "sigma=0.1"], "no ready config of that name: did you mean --sigma=0.1?"),
+        (["train", "."], ". is a folder, and a file with options was expected; a run is continued with --resume --output ."),
+    ],
+    ids=" ".join,
+)
+def test_a_misspelt_command_line_is_one_line_with_what_was_meant(capsys, arguments, words):
+    assert main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.startswith("error: ") and error.endswith(f"{words}\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "hidden, arguments, words",
+    [
+        (["transformers", "matplotlib"], ["report", "RUN"], "es-finetune report needs the packages transformers, matplotlib: pip install 'es-kernels[finetune]'"),
+        (["rich"], ["train"], "es-finetune train needs the package rich: pip install 'es-kernels[finetune]'"),
+        (["peft"], ["train", "--lora_rank", "2"], "an adapter needs the package peft: pip install 'es-kernels[lora]'"),
+        (["datasets"], ["train", "--task", "math", "--model", "m"], "the task 'math' needs the package datasets: pip install 'es-kernels[tasks]'"),
+        (["ray"], ["train", "--workers", "ray"], "workers 'ray' needs the package ray: pip install 'es-kernels[ray]'"),
+        (["vllm"], ["train", "--engine", "vllm"], "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md"),
+        (["tensorboard"], ["train"], "report_to names tensorboard, which is not installed: pip install tensorboard, or take it out"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, capsys, monkeypatch, hidden, arguments, words):
+    for name in hidden:
+        monkeypatch.setitem(sys.modules, name, None)
+    if "tensorboard" in hidden:
+        monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert main([*arguments, *(["--output", str(tmp_path / "run")] if arguments[0] == "train" else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"{words}\n") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)  # which only the end of a run needs
+        with pytest.raises(ValueError, match=r"a run needs the package matplotlib: pip install 'es-kernels\[finetune\]'"):
+            es_finetune.Trainer(TrainConfig(output=str(tmp_path / "run")))
+    for name in ("es_finetune.trainer", "es_finetune.progress"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ImportError, match=r"rich.*: pip install 'es-kernels\[finetune\]'"):
+        es_finetune.Trainer
 
 
 def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):
@@ -199,14 +274,14 @@ def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tm
     (tmp_path / "nothing.yaml").write_text("base: null\nreport_to: []\nresume: false\nlr:\n")
     config = _parse(TrainConfig, _flags_of(_read_yaml(str(tmp_path / "nothing.yaml")), TrainConfig), "train")
     assert (config.base, config.report_to, config.resume, config.lr) == ("none", ["none"], False, 0.01)
-    with pytest.raises(ValueError, match="unknown option 'sigmma'"):
+    with pytest.raises(ValueError, match=r"unknown option 'sigmma': did you mean sigma\?"):
         _flags_of(_read_yaml(str(tmp_path / "bad.yaml")), TrainConfig)
     for content, words in (("- 1\n", "holds no options"), ("a: [", "is no YAML")):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ValueError, match=words):
             _read_yaml(str(tmp_path / "bad.yaml"))
     with pytest.raises(ValueError, match="ready are .*countdown-qwen2.5-1.5b"):
-        _read_yaml("countdown-qwen9")
+        _read_yaml("nothing")
 
 
 PAPER = {
@@ -288,7 +363,7 @@ def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatc
 
 
 def test_help_of_a_command_says_how_it_is_called(capsys):
-    for command, usage in (("train", "train [FILE.yaml] [flags]"), ("replay", "replay RUN [flags]"), ("eval", "eval [flags]")):
+    for command, usage in (("train", "train [FILE.yaml] [flags]"), ("replay", "replay RUN [flags]"), ("eval", "eval [--run RUN] [flags]")):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         out = capsys.readouterr().out

@@ -266,7 +266,7 @@ def test_a_merged_mixture_keeps_its_checkpoint_names(save_tiny, tmp_path):
 
 
 def test_refuses_what_is_not_there(tmp_path):
-    refused("model .*nowhere could not be loaded", tmp_path / "nowhere")
+    refused("the model.s folder .*nowhere does not exist", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused("model .*empty could not be loaded", tmp_path / "empty")
     refused("dtype must be one of auto, float32, bfloat16, float16, not 'int8'", "embedded", dtype="int8")

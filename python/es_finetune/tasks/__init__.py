@@ -6,11 +6,12 @@ evolution strategies, and no method ever evaluates model text as code in this pr
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from es_finetune.door import did_you_mean
 
 
 class Item(NamedTuple):
@@ -120,7 +121,7 @@ def load_task(
 
         task = Custom(data, reward, test_data, time_limit, test_share)
     else:
-        raise ValueError(f"unknown task {name!r}; choose one of: {', '.join(NAMES)}")
+        raise ValueError(f"unknown task {name!r}{did_you_mean(name.partition(':')[0], NAMES) or '; choose one of: ' + ', '.join(NAMES)}")
     check_disjoint(task)
     return task
 
@@ -131,9 +132,3 @@ def check_disjoint(task: Task) -> None:
     if shared:
         example = str(min(shared, key=str))
         raise ValueError(f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {example[:200]}")
-
-
-def require_package(task: str, module: str) -> None:
-    """ValueError unless a package that only some tasks need is installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"the task {task!r} needs the package {module.replace('_', '-')}: pip install 'es-kernels[tasks]'")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from es_finetune.tasks import Data, Item, Score, require_package
+from es_finetune.door import require
+from es_finetune.tasks import Data, Item, Score
 from es_finetune.tasks.extract import last_boxed
 from es_finetune.tasks.worker import RewardError, RewardProcess
 
@@ -36,7 +37,7 @@ class Mathematics:
     eval_samples = 1
 
     def __init__(self, data: Data | None, test_data: Data | None, seconds: float):
-        require_package(self.name, "math_verify")
+        require(f"the task {self.name!r}", "tasks", "math_verify")
         self.notes: list[str] = []
         self.test = self._items(TEST if test_data is None else test_data, "test", set())
         self.train = self._items(TRAIN if data is None else data, "train", {item.key for item in self.test})
@@ -123,7 +124,7 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
     """Rows, and what to call them in a message."""
     if not isinstance(source, (str, Path)):
         return source, f"the {split} data"
-    require_package("math", "datasets")
+    require("the task 'math'", "tasks", "datasets")
     import datasets
 
     path = Path(source)

@@ -6,7 +6,8 @@ import difflib
 import random
 from pathlib import Path
 
-from es_finetune.tasks import Item, Score, require_package
+from es_finetune.door import require
+from es_finetune.tasks import Item, Score
 from es_finetune.tasks.extract import last_block
 from es_finetune.tasks.worker import RewardError, RewardProcess, number
 
@@ -29,7 +30,7 @@ class Reasoning:
 
     def __init__(self, name: str, seed: int, seconds: float):
         self.name = f"reasoning-gym:{name}"
-        require_package(self.name, "reasoning_gym")
+        require(f"the task {self.name!r}", "tasks", "reasoning_gym")
         # The package counts seeds up question by question, so its streams of neighbouring seeds are nearly the same.
         stream = int(random.Random(f"reasoning-gym {seed}").random() * (1 << 31))
         self._process = RewardProcess(f"{Path(__file__).with_name('grade_reasoning.py')}:serve", GENERATION_SECONDS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import TrainConfig
+from es_finetune.door import require
 from es_finetune.evaluate import Evaluation
 from es_finetune.metrics import Row
 from es_finetune.model import first_line
@@ -299,10 +300,9 @@ def _absolute(config: TrainConfig) -> dict[str, str]:
 
 
 def _ray():
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("workers 'ray' needs the package ray: pip install 'es-kernels[ray]'") from None
+    require("workers 'ray'", "ray", "ray")
+    import ray
+
     return ray
 
 
