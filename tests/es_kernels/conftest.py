@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import shutil
@@ -16,6 +17,8 @@ import torch
 import es_kernels
 from es_kernels import native
 from es_kernels.backends import cpu, cuda
+
+from .ptx import backends as ptx
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -103,41 +106,93 @@ def cuda_library(tmp_path_factory):
     return ctypes.CDLL(str(library))
 
 
-@pytest.fixture
-def cuda_on_cpu(cuda_library):
-    """with cuda_on_cpu(on_device): calls of the cpu backend go to the cuda backend over `cuda_library`; seeds, coefficients and rounding seeds as if
-    they were in device memory, or (while they fit) as the kernel's parameters."""
+@contextlib.contextmanager
+def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontext()):
+    """Calls of the cpu backend go to the cuda backend over the library `compiled`; seeds, coefficients and rounding seeds as if they were in device
+    memory, or (while they fit) as the kernel's parameters. A call runs within launching(segments, n_segments, *others), with what else it may touch."""
 
-    @contextlib.contextmanager
-    def use(on_device):
-        def add_noise(segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream):
-            there = on_device or n_seeds > cuda._HOST_SEEDS
+    def add_noise(segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream):
+        there = on_device or n_seeds > cuda._HOST_SEEDS
+        others = [(seeds, 8 * n_seeds, False), (coefs, 4 * n_seeds, False)] if there else []
+        if rounding_seed and on_device:
+            others.append((rounding_seed, 8, False))
+        with launching(segments, n_segments, *others):
             return library.es_cuda_add_noise(segments, n_segments, n_units, seeds, there, coefs, there, n_seeds, decay, rounding_seed, on_device, 0, stream)
 
-        def fingerprint(segments, n_segments, n_units, result, device, stream):
+    def fingerprint(segments, n_segments, n_units, result, device, stream):
+        with launching(segments, n_segments, (result, 8, True)):
             return library.es_cuda_fingerprint(segments, n_segments, n_units, result, 0, stream)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "load", lambda name: compiled)
+        library = cuda._library.__wrapped__()
+        served = types.SimpleNamespace(es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error)
+        patch.setattr(cuda, "_library", lambda: served)
+        patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=None))
+        patch.setattr(cpu, "add_noise_", cuda.add_noise_)
+        patch.setattr(cpu, "fingerprint", cuda.fingerprint)
+        yield
+
+
+@pytest.fixture
+def cuda_on_cpu(cuda_library):
+    """with cuda_on_cpu(on_device): the kernels of csrc/cuda.cu, run on the CPU, serve it: see `serving`."""
+    return functools.partial(serving, cuda_library)
+
+
+# ---- what nvcc and Triton emit, interpreted: ptx/ ----
+
+
+@pytest.fixture(scope="session")
+def cuda_ptx_library(tmp_path_factory):
+    if not ptx.nvcc() or not (ROOT / "csrc").exists():
+        pytest.skip("needs nvcc and csrc/")
+    return ptx.Cuda(tmp_path_factory.mktemp("cuda_ptx"))
+
+
+@pytest.fixture
+def cuda_ptx(cuda_ptx_library):
+    """with cuda_ptx(on_device): as cuda_on_cpu, by the PTX that nvcc makes of csrc/cuda.cu."""
+    return lambda on_device: serving(cuda_ptx_library.library, on_device, cuda_ptx_library.launching)
+
+
+@pytest.fixture(scope="session")
+def triton_ptx_backend():
+    if ptx.triton is None:
+        pytest.skip("needs triton")
+    return ptx.Triton()
+
+
+@pytest.fixture
+def triton_ptx(triton_ptx_backend):
+    """with triton_ptx(on_device): calls of the cpu backend go to the triton backend, run by the PTX that Triton makes of its kernels. Seeds are always on the device."""
+
+    @contextlib.contextmanager
+    def use(on_device=True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "load", lambda name: cuda_library)
-            library = cuda._library.__wrapped__()
-            served = types.SimpleNamespace(es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error)
-            patch.setattr(cuda, "_library", lambda: served)
-            patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=None))
-            patch.setattr(cpu, "add_noise_", cuda.add_noise_)
-            patch.setattr(cpu, "fingerprint", cuda.fingerprint)
+            patch.setattr(cpu, "add_noise_", triton_ptx_backend.backend.add_noise_)
+            patch.setattr(cpu, "fingerprint", triton_ptx_backend.backend.fingerprint)
             yield
 
     return use
 
 
-CUDA_ON_CPU = {"cuda.cu": False, "cuda.cu, seeds on the device": True}
+# Kernels for a GPU that serve calls of the cpu backend: fixture, seeds on the device.
+GPU_ON_CPU = {
+    "cuda.cu": ("cuda_on_cpu", False),
+    "cuda.cu, seeds on the device": ("cuda_on_cpu", True),
+    "nvcc's PTX": ("cuda_ptx", False),
+    "nvcc's PTX, seeds on the device": ("cuda_ptx", True),
+    "Triton's PTX": ("triton_ptx", True),
+}
 
 
-@pytest.fixture(params=("avx512", "avx2", "baseline", *CUDA_ON_CPU))
+@pytest.fixture(params=("avx512", "avx2", "baseline", *(pytest.param(name, marks=[pytest.mark.slow] * ("PTX" in name)) for name in GPU_ON_CPU)))
 def isa(request, monkeypatch):
-    """Every instruction set of the cpu backend in turn, and the CUDA kernels run on the CPU; what this processor lacks is skipped."""
-    if request.param in CUDA_ON_CPU:
-        with request.getfixturevalue("cuda_on_cpu")(CUDA_ON_CPU[request.param]):
+    """Every instruction set of the cpu backend in turn, and the kernels for GPUs run on the CPU; what this processor lacks is skipped."""
+    if request.param in GPU_ON_CPU:
+        fixture, on_device = GPU_ON_CPU[request.param]
+        with request.getfixturevalue(fixture)(on_device):
             yield request.param
         return
     if native.why_not("cpu"):

@@ -1,5 +1,5 @@
 """Contract under test: the kernels of csrc/cuda.cu, run on the CPU (cuda_on_cpu/cuda_runtime.h), give the cpu backend's bits on tables that several
-blocks of threads walk in several tiles each, from first segment to last.
+blocks of threads walk in several tiles each, from first segment to last. Marked slow, the PTX of these kernels and of Triton's does so too (ptx/).
 
 Dtypes, masks, strides, far indices and roundings are in test_add_noise.py and test_fingerprint.py, which run these kernels as one more instruction set.
 What neither shows is in tests/gpu.
@@ -11,12 +11,17 @@ import torch
 import es_kernels
 from es_kernels import add_noise_, native, noise
 
+from .conftest import GPU_ON_CPU
+
 TILE = 8192 * 8  # values: kTile of cuda.cu; the device has 3 blocks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = [noise.member_seed(1, 0, k) for k in range(300)]
 
 if native.why_not("cpu"):
     pytest.skip(native.why_not("cpu"), allow_module_level=True)
+
+
+KERNELS = [name if "PTX" not in name else pytest.param(name, marks=pytest.mark.slow) for name in GPU_ON_CPU]
 
 
 def tables(weights):
@@ -27,9 +32,11 @@ def tables(weights):
     yield "tensors that end where tiles do", [TILE, TILE, 2 * TILE, TILE]
 
 
-@pytest.mark.parametrize("on_device", (False, True), ids=("seeds from the host", "seeds on the device"))
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("n_seeds, options", [(0, {}), (1, {}), (1, {"rounding": "stochastic", "rounding_seed": 5}), (2, {}), (3, {"decay": 0.1}), (130, {})])
-def test_tables_of_many_tiles(cuda_on_cpu, weights, bits, n_seeds, options, on_device):
+def test_tables_of_many_tiles(kernels, weights, bits, n_seeds, options, request):
+    fixture, on_device = GPU_ON_CPU[kernels]
+    kernels = request.getfixturevalue(fixture)
     for what, sizes in tables(weights):
         if n_seeds > 100:
             sizes = [n // 50 + 1 for n in sizes]
@@ -39,7 +46,7 @@ def test_tables_of_many_tiles(cuda_on_cpu, weights, bits, n_seeds, options, on_d
         call = (SEEDS[:n_seeds], [0.01 * (i + 1) for i in range(n_seeds)], base)
         add_noise_(theirs, *call, **options)
         expected = es_kernels.fingerprint(theirs)
-        with cuda_on_cpu(on_device):
+        with kernels(on_device):
             add_noise_(ours, *call, **options)
             assert es_kernels.fingerprint(ours) == expected, what
         for name in ours:
