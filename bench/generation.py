@@ -37,7 +37,7 @@ from answers import LIMIT, LONG, ROWS, Answers, Workload, extrapolated, load, me
 from es_finetune.files import write_atomically
 from es_finetune.tasks import load_task
 from rivals import RIVALS
-from ways import YARDSTICK, coefficients, ways
+from ways import HELD, YARDSTICK, coefficients, ways
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 REFERENCE = "es-at-scale"
@@ -153,10 +153,10 @@ def break_even(share, weights, update, population, answers):
 
 def memory(name, gpu_bytes=None):
     """Bytes of theta by base and of the reference's temporaries, what KV cache in bf16 they displace, and their share of a GPU. Arithmetic:
-    in an update es-at-scale holds 6 bytes an element of the largest tensor (f32 sum; bf16 noise, then the sum in bf16), on a CPU more (f32 noise)."""
+    in an update es-at-scale holds a sum in f32 and noise in bf16 of the largest tensor, on a CPU more (f32 noise)."""
     m, sizes = shapes.MODELS[name], [math.prod(shape) for shape in shapes.parameter_shapes(name).values()]
     a_token = 2 * m.layers * m.kv_heads * (m.hidden // m.heads) * 2
-    held = {base: n * sum(sizes) for base, n in BASES.items()} | {REFERENCE: 6 * max(sizes)}
+    held = {base: n * sum(sizes) for base, n in BASES.items()} | {REFERENCE: RIVALS[REFERENCE].update_bytes(sizes)}
     row = {"model": name, "parameters": sum(sizes), "kv_bytes_a_token": a_token}
     for what, n in held.items():
         row[what] = {"bytes": n, "kv_tokens": n // a_token} | ({"share_of_gpu": n / gpu_bytes} if gpu_bytes else {})
@@ -168,7 +168,7 @@ def memory(name, gpu_bytes=None):
 
 def measure(report, name, device, decoding, known, end):
     """All workloads, the handling of weights included; with a model whose weights are `known` from before long answers only, decoded otherwise."""
-    if device == "cuda" and 1.15 * (2 + 4 + 2) * memory(name)["parameters"] > torch.cuda.mem_get_info()[0]:  # live weights and two bases
+    if device == "cuda" and 1.15 * HELD([memory(name)["parameters"]]) > torch.cuda.mem_get_info()[0]:  # live weights and two bases
         report["left_out"].append(f"{name}: too little memory for weights and bases")
         return
     again = name in known

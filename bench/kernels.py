@@ -2,18 +2,22 @@
 
     python bench/kernels.py [--device cpu|cuda] [--out bench/results] [--seconds 3000]
 
-Writes kernels-cpu.json or kernels-GPU.json, anew after every group, so that what was measured stays when time runs out. Three lists of rows:
+Writes kernels-cpu.json or kernels-GPU.json, anew with every row, so that what was measured stays when time runs out or a group fails; `left_out` says
+what was not, and why: no time, or a need of memory that is counted before (sizes times bytes a value). Three lists of rows:
 
 calls    one flat tensor: every operation, dtype, rounding, backend and size. Beside the time: bytes, share of the bandwidth of a copy of the same
          tensor in the same rounds (the floor), normals made, and on a GPU the share of the instructions it can issue at the clock that was read.
 tables   the true shapes of real models in one launch, against one flat tensor of their size.
 rivals   what one member and one update of a generation cost, ours against what people do today (rivals.py), with peak extra memory.
 
-Variants are interleaved, medians of rounds with 20th and 80th percentile (timing.py). A kernel whose bits are not the reference's gets no row.
+Variants are interleaved, medians of rounds with 20th and 80th percentile. On a GPU all that is timed is in its queue before it begins (timing.py):
+calls and tables as captured graphs, rivals eagerly, whose rows give the host's seconds beside the GPU's. A kernel whose bits are not the reference's
+gets no row.
 """
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import math
@@ -34,7 +38,7 @@ import torch
 from es_finetune.files import write_atomically
 from operations import DTYPES, Operation, operations, right, right_at_size
 from timing import Variant, interleave
-from ways import SIGMA, YARDSTICK, coefficients, ways
+from ways import HELD, SIGMA, YARDSTICK, coefficients, ways
 
 import es_kernels
 from es_kernels import ParamTable
@@ -45,7 +49,8 @@ SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]  # the first is that of a 
 MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
 # Model -> members of the update against rivals, 0 for none: on a CPU 30 of them are minutes of random numbers for each rival.
 MODELS = {"cpu": {"50M": 8, "Qwen2.5-0.5B": 0}, "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0}}
-MEMORY_SHARE = 0.6  # of what is free, at most
+# Of what is free, at most: what is counted lacks only what the allocator rounds up. On a CPU pages that files hold may be had too, or not.
+MEMORY_SHARE = {"cpu": 0.6, "cuda": 0.95}
 
 
 class Place(NamedTuple):
@@ -81,7 +86,7 @@ class Report:
         facts = machine.describe(device)
         self.path = folder / f"kernels-{machine.slug(facts)}.json"
         self.right = {}
-        self.content = {"machine": facts, "complete": False, "calls": [], "tables": [], "rivals": []}
+        self.content = {"machine": facts, "complete": False, "left_out": [], "calls": [], "tables": [], "rivals": []}
         self.instructions = _instructions(facts.get("capability"))
         self.issue_a_mhz = facts["sms"] * 128 * 1e6 if "sms" in facts else None  # 4 warps of 32 lanes a cycle and SM
 
@@ -92,9 +97,22 @@ class Report:
             f"{kind:7} {row.get('backend', ''):8} {row.get('model', ''):14} {name:40} {row['seconds'] * 1e3:10.3f} ms  {row.get('gb_per_s', 0):8.1f} GB/s",
             flush=True,
         )
+        self.save()
 
-    def save(self, complete=False):
-        self.content["complete"] = complete
+    def leave_out(self, why, kind, **about):
+        """about: `model`, and of rivals `who` and `what`, if it is of no others."""
+        self.content["left_out"].append({"kind": kind, **about, "why": why})
+        print(f"left out: {kind} {', '.join(map(str, about.values()))}: {why}", file=sys.stderr, flush=True)
+        self.save()
+
+    def fits(self, needed, kind, **about):
+        """Whether so many bytes can be had. If not, that is noted."""
+        usable = MEMORY_SHARE[self.device] * _free_bytes(self.device)
+        if needed > usable:
+            self.leave_out(f"needs {needed / 1e9:.1f} GB, {usable / 1e9:.1f} GB can be had", kind, **about)
+        return needed <= usable
+
+    def save(self):
         write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def passes(self, place, operation, out=None, base=None):
@@ -131,8 +149,9 @@ def measure_calls(report, group, dtype, elements, wanted):
     """One flat tensor, the operations wanted on it, beside a copy of it."""
     device, size = report.device, DTYPES[dtype].itemsize
     copies = timing.buffers(elements * size, device)  # in place nothing else is touched
-    if copies * elements * (2 * size + 4) > MEMORY_SHARE * _free_bytes(device):
-        print(f"calls of {elements} {dtype}: left out, too little memory", file=sys.stderr)
+    # The weights, their copy, the base; of torch's expression the noise and its product.
+    temporaries = 2 * size * elements if elements == SIZES[0] else 0
+    if not report.fits(copies * elements * (2 * size + 4) + temporaries, "calls", dtype=dtype, elements=elements):
         return
     outs = [torch.empty(elements, dtype=DTYPES[dtype], device=device).normal_(0, 0.02) for _ in range(copies)]
     bases = [torch.empty(elements, device=device).normal_(0, 0.02) for _ in range(copies)]
@@ -170,7 +189,6 @@ def measure_calls(report, group, dtype, elements, wanted):
         if device == "cuda" and elements == 1 << 27 and operation.seeds in (1, 30) and not operation.stochastic:
             row["joules"] = timing.joules(variants[name], device)
         report.add("calls", row)
-    report.save()
 
 
 _TORCH = {"copy": "copy (the floor)", "torch": "p.add_(s * torch.randn(p.shape))"}
@@ -194,8 +212,8 @@ def _call_row(report, row, seconds, moved, normals, floor):
 
 
 def _timed(seconds):
-    sensors = {key: getattr(seconds, key) for key in ("sm_mhz", "memory_mhz", "watts") if getattr(seconds, key) is not None}
-    return {"seconds": seconds.median, "p20": seconds.p20, "p80": seconds.p80, "rounds": seconds.rounds, **sensors}
+    known = {key: value for key, value in seconds._asdict().items() if key != "median" and value is not None}
+    return {"seconds": seconds.median, **known}
 
 
 # ---- tables and rivals: the shapes of real models ----
@@ -210,29 +228,32 @@ OURS = [
 OURS += [Operation("update", "f32", None, 30), Operation("update", "bf16", None, 30, True)]
 
 
-def _weights(model, dtype, device):
-    return {name: torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for name, shape in shapes.parameter_shapes(model).items()}
+def _weights(model, device):
+    return {name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02) for name, shape in shapes.parameter_shapes(model).items()}
 
 
-def _fits(model, bytes_a_value, device):
-    values = sum(map(math.prod, shapes.parameter_shapes(model).values()))
-    if bytes_a_value * values <= 0.9 * _free_bytes(device):
-        return True
-    print(f"{model}: left out, its {bytes_a_value * values / 1e9:.0f} GB do not fit", file=sys.stderr)
-    return False
+def _sizes(model):
+    return [math.prod(shape) for shape in shapes.parameter_shapes(model).values()]
+
+
+def _table_and_flat(model, dtype, device):
+    """The weights of a model as views of one memory, and as many values of it as one tensor: half the memory of two. Each tensor starts at a multiple of
+    512 bytes, as torch's allocator would have it."""
+    aligned = 512 // dtype.itemsize
+    starts = list(itertools.accumulate((-(-n // aligned) * aligned for n in _sizes(model)), initial=0))
+    memory = torch.empty(starts[-1], dtype=dtype, device=device).normal_(0, 0.02)
+    table = {name: memory[at : at + math.prod(shape)].view(shape) for at, (name, shape) in zip(starts, shapes.parameter_shapes(model).items())}
+    return table, {"whole": memory[: sum(_sizes(model))]}
 
 
 def measure_table(report, group, model):
     """A whole model in one launch, and a flat tensor of its size."""
-    device = report.device
-    if not _fits(model, 12, device):
+    device, values = report.device, sum(_sizes(model))
+    if not report.fits((2 + 4) * values, "tables", model=model):
         return
-    live, master = _weights(model, torch.bfloat16, device), _weights(model, torch.float32, device)
-    values = sum(p.numel() for p in live.values())
-    flat = (
-        {"whole": torch.empty(values, dtype=torch.bfloat16, device=device).normal_(0, 0.02)},
-        {"whole": torch.empty(values, device=device).normal_(0, 0.02)},
-    )
+    live, flat_live = _table_and_flat(model, torch.bfloat16, device)
+    master, flat_master = _table_and_flat(model, torch.float32, device)
+    flat = flat_live, flat_master
     wanted = [o for o in operations("bf16") if not o.stochastic and o.seeds <= 30 and o.what != "update"] + [
         o for o in operations("f32") if o.what == "update" and o.seeds == 30
     ]
@@ -255,41 +276,47 @@ def measure_table(report, group, model):
                 "tables",
                 row | {"bytes": moved, "gb_per_s": moved / row["seconds"] / 1e9, "times_flat": row["seconds"] / timings[f"flat {name[6:]}"].median},
             )
-    report.save()
 
 
 def measure_rivals(report, group, model, seeds):
     """`member`: what one member's weights cost, until the next may begin (rivals perturb and restore). `update`: of `seeds` members, until live
     weights are ready. seeds = 0: no update."""
-    device, place = report.device, group[0]
+    device, place, sizes = report.device, group[0], _sizes(model)
     place.enter()
-    if not _fits(model, 18, device) or not all([report.passes(place, operation) for operation in OURS]):
+    if not report.fits(HELD(sizes), "rivals", model=model) or not all([report.passes(place, operation) for operation in OURS]):
         return
-    live = _weights(model, torch.bfloat16, device)
-    values, all_ways = sum(p.numel() for p in live.values()), ways(live)
+    live = _weights(model, device)
+    all_ways = ways(live)
     for what in ("member", "update") if seeds else ("member",):
-        work = {name: way.member if what == "member" else functools.partial(way.update, *coefficients(seeds)) for name, way in all_ways.items()}
+        counted = {name: getattr(way, f"{what}_bytes")(sizes) for name, way in all_ways.items()}
+        fitting = {name: all_ways[name] for name, needed in counted.items() if report.fits(needed, "rivals", model=model, who=name, what=what)}
+
+        def work(n_seeds, fitting=fitting, what=what):
+            return {name: way.member if what == "member" else functools.partial(way.update, *coefficients(n_seeds)) for name, way in fitting.items()}
+
         # Eagerly, as rivals must: a generator's seed cannot be captured. Ours is one launch, or two.
-        variants = {name: Variant(lambda k, run=run: run(), capture=False) for name, run in work.items()}
+        variants = {name: Variant(lambda k, run=run: run(), capture=False) for name, run in work(seeds).items()}
         apart = {name: v for name, v in variants.items() if name == YARDSTICK or name in rivals.RIVALS and rivals.RIVALS[name].empties_cache}
         timings, ratios = {}, {}
         for together in ({name: v for name, v in variants.items() if name == YARDSTICK or name not in apart}, apart):
             found = interleave(together, device, rounds=3)
             ratios = {name: found[name].median / found[YARDSTICK].median for name in found} | ratios
             timings = found | timings
-        for name, run in work.items():
+        for name, run in work(2).items():  # nobody's memory depends on the number of seeds
             row = {
                 "model": model,
                 "tensors": len(live),
-                "elements": values,
+                "elements": sum(sizes),
                 **place._asdict(),
                 "who": name,
                 "what": what,
                 "seeds": seeds if what == "update" else 1,
             }
             row |= _timed(timings[name]) | {"times_ours": ratios[name]}
+            row["counted_extra_bytes"] = counted[name]
             report.add("rivals", row | {"peak_extra_bytes": timing.peak_extra_bytes(run, device)})
-    report.save()
+            if device == "cuda":
+                torch.cuda.empty_cache()  # of temporaries that the next may not find room beside
 
 
 def main():
@@ -306,29 +333,28 @@ def main():
     best = groups[0]
     every = {dtype: operations(dtype) for dtype in ("bf16", "f32", "f16")}
     main_ones = {dtype: [o for o in every[dtype] if o.seeds in (1, 30) and not o.stochastic] for dtype in ("bf16", "f32")}
-    plan = [(f"calls of {SIZES[0]} {dtype}", measure_calls, best, dtype, SIZES[0], wanted) for dtype, wanted in every.items()]
-    plan += [
-        (f"calls of {SIZES[0]} {dtype}, {group[0]}", measure_calls, group, dtype, SIZES[0], wanted)
-        for dtype, wanted in main_ones.items()
-        for group in groups[1:]
-    ]
-    plan += [(f"rivals on {model}", measure_rivals, best, model, seeds) for model, seeds in MODELS[args.device].items()]
-    plan += [(f"{model} as a table", measure_table, best, model) for model in MODELS[args.device]]
-    plan += [(f"calls of {n} {dtype}", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]
-    left_out = []
-    for what, function, *arguments in plan:
-        if report.out_of_time():
-            left_out.append(f"{what} (no time)")
-            continue
+    plan = [("calls", measure_calls, best, dtype, SIZES[0], wanted) for dtype, wanted in every.items()]
+    plan += [("calls", measure_calls, group, dtype, SIZES[0], wanted) for dtype, wanted in main_ones.items() for group in groups[1:]]
+    plan += [("rivals", measure_rivals, best, model, seeds) for model, seeds in MODELS[args.device].items()]
+    plan += [("tables", measure_table, best, model) for model in MODELS[args.device]]
+    plan += [("calls", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]
+    complete = True
+    for kind, function, group, *arguments in plan:
+        about = dict(zip(("dtype", "elements"), arguments)) if kind == "calls" else {"model": arguments[0]}
+        if group is not best:
+            about["place"] = " ".join(map(str, group[0]))
         try:
-            function(report, *arguments)
+            if report.out_of_time():
+                raise RuntimeError("no time")
+            function(report, group, *arguments)
         except RuntimeError as error:  # of a GPU: out of memory, a launch that failed. The other groups may still be measured
-            left_out.append(f"{what} ({str(error).splitlines()[0]})")
+            complete = False
+            report.leave_out((str(error).splitlines() or [type(error).__name__])[0], kind, **about)
+        gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    report.save(complete=not left_out)
-    if left_out:
-        print("left out: " + "; ".join(left_out), file=sys.stderr)
+    report.content["complete"] = complete
+    report.save()
     if report.content.get("wrong"):
         raise SystemExit("some kernels gave wrong bits: " + "; ".join(report.content["wrong"]))
 

@@ -6,6 +6,7 @@ python bench/readme.py --tables FOLDER    print the tables of a machine's result
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -79,15 +80,19 @@ def rivals(report=None):
         titles = ["one member" if what == "member" else f"update, {seeds} seeds" for what, seeds in whats]
         header = [f"{model}, bf16", *(f"{title}: {column}" for title in titles for column in ("seconds", "ratio", "extra memory"))]
         body = []
-        for who in dict.fromkeys(r["who"] for r in rows):
+        why = {(e.get("who"), e.get("what")): e["why"] for e in report.get("left_out", ()) if (e["kind"], e.get("model")) == ("rivals", model)}
+        for who in dict.fromkeys([*(r["who"] for r in rows), *(who for who, _ in why if who)]):
             mine = {r["what"]: r for r in rows if r["who"] == who}
-            body.append([who, *(text for what, _ in whats for text in _rival_cells(mine[what]))])
+            cells = (_rival_cells(mine[what]) if what in mine else (why.get((who, what), ""), "", "") for what, _ in whats)
+            body.append([who, *itertools.chain(*cells)])
         parts.append(table(header, body))
     return "\n\n".join(parts)
 
 
 def _rival_cells(r):
-    return f"{r['seconds']:.3g}", f"{r['times_ours']:.2f}", _bytes(r["peak_extra_bytes"])
+    """Of a GPU's row the host's seconds too; what waits for the GPU has none of its own."""
+    host = "" if "host_seconds" not in r else f" (host {r['host_seconds']:.2g})" if r["queued"] else " (waits)"
+    return f"{r['seconds']:.3g}{host}", f"{r['times_ours']:.2f}", _bytes(r["peak_extra_bytes"])
 
 
 def _bytes(n):
@@ -212,7 +217,8 @@ def of_machine(path):
     report = json.loads(path.read_text())
     beside = path.with_name(path.name.replace("kernels-", "generation-"))
     wanted = aims(targets.reports(path.parent).get(report["machine"].get("gpu"), {}))
-    report = (json.loads(beside.read_text()) if beside.exists() else {}) | report
+    others = json.loads(beside.read_text()) if beside.exists() else {}
+    report = {key: value for key, value in others.items() if key != "left_out"} | report
     parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation, "decodings": decodings}
     return "\n\n".join(filter(None, [wanted, *(make(report) for key, make in parts.items() if report.get(key))]))
 

@@ -17,10 +17,23 @@ except ImportError:
     triton = None
 
 
+class Bytes(NamedTuple):
+    """What is held at the most beside bf16 weights on a GPU."""
+
+    a_value: int = 0  # of the whole model
+    of_largest: int = 0  # a value of its largest tensor
+
+    def __call__(self, sizes):
+        """Of a model with tensors of these sizes."""
+        return self.a_value * sum(sizes) + self.of_largest * max(sizes)
+
+
 class Rival(NamedTuple):
     perturb: Callable
     restore: Callable
     update: Callable
+    member_bytes: Bytes
+    update_bytes: Bytes
     only_on: str | None = None  # "cuda": needs a GPU
     empties_cache: bool = False  # on a GPU whoever allocates next to it pays for that
 
@@ -165,17 +178,20 @@ def _mezo_update(params, seeds, coefs):
         _mezo_add(params, seed, coef)
 
 
-def _rival(add, update, **options):
-    return Rival(add, lambda params, seed, sigma: add(params, seed, -sigma), update, **options)
+def _rival(add, update, *temporaries, **options):
+    return Rival(add, lambda params, seed, sigma: add(params, seed, -sigma), update, *temporaries, **options)
 
 
+# Beside each what it holds: a temporary in bf16 is 2 bytes, a sum in f32 is 4.
 RIVALS = {
-    "es-at-scale": _rival(_at_scale_add, _at_scale_update, empties_cache=True),
-    "es-at-scale, without waste": _rival(_plain_add, _plain_update),
-    "torch._foreach": _rival(_foreach_add, _foreach_update),
-    "torch.compile": _rival(_compiled_add, _compiled_update),
-    "MeZO": _rival(_mezo_add, _mezo_update),
-    "Triton tl.randn": _rival(lambda params, seed, scale: _randn_update(params, [seed], [scale]), _randn_update, only_on="cuda"),
+    "es-at-scale": _rival(_at_scale_add, _at_scale_update, Bytes(0, 4), Bytes(0, 6), empties_cache=True),
+    "es-at-scale, without waste": _rival(_plain_add, _plain_update, Bytes(0, 2), Bytes(0, 6)),
+    "torch._foreach": _rival(_foreach_add, _foreach_update, Bytes(2), Bytes(6)),
+    "torch.compile": _rival(_compiled_add, _compiled_update, Bytes(), Bytes(4)),
+    "MeZO": _rival(_mezo_add, _mezo_update, Bytes(0, 6), Bytes(0, 6)),
+    "Triton tl.randn": _rival(
+        lambda params, seed, scale: _randn_update(params, [seed], [scale]), _randn_update, Bytes(), Bytes(), only_on="cuda"
+    ),
 }
 
 

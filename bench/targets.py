@@ -19,6 +19,7 @@ class Target(NamedTuple):
     at_most: bool  # else: at least
     measured: Callable  # of {kind: report} of one machine; a KeyError or StopIteration means that it was not measured
     form: str = "{:.1%}"
+    why_not: Callable = lambda reports: None  # of the same: why it could not be, in words, if that is known
 
 
 def _shipped(reports, operation, key, variant="as shipped", backend="cuda"):
@@ -68,6 +69,28 @@ def _share_outside(model):
     return share
 
 
+def _left_out(kind, what=None, who=()):
+    """Of kernels.py: why it has no rows of a kind for MODEL, or none of what is done by whom."""
+
+    def why(reports):
+        for entry in reports.get("kernels", {}).get("left_out", ()):
+            if (entry["kind"], entry.get("model")) == (kind, MODEL) and entry.get("what") in (None, what) and entry.get("who") in (None, *who):
+                return entry["why"]
+
+    return why
+
+
+def _no_generation(model):
+    """Of generation.py, which names what it left out first."""
+
+    def why(reports):
+        for entry in reports.get("generation", {}).get("left_out", ()):
+            if entry.startswith(f"{model}: too little memory"):
+                return entry.removeprefix(f"{model}: ")
+
+    return why
+
+
 def _missing():
     raise KeyError("not measured")
 
@@ -78,18 +101,23 @@ TARGETS = [
     Target("f32 in place: share of the noise-free twin", 0.95, False, _of_floor("perturb f32 in place", "no noise")),
     Target("update, 30 seeds: normals a second", 1.3e12, False, lambda r: _shipped(r, "update f32 in place, 30 seeds", "normals_per_s"), "{:.3g}"),
     Target("swap bf16 in place: share of a copy's bandwidth", 0.7, False, lambda r: _shipped(r, "swap bf16 in place", "share_of_copy")),
-    Target(f"one launch for {MODEL}: times a flat tensor, the slowest operation", 1.03, True, _slowest_table, "{:.3f}"),
+    Target(f"one launch for {MODEL}: times a flat tensor, the slowest operation", 1.03, True, _slowest_table, "{:.3f}", _left_out("tables")),
     Target("fingerprint bf16: share of reading alone", 0.9, False, _of_floor("fingerprint bf16", "no keys")),
     *(
         Target(f"Triton, {operation}: share of CUDA's speed", 0.85, False, _triton(operation))
         for operation in ("perturb bf16 <- f32", "perturb bf16 in place", "perturb f32 in place", "update f32 in place, 30 seeds")
     ),
-    Target(f"es-at-scale over ours, a member of {MODEL}, base copy", 5.5, False, _rival("member", "copy"), "{:.2f}"),
-    Target(f"es-at-scale over ours, a member of {MODEL}, base fp32", 3.8, False, _rival("member", "fp32"), "{:.2f}"),
-    Target(f"es-at-scale over ours, the update of {MODEL} by 30 seeds", 4.5, False, _rival("update", "fp32"), "{:.2f}"),
-    Target(f"temporary memory of ours with {MODEL}, bytes", 1e6, True, _extra_memory, "{:.3g}"),
     *(
-        Target(f"outside generation, {model}, 1024 tokens: share of the time", 0.01, True, _share_outside(model), "{:.2%}")
+        Target(f"es-at-scale over ours, {words}", bound, False, _rival(what, base), "{:.2f}", _left_out("rivals", what, ("es-at-scale", f"es_kernels, base {base}")))
+        for words, bound, what, base in (
+            (f"a member of {MODEL}, base copy", 5.5, "member", "copy"),
+            (f"a member of {MODEL}, base fp32", 3.8, "member", "fp32"),
+            (f"the update of {MODEL} by 30 seeds", 4.5, "update", "fp32"),
+        )
+    ),
+    Target(f"temporary memory of ours with {MODEL}, bytes", 1e6, True, _extra_memory, "{:.3g}", _left_out("rivals")),
+    *(
+        Target(f"outside generation, {model}, 1024 tokens: share of the time", 0.01, True, _share_outside(model), "{:.2%}", _no_generation(model))
         for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", MODEL)
     ),
 ]
@@ -107,14 +135,15 @@ def reports(folder):
 
 
 def rows(of_machine):
-    """(what, to be reached, measured, whether it was reached) of each target; the last two are None where nothing was measured."""
+    """(what, to be reached, measured, whether it was reached) of each target. Where nothing was measured the last is None, and the third why (a model that
+    the GPU's memory cannot hold, say), if that is known."""
     found = []
     for target in TARGETS:
         wanted = ("at most " if target.at_most else "") + target.form.format(target.bound)
         try:
             value = target.measured(of_machine)
         except (KeyError, StopIteration):
-            found.append((target.what, wanted, None, None))
+            found.append((target.what, wanted, target.why_not(of_machine), None))
             continue
         found.append((target.what, wanted, target.form.format(value), value <= target.bound if target.at_most else value >= target.bound))
     return found

@@ -1,8 +1,14 @@
 """Times variants of one piece of work against each other: interleaved, so that what the machine does meanwhile meets all of them alike.
 
-On a GPU a variant is captured as a CUDA graph over buffers that together exceed the L2 cache three times, and timed by events around its
-replay: what is measured is the GPU's time, never the time it takes to ask for it. What cannot be captured runs eagerly between the events,
-and its gaps count, as they do for whoever runs it.
+On a GPU what is measured is the GPU's time between two events, never the time that it takes to ask for the work. Two ways:
+
+    captured     as a CUDA graph over buffer sets that together exceed the L2 cache three times: for calls of a few microseconds, of which Python could
+                 not queue enough. Rotating over sets rather than flushing the cache: a flush would leave dirty lines for the timed kernel to evict.
+    eager        what cannot be captured (a generator's seed) or is long enough, on whole models, which exceed the cache by themselves.
+
+Before either a kernel spins (torch.cuda._sleep), twice as long as the host needed to ask for all of it the last time: so the whole sample is in the
+queue when its first kernel begins. Whether it was, each sample says: the first event must not have happened yet when the last request was made
+(`queued`). What waits for the GPU itself (es-at-scale empties the allocator's cache) cannot be queued: its gaps count, as they do for whoever runs it.
 """
 
 import ctypes
@@ -16,7 +22,8 @@ import torch
 from machine import Sensors
 
 _LEAST_SECONDS = 1e-3  # of one sample: an event resolves 0.5 us
-_HEAD_START_CYCLES = 100_000  # 50 us of an idle GPU, in which the host asks for all that is timed
+_CYCLES = 2e9  # a second, at the highest clock that there is; at a lower one the GPU spins longer
+_HEAD_START = (50e-6, 0.1)  # seconds that it spins, at least and at most
 
 
 class Variant(NamedTuple):
@@ -26,12 +33,15 @@ class Variant(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Of one run, in seconds; and the medians of the sensors' readings while it ran (None: not known)."""
+    """Of one run, in seconds; and the medians of the sensors' readings while it ran (None: not known). On a GPU: whether every sample was queued before
+    it began; and of what ran eagerly the median of the host's seconds to ask for a run, or to wait for one that cannot be queued."""
 
     median: float
     p20: float
     p80: float
     rounds: int
+    queued: bool | None = None
+    host_seconds: float | None = None
     sm_mhz: float | None = None
     memory_mhz: float | None = None
     watts: float | None = None
@@ -48,15 +58,21 @@ def interleave(variants, device, rounds=9):
     """{name: Variant} -> {name: Timing}. Each is warmed up, then all are sampled in turn, `rounds` times."""
     cuda = torch.device(device).type == "cuda"
     samplers = {name: (_on_gpu if cuda else _on_cpu)(variant, device) for name, variant in variants.items()}
-    samples, readings = {name: [] for name in variants}, {name: [] for name in variants}
+    samples = {name: [] for name in variants}
     sensors = Sensors(device) if cuda else None
     for round_ in range(rounds + 1):
         for name, sample in samplers.items():
-            seconds, reading = sample(sensors)
+            found = sample(sensors)
             if round_:  # the first warms up
-                samples[name].append(seconds)
-                readings[name].append(reading)
-    return {name: Timing(*percentiles(samples[name]), rounds, **_medians(readings[name])) for name in variants}
+                samples[name].append(found)
+    return {name: _timing(found) for name, found in samples.items()}
+
+
+def _timing(samples):
+    """Of samples with `seconds`, and whatever else was known of each."""
+    others = {key: [sample[key] for sample in samples] for key in samples[0] if key != "seconds"}
+    queued = all(others.pop("queued")) if "queued" in others else None
+    return Timing(*percentiles([sample["seconds"] for sample in samples]), len(samples), queued, **{key: _median(each) for key, each in others.items()})
 
 
 def percentiles(samples):
@@ -66,12 +82,9 @@ def percentiles(samples):
     return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
 
 
-def _medians(readings):
-    found = {}
-    for key in readings[0]:
-        known = [reading[key] for reading in readings if reading[key] is not None]
-        found[key] = statistics.median(known) if known else None
-    return found
+def _median(readings):
+    known = [reading for reading in readings if reading is not None]
+    return statistics.median(known) if known else None
 
 
 def _on_cpu(variant, device):
@@ -85,7 +98,7 @@ def _on_cpu(variant, device):
         position = (position + 1) % variant.copies
         start = time.perf_counter()
         variant.run(position)
-        return time.perf_counter() - start, {}
+        return {"seconds": time.perf_counter() - start}
 
     return sample
 
@@ -94,22 +107,31 @@ def _on_gpu(variant, device):
     run_all = prepared(variant, device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def timed(repeats, sensors=None):
-        torch.cuda._sleep(_HEAD_START_CYCLES)
+    def timed(repeats, head_start, sensors=None):
+        """(seconds of the GPU, of the host, all of it queued before it began, readings)"""
+        torch.cuda._sleep(int(head_start * _CYCLES))
         begin.record()
+        start = time.perf_counter()
         for _ in range(repeats):
             run_all()
+        host = time.perf_counter() - start
         end.record()
+        queued = not begin.query()
         reading = sensors.now() if sensors else {}  # while it runs
         end.synchronize()
-        return begin.elapsed_time(end) / 1000, reading
+        return begin.elapsed_time(end) / 1000, host, queued, reading
 
-    timed(1)
-    repeats = max(1, round(_LEAST_SECONDS / timed(1)[0]))
+    least, most = _HEAD_START
+    timed(1, least)
+    seconds, host, *_ = timed(1, least)
+    repeats = max(1, round(_LEAST_SECONDS / seconds))
 
     def sample(sensors):
-        seconds, reading = timed(repeats, sensors)
-        return seconds / (repeats * variant.copies), reading
+        nonlocal host
+        seconds, host_of_all, queued, reading = timed(repeats, min(max(least, 2 * repeats * host), most), sensors)
+        host = max(host, host_of_all / repeats)
+        runs = repeats * variant.copies
+        return {"seconds": seconds / runs, "queued": queued, "host_seconds": None if variant.capture else host_of_all / runs} | reading
 
     return sample
 

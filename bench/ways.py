@@ -18,10 +18,15 @@ class Way(NamedTuple):
 
     member: Callable
     update: Callable
+    member_bytes: Callable = rivals.Bytes()  # sizes of the tensors -> what it holds beside weights and bases
+    update_bytes: Callable = rivals.Bytes()
+
+
+HELD = rivals.Bytes(2 + 4 + 2)  # by ways(): live bf16 weights, our base in float32 and our base as a copy
 
 
 def ways(live, wanted=None):
-    """{name: Way} over {name: parameter}, of all (or those wanted) that run on the device. Ours bring their base along: 4 + 2 bytes a parameter."""
+    """{name: Way} over {name: parameter}, of all (or those wanted) that run on the device. Ours bring their bases along (HELD)."""
     device = next(iter(live.values())).device.type
     found = {name: _theirs(live, rival) for name, rival in rivals.available(device).items() if wanted is None or name in wanted}
     return _ours(live) | found
@@ -53,7 +58,7 @@ def _theirs(live, rival):
         rival.perturb(live, 1, SIGMA)
         rival.restore(live, 1, SIGMA)
 
-    return Way(member, lambda seeds, coefs: rival.update(live, seeds, coefs))
+    return Way(member, lambda seeds, coefs: rival.update(live, seeds, coefs), rival.member_bytes, rival.update_bytes)
 
 
 def coefficients(n):

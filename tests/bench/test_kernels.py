@@ -1,6 +1,7 @@
 """Contract: bench/kernels.py writes whole rows, keeps what it has when its time is over, and gives no row to a kernel with wrong bits;
 bench/timing.py interleaves, and its percentiles are those of the samples."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -15,6 +16,7 @@ import operations
 import rivals
 import shapes
 import timing
+import ways
 
 from es_kernels import backends
 
@@ -77,7 +79,9 @@ def test_rows_are_whole(small):
 def test_out_of_time_keeps_what_there_is(small, capsys):
     content = small("--seconds", "0")
     assert not content["complete"] and not content["calls"]
-    assert "left out: calls of 4096 bf16 (no time)" in capsys.readouterr().err
+    assert {"kind": "calls", "dtype": "bf16", "elements": 4096, "why": "no time"} in content["left_out"]
+    assert {"kind": "rivals", "model": "tiny", "why": "no time"} in content["left_out"]
+    assert "left out: calls bf16, 4096: no time" in capsys.readouterr().err
 
 
 def test_a_group_that_fails_does_not_cost_the_others(small, monkeypatch, capsys):
@@ -87,7 +91,95 @@ def test_a_group_that_fails_does_not_cost_the_others(small, monkeypatch, capsys)
     monkeypatch.setattr(kernels, "measure_calls", fails)
     content = small()
     assert not content["complete"] and content["rivals"] and content["tables"]
-    assert "calls of 1000 f16 (CUDA out of memory.)" in capsys.readouterr().err
+    assert "left out: calls f16, 1000: CUDA out of memory." in capsys.readouterr().err
+
+
+def test_a_run_that_dies_keeps_every_row_before(small, monkeypatch, tmp_path):
+    """As when it is cut off in the middle of a group, of whose rows one is there."""
+    monkeypatch.setattr(timing, "peak_extra_bytes", lambda run, device, calls=iter([0]): next(calls))
+    report = kernels.Report("cpu", tmp_path, 60)
+    with pytest.raises(StopIteration):
+        kernels.measure_rivals(report, [kernels.Place("cpu", "baseline", 1)], "tiny", 2)
+    kept = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    assert len(kept["rivals"]) == 1 and not kept["complete"]
+
+
+# ---- memory: what a card can hold is measured on it ----
+
+CARDS = {"H100": 84.3e9, "H200": 149.4e9, "24 GB": 24e9}  # free bytes of 79.1 GiB, of 139.8 GiB, less a CUDA context
+OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None")
+
+
+@pytest.fixture
+def measured_on(monkeypatch, tmp_path):
+    """measured_on(card): ({(kind, who, what)} of the rows that Qwen2.5-7B gets there, what is left out). Nothing is made or timed: what is free goes down by
+    weights and bases as soon as these are there."""
+    all_ways = {name: ways.Way(print, print) for name in OURS}
+    all_ways |= {name: ways.Way(print, print, rival.member_bytes, rival.update_bytes) for name, rival in rivals.RIVALS.items()}
+
+    def measured(card):
+        monkeypatch.setattr(kernels, "_free_bytes", lambda device: CARDS[card])
+        report = kernels.Report("cpu", tmp_path, 60)
+        report.device, rows = "cuda", set()
+        report.add = lambda kind, row: rows.add((kind, row.get("who"), row.get("what")))
+        report.passes = lambda *operation: True
+
+        def with_bases(live):
+            monkeypatch.setattr(kernels, "_free_bytes", lambda device: CARDS[card] - ways.HELD(kernels._sizes("Qwen2.5-7B")))
+            return all_ways
+
+        def timed(variants, device, rounds):
+            return dict.fromkeys(variants, timing.Timing(1.0, 1.0, 1.0, rounds))
+
+        def made(*arguments):
+            rows.add(("tables", None, None))
+            raise InterruptedError
+
+        for name, stands_for in {"ways": with_bases, "interleave": timed, "_weights": lambda *arguments: {}, "_table_and_flat": made}.items():
+            monkeypatch.setattr(kernels, name, stands_for)
+        monkeypatch.setattr(timing, "peak_extra_bytes", lambda run, device: 0)
+        group = [kernels.Place("cuda")]
+        with contextlib.suppress(InterruptedError):
+            kernels.measure_table(report, group, "Qwen2.5-7B")
+        kernels.measure_rivals(report, group, "Qwen2.5-7B", 30)
+        return rows, report.content["left_out"]
+
+    return measured
+
+
+def test_every_row_of_a_7b_model_is_measured_on_an_h200(measured_on):
+    rows, left_out = measured_on("H200")
+    assert left_out == []
+    assert rows == {("rivals", who, what) for who in (*OURS, *rivals.RIVALS) for what in ("member", "update")} | {("tables", None, None)}
+
+
+def test_an_h100_leaves_out_only_what_holds_a_sum_of_the_whole_model(measured_on):
+    """Weights and bases are 61 GB; sums in float32 are 30, noise is 15."""
+    rows, left_out = measured_on("H100")
+    assert [(entry["who"], entry["what"], entry["why"]) for entry in left_out] == [
+        ("torch._foreach", "update", "needs 45.7 GB, 22.2 GB can be had"),
+        ("torch.compile", "update", "needs 30.5 GB, 22.2 GB can be had"),
+    ]
+    assert len(rows) == 2 * len(OURS) + 2 * len(rivals.RIVALS) - 2 + 1
+
+
+def test_a_small_card_says_what_it_would_take(measured_on):
+    rows, left_out = measured_on("24 GB")
+    assert rows == set() and [(entry["kind"], entry["model"], entry["why"]) for entry in left_out] == [
+        ("tables", "Qwen2.5-7B", "needs 45.7 GB, 22.8 GB can be had"),
+        ("rivals", "Qwen2.5-7B", "needs 60.9 GB, 22.8 GB can be had"),
+    ]
+
+
+def test_a_models_table_and_its_flat_twin_are_one_memory():
+    table, flat = kernels._table_and_flat("Qwen2.5-0.5B", torch.bfloat16, "meta")
+    assert {name: tuple(t.shape) for name, t in table.items()} == shapes.parameter_shapes("Qwen2.5-0.5B")
+    ends = 0
+    for t in table.values():
+        assert t.storage_offset() >= ends and t.storage_offset() * 2 % 512 == 0
+        ends = t.storage_offset() + t.numel()
+    assert flat["whole"].numel() == sum(t.numel() for t in table.values())
+    assert flat["whole"].untyped_storage()._cdata == table["model.embed_tokens.weight"].untyped_storage()._cdata
 
 
 def test_wrong_bits_get_no_row(small, monkeypatch, tmp_path):

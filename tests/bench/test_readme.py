@@ -62,6 +62,17 @@ def test_the_tables_of_a_gpu(gpu_results, monkeypatch):
     assert readme.measured_gpus() in run.stdout
 
 
+def test_what_a_gpu_could_not_hold_or_queue_is_said():
+    row = {"model": "m", "what": "member", "seeds": 1, "times_ours": 1.0, "peak_extra_bytes": 0, "seconds": 0.01, "host_seconds": 0.002, "queued": True}
+    rows = [row | {"who": who} for who in ("ours", "torch._foreach")] + [row | {"who": "es-at-scale", "queued": False}]
+    rows.append(row | {"who": "ours", "what": "update", "seeds": 30})
+    why = [{"kind": "rivals", "model": "m", "who": "torch._foreach", "what": "update", "why": "needs 45.7 GB, 21.5 GB can be had"}]
+    lines = readme.rivals({"rivals": rows, "left_out": why}).splitlines()
+    assert lines[2].startswith("| ours | 0.01 (host 0.002) |")
+    assert lines[3].endswith("| needs 45.7 GB, 21.5 GB can be had |  |  |")
+    assert lines[4].startswith("| es-at-scale | 0.01 (waits) |") and lines[4].endswith("|  |  |  |")
+
+
 def test_the_plots_of_a_gpu(gpu_results, tmp_path):
     plots.draw_folder(gpu_results, tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")

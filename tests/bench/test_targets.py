@@ -92,6 +92,40 @@ def test_without_a_file_its_targets_are_not_measured(folder):
     assert targets.reports(folder / "nowhere") == {}
 
 
+def test_a_target_that_the_card_cannot_hold_says_so(folder):
+    """Instead of "not yet"; of those that it can hold nothing changes."""
+    needs = "needs 60.9 GB, 22.8 GB can be had"
+
+    def small(content):
+        content["rivals"] = [row for row in content["rivals"] if row["model"] != "Qwen2.5-7B"]
+        content["left_out"] = [{"kind": "rivals", "model": "Qwen2.5-7B", "why": needs}]
+
+    edit(folder, "kernels", small)
+    edit(folder, "generation", lambda content: content.update(generations=content["generations"][:2], left_out=["Qwen2.5-7B: too little memory for weights"]))
+    (of_machine,) = targets.reports(folder).values()
+    unmeasured = {what: why for what, _, why, reached in targets.rows(of_machine) if reached is None}
+    assert {what for what in unmeasured if unmeasured[what] == needs} == {
+        "es-at-scale over ours, a member of Qwen2.5-7B, base copy",
+        "es-at-scale over ours, a member of Qwen2.5-7B, base fp32",
+        "es-at-scale over ours, the update of Qwen2.5-7B by 30 seeds",
+        "temporary memory of ours with Qwen2.5-7B, bytes",
+    }
+    assert unmeasured.pop("outside generation, Qwen2.5-7B, 1024 tokens: share of the time") == "too little memory for weights"
+    assert len(unmeasured) == 4 and f"| {needs} |" in readme.aims(of_machine) and "not yet" not in readme.aims(of_machine)
+
+
+def test_what_another_rival_could_not_hold_is_no_targets_reason(folder):
+    def without_updates(content):
+        content["rivals"] = [row for row in content["rivals"] if row["what"] != "update"]
+        content["left_out"] = [{"kind": "rivals", "model": "Qwen2.5-7B", "who": "torch._foreach", "what": "update", "why": "needs 45.7 GB"}]
+
+    edit(folder, "kernels", without_updates)
+    (of_machine,) = targets.reports(folder).values()
+    assert [(what, why) for what, _, why, reached in targets.rows(of_machine) if reached is None] == [
+        ("es-at-scale over ours, the update of Qwen2.5-7B by 30 seeds", None)
+    ]
+
+
 def test_the_names_are_those_that_the_scripts_write():
     assert {"no noise", "no keys"} <= set(variants.CUDA) and tune.SHIPPED == "as shipped"
     assert "countdown, 1024 tokens" in [work.name for work in generation.WORKLOADS]
