@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def load_model(
         model = base
         if lora_rank:
             model = _add_lora(base, lora_rank)
+    freeze_towers(model)
     tokenizer = _load_tokenizer(name, path, base_path)
     _set_pad_token(tokenizer, name, pad_token, base)
     for parameter_name, parameter in model.named_parameters():
@@ -114,6 +116,32 @@ def dtype_of(model: torch.nn.Module) -> str:
     return "mixed" if len(found) > 1 else str(*found).removeprefix("torch.")
 
 
+def freeze_towers(model: torch.nn.Module) -> None:
+    """Freeze, with a UserWarning, what text does not pass through: the parts of a model that see or hear, and what joins them to the text."""
+    base = base_of(model)
+    kinds = tuple(map(type, _towers(getattr(base, "config", None))))
+    if not kinds:
+        return
+    outside = {id(p) for module in base.modules() if isinstance(getattr(module, "config", None), kinds) for p in module.parameters()}
+    if "text_config" in base.config.sub_configs:
+        text = [part for part in (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()) if part is not None]
+        outside |= {id(p) for p in base.parameters()} - {id(p) for part in text for p in part.parameters()}
+    frozen = {name: p for name, p in base.named_parameters() if p.requires_grad and id(p) in outside}
+    for p in frozen.values():
+        p.requires_grad_(False)
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} parameter(s) of {type(base).__name__}, e.g. {next(iter(frozen))}, take no part in text: they are frozen, and saved as they are",
+            stacklevel=2,
+        )
+
+
+def _towers(config: Any) -> list[Any]:
+    """The configs of the parts that see or hear."""
+    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if key.startswith(("vision", "audio"))]
+    return [part for part in parts if part is not None]
+
+
 def path_of(name: str) -> str:
     """Where a model of this name is, for transformers and engines: the embedded one is a folder of the package. ValueError for what can only be a
     path, and is no folder."""
@@ -143,6 +171,7 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     """Write what `from_pretrained` reads: safetensors, configs, tokenizer. `folder` is whole or, as before the call, what it was;
     an older one of the name is replaced. OSError if it cannot be written.
 
+    Of a model that also sees or hears all parts are written, and the settings of its processor if it came from a folder or the hub.
     Of a model with a PEFT adapter the adapter is written, or with merge_lora the full model with the adapter added into its
     weights (made on the CPU; `model` stays as it is). A model of several dtypes is written as it is and load_model reads it so, while
     transformers rounds all of it to the dtype of its first weight.
@@ -166,6 +195,8 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
             if dtype_of(model) == "mixed":
                 config = part / "config.json"
                 config.write_text(json.dumps({**json.loads(config.read_text()), _MIXED: True}, indent=2) + "\n")
+            if _towers(model.config):
+                _copy_processor(model, part)
         tokenizer.save_pretrained(part)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
         shutil.rmtree(scratch)
@@ -174,6 +205,15 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
         os.replace(folder, scratch / "old")
     os.replace(part, folder)
     shutil.rmtree(scratch)
+
+
+def _copy_processor(model: torch.nn.Module, folder: Path) -> None:
+    from transformers.utils import cached_file
+
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        with contextlib.suppress(OSError):  # a model made in memory has no folder
+            if path := cached_file(model.name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False):
+                shutil.copy(path, folder / name)
 
 
 @contextlib.contextmanager
@@ -237,6 +277,8 @@ def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None
         raise ValueError(
             f"{what} lacks {len(missing)} weight(s) of {type(model).__name__}, e.g. {missing[0]}: give a complete checkpoint of a causal LM"
         )
+    if _towers(config) and not _towers(model.config):
+        warnings.warn(f"of {what} only the text part, {type(model).__name__}, is loaded: what is tuned and saved is without the rest", stacklevel=3)
     if mixed:
         with _one_line(what):
             _cast_as_in_files(model, _dtypes_in_files(path))

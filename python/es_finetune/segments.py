@@ -14,15 +14,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from es_kernels import Segment
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint_wrapper call the module inside
 MAX_SEGMENTS = 1024  # for one part of a parameter; a layout that needs more is an interleave
 
 
 def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
     """(canonical name, parameter), or (name, parameter, [es_kernels.Segment, ...]), of each parameter of `model`, tied ones
-    once, under their first name.
+    once.
 
-    The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel ("module.") and
-    torch.compile ("_orig_mod.") put in; for the weights of a PEFT adapter, the name in adapter_model.safetensors; for the
+    The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel, torch.compile and
+    activation checkpointing put in; of tied parameters the one that is written, nearly always their first; for the weights of a PEFT adapter, the name in adapter_model.safetensors; for the
     weights under an adapter, the name in the base model's checkpoint. A parameter that the checkpoint holds as several
     tensors, as the fused experts of a mixture, or as a part of one, comes with segments and its name in memory. Where the
     checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, with a warning: its noise is not that
@@ -31,7 +32,7 @@ def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
     model, base = unwrap(model), base_of(model)
     refuse_untunable(model)
     adapter = adapter_names(model)
-    memory = {_clean(name): p for name, p in base.named_parameters() if id(p) not in adapter}
+    memory = {name: p for name, p in _once(base) if id(p) not in adapter}
     names = {id(p): name for name, p in memory.items()}
     found, copied, error = _checkpoint_layout(base, memory)
     for name, parameter in model.named_parameters():
@@ -53,7 +54,7 @@ def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside of torch.compile, DataParallel and their like."""
-    while list(model._modules) in (["_orig_mod"], ["module"]) and not model._parameters:
+    while list(model._modules) in ([name] for name in ("module", *_WRAPPERS)) and not model._parameters:
         (model,) = model._modules.values()
     return model
 
@@ -128,7 +129,17 @@ def _clean(name: str) -> str:
     """Without the components that wrappers, PEFT's included, put into a name."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "base_layer", "original_module"))
+    return ".".join(part for part in name.split(".") if part not in (*_WRAPPERS, "base_layer", "original_module"))
+
+
+def _once(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Each parameter under the first of its names that transformers does not tie to another one, which it leaves out of a file."""
+    left_out = getattr(base, "all_tied_weights_keys", None) or {}  # before version 5 no model says it
+    names: dict[int, list[str]] = {}
+    for name, p in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(_clean(name))
+    for p in base.parameters():
+        yield next((name for name in names[id(p)] if name not in left_out), names[id(p)][0]), p
 
 
 def adapter_names(model: torch.nn.Module) -> dict[int, str]:
@@ -147,7 +158,7 @@ def adapter_names(model: torch.nn.Module) -> dict[int, str]:
 
 
 def _wrapperless(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part != "_orig_mod")
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 class _Tracing(TorchFunctionMode):

@@ -15,7 +15,8 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
     segments.named_segments gives them.
 
     A pattern is matched with the whole name, as a shell does it: * stands for anything. A parameter that a checkpoint holds
-    as several tensors is matched by any of their names. ValueError for a pattern that fits no parameter.
+    as several tensors is matched by its own name in memory, or by the names of all of them. ValueError for a pattern that fits no
+    parameter, or some of these tensors only.
     """
     own_sigma = own_sigmas(config)
     unused = {*config.tune, *config.freeze, *(pattern for pattern, _ in own_sigma)}
@@ -23,13 +24,20 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
     for entry in entries:
         if not entry[1].requires_grad:
             continue
-        names = [entry[0], *(segment.name for segment in (entry[2] if len(entry) == 3 else ()))]
+        name, parts = entry[0], list(dict.fromkeys(segment.name for segment in (entry[2] if len(entry) == 3 else ())))
 
         def fits(pattern: str) -> bool:
-            found = bool(fnmatch.filter(names, pattern))
-            if found:
+            found = [part for part in parts if fnmatch.fnmatchcase(part, pattern)]
+            whole = fnmatch.fnmatchcase(name, pattern)
+            if found and len(found) < len(parts) and not whole:
+                other = next(part for part in parts if part not in found)
+                raise ValueError(
+                    f"the pattern {pattern!r} fits {found[0]!r} but not {other!r}, which are one parameter in memory, {name!r}: "
+                    "give a pattern that fits all of it"
+                )
+            if found or whole:
                 unused.discard(pattern)
-            return found
+            return bool(found or whole)
 
         # Lists, not generators: every pattern shall be seen to fit, though the first decides.
         tuned = any([fits(pattern) for pattern in config.tune]) or not config.tune
@@ -38,7 +46,7 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
         if tuned and not frozen:
             groups.setdefault(sigmas[0] if sigmas else config.sigma, []).append(entry)
     if unused:
-        raise ValueError(f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {names[0]!r}")
+        raise ValueError(f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {name!r}")
     if not groups:
         raise ValueError("tune and freeze leave no parameter to tune")
     return EvolutionStrategy([{"params": entries, "sigma": sigma, "initial_sigma": sigma} for sigma, entries in groups.items()], **optimizer_options(config))

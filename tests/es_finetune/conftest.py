@@ -75,7 +75,7 @@ def tiny_llama():
 def build_model():
     """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
 
-    Kinds: llama; qwen2 (tied embeddings, biases); mixed (gemma in bfloat16 with norms in float32); mixtral and qwen3_moe (experts fused
+    Kinds: llama; gemma; gemma3_vision (with a tower that sees); qwen2 (tied embeddings, biases); mixed (gemma in bfloat16 with norms in float32); mixtral and qwen3_moe (experts fused
     in memory); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the embedded model's tokenizer.
     """
 
@@ -99,9 +99,16 @@ def build_model():
                 if name.endswith("norm"):
                     module.float()
             return model
+        if kind == "gemma3_vision":
+            text = build("gemma3").config.to_dict()
+            vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+            options = {"mm_tokens_per_image": 4, "image_token_index": 39, "boi_token_index": 37, "eoi_token_index": 38, "eos_token_id": 2, **config}
+            torch.manual_seed(0)
+            return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, **options)).eval()
         family, options = {
             "llama": ("Llama", {}),
             "gemma": ("Gemma", {"head_dim": 8}),
+            "gemma3": ("Gemma3", {"head_dim": 8}),
             "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
             "mixtral": ("Mixtral", {"num_local_experts": 4}),
             "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}),
@@ -110,7 +117,8 @@ def build_model():
         options |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2}
         options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **config}
         torch.manual_seed(0)
-        return getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**options)).eval()
+        config = f"{family}TextConfig" if kind == "gemma3" else f"{family}Config"
+        return getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, config)(**options)).eval()
 
     return build
 

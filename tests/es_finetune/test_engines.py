@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -323,6 +324,11 @@ def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model
     adapted = generate(wrapped, tokenizer)
     assert adapted != base and model.generation_config is theirs
     assert adapted == generate(wrapped.merge_and_unload(), tokenizer)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, checkpoint_wrapper, lambda model: torch.nn.DataParallel(torch.compile(model))])
+def test_a_wrapped_model_generates_as_itself(model, tokenizer, wrap):
+    assert generate(wrap(model), tokenizer, PROMPTS[:4]) == generate(model, tokenizer, PROMPTS[:4])
 
 
 def test_a_model_in_training_mode_answers_without_dropout(model, tokenizer):

@@ -3,6 +3,7 @@
 files, and noise added in memory is, to the bit, noise added to the files' tensors. What cannot be named so keeps its name in
 memory, and a warning says it. Weights that are not plain numbers in memory, and prompts that an adapter learns, are refused."""
 
+import re
 import sys
 import warnings
 
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import es_kernels
 from es_finetune import EvolutionStrategy, TrainConfig, Trainer
@@ -18,6 +20,7 @@ from es_finetune.engines.hf import HFEngine
 from es_finetune.model import EMBEDDED_MODEL, load_model
 from es_finetune.replay import base_fingerprint
 from es_finetune.segments import named_segments
+from es_finetune.tuning import make_optimizer
 
 KINDS = ("llama", "qwen2", "mixtral", "qwen3_moe")
 
@@ -93,19 +96,32 @@ def test_experts_are_one_segment_per_file_tensor(tiny_mixtral):
     assert [s for s in fused if s.name == name] == [es_kernels.Segment(name, 1, 24 * 16, offset=(2 * 2 + 1) * 24 * 16)]
 
 
-@pytest.mark.parametrize("wrap", ["compile", "parallel", "both", "part"])
+@pytest.mark.parametrize("wrap", ["compile", "parallel", "both", "part", "checkpointed", "checkpointed part"])
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_wrappers_do_not_show(build_model, tmp_path, kind, wrap):
     model = build_model(kind)
     files = saved(model, tmp_path)
     if wrap == "part":
         model.model.layers[1] = torch.compile(model.model.layers[1])
+    elif wrap == "checkpointed part":
+        model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
     else:
         if wrap in ("compile", "both"):
             model = torch.compile(model)
         if wrap in ("parallel", "both"):
             model = torch.nn.DataParallel(model)
-    assert any("_orig_mod" in name or name.startswith("module.") for name, _ in model.named_parameters())
+        if wrap == "checkpointed":
+            model = checkpoint_wrapper(model)
+    # A checkpoint_wrapper around all takes its name out by itself.
+    assert wrap == "checkpointed" or any({"_orig_mod", "_checkpoint_wrapped_module", "module"} & {*name.split(".")} for name, _ in model.named_parameters())
+    assert fingerprint(named_segments(model)) == fingerprint(files)
+
+
+@pytest.mark.parametrize("family", ["Camembert", "XLMRoberta", "Roberta"])
+def test_tied_weights_have_the_name_of_the_file_where_that_is_not_their_first(tmp_path, family):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes, is_decoder=True))
+    files = saved(model, tmp_path)
     assert fingerprint(named_segments(model)) == fingerprint(files)
 
 
@@ -121,7 +137,7 @@ def compile_a_layer(model):
     return model
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, torch.nn.DataParallel, compile_a_layer])
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, torch.nn.DataParallel, compile_a_layer, checkpoint_wrapper])
 @pytest.mark.parametrize(
     "adapter", [{}, {"modules_to_save": ["lm_head", "norm"]}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
 )
@@ -149,6 +165,24 @@ def test_weights_under_an_adapter_have_the_names_of_the_base_checkpoint(build_mo
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **adapter))
     frozen = [entry for entry in named_segments(model) if not entry[1].requires_grad]
     assert fingerprint(frozen) == fingerprint(files)
+
+
+@pytest.mark.parametrize("option", ["tune", "freeze", "sigma_for"])
+def test_a_pattern_that_fits_a_part_of_a_parameter_is_refused(tiny_mixtral, option):
+    entries = list(named_segments(tiny_mixtral))
+    sigma = "=0.1" if option == "sigma_for" else ""
+
+    def make(pattern):
+        return make_optimizer(entries, TrainConfig(task="countdown-char", **{option: [pattern + sigma]}))
+
+    for pattern, part, other, whole in (
+        ("*experts.0.*", "experts.0.w1", "experts.1.w1", "mlp.experts.gate_up_proj"),
+        ("*layers.1.*.w3.weight", "experts.0.w3", "experts.0.w1", "layers.1.mlp.experts.gate_up_proj"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"the pattern {pattern!r} fits") + f".*{part}.*but not.*{other}.*one parameter in memory.*{whole}"):
+            make(pattern)
+    for pattern in ("*experts*", "*.experts.gate_up_proj", "*.w2.weight"):  # all files' tensors, the name in memory, all of another parameter
+        make(pattern)
 
 
 def conversions(*operations):

@@ -15,7 +15,7 @@ from es_finetune.config import CUSTOM_PROMPTS, TrainConfig, model_options
 from es_finetune.engines import Replica
 from es_finetune.evaluate import Evaluation, Evaluator
 from es_finetune.metrics import Row, member_line, rewards_by_prompt
-from es_finetune.model import dtype_of, load_model, pick_device, save_model
+from es_finetune.model import dtype_of, freeze_towers, load_model, pick_device, save_model
 from es_finetune.optimizer import Update, make_update
 from es_finetune.prepare import make_engine, make_task
 from es_finetune.runlog import Generation
@@ -176,6 +176,7 @@ def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
         model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
     else:
         refuse_untunable(model)
+        freeze_towers(model)
         identity = {"model": config.model, "class": type(base_of(model)).__name__, "dtype": dtype_of(model), "in_memory": True}
     engine = make_engine(config, task, model, tokenizer)
     weights = Weights(list(named_segments(model)), config)
