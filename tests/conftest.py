@@ -1,6 +1,8 @@
-"""Triton's interpreter, made exact."""
+"""Triton's interpreter, made exact; and what "quickly" means on the machine that the tests run on."""
 
+import contextlib
 import os
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +19,27 @@ from es_kernels.backends import reference, triton  # noqa: E402, F401
 # Programs that tests start decide for themselves.
 if _before is None:
     os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture
+def within():
+    """`with within(5): ...`: takes no more of this process's CPU time than five rounds of a loop of a million additions (15 ms each on a fast core). What a
+    machine does besides, or how fast it is, changes nothing: what is to be caught takes a hundred times as long."""
+
+    def a_round():
+        start = time.process_time()
+        sum(range(1_000_000))
+        return time.process_time() - start
+
+    @contextlib.contextmanager
+    def rounds(n):
+        before = a_round()
+        start = time.process_time()
+        yield
+        spent = time.process_time() - start
+        assert spent <= n * max(before, a_round()), f"{spent:.2f} s of CPU time"
+
+    return rounds
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import json
 import math
 import random
 import re
-import time
 
 import pytest
 from es_finetune.tasks import load_task
@@ -261,9 +260,7 @@ def test_what_is_no_reward_function(rewards, reward, problem):
 )
 def test_a_failure_is_a_score_with_a_reason(rewards, completion, problem):
     task = load_task("custom", data=records(), reward=f"{rewards}:bad", time_limit=0.5)
-    start = time.perf_counter()
     score = task.score(task.train[0], completion)
-    assert time.perf_counter() - start < 5
     assert score[:3] == (None, None, None)
     assert re.fullmatch(problem + f", completion '{completion}'", score.error), score.error
     assert task.score(task.train[0], "good") == (2.0, 1.0, 0.5, None)

@@ -15,7 +15,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
 import datasets
@@ -81,10 +80,9 @@ def test_arithmetic_is_exact(text, value, numbers):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:20]))
-def test_arithmetic_refuses_what_is_none(text):
-    start = time.process_time()
-    assert evaluate(text) is None
-    assert time.process_time() - start < 0.05
+def test_arithmetic_refuses_what_is_none(text, within):
+    with within(3):
+        assert evaluate(text) is None
 
 
 def test_arithmetic_bounds_are_where_they_are_said_to_be():
@@ -164,10 +162,9 @@ def test_countdown_accepts_the_papers_tolerance_and_no_more():
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:20]))
 @pytest.mark.parametrize("frame", ["{}", "x</think>\n<answer>{}</answer>", "<answer>{}", "{}</answer>"])
-def test_countdown_gives_hostile_answers_at_most_their_format(text, frame):
-    start = time.process_time()
-    score = Countdown.score(None, ITEM, frame.format(text))
-    assert time.process_time() - start < 0.05
+def test_countdown_gives_hostile_answers_at_most_their_format(text, frame, within):
+    with within(3):
+        score = Countdown.score(None, ITEM, frame.format(text))
     assert score.exact == (text == "3+4+7\n" and "</think>" in frame)  # white space around an answer is no fault
     assert score.reward == pytest.approx(score.exact + 0.1 * score.format) and score.format <= 1
 
@@ -265,11 +262,10 @@ def test_conciseness_is_its_formula(text):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:20]))
-def test_conciseness_of_hostile_answers(text):
+def test_conciseness_of_hostile_answers(text, within):
     task = Conciseness()
-    start = time.process_time()
-    assert task.score(task.train[0], text).reward == -abs(len(text) - 1) <= 0
-    assert time.process_time() - start < 0.05
+    with within(3):
+        assert task.score(task.train[0], text).reward == -abs(len(text) - 1) <= 0
 
 
 # --- math ------------------------------------------------------------------------------------------------------------
@@ -396,12 +392,10 @@ def test_math_scores(mathematics, completion, exact, format):
     "text", [*HOSTILE, "9^{9^{9^9}}", "\\frac{1}{" * 200 + "3" + "}" * 200, "10!!!!", "\\text{" + "a" * 900 + "}"], ids=lambda text: ascii(text[:20])
 )
 @pytest.mark.parametrize("frame", ["{}", "x \\boxed{{{}}}", "\\boxed{{{}"])
-def test_math_gives_hostile_answers_nothing(mathematics, text, frame):
-    start, spent = time.perf_counter(), time.process_time()
-    score = mathematics.score(mathematics.train[0], frame.format(text))
-    assert time.process_time() - spent < 0.1
-    # A kill is followed by the start of another process, for the next answer.
-    assert time.perf_counter() - start < (10 if "\\boxed" in frame else 0.5)
+def test_math_gives_hostile_answers_nothing(mathematics, text, frame, within):
+    """What may take long is done by another process, which is killed: none of it in this one."""
+    with within(5):
+        score = mathematics.score(mathematics.train[0], frame.format(text))
     assert score.reward == score.exact == 0 and score.format in (0, 1)
     assert score.error is None or "no result within 2 s, killed" in score.error
     assert "x \\boxed" in frame or score.format == 0
@@ -470,20 +464,18 @@ def test_few_questions_are_cut_in_proportion():
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:20]))
 @pytest.mark.parametrize("frame", ["{}", "<answer>{}</answer>", "<answer>{}"])
-def test_sudoku_gives_hostile_answers_nothing(sudoku, text, frame):
-    start = time.perf_counter()
-    score = sudoku.score(sudoku.train[0], frame.format(text))
-    assert time.perf_counter() - start < 5
+def test_sudoku_gives_hostile_answers_nothing(sudoku, text, frame, within):
+    with within(5):
+        score = sudoku.score(sudoku.train[0], frame.format(text))
     # The dataset's score gives 0.1 for the share of cells that happen to be right.
     assert score.exact == 0 and score.reward < 0.1 and score.format == ("</answer>" in frame)
 
 
-def test_a_scorer_that_evaluates_is_killed():
+def test_a_scorer_that_evaluates_is_killed(within):
     task = load_task("reasoning-gym:binary_matrix", time_limit=2.0)
     for text, problem in (("9**9**9**9", "no result within 2 s, killed"), ("(" * 10_000, None), ("__import__('os')._exit(0)", None)):
-        start = time.perf_counter()
-        score = task.score(task.train[0], f"<answer>{text}</answer>")
-        assert time.perf_counter() - start < 5
+        with within(5):
+            score = task.score(task.train[0], f"<answer>{text}</answer>")
         assert score[:3] == (0.0, 0.0, 1.0) and (problem is None or problem in score.error)
 
 

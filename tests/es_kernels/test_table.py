@@ -7,7 +7,6 @@
 
 import pathlib
 import re
-import time
 
 import numpy as np
 import pytest
@@ -233,12 +232,12 @@ def test_what_does_not_overlap_is_accepted():
     pack_of(memory, base=[torch.zeros(16).expand(8, 16)])
 
 
-def test_many_interleaved_segments_are_checked_quickly():
-    """300 x 300 rows in transposed order: each segment's extent meets all others'."""
-    start = time.perf_counter()
+def test_many_interleaved_segments_are_checked_quickly(within):
+    """300 x 300 rows in transposed order: each segment's extent meets all others'. Row by row that would be 13 million comparisons, not 45,000."""
     t = torch.zeros(300, 300, 8).transpose(0, 1)
-    pack = pack_of(t)
-    assert len(pack.segments) == 300 and time.perf_counter() - start < 5
+    with within(100):
+        pack = pack_of(t)
+    assert len(pack.segments) == 300
 
 
 def test_overlapping_index_ranges_of_one_stream_are_refused():
