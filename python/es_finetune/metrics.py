@@ -16,6 +16,8 @@ from es_finetune.tasks import Task
 
 Row = dict[str, Any]
 
+_FEW = 8  # questions: with fewer an interval is too narrow to rest a warning on (at 8 by 17 %)
+
 
 def member_line(generation: int, member: int, evaluation: Evaluation) -> Row:
     """What the journal keeps of a member: all that the generation's update and metrics need."""
@@ -41,9 +43,10 @@ def rewards_by_prompt(task: Task, members: Sequence[Row]) -> list[list[float]]:
     return [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
 
 
-def population_row(members: Sequence[Row], means: Sequence[float], seconds: float, workers: int) -> Row:
-    """The part of a row of metrics.jsonl that the members' lines and mean rewards give; `seconds`: of the whole generation, of which each
-    of the workers had as many."""
+def population_row(members: Sequence[Row], by_prompt: Sequence[Sequence[float]], seconds: float, workers: int) -> Row:
+    """The part of a row of metrics.jsonl that the members' lines and rewards [member][prompt] give; `seconds`: of the whole generation, of which
+    each of the workers had as many."""
+    means = [math.fsum(rewards) / len(rewards) for rewards in by_prompt]
     mean = math.fsum(means) / len(means)
     generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
     tokens = sum(member["tokens"] for member in members)
@@ -52,6 +55,7 @@ def population_row(members: Sequence[Row], means: Sequence[float], seconds: floa
         "reward_std": math.sqrt(math.fsum((reward - mean) ** 2 for reward in means) / len(means)),
         "reward_min": min(means),
         "reward_max": max(means),
+        **_reward_interval([math.fsum(rewards) / len(rewards) for rewards in zip(*by_prompt)]),
         "exact_mean": mean_of_known([member["exact"] for member in members]),
         "format_mean": mean_of_known([member["format"] for member in members]),
         "seconds": seconds,
@@ -67,6 +71,12 @@ def population_row(members: Sequence[Row], means: Sequence[float], seconds: floa
     }
 
 
+def _reward_interval(rewards: Sequence[float]) -> Row:
+    """95 % interval of their mean, given one reward for each question; None with fewer than _FEW."""
+    low, high = interval(rewards) if len(rewards) >= _FEW else (None, None)
+    return {"reward_low": low, "reward_high": high}
+
+
 def look_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> Row:
     """A row of evals.jsonl: what the held-out answers are worth after `done` updates, with the headline metric's 95 % interval."""
     values, rewards = headline(task, evaluation.scores), rewards_of(task, evaluation.scores)
@@ -75,6 +85,7 @@ def look_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
         "generation": done,
         "items": len(values),
         "reward": math.fsum(rewards) / len(rewards),
+        **_reward_interval(rewards),
         "exact": evaluation.mean("exact"),
         "format": evaluation.mean("format"),
         "failed": evaluation.failed,

@@ -17,7 +17,7 @@ from typing import Any
 
 from es_finetune import plot
 from es_finetune.files import generation_rows, read_rows, write_atomically
-from es_finetune.health import FAITHFUL
+from es_finetune.health import FAITHFUL, swallowed
 from es_finetune.progress import duration, value
 from es_finetune.runlog import read_log
 
@@ -53,6 +53,7 @@ def _read(folder: Path) -> dict[str, Any]:
     metric = header.get("metric", "reward")
     looks = [row for row in looks if row.get(metric) is not None]
     samples, counts = _samples(folder, metric)
+    chance = _chance(counts["better"], counts["worse"])
     asked = summary.get("generations") or config.get("generations")
     return {
         "folder": shlex.quote(str(folder)),
@@ -66,14 +67,16 @@ def _read(folder: Path) -> dict[str, Any]:
         "metric": metric,
         "looks": looks,
         "counts": counts,
-        "chance": _chance(counts["better"], counts["worse"]),
+        "chance": chance,
+        "change": _change(looks, metric, chance if samples else None),
         "seconds": summary.get("seconds_total") or sum(row["seconds"] for row in rows),
         "tokens": sum(row.get("tokens") or 0 for row in rows),
         "outside": _outside(rows),
         "peak": max((row.get("peak_memory_bytes") or 0 for row in rows), default=0),
         "plots": _plots(rows, metric, looks),
         "warnings": _warnings(rows),
-        "poor": _poor(rows),
+        "poor": _poor(rows, norms=False),
+        "norms": _poor(rows, norms=True),
         "faithful": FAITHFUL,
         "correlation_measured": any(_health("correlation_min")(row) is not None for row in rows),
         "failed": sum(row.get("failed") or 0 for row in rows),
@@ -243,16 +246,30 @@ def _ranges(numbers: list[int], most: int = 8) -> str:
     return text + (f" and {sum(b - a + 1 for a, b in runs[most:])} more, the last {runs[-1][1]}" if len(runs) > most else "")
 
 
-def _poor(rows: list[Row]) -> list[dict[str, Any]]:
-    """Tensors whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation, how often."""
+def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
+    """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation, how often."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        for name, (correlation, ratio) in (row.get("health") or {}).get("correlation", {}).items():
+        for name, (correlation, ratio) in swallowed(row, norms).items():
             entry = found.setdefault(name, {"name": name, "worst": math.inf, "times": 0})
             entry["times"] += 1
             if correlation < entry["worst"]:
                 entry.update(worst=correlation, ratio=ratio, generation=row["generation"] + 1)
     return sorted(found.values(), key=lambda entry: entry["worst"])
+
+
+def _change(looks: list[Row], metric: str, chance: float | None) -> str:
+    """"gain" or "loss", where what became of the same answers says so (`chance`), or without them intervals that do not meet; else ""."""
+    first, last = (looks[0], looks[-1]) if looks else ({}, {})
+    before, after = first.get(metric), last.get(metric)
+    if before == after:
+        return ""
+    if chance is None:
+        ends = [look.get(end) for look in (first, last) for end in ("low", "high")]
+        certain = None not in ends and (ends[3] < ends[0] or ends[1] < ends[2])
+    else:
+        certain = chance < 0.05
+    return ("gain" if after > before else "loss") if certain else ""
 
 
 def _failures(rows: list[Row]) -> list[str]:

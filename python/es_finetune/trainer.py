@@ -20,7 +20,7 @@ from es_finetune import door
 from es_finetune.config import TrainConfig, asked
 from es_finetune.files import append_row, generation_rows, write_atomically
 from es_finetune.folder import CURVES, claim, inherit, is_ours, remove
-from es_finetune.health import warnings_of
+from es_finetune.health import norms_note, warnings_of
 from es_finetune.measure import save_answers
 from es_finetune.metrics import estimate, look_row, population_row, summary, total_seconds
 from es_finetune.plot import plot_run
@@ -186,6 +186,8 @@ class Trainer:
             if len(self._rows) == 1:
                 whole = estimate(row["seconds"], self._looks[0], config.generations, config.eval_every)
                 progress.note(f"estimate: {whole}; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB")
+            if (note := norms_note(self._rows)) is not None:
+                progress.note(note)
             for warning in row["warnings"]:
                 progress.note(f"generation {row['generation'] + 1}: {warning}")
             progress.update(row, self._looks[-1][self.task.metric], total_seconds(self._rows, self._looks))
@@ -214,13 +216,13 @@ class Trainer:
 
         looking = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
         members, dropped = self.workers.evaluate(generation, known, keep, looking)
-        update, means = update_of(self.task, config, generation, members, dropped)
+        update, by_prompt = update_of(self.task, config, generation, members, dropped)
         found = self.workers.update(update, looking)
         row = {
             "generation": generation,
             "sigma": found["sigma"][0],
             "lr": found["lr"][0],
-            **population_row(members, means, before + time.perf_counter() - begin, self.workers.count),
+            **population_row(members, by_prompt, before + time.perf_counter() - begin, self.workers.count),
             "seconds_kernels": found["seconds_kernels"],
             "theta": f"{found['theta']:016x}",
             "live": f"{found['live']:016x}",
@@ -228,7 +230,7 @@ class Trainer:
             **({"health": found["health"]} if "health" in found else {}),
             **({"dropped": dropped} if dropped else {}),
         }
-        row["warnings"] = warnings_of([*self._rows, row], config, base_reward=self._looks[-1]["reward"])
+        row["warnings"] = warnings_of([*self._rows, row], config, self._looks[-1])
         append_row(self.folder / "metrics.jsonl", row)
         self._proof = line_of(update, found, dropped)
         self.log.append(self._proof)

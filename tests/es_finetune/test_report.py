@@ -77,8 +77,8 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         if health and generation % 10 == 0:
             worst = 0.86 + 0.1 * draws.random()
             row["health"] = {
-                "correlation": {"model.layers.3.input_layernorm.weight": [worst, worst + 0.02]} if worst < 0.9 else {},
-                "correlation_min": ["model.layers.3.input_layernorm.weight", worst], "rms_ratio_min": ["model.norm.weight", 0.97],
+                "correlation": {"model.norm.weight": [0.36, 0.9], **({"model.layers.3.self_attn.q_proj.bias": [worst, worst + 0.02]} if worst < 0.9 else {})},
+                "correlation_min": ["model.norm.weight", 0.36], "rms_ratio_min": ["model.norm.weight", 0.97],
                 "step_correlation": 0.995 + 0.004 * draws.random(), "step_rms": 1e-5, "drift": 2e-5 * math.sqrt(generation + 1),
                 "drift_relative": 8e-4 * math.sqrt(generation + 1),
             }  # fmt: skip
@@ -224,11 +224,44 @@ def test_a_warning_is_shown_once_with_its_generations(long):
 
 def test_tensors_that_lost_noise_are_named_with_their_worst(long):
     text = Page(long).text
-    seen = [c for row in read_rows(long.parent / "metrics.jsonl") for c in row.get("health", {}).get("correlation", {}).values()]
+    biases = "model.layers.3.self_attn.q_proj.bias"
+    seen = [row["health"]["correlation"][biases] for row in read_rows(long.parent / "metrics.jsonl") if biases in row.get("health", {}).get("correlation", {})]
     (worst, ratio), last = min(seen), seen[-1]
     columns = "tensor lowest correlation rms, realised / meant in generation times seen"
-    assert worst < last[0] and f"{columns} model.layers.3.input_layernorm.weight {worst:.3f} {ratio:.3f}" in text
+    assert worst < last[0] and f"{columns} {biases} {worst:.3f} {ratio:.3f}" in text
     assert f"under {FAITHFUL}:" in text and "--sigma_for" in text and "a step below 1 is normal" in text
+
+
+def test_norm_weights_are_counted_and_not_named_among_them(long):
+    text = Page(long).text
+    assert "Part of the noise is lost in 1 norm weight, which are near 1" in text and "(lowest correlation 0.36). So it is in the paper's run" in text
+    assert "model.norm.weight" not in text
+
+
+def number_class(folder):
+    """How the tuned model's number is painted: as a gain, a loss, or neither."""
+    (_, tuned) = (attributes["class"] for tag, attributes in page(folder).tags if attributes.get("class", "").startswith("number"))
+    return tuned
+
+
+def test_only_what_is_no_chance_is_painted(no_plots, tmp_path):
+    folder = make_run(tmp_path / "short", 3)
+    base = {"generation": 0, "items": 50, "reward": 0.3, "exact": 0.4, "format": None, "low": 0.3, "high": 0.5, "seconds": 1}
+
+    def painted(exact, low, high, answers=None):
+        write_rows(folder / "evals.jsonl", [base, {**base, "generation": 3, "exact": exact, "low": low, "high": high}])
+        for name in ("base", "tuned"):
+            path = folder / "answers" / f"{name}.jsonl"
+            path.unlink(missing_ok=True)
+            if answers:
+                write_rows(path, [{"prompt": str(i), "completion": "x", "reward": 0.0, "exact": float(c)} for i, c in enumerate(answers[name == "tuned"])])
+        return number_class(folder).split()[1:]
+
+    assert painted(0.4, 0.3, 0.5) == painted(0.45, 0.35, 0.55) == []
+    assert painted(0.7, 0.6, 0.8) == ["gain"] and painted(0.1, 0.0, 0.2) == ["loss"]
+    # The same answers, before and after, say more than two intervals: here that the numbers differ by chance, and here that they do not.
+    assert painted(0.7, 0.6, 0.8, ("0000000011", "0000000111")) == [] and painted(0.4, 0.3, 0.5, ("0011", "0011")) == []
+    assert painted(0.45, 0.35, 0.55, ("0000000011", "1111111111")) == ["gain"] and painted(0.35, 0.25, 0.45, ("11111111", "00000000")) == ["loss"]
 
 
 def test_failed_rewards_are_counted_and_shown(long):

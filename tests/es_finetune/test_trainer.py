@@ -79,6 +79,7 @@ def test_rows_and_log_say_the_same(run):
     assert header["model"]["model"] == "embedded" and header["config"]["population"] == 4
     for row, logged in zip(rows, generations):
         assert row["reward_min"] <= row["reward_mean"] == logged.reward <= row["reward_max"]
+        assert row["reward_low"] < row["reward_mean"] < row["reward_high"]  # over the prompts
         assert row["theta"] == row["live"] == f"{logged.theta:016x}"  # f32 weights, so both are the same numbers
         assert (logged.lr, logged.sigma) == ((row["lr"],), (row["sigma"],))
         assert row["peak_memory_bytes"] > 1e6 and row["failed"] == 0

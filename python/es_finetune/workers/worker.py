@@ -152,15 +152,15 @@ def known_members(lines: Sequence[Row], generation: int, config: TrainConfig) ->
     return {line["member"]: line for line in lines if line["generation"] == generation and not (stop and None in line["rewards"])}
 
 
-def update_of(task: Task, config: TrainConfig, generation: int, lines: Sequence[Row], dropped: Sequence[int]) -> tuple[Update, list[float]]:
-    """The update that the members' lines ask for, and the mean reward of each member that was not dropped. The same on every worker."""
+def update_of(task: Task, config: TrainConfig, generation: int, lines: Sequence[Row], dropped: Sequence[int]) -> tuple[Update, list[list[float]]]:
+    """The update that the members' lines ask for, and the rewards [member][prompt] of those that were not dropped. The same on every worker."""
     by_prompt = rewards_by_prompt(task, lines)
     means = [math.fsum(row) / len(row) for row in by_prompt]
     rewards: list[Any] = [None] * config.population
     for line, of_member in zip(lines, by_prompt if config.shaping == "per_prompt" else means, strict=True):
         rewards[line["member"]] = of_member
     shaping = {"population": config.population, "shaping": config.shaping, "antithetic": config.antithetic}
-    return make_update(generation, rewards, dropped, **shaping), means
+    return make_update(generation, rewards, dropped, **shaping), by_prompt
 
 
 def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
