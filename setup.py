@@ -121,7 +121,7 @@ class Build(build_ext):
 
     def build_cpu(self, target, temp):
         objects = {temp / f"{isa}.o": [*flags, f"-DES_ISA={isa}", str(CSRC / "cpu_simd.cpp")] for isa, flags in ISAS.items()}
-        objects[temp / "cpu.o"] = [str(CSRC / "cpu.cpp")]
+        objects |= {temp / f"{name}.o": [str(CSRC / f"{name}.cpp")] for name in ("cpu", "tensors")}
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda item: self.run_tool([cxx(), *CXX_FLAGS, "-c", *item[1], "-o", str(item[0])]), objects.items()))
         self.run_tool([cxx(), "-shared", "-static-libgcc", "-static-libstdc++", *map(str, objects), "-o", str(target), "-pthread"])

@@ -39,6 +39,18 @@ ES_API int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint
 /* *result = sum mod 2^64 over the elements of `out` (NOISE.md, "The fingerprint"). */
 ES_API int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* result, int threads, const char* isa);
 
+/* Getters of a tensor, by its handle, as torch's own C ABI has them (aoti_torch_get_* of torch/csrc/inductor/aoti_torch/c/shim.h): 0 if all is well. */
+typedef struct {
+  int32_t (*data_ptr)(void* tensor, void** address);
+  int32_t (*dtype)(void* tensor, int32_t* dtype);
+  int32_t (*dim)(void* tensor, int64_t* dim);
+  int32_t (*sizes)(void* tensor, int64_t** sizes);
+  int32_t (*strides)(void* tensor, int64_t** strides);
+} EsTensorGetters;
+/* The first of n tensors of which address, dtype, sizes or strides are not those in `words`; n if there is none. A tensor takes 3 + 2 dim words;
+ * record != 0 writes them instead of comparing. */
+ES_API int64_t es_cpu_first_changed(const EsTensorGetters* get, void* const* tensors, int64_t n, int64_t* words, int record);
+
 /* ---- CUDA ---- */
 ES_API int es_cuda_abi(void);
 ES_API const char* es_cuda_error(void);

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import backends, noise
-from .table import Layout, ParamTable, check_tensor, named_tensors, shared_memory
+from .table import Layout, ParamTable, check_tensor, match, named_tensors, shared_memory
 
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 
@@ -27,21 +27,27 @@ _library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
 
 
 def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
+    _write(Layout.find(layout).pack(out, base, anchor), out, seeds, coefs, rounding_seed, decay)
+
+
+def _write(pack, out, seeds, coefs, rounding_seed, decay):
+    """The op, on the Pack of its tensors."""
     decay = float(np.float32(decay))  # the contract casts first, and looks at the cast value
-    pack = Layout.find(layout).pack(out, base, anchor)
     for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
-        if t is not None and t.device.type != "cpu" and t.device != pack.device:
+        if t is not None and not t.is_cpu and t.device != pack.device:
             raise ValueError(f"{what} are on {t.device}, but the tensors on {pack.device}: move them there, or to the CPU")
-    if coefs.device.type == "cpu" and not all(map(math.isfinite, coefs.tolist())):
+    if coefs.is_cpu and not all(map(math.isfinite, coefs.tolist())):
         raise ValueError(f"coefs {coefs.tolist()} are not all finite")  # on the device they are not looked at: that would wait for it
     if pack.units:
         backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay)
-    # Library.impl does not know that `out` was written; autograd must.
-    torch.autograd.graph.increment_version([t for t in out if not t.is_inference()])
+    torch.autograd.graph.increment_version(out)  # Library.impl does not know that `out` was written; autograd must
 
 
 def _fingerprint(tensors, layout):
-    pack = Layout.find(layout).pack(tensors)
+    return _hash(Layout.find(layout).pack(tensors))
+
+
+def _hash(pack):
     return backends.choose(pack.device).fingerprint(pack) if pack.units else torch.zeros((), dtype=torch.int64, device="cpu")
 
 
@@ -74,6 +80,15 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
     Perturb:  add_noise_(live, seed, sigma, base=master)             Swap: add_noise_(live, [old, new], [-sigma, sigma])
     Update:   add_noise_(master, seeds, (lr / N * z).tolist())
     """
+    seeds, coefs, rounding_seed, decay = _numbers(seeds, coefs, rounding, rounding_seed, decay)
+    if isinstance(out, ParamTable) and all(t is None or isinstance(t, ParamTable) for t in (base, anchor)) and _direct(out):
+        if name is not None or stream is not None:
+            raise ValueError(_NAMES_ITSELF)
+        pack = out.pack(base, anchor)
+        if torch.is_grad_enabled() and _any_requires_grad(*out.tensors):
+            _refuse_gradients(out.names, out.tensors)
+        _write(pack, out.tensors, seeds, coefs, rounding_seed, decay)
+        return out
     if isinstance(out, torch.Tensor):
         if (name is None) == (stream is None):
             raise ValueError("a bare tensor needs name= or stream= (one of them): it says which noise is this tensor's own")
@@ -82,34 +97,17 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
         names = [name or "<tensor>"]
     else:
         if name is not None or stream is not None:
-            raise ValueError("name= and stream= are for a bare tensor; this call names its tensors itself")
+            raise ValueError(_NAMES_ITSELF)
         out = out if isinstance(out, (ParamTable, Mapping)) else list(out)
         tensors, names, layout = _tensors_and_layout(out)
     base = _match("base", base, out, tensors, names)
     anchor = _match("anchor", anchor, out, tensors, names)
-    seeds, coefs = _seeds(seeds, "seeds"), _coefs(coefs)
-    if seeds.shape != coefs.shape:
-        raise ValueError(f"{seeds.shape[0]} seeds but {coefs.shape[0]} coefs")
-    decay = float(decay)
-    if not -_F32_MAX < decay < _F32_MAX:
-        raise ValueError(f"decay {decay} is not a finite float32")
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding is 'nearest' or 'stochastic', not {rounding!r}")
-    if (rounding == "stochastic") != (rounding_seed is not None):
-        raise ValueError("rounding='stochastic' needs a rounding_seed, fresh for every call; rounding='nearest' takes none")
-    if rounding_seed is not None:
-        rounding_seed = _seeds(rounding_seed, "rounding_seed")
-        if rounding_seed.shape != (1,):
-            raise ValueError("rounding_seed is one number")
     if not torch.compiler.is_compiling():
         # Here, because the dispatcher would run the fake kernel, or a copy, and silently write nothing.
         for what, given in (("out", tensors), ("base", base), ("anchor", anchor)):
             for n, t in zip(names, given):
                 if t.is_meta or (what == "out" and t.is_neg()):
                     check_tensor(n, what, t)
-        for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
-            if t is not None and t.is_meta:
-                raise ValueError(f"{what} are on the meta device")
     else:
         # A graph writes a copy of out and would hide it; without addresses only the same tensor can be seen.
         for what, given in (("base", base), ("anchor", anchor)):
@@ -117,9 +115,7 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
                 if source is t:
                     raise ValueError(shared_memory(what, n, n))
     if torch.is_grad_enabled():
-        for n, t in zip(names, tensors):
-            if t.requires_grad:
-                raise RuntimeError(f"{n!r} requires grad: write it under torch.no_grad()")
+        _refuse_gradients(names, tensors)
     torch.ops.es_kernels.add_noise_(tensors, base, anchor, seeds, coefs, rounding_seed, decay, layout)
     return out
 
@@ -127,8 +123,38 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
 def fingerprint(named):
     """64 bits (int) of all elements, dtypes, names and indices of a ParamTable, a mapping or an iterable of (name, tensor) pairs:
     a sum, so any order and any sharding give the same value. NOISE.md has the formula."""
-    tensors, _, layout = _tensors_and_layout(named if isinstance(named, (ParamTable, Mapping)) else list(named))
-    return torch.ops.es_kernels.fingerprint(tensors, layout).item() & 0xFFFFFFFFFFFFFFFF
+    if isinstance(named, ParamTable) and _direct(named):
+        value = _hash(named.pack())
+    else:
+        tensors, _, layout = _tensors_and_layout(named if isinstance(named, (ParamTable, Mapping)) else list(named))
+        value = torch.ops.es_kernels.fingerprint(tensors, layout)
+    return value.item() & 0xFFFFFFFFFFFFFFFF
+
+
+# The dispatcher takes 170 ns a tensor, for a list of tensors that a table knows already. Eager calls on tables go around it, unless somebody wants to see
+# the op pass: a tensor subclass, a mode, a transform or a trace (which are keys of the thread beyond these two), a profiler.
+_UNSEEN = {torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr()}  # in inference mode
+_UNSEEN |= {bits | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr() for bits in _UNSEEN}
+
+
+def _direct(table):
+    return (
+        not torch.compiler.is_compiling()
+        and table.plain
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _UNSEEN
+        and not torch._C._len_torch_function_stack()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+_NAMES_ITSELF = "name= and stream= are for a bare tensor; this call names its tensors itself"
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", lambda *tensors: any(t.requires_grad for t in tensors))  # in C: 14 ns each, not 65
+
+
+def _refuse_gradients(names, tensors):
+    for n, t in zip(names, tensors):
+        if t.requires_grad:
+            raise RuntimeError(f"{n!r} requires grad: write it under torch.no_grad()")
 
 
 @torch.compiler.assume_constant_result
@@ -161,16 +187,28 @@ def _match(what, value, out, tensors, names):
         return [value]
     if isinstance(value, ParamTable) and not torch.compiler.is_compiling():
         value.check_unmoved()
-    entries = named_tensors(value)
-    if not all(isinstance(entry, tuple) and isinstance(entry[0], str) for entry in entries):
-        raise TypeError(f"{what} must have the form of out: (name, tensor) pairs, a mapping or a ParamTable, not unnamed tensors")
-    found = {entry[0]: entry[1] for entry in entries}
-    missing = [n for n in names if n not in found]
-    tied = out.tied if isinstance(out, ParamTable) else {n for n, *_ in named_tensors(out)}
-    extra = [n for n in found if n not in names and n not in tied]
-    if missing or extra:
-        raise ValueError(f"{what} must have the names of out: " + (f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in out"))
-    return [found[n] for n in names]
+    return match(what, value, names, out.tied if isinstance(out, ParamTable) else [n for n, *_ in named_tensors(out)])
+
+
+def _numbers(seeds, coefs, rounding, rounding_seed, decay):
+    """The arguments that are no weights, checked: as tensors, and decay as a float."""
+    seeds, coefs, decay = _seeds(seeds, "seeds"), _coefs(coefs), float(decay)
+    if seeds.shape != coefs.shape:
+        raise ValueError(f"{seeds.shape[0]} seeds but {coefs.shape[0]} coefs")
+    if not -_F32_MAX < decay < _F32_MAX:
+        raise ValueError(f"decay {decay} is not a finite float32")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is 'nearest' or 'stochastic', not {rounding!r}")
+    if (rounding == "stochastic") != (rounding_seed is not None):
+        raise ValueError("rounding='stochastic' needs a rounding_seed, fresh for every call; rounding='nearest' takes none")
+    if rounding_seed is not None:
+        rounding_seed = _seeds(rounding_seed, "rounding_seed")
+        if rounding_seed.shape != (1,):
+            raise ValueError("rounding_seed is one number")
+    for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
+        if t is not None and t.is_meta:  # the dispatcher would run the fake kernel
+            raise ValueError(f"{what} are on the meta device")
+    return seeds, coefs, rounding_seed, decay
 
 
 def _seeds(seeds, what):
@@ -178,11 +216,19 @@ def _seeds(seeds, what):
         if seeds.dtype != torch.int64 or seeds.dim() > 1:
             raise TypeError(f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} {tuple(seeds.shape)}")
         return seeds.reshape(-1)
-    seeds = [operator.index(s) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
+    seeds = [_integer(s, what) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
     for s in seeds:
         if not -(1 << 63) <= s < 1 << 64:
             raise ValueError(f"{what}: {s} does not fit in 64 bits")
-    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64, device="cpu")
+    return _on_host([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], torch.int64)
+
+
+def _integer(seed, what):
+    try:
+        return operator.index(seed)
+    except TypeError:
+        order = ": the order is add_noise_(out, seeds, coefs)" if what == "seeds" and isinstance(seed, (float, np.floating)) else ""
+        raise TypeError(f"{what} are integers, and {seed!r} is a {type(seed).__name__}{order}") from None
 
 
 def _coefs(coefs):
@@ -196,8 +242,17 @@ def _coefs(coefs):
             raise ValueError(f"coefficient {c} is not a finite float32")
     if any(0 < abs(c) < 2**-126 for c in coefs):  # torch.set_flush_denormal(True) would make the cast give 0
         bits = [round(abs(c) * 2**149) if abs(c) < 2**-126 else struct.unpack("<I", struct.pack("<f", abs(c)))[0] for c in coefs]
-        return torch.tensor([b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, coefs)], dtype=torch.int32, device="cpu").view(torch.float32)
-    return torch.tensor(coefs, dtype=torch.float32, device="cpu")
+        return _on_host([b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, coefs)], torch.int32).view(torch.float32)
+    return _on_host(coefs, torch.float32)
+
+
+def _on_host(numbers, dtype):
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=dtype, device="cpu")
+    return torch.from_numpy(np.array(numbers, _NUMPY[dtype]))  # 1.4 us instead of 4.5
+
+
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
 
 
 def _listed(value):

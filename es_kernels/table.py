@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from . import noise
+from .watch import Watch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segments.h
 _SIZES = (4, 2, 2)
+_PACKS = 8  # that a layout, or a table, remembers
 # A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused (they are compared for overlap pair by pair: 2048 take 10 s).
 MAX_SEGMENTS_PER_TENSOR = 1024
 
@@ -86,18 +88,23 @@ class Layout:
             raise RuntimeError("this process does not know the parameter layout of a graph that another one compiled: build its ParamTable first") from None
 
     def pack(self, out, base=(), anchor=()):
-        """The Pack of these tensors: checked, or found among the last eight that were."""
+        """The Pack of these tensors: checked, or found among the last that were."""
         try:
             key = tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)) + (len(base), len(anchor))
         except (RuntimeError, NotImplementedError):  # a tensor without strides or memory, such as a sparse one
             return Pack(self, out, base, anchor)  # says which
-        pack = self._packs.pop(key, None)
-        if pack is None:
-            pack = Pack(self, out, base, anchor)
-        self._packs[key] = pack
-        if len(self._packs) > 8:
-            self._packs.popitem(last=False)
-        return pack
+        return _remembered(self._packs, key, lambda: Pack(self, out, base, anchor))
+
+
+def _remembered(packs, key, make):
+    """packs[key], made if it is not there; the one that was not asked for the longest is forgotten."""
+    pack = packs.pop(key, None)
+    if pack is None:
+        pack = make()
+    packs[key] = pack
+    if len(packs) > _PACKS:
+        packs.popitem(last=False)
+    return pack
 
 
 class Pack:
@@ -117,7 +124,7 @@ class Pack:
             for name, tensor, target in zip(names, tensors, out):
                 if tensor.device != self.device and not (what != "out" and _is_pinned(tensor) and self.device.type == "cuda"):
                     raise ValueError(f"{name!r}: {what} is on {tensor.device}, but {names[0]!r} is on {self.device}: move it there")
-                if tensor.numel() and not tensor.data_ptr():
+                if tensor.numel() and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + _reach(tensor)) * tensor.element_size():
                     raise ValueError(f"{name!r}: {what} has no memory: its storage was freed")
                 if tensor.shape != target.shape:
                     raise ValueError(f"{name!r}: {what} has shape {tuple(tensor.shape)}, but out has {tuple(target.shape)}")
@@ -178,8 +185,8 @@ class ParamTable:
         again under another name (tied weights) keeps its first name; `tied` maps the others to it. All tensors are on one device;
         float32, bfloat16 and float16 mix freely.
 
-    The table keeps the tensors and their addresses. If a tensor's memory moved (`p.data = ...`, `model.to(...)`), a call raises
-    RuntimeError until `refresh()`.
+    The table keeps the tensors, and what they are: address, dtype, shape, strides. If one is another (`p.data = ...`, `model.to(...)`),
+    a call raises RuntimeError until `refresh()`.
     """
 
     def __init__(self, named):
@@ -201,22 +208,40 @@ class ParamTable:
         self.names = [name for name, *_ in kept]
         self.tensors = [tensor for _, tensor, _ in kept]
         self.layout = Layout.intern(tuple(self.names), None, tuple(segments for *_, segments in kept))
+        self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in self.tensors)  # no subclass that wants to see the op
         self.layout.pack(self.tensors)  # every check now, not at the first call
         self.refresh()
 
     def refresh(self):
-        """Accept the tensors' present addresses."""
-        self._places = self._current_places()
+        """Accept the tensors as they are now."""
+        self._watch = Watch(self.tensors)
+        self._built = object()
+        self._packs = OrderedDict()
         return self
 
     def check_unmoved(self):
-        """Raises RuntimeError if a tensor's memory moved since the table was built or refreshed."""
-        for name, then, now in zip(self.names, self._places, self._current_places()):
-            if then != now:
-                raise RuntimeError(f"{name!r} moved in memory since the table was built: call table.refresh()")
+        """Raises RuntimeError if a tensor is not where and what it was when the table was built or refreshed."""
+        changed = self._changed()
+        if changed is not None:
+            raise RuntimeError(f"{self.names[changed]!r} moved in memory, or changed its dtype or shape, since the table was built: call table.refresh()")
 
-    def _current_places(self):
-        return [t.data_ptr() for t in self.tensors]
+    def _changed(self):
+        return self._watch.first_changed()
+
+    def pack(self, base=None, anchor=None):
+        """The Pack of this table, with these tables as base and anchor: of every tensor only what can change between two calls is looked at,
+        names are matched once."""
+        self.check_unmoved()
+        for table in (base, anchor):
+            if table is not None:
+                table.check_unmoved()
+        # Their `_built`, not the tables: what is remembered must keep nobody's weights alive.
+        key = tuple(None if table is None else table._built for table in (base, anchor))
+        return _remembered(self._packs, key, lambda: self._make_pack(base, anchor))
+
+    def _make_pack(self, base, anchor):
+        matched = ([] if t is None else match(what, t, self.names, self.tied) for what, t in (("base", base), ("anchor", anchor)))
+        return self.layout.pack(self.tensors, *matched)
 
     def __len__(self):
         return len(self.names)
@@ -249,6 +274,11 @@ def _is_pinned(t):
     return t.device.type == "cpu" and (t.is_pinned() or not t.numel())  # no memory, which cannot be pinned
 
 
+def _reach(t):
+    """Elements from the first one in memory to the last."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
+
+
 def _segments(name, stream, explicit, group):
     """(addresses, row strides, rows, cols, first, index stride, stream) of one tensor and its base and anchor, `group`."""
     if explicit is None:
@@ -257,7 +287,7 @@ def _segments(name, stream, explicit, group):
     for t in group[1:]:
         if t.stride() != group[0].stride():
             raise ValueError(f"{name!r}: with explicit segments base and anchor must have the strides of out, {group[0].stride()}, not {t.stride()}")
-    reach = 1 + sum((n - 1) * s for n, s in zip(group[0].shape, group[0].stride())) if group[0].numel() else 0
+    reach = _reach(group[0])
     for s in explicit:
         if s.rows * s.cols == 0:
             continue
@@ -371,6 +401,20 @@ def _meet(a, b):
         if first <= last and start < first * b_stride + b_len and start + a_len > first * b_stride:
             return True
     return False
+
+
+def match(what, value, names, tied=()):
+    """The tensors of `value` (base or anchor: named tensors in any form) in the order of `names`. It may hold `tied` names too."""
+    entries = named_tensors(value)
+    if not all(isinstance(entry, tuple) and isinstance(entry[0], str) for entry in entries):
+        raise TypeError(f"{what} must have the form of out: (name, tensor) pairs, a mapping or a ParamTable, not unnamed tensors")
+    found = {entry[0]: entry[1] for entry in entries}
+    missing = [n for n in names if n not in found]
+    known = {*names, *tied}
+    extra = [n for n in found if n not in known]
+    if missing or extra:
+        raise ValueError(f"{what} must have the names of out: " + (f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in out"))
+    return [found[n] for n in names]
 
 
 def named_tensors(named) -> Iterable[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ Which one serves never changes a bit of the result.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
@@ -60,6 +61,7 @@ def unavailable(name, device):
     return _module(name).unavailable(device)
 
 
+@functools.cache
 def _module(name):
     return importlib.import_module(f"{__name__}.{name}")
 

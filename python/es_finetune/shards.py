@@ -72,19 +72,27 @@ class ShardedTable(es_kernels.ParamTable):
                 raise ValueError(f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again")
         self._modules = modules
         self.parameters = {name: parameter for name, parameter, _ in entries}
-        super().__init__([local_entry(*entry) if is_sharded(entry[1]) else entry for entry in entries])
+        entries = [local_entry(*entry) if is_sharded(entry[1]) else entry for entry in entries]
         self.groups = {name: _groups(parameter) for name, parameter in self.parameters.items() if is_sharded(parameter)}
+        super().__init__(entries)
 
     def check_unmoved(self):
         _reshard(self._modules)
         super().check_unmoved()
 
-    def _current_places(self):
+    def _changed(self):
         # Of the parameters, not of the table's own tensors: model.to() and load_state_dict(assign=True) give a DTensor another local tensor.
-        return [local(self.parameters[name]).data_ptr() for name in self.names]
+        moved = self._moved()
+        return super()._changed() if moved is None else moved
+
+    def _moved(self):
+        for i, (name, tensor) in enumerate(zip(self.names, self.tensors)):
+            if name in self.groups and local(self.parameters[name]).data_ptr() != tensor.data_ptr():
+                return i
+        return None
 
     def refresh(self):
-        if hasattr(self, "_places") and self._current_places() != [tensor.data_ptr() for tensor in self.tensors]:
+        if self._moved() is not None:
             raise RuntimeError("a sharded parameter has another local tensor than when the table was built: build a new one")
         return super().refresh()
 

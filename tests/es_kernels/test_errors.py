@@ -51,6 +51,7 @@ UNSUITABLE = {
     "expanded_columns": (lambda: torch.zeros(8, 1).expand(8, 3), ValueError, "not contiguous in its last dimension"),
     "negated_view": (lambda: torch._neg_view(torch.zeros(8)), ValueError, "negated"),
     "freed_storage": (lambda: freed(torch.zeros(8)), ValueError, "no memory"),
+    "freed_storage_of_a_part": (lambda: freed(torch.zeros(11)[3:]), ValueError, "no memory"),  # its address is 12, not 0
 }
 every_unsuitable = pytest.mark.parametrize("make, error, pattern", UNSUITABLE.values(), ids=UNSUITABLE)
 

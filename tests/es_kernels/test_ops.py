@@ -193,8 +193,10 @@ def test_version_of_out_is_bumped_and_of_nothing_else():
     add_noise_(out, seeds, coefs, base, name="w", decay=0.1, anchor=anchor)
     assert out._version == 1 and not any(t._version for t in (base, anchor, seeds, coefs))
     whole = torch.zeros(4, 8)
-    add_noise_({"a": whole[:2], "b": whole[2:]}, 1, 1.0)
-    assert whole._version == 2  # views share their base's counter
+    for named in ({"a": whole[:2], "b": whole[2:]}, ParamTable({"a": whole[:2], "b": whole[2:]})):
+        before = whole._version
+        add_noise_(named, 1, 1.0)
+        assert whole._version == before + 2  # views share their base's counter
 
 
 def test_backward_through_a_perturbed_weight_is_refused():
@@ -215,7 +217,71 @@ def test_inference_tensors(bits):
     add_noise_(t, 1, 1.0, name="w")  # outside of inference mode too
     with torch.inference_mode():
         add_noise_(torch.nn.Parameter(torch.zeros(4)), 1, 1.0, name="w")
+        table = ParamTable({"w": torch.zeros(40)})
+        assert torch.equal(bits(add_noise_(table, 1, 1.0).tensors[0]), bits(t - t + add_noise_(torch.zeros(40), 1, 1.0, name="w")))
+    add_noise_(table, 1, 1.0)
     assert fingerprint(named) != value
+
+
+def seen_by_a_dispatch_mode(call):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Mode():
+        call()
+    return seen
+
+
+def seen_by_a_function_mode(call):
+    from torch.overrides import TorchFunctionMode
+
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        call()
+    return seen
+
+
+def seen_by_the_profiler(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("look", (seen_by_a_dispatch_mode, seen_by_a_function_mode, seen_by_the_profiler))
+def test_who_watches_the_dispatcher_sees_calls_on_tables(look, bits):
+    """Calls on tables go around it otherwise."""
+    t, expected = torch.zeros(40), add_noise_(torch.zeros(40), 1, 1.0, name="w")
+    table = ParamTable({"w": t})
+    assert any("es_kernels" in name and "add_noise_" in name for name in look(lambda: add_noise_(table, 1, 1.0)))
+    assert any("es_kernels" in name and "fingerprint" in name for name in look(lambda: fingerprint(table)))
+    assert torch.equal(bits(t), bits(expected)) and t._version == 1
+
+
+def test_a_tensor_subclass_sees_calls_on_its_table():
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    table = ParamTable({"w": torch.zeros(8).as_subclass(Watched)})
+    seen.clear()
+    add_noise_(table, 1, 1.0)
+    assert any("add_noise_" in name for name in seen)
 
 
 def test_returns_out():

@@ -2,11 +2,16 @@
 
 - Segments, strides, blocks, the vector path: against an element-by-element list.
 - Overlap in memory or in one stream's indices is found if and only if it is there (against brute force).
-- Ties keep their first name; empty tensors are nothing; a moved pointer is an error until refresh(); layouts are interned.
+- Ties keep their first name; empty tensors are nothing; a tensor that is another than it was is an error until refresh(); layouts are interned.
+- A call on tables does the same Python for 300 tensors as for 3, and a table keeps nothing alive but its tensors.
 """
 
+import collections
+import gc
 import pathlib
 import re
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import es_kernels
-from es_kernels import ParamTable, Segment, add_noise_, noise, table
+from es_kernels import ParamTable, Segment, add_noise_, native, noise, table, watch
 from es_kernels.table import Layout
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -307,6 +312,109 @@ def test_moved_memory_is_an_error_until_refresh(bits):
         assert t.refresh() is t
         add_noise_(t, 1, 1.0)
     assert not old.any() and torch.equal(bits(p), bits(add_noise_(torch.zeros(40), 1, 1.0, name="p")))
+
+
+@pytest.fixture(params=("library", "python"))
+def watching(request, monkeypatch):
+    """A table's tensors are looked at by libes_cpu.so, or without it."""
+    if request.param == "python":
+        monkeypatch.setattr(watch, "_asks", lambda: None)
+    elif native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+    else:
+        assert watch._asks() is not None, "libes_cpu.so is of before csrc/tensors.cpp (run `make build`), or torch's C ABI is another"
+
+
+def into_another_dtype(t):
+    t.data = t.data.view(torch.bfloat16)
+
+
+CHANGES = {
+    "moved": lambda t: setattr(t, "data", t.data.clone()),
+    "transposed": lambda t: t.t_(),
+    "transposed data": lambda t: setattr(t, "data", t.data.t()),
+    "another dtype": into_another_dtype,
+    "another shape": lambda t: t.resize_(2, 8),
+    "more dimensions": lambda t: t.unsqueeze_(0),
+    "freed": lambda t: t.untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.parametrize("what", ("out", "base", "anchor"))
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_tensor_that_is_another_than_it_was_is_an_error_until_refresh(watching, change, what, bits):
+    tables = {what: ParamTable([("a", torch.zeros(8)), ("b", torch.zeros(8, 8)[4:, :4]), ("c", torch.zeros(4, 4))]) for what in ("out", "base", "anchor")}
+    call = lambda: add_noise_(tables["out"], 1, 1.0, tables["base"], decay=0.1, anchor=tables["anchor"])  # noqa: E731
+    call()
+    before = [bits(t) for t in tables["out"].tensors[:2]]
+    change(tables[what].tensors[2])
+    for use in (call, lambda: es_kernels.fingerprint(tables[what])):
+        with pytest.raises(RuntimeError, match="'c' moved in memory, or changed its dtype or shape.*refresh"):
+            use()
+    assert all(torch.equal(bits(t), b) for t, b in zip(tables["out"].tensors, before))
+
+
+def test_a_refreshed_table_is_laid_out_anew(watching, bits):
+    out, base = torch.zeros(4, 6), torch.ones(4, 6)
+    tables = ParamTable({"w": out}), ParamTable({"w": base})
+    add_noise_(tables[0], 1, 1.0, tables[1])
+    for t, named in zip((out, base), tables):
+        t.data = t.data.clone().reshape(6, 4)
+        named.refresh()
+    add_noise_(tables[0], 2, 1.0, tables[1])
+    assert torch.equal(bits(out), bits(add_noise_(torch.zeros(6, 4), 2, 1.0, torch.ones(6, 4), name="w")))
+
+
+def test_a_table_keeps_alive_only_its_own_tensors(watching):
+    out, base = torch.zeros(8), torch.zeros(8)
+    tables = [ParamTable({"w": out}), ParamTable({"w": base})]
+    add_noise_(tables[0], 1, 1.0, tables[1])
+    kept = [weakref.ref(t.untyped_storage()) for t in (out, base)]
+    del base, tables[1]
+    gc.collect()
+    assert kept[0]() is not None and kept[1]() is None
+    del out, tables
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_a_call_on_tables_does_the_same_python_for_300_tensors_as_for_3():
+    if native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+
+    def events(n):
+        """Calls of functions, in Python and in C, by their names, of one call."""
+        live = {f"t{i}": torch.zeros(8, dtype=torch.bfloat16) for i in range(n)}
+        tables = ParamTable(live), ParamTable({name: t.float() for name, t in live.items()})
+        add_noise_(tables[0], 1, 1.0, tables[1])
+        seen = collections.Counter()
+        sys.setprofile(lambda frame, event, function: seen.update([event if event == "call" else f"{event} {getattr(function, '__name__', '')}"]))
+        try:
+            add_noise_(tables[0], 1, 1.0, tables[1])
+        finally:
+            sys.setprofile(None)
+        return seen
+
+    assert events(300) == events(3)
+
+
+class Compared(str):
+    """A name that counts how often names are compared."""
+
+    n = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Compared.n += 1
+        return str.__eq__(self, other)
+
+
+def test_names_are_matched_in_linear_time():
+    names = [Compared(f"t{i}") for i in range(200)]
+    live, master = ({name: torch.zeros(8) for name in names} for _ in range(2))
+    Compared.n = 0
+    add_noise_(live, 1, 1.0, dict(reversed(master.items())))
+    assert Compared.n <= 10 * len(names)
 
 
 def test_values_may_change_under_a_table():
