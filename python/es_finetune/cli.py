@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.door import FINETUNE, did_you_mean, require
+from es_finetune.tasks.worker import RewardFailed
 
 _NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], commands) or '; the commands are ' + ', '.join(commands)}")
         require(f"es-finetune {arguments[0]}", "finetune", *FINETUNE)
         commands[arguments[0]](arguments[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RewardFailed) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except _BrokenOff as error:
@@ -83,7 +84,6 @@ def _train(arguments: list[str]) -> None:
 
     from es_finetune.progress import value
     from es_finetune.trainer import Trainer, follow
-    from es_finetune.workers.worker import RewardFailed
     from es_finetune.workers import WorkersDiffer, ranks
 
     if not ranks.leads():
@@ -99,6 +99,8 @@ def _train(arguments: list[str]) -> None:
         if not isinstance(error, (OSError, RewardFailed, WorkersDiffer, KeyboardInterrupt)):
             traceback.print_exc()  # nobody foresaw it
         words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
+        if isinstance(error, RewardFailed) and not (trainer.generation or trainer.members):
+            raise _BrokenOff(f"{words}. Nothing is kept yet: mend the reward, and begin again with --overwrite") from error
         members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
         kept = f"{_counted(trainer.generation, 'generation')}{members} are kept in {config.output}"
         begun = read_log(Path(config.output) / "run.log")[0]["config"]

@@ -36,7 +36,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 # holds, since equal scores give equal weights anywhere.
 FREE = frozenset(
     "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
-    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit on_straggler model data test_data".split()  # the last three are known by fingerprint and digest
+    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit on_straggler model data test_data reward".split()  # the last four are known by fingerprint and digest
 )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from es_finetune.engines import Answer, Engine
+from es_finetune.engines.prompts import PromptError
 from es_finetune.tasks import Item, Score, Task
+from es_finetune.tasks.worker import number
 
 
 @dataclass
@@ -54,6 +57,11 @@ class Evaluation:
         return sum(score.reward is None or score.error is not None for score in self.scores)
 
     @property
+    def all_failed(self) -> bool:
+        """Whether not one answer could be scored."""
+        return all(score.reward is None for score in self.scores)
+
+    @property
     def error(self) -> tuple[int, str] | None:
         """The first answer whose scoring failed, and why."""
         for place, score in enumerate(self.scores):
@@ -62,12 +70,16 @@ class Evaluation:
         return None
 
 
+class Unaskable(ValueError):
+    """A question whose prompt the model cannot be asked, in one line that says where it is from."""
+
+
 class Evaluator:
-    """One fixed set of questions, encoded once; call it for every member of a generation."""
+    """One fixed set of questions, encoded once; call it for every member of a generation. Unaskable if one of them cannot be asked."""
 
     def __init__(self, engine: Engine, task: Task, items: Sequence[Item]):
         self.engine, self.task, self.items = engine, task, items
-        self.encoded = engine.encode([item.prompt for item in items])
+        self.encoded = encoded(items, engine.encode)
 
     def __call__(self) -> Evaluation:
         if torch.cuda.is_initialized():
@@ -75,8 +87,28 @@ class Evaluator:
         start = time.perf_counter()
         answers = self.engine.generate(self.encoded)
         generated = time.perf_counter()
-        scores = [self.task.score(item, answer.text) for item, answer in zip(self.items, answers, strict=True)]
+        scores = [_plain(self.task.score(item, answer.text)) for item, answer in zip(self.items, answers, strict=True)]
         return Evaluation(answers, scores, generated - start, time.perf_counter() - generated)
+
+
+def encoded(items: Sequence[Item], encode: Callable[[list], Any]) -> Any:
+    """What `encode` makes of the items' prompts. Unaskable for a prompt that it refuses."""
+    try:
+        return encode([item.prompt for item in items])
+    except PromptError as error:
+        item = items[error.number]
+        text = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
+        where = f"{item.source}: the prompt" if item.source else f"prompt {error.number}, {text if len(text) <= 60 else text[:57] + '...'!r},"
+        raise Unaskable(f"{where} {' '.join(error.problem.split())}") from error
+
+
+def _plain(score: Score) -> Score:
+    """With Python's numbers, as log and journal hold them; a reward that is no finite number counts as one that failed."""
+    try:
+        parts = [None if part is None else number(part, name) for name, part in zip(("the reward", "exact", "format"), score)]
+    except ValueError as error:
+        return Score(None, error=str(error))
+    return Score(*parts, score.error)
 
 
 def mean_of_known(values: Sequence[float | None]) -> float | None:

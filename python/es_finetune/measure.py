@@ -47,7 +47,7 @@ def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1)
         raise ValueError(f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1")
     asked = [item for item in items for _ in range(samples)]
     evaluation = Evaluator(engine, task, asked)()
-    if all(score.reward is None for score in evaluation.scores):
+    if evaluation.all_failed:
         raise ValueError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
     values = headline(task, evaluation.scores)
     questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]

@@ -6,10 +6,12 @@ other files are for people and can be made again from them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 import es_kernels
 from es_finetune import door
 from es_finetune.config import TrainConfig, asked
+from es_finetune.evaluate import Unaskable
 from es_finetune.files import append_row, generation_rows, write_atomically
 from es_finetune.folder import CURVES, claim, inherit, is_ours, remove
 from es_finetune.health import norms_note, warnings_of
@@ -31,6 +34,8 @@ from es_finetune.tasks import Task
 from es_finetune.tracking import Tracker, require
 from es_finetune.workers import Workers, pool, ranks
 from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, missing, update_of
+
+_FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
 
 def follow(config: TrainConfig, **objects) -> None:
@@ -65,18 +70,21 @@ class Trainer:
         open_prompts = config.prompts is None
         claim(self.folder, config)
         require(config.report_to)
-        self.workers = _assemble(config, model=model, tokenizer=tokenizer, task=task)
+        with self._resumable():
+            self.workers = _assemble(config, model=model, tokenizer=tokenizer, task=task)
         self.model, self.task = self.workers.model, self.workers.task
         self._by_default = open_prompts and config.prompts  # prompts a generation, where nobody asked for a number
         self.log: SealedLines | None = None
         self.journal: SealedLines | None = None
         self.generation = 0  # updates done
         self._proof: dict[str, Any] = {}  # the fingerprints after them
+        self._notes: list[str] = []
         self._scored: list[dict[str, Any]] = []  # members that an earlier process scored
         self._rows: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []
         try:
-            start = self._proof = self.workers.start()  # a pool's workers load model and task only now: still nothing has been written
+            with self._resumable():
+                start = self._proof = self.workers.start()  # a pool's workers load model and task only now: still nothing has been written
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log = SealedLines(self.folder / "run.log")
             self.journal = SealedLines(self.folder / "journal", sync=False)
@@ -84,6 +92,16 @@ class Trainer:
         except BaseException:
             self._let_go()
             raise
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Within, a question that cannot be asked says what that means for a run which an older version began with it."""
+        try:
+            yield
+        except Unaskable as error:
+            if not self.config.resume:
+                raise
+            raise ValueError(f"{error}. {self.folder} was begun with it and cannot go on: begin another run without it, {_FROM_THIS_ONE}") from error
 
     # --- the folder ---------------------------------------------------------------------------------------------------
 
@@ -119,9 +137,7 @@ class Trainer:
         config, folder = self.config, self.folder
         header, generations = parse_log(folder / "run.log", self.log.lines)
         check_start(header, start, config.model)
-        for split in ("train_items", "test_items"):
-            if header[split] != start[split]:
-                raise ValueError(f"the {split.replace('_', ' ')} of task {config.task} are not those that the run in {folder} began with")
+        self._refuse_other_task(header, start)
         self._scored = read_journals(folder)  # also of ranks that there were more of
         self.workers.fast_forward(self.log.lines[1:], folder / "snapshots")
         self.generation = len(generations)
@@ -134,6 +150,27 @@ class Trainer:
         if len(generations) < config.generations:
             remove([folder / "summary.json"])  # it says that a run is complete
         write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
+
+    def _refuse_other_task(self, header: dict[str, Any], start: dict[str, Any]) -> None:
+        """ValueError unless the log's questions are asked and answers scored as they were. Of scoring older logs say nothing."""
+        config, folder = self.config, self.folder
+        for split in ("train", "test"):
+            if header[f"{split}_items"] != start[f"{split}_items"]:
+                raise ValueError(f"the {split} items of task {config.task} are not those that the run in {folder} began with")
+        if "reward" not in header:
+            self._notes.append(f"begun by an older version: that answers are scored as in the {len(self.log.lines) - 1} generations before is not checked")
+            return
+        for split in ("train", "test"):
+            if header[f"{split}_scoring"] != start[f"{split}_scoring"]:
+                raise ValueError(
+                    f"what the {split} items of task {config.task} give the reward, as reference answers, is not what the run in {folder} began with: "
+                    f"put it back as it was, or begin another run, {_FROM_THIS_ONE}"
+                )
+        if header["reward"] != start["reward"]:
+            raise ValueError(
+                f"the reward {config.reward or 'given'} is not the one that the run in {folder} began with, or a module beside it is not: "
+                f"put it back as it was, or begin another run, {_FROM_THIS_ONE}"
+            )
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +206,7 @@ class Trainer:
             f"{self.folder}: {config.task}, {len(self.task.train)} training and {held_out} held-out prompts; "
             f"{workers.parameters:,} parameters, backend {workers.backend}{f', {workers.count} workers' if workers.count > 1 else ''}"
         )
-        for note in self.task.notes:
+        for note in (*self._notes, *self.task.notes):
             progress.note(note)
         if self._by_default:
             progress.note(f"{config.prompts} of the {len(self.task.train):,} training prompts are drawn for each generation; --prompts 0 takes all")
@@ -249,6 +286,8 @@ class Trainer:
         progress.now(f"answering {len(held_out_items(self.task, self.config)):,} held-out prompts")
         begin = time.perf_counter()
         evaluation = self.workers.answer_held_out()
+        if evaluation.all_failed and not done:
+            raise RewardFailed(f"no answer of the base model to a held-out question could be scored; the first failure: {evaluation.error[1]}")
         if evaluation.failed:
             failure = f"held-out answers after {done} updates: scoring failed for {evaluation.failed}; prompt {evaluation.error[0]}: {evaluation.error[1]}"
             if self.config.on_reward_error == "stop" and any(score.reward is None for score in evaluation.scores):

@@ -189,6 +189,93 @@ def test_a_reward_from_a_file_trains_though_it_hangs_and_raises(tmp_path, capsys
     assert row["failed"] == 4 * 2 and "0.3" in row["failed_example"]
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A task of one's own in files, and flags for a short run of it: data.jsonl, test.jsonl, and r.py, which imports h.py."""
+    for name, numbers in (("data", range(6)), ("test", range(6, 9))):
+        write(tmp_path / f"{name}.jsonl", [{"prompt": f"^{n}:", "n": n} for n in numbers])
+    (tmp_path / "h.py").write_text("def distance(a, b): return abs(a - b)\n")
+    (tmp_path / "r.py").write_text("from h import distance\ndef reward(completion, item): return -distance(len(completion), item['n'])\n")
+    flags = ["--model", "embedded", "--data", str(tmp_path / "data.jsonl"), "--test_data", str(tmp_path / "test.jsonl"), "--max_new_tokens", "4"]
+    return ["--reward", f"{tmp_path / 'r.py'}:reward", "--prompts", "2", "--generations", "1", "--no_save_model", *flags]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_reward_is_known_by_its_content_and_not_by_its_path(tmp_path, capsys, own):
+    assert train(tmp_path / "run", *own) == 0
+    resume = ["train", "--resume", "--output", str(tmp_path / "run")]
+    (tmp_path / "moved").mkdir()
+    for name, moved in (("r", "other"), ("h", "h")):
+        (tmp_path / "moved" / f"{moved}.py").write_bytes((tmp_path / f"{name}.py").read_bytes())
+    assert main([*resume, "--reward", f"{tmp_path / 'moved' / 'other.py'}:reward", "--generations", "2"]) == 0
+    assert len(read_log(tmp_path / "run" / "run.log")[1]) == 2
+    before = contents(tmp_path / "run")
+    for name in ("r", "h"):
+        text = (tmp_path / f"{name}.py").read_text()
+        (tmp_path / f"{name}.py").write_text(text + "# edited\n")
+        capsys.readouterr()
+        assert main([*resume, "--generations", "3"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "r.py:reward is not the one that the run in" in line and "put it back as it was, or begin another run" in line
+        assert contents(tmp_path / "run") == before
+        (tmp_path / f"{name}.py").write_text(text)
+    assert main([*resume, "--generations", "3"]) == 0
+
+
+@pytest.mark.parametrize("name, split", [("data", "train"), ("test", "test")])
+def test_other_reference_answers_are_refused_on_resume(tmp_path, capsys, own, name, split):
+    assert train(tmp_path / "run", *own) == 0
+    rows = read_rows(tmp_path / f"{name}.jsonl")
+    write(tmp_path / f"{name}.jsonl", [{**rows[0], "n": 99}, *rows[1:]])
+    before = contents(tmp_path / "run")
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "2"]) == 2
+    assert f"what the {split} items of task custom give the reward, as reference answers, is not what the run" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+    write(tmp_path / f"{name}.jsonl", [dict(reversed(row.items())) for row in rows])  # the order of a record's keys says nothing
+    assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "2"]) == 0
+
+
+def test_a_reward_that_scores_nothing_of_the_base_model_ends_the_run_at_once(tmp_path, capsys, own):
+    good = (tmp_path / "r.py").read_text()
+    (tmp_path / "r.py").write_text(good.replace("item['n']", "item['answer']"))
+    assert train(tmp_path / "run", *own) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no answer of the base model to a held-out question could be scored; the first failure: reward(): KeyError: 'answer'" in line
+    assert line.endswith("Nothing is kept yet: mend the reward, and begin again with --overwrite")
+    (tmp_path / "r.py").write_text(good)
+    assert train(tmp_path / "run", *own, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("name", ["data", "test"])
+def test_every_prompt_is_proven_before_the_run_whichever_is_drawn(tmp_path, capsys, own, name, monkeypatch):
+    rows = read_rows(tmp_path / f"{name}.jsonl")
+    rows[2]["prompt"] = "3" * 61
+    assert train(tmp_path / "run", *own) == 0
+    before = contents(tmp_path / "run")
+    write(tmp_path / f"{name}.jsonl", rows)
+    words = f"{name}.jsonl, line 3: the prompt has 61 tokens, too many for 4 new ones within the model's 64 positions"
+    for more, folder in ((["--overwrite"], "run"), ([], "new")):
+        capsys.readouterr()
+        assert train(tmp_path / folder, *own, *more) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert words in line
+    assert contents(tmp_path / "run") == before and not (tmp_path / "new").exists()
+    with monkeypatch.context() as older:  # one that asked what it drew, and died when it was this
+        older.setattr("es_finetune.engines.hf.refuse_unanswerable", lambda *_: None)
+        assert train(tmp_path / "old", *own) == 0
+    assert main(["train", "--resume", "--output", str(tmp_path / "old"), "--generations", "2"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in line and "was begun with it and cannot go on: begin another run without it" in line
+    assert main(["replay", str(tmp_path / "old")]) == 0
+
+
 def test_commands(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out

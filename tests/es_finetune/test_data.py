@@ -13,6 +13,7 @@ import re
 
 import pytest
 from es_finetune.tasks import load_task
+from es_finetune.tasks.worker import RewardFailed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,12 +90,27 @@ def test_file_and_function(jsonl, rewards):
     assert task.score(item, "abc") == (-abs(3.0 - item.data["length"]), None, None, None)
 
 
+def test_an_item_says_where_it_is_from(jsonl):
+    path = jsonl(["", *records()])
+    assert [item.source for item in load_task("custom", data=path, reward=length).train[:2]] == [f"{path}, line 3", f"{path}, line 4"]
+    assert load_task("custom", data=records(), reward=length).train[0].source == "data[1]"  # question 0 is held out
+
+
+def test_a_reward_that_was_changed_ends_the_run(jsonl, rewards):
+    task = load_task("custom", data=jsonl(records()), reward=f"{rewards}:bad", time_limit=0.5)
+    assert len(task.code_digest) == 16 and load_task("custom", data=records(), reward=length).code_digest is None
+    rewards.write_text(REWARDS + "\n")
+    assert task.score(task.train[0], "exit").reward is None  # by the code that was loaded
+    with pytest.raises(RewardFailed, match="was changed"):
+        task.score(task.train[0], "good")
+
+
 def test_the_same_in_this_process_and_outside(jsonl, rewards):
     outside = load_task("custom", data=jsonl(records()), reward=f"{rewards}:length")
     inside = load_task("custom", data=records(), reward=length)
     assert inside.floor is None
     for side in ("train", "test"):
-        assert getattr(inside, side) == getattr(outside, side)
+        assert [item[:3] for item in getattr(inside, side)] == [item[:3] for item in getattr(outside, side)]
     for text in ("", "abc", "\ud800\x00", "x" * 100_000):
         for item in inside.train[:3]:
             assert inside.score(item, text) == outside.score(item, text)
@@ -106,7 +122,7 @@ def test_chat_messages(jsonl, rewards):
     task = load_task("custom", data=jsonl(data), reward=f"{rewards}:length", test_data=jsonl(records(8)[6:], "test.jsonl"))
     assert task.train[-1].prompt == tuple(messages) and task.train[0].prompt == "question 0"
     assert [item.prompt for item in task.test] == ["question 6", "question 7"]
-    assert load_task("custom", data=data, reward=length, test_data=records(8)[6:]).train == task.train
+    assert [item[:3] for item in load_task("custom", data=data, reward=length, test_data=records(8)[6:]).train] == [item[:3] for item in task.train]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_nothing(jsonl, rewards):

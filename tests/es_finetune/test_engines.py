@@ -232,8 +232,14 @@ def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, 
     engine.encode(["3" * 52])
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         engine.encode(["1", ""])
-    with pytest.raises(ValueError, match="prompt 0: the tokenizer's chat template refuses the messages: no system role"):
+    with pytest.raises(ValueError, match="prompt 0 is refused by the tokenizer's chat template: no system role"):
         HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "system", "content": "a"}]])
+    chat_tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(ValueError, match="prompt 0 is refused by the tokenizer's chat template: can only concatenate str"):
+        HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "user", "content": "a"}]])
+    tiny_llama.resize_token_embeddings(10)
+    with pytest.raises(ValueError, match="prompt 1 has token number 10, but the model embeds 10 tokens"):
+        HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode(["ab", "abf"])
 
 
 def test_a_model_without_a_limit_of_positions_takes_prompts_of_any_length(model, tokenizer):

@@ -4,16 +4,20 @@ Each item is scored by its own answer. Means leave out what a score does not hav
 answers are identical, and only there; failures are counted and the first is told.
 """
 
+import json
+import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import es_finetune.models
 from es_finetune.engines import Answer
 from es_finetune.engines.hf import HFEngine
-from es_finetune.evaluate import Evaluation, Evaluator
-from es_finetune.tasks import Score, load_task
+from es_finetune.evaluate import Evaluation, Evaluator, Unaskable
+from es_finetune.tasks import Item, Score, load_task
 
 EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "countdown_char"
 
@@ -34,6 +38,38 @@ def test_the_evaluator_scores_each_item_by_its_own_answer():
     assert found.mean("reward") == pytest.approx(0.1 * found.mean("format") + 0.9 * found.mean("exact"))
     assert found.seconds_generate > found.seconds_score > 0
     assert found.failed == 0 and found.error is None
+
+
+def test_a_question_that_cannot_be_asked_is_named_by_where_it_is_from():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval(), tokenizer, 12, 16)
+    good, long = Item("1+1", 0, None, "a.jsonl, line 1"), "3" * 64
+    for bad, words in (
+        (Item(long, 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt has 64 tokens, too many for 12 new ones within the model's 64 positions"),
+        (Item(long, 1), r"^prompt 1, '3{57}...', has 64 tokens"),
+        (Item(({"role": "user", "content": "hi"},), 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt is a chat, but the tokenizer has no"),
+        (Item(({"role": "user", "content": "hi"},), 1), "^prompt 1, 'hi', is a chat"),
+    ):
+        with pytest.raises(Unaskable, match=words):
+            Evaluator(engine, load_task("countdown-char"), [good, bad])
+
+
+@pytest.mark.parametrize("reward, problem", [(math.nan, "the reward is nan"), (-1e200, "the reward is -1e\\+200"), ("1", "of type str, not a number")])
+def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, problem):
+    class Given:
+        def encode(self, prompts):
+            return prompts
+
+        def generate(self, prompts):
+            return [Answer("a", (1,)) for _ in prompts]
+
+        def score(self, item, completion):
+            return Score(item.data, np.float32(0.5))
+
+    given = Given()
+    found = Evaluator(given, given, [Item("a", 0, np.float32(2.5)), Item("b", 1, reward)])()
+    assert found.scores[0] == (2.5, 0.5, None, None) and json.dumps(found.scores[0])
+    assert found.scores[1][:3] == (None, None, None) and re.search(problem, found.scores[1].error) and not found.all_failed
 
 
 def test_means_leave_out_what_is_missing_and_do_not_depend_on_order():

@@ -168,7 +168,7 @@ def test_a_finished_run_can_be_extended(tmp_path):
         ({"population": 6}, "begun with population 4, not 6"),
         ({"seed": 7}, "begun with seed 0, not 7"),
         ({"task": "countdown"}, "begun with task 'countdown-char', not 'countdown'"),
-        ({"task": "countdown-char", "reward": "r.py:f"}, "begun with reward None, not 'r.py:f'"),
+        ({"on_reward_error": "stop", "shaping": "ranks"}, "begun with shaping 'zscore', not 'ranks'"),
         ({"generations": 9, "lr_schedule": "linear"}, "begun with generations 5|begun with lr_schedule"),
         ({"generations": 1}, "begun with generations 5, not 1"),
     ],
@@ -189,6 +189,28 @@ def test_another_model_and_other_items_are_refused(interrupted, build_model):
     task.train = task.train[1:]
     with pytest.raises(ValueError, match="train items of task countdown-char are not those"):
         Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), task=task)
+
+
+def test_a_log_that_does_not_say_how_answers_were_scored_is_accepted_with_a_word(interrupted, capsys):
+    """As those of older versions, whose runs go on."""
+    log = SealedLines(interrupted / "run.log")
+    header, *generations = [{key: value for key, value in line.items() if key != "crc"} for line in log.lines]
+    log.clear()
+    for line in ({key: value for key, value in header.items() if key != "reward" and not key.endswith("_scoring")}, *generations):
+        log.append(line)
+    log.close()
+    run(interrupted, resume=True)
+    assert "begun by an older version: that answers are scored as in the 2 generations before is not checked" in capsys.readouterr().out
+
+
+def test_other_code_that_scores_is_refused(interrupted):
+    class Other(CountdownChar):
+        code_digest = "0123456789abcdef"
+
+    before = contents(interrupted)
+    with pytest.raises(ValueError, match="the reward given is not the one that the run in .* began with"):
+        Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), task=Other())
+    assert contents(interrupted) == before
 
 
 def test_a_moved_model_is_the_same_model(interrupted, tmp_path):

@@ -353,15 +353,28 @@ def test_a_run_may_be_asked_to_stop_at_a_failing_reward(tmp_path):
     assert summary(tmp_path / "run")["fingerprint"] == summary(tmp_path / "whole")["fingerprint"]
 
 
-def test_a_reward_that_always_fails_changes_nothing(tmp_path):
+def test_a_reward_that_always_fails_ends_the_run_at_its_first_look(tmp_path):
     class Broken(Letters):
+        floor = 0.0  # as in eval, a floor is no answer to it
+
         def score(self, item, completion):
             return Score(None, error="always")
+
+    for again in ({}, {"resume": True}):
+        with pytest.raises(RewardFailed, match="no answer of the base model to a held-out question could be scored; the first failure: always"):
+            train(tmp_path / "run", Broken(), model="embedded", prompts=0, **again)
+    assert read_log(tmp_path / "run" / "run.log")[1] == [] and read_rows(tmp_path / "run" / "evals.jsonl") == []
+
+
+def test_a_reward_that_fails_for_every_training_prompt_changes_nothing(tmp_path):
+    class Broken(Letters):
+        def score(self, item, completion):
+            return Score(None, error="always") if item in self.train else super().score(item, completion)
 
     trainer = train(tmp_path / "run", Broken(), model="embedded", prompts=0)
     header, generations = read_log(tmp_path / "run" / "run.log")
     assert [g.z for g in generations] == [None, None] and f"{trainer.workers.weights.optimizer.fingerprint():016x}" == header["theta"]
-    assert [(look["reward"], look["failed"]) for look in read_rows(tmp_path / "run" / "evals.jsonl")] == [(0.0, 8), (0.0, 8)]
+    assert [row["failed"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [64, 64]
 
 
 def test_a_held_out_answer_that_fails_counts_as_the_floor(tmp_path):

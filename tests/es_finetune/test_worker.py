@@ -3,9 +3,11 @@
 - It gets its arguments and gives its value exactly, whatever the text; what it prints or reads cannot come between.
 - Raising, ending its process, a crash, too much memory and too much time are each a RewardError of one line for that one
   answer; the next one is answered. A time limit is kept, and nothing that was started outlives it, nor the parent.
+- A reply belongs to its request. A restarted child has the code of the first one, or the run ends; equal code has equal digests wherever it lies.
 - The child has no GPU, no torch and a fixed hash seed. What cannot be loaded is a ValueError at once.
 """
 
+import json
 import math
 import os
 import signal
@@ -19,7 +21,7 @@ import numpy
 import pytest
 import torch
 from es_finetune.tasks import worker
-from es_finetune.tasks.worker import RewardError, RewardProcess, WrongType, number, one_line, parts
+from es_finetune.tasks.worker import RewardError, RewardFailed, RewardProcess, WrongType, number, one_line, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,7 +137,7 @@ def test_the_child_is_plain(behave):
     assert (visible, threads, imported_torch, len(arguments)) == ("", "1", False, 1) and pid != os.getpid()
     again = RewardProcess(behave_target(behave), 20.0)
     assert again("environment", {})[2] == hashed  # what depends on the order of a set is the same in every child
-    assert behave.attributes == {"floor": -2.5}
+    assert behave.attributes["floor"] == -2.5
 
 
 def behave_target(process):
@@ -215,6 +217,86 @@ def test_an_interrupted_answer_is_not_taken_for_the_next(file):
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert process("four", {}) == 4
+
+
+def test_a_late_reply_is_never_taken_for_the_next(file, monkeypatch):
+    process = RewardProcess(f"{file}:behave", 20.0)
+    monkeypatch.setattr(RewardProcess, "_ended", lambda self: False)  # which would notice one that has come already
+    for _ in range(2):  # requests that nobody waits for
+        process._asked += 1
+        os.write(process._process.stdin.fileno(), json.dumps([process._asked, ["late reply", {}]]).encode() + b"\n")
+    pid = process._process.pid
+    assert process("four", {}) == 4 and process("seven!!", {}) == 7
+    process._asked -= 2  # replies that nobody has asked for yet
+    os.write(process._process.stdin.fileno(), b'[99, ["five!", {}]]\n')
+    with pytest.raises(RewardError, match="no reply"):
+        process("four", {})
+    assert process._process is None and not alive(pid)
+    assert process("four", {}) == 4
+
+
+def test_a_time_limit_of_ages_is_one(file):
+    process = RewardProcess(f"{file}:behave", 1e300)
+    assert process("four", {}) == 4
+
+
+# --- the code ----------------------------------------------------------------------------------------------------------
+
+
+def put(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def code(target):
+    process = RewardProcess(str(target), 5.0)
+    process.close()
+    return process.attributes["code"]
+
+
+F = "import neighbour\nimport pytest\ndef f(completion, item):\n    return 1\ndef g(completion, item):\n    return 1\n"
+
+
+def test_equal_code_has_equal_digests_wherever_it_lies(tmp_path, monkeypatch):
+    here = put(tmp_path / "a", reward=F, neighbour="N = 1\n", stranger="")
+    there = put(tmp_path / "b", moved=F, neighbour="N = 1\n", stranger="X = 3\n")
+    digest = code(f"{here}/reward.py:f")
+    assert len(digest) == 16 and int(digest, 16) >= 0
+    assert code(f"{there}/moved.py:f") == digest
+    monkeypatch.syspath_prepend(there)
+    assert code("moved:f") == digest
+    assert code(f"{here}/reward.py:g") != digest
+    put(here, neighbour="N = 2\n")
+    assert code(f"{here}/reward.py:f") != digest
+    put(here, neighbour="N = 1\n", reward=F + "\n")
+    assert code(f"{here}/reward.py:f") != digest
+
+
+def test_a_module_in_a_package_has_its_package_for_neighbours(tmp_path, monkeypatch):
+    put(tmp_path / "pack", __init__="", helper="N = 1\n")
+    put(tmp_path / "pack" / "sub", __init__="", reward="from pack import helper\ndef f(completion, item):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = code("pack.sub.reward:f")
+    put(tmp_path / "pack", helper="N = 2\n")
+    assert code("pack.sub.reward:f") != digest
+
+
+def test_a_function_that_was_changed_is_not_called(tmp_path):
+    """The child is started again after every answer that took too long: by then somebody may have edited the file."""
+    reward = put(tmp_path / "r", reward=F, neighbour="") / "reward.py"
+    process = RewardProcess(f"{reward}:f", 5.0)
+    process.close()
+    assert process("", {}) == 1
+    for changed in (F.replace("return 1", "return 2"), "def f(:"):
+        process.close()
+        reward.write_text(changed)
+        for _ in range(2):
+            with pytest.raises(RewardFailed, match="reward '.*reward.py:f' was changed.* while answers were scored by it: put it back as it was"):
+                process("", {})
+    reward.write_text(F)
+    assert process("", {}) == 1
 
 
 # --- the end -----------------------------------------------------------------------------------------------------------

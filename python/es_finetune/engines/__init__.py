@@ -16,7 +16,7 @@ class Answer(NamedTuple):
 
 class Engine(Protocol):
     """`encode` does what does not depend on the weights, once for all members; its result is only for `generate` of the same engine.
-    A prompt is text, taken as it is, or chat messages ({"role", "content"} each). ValueError for a prompt that cannot be asked.
+    A prompt is text, taken as it is, or chat messages ({"role", "content"} each). prompts.PromptError for one that cannot be asked.
 
     `generate` returns one answer per prompt, in the prompts' order, and the same answers for the same weights. It must keep nothing
     between calls that was computed from weights: no KV cache, no shared prefix.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from es_finetune.engines import Answer
-from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize
+from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
 from es_finetune.model import first_line
 from es_finetune.segments import base_of, refuse_prompt_learning
 
@@ -104,11 +104,11 @@ class HFEngine:
         """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the batch that needs most
         memory runs first; for "continuous" the prompts' ids, which need no batches.
 
-        ValueError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or for messages
-        where the tokenizer has no chat template.
+        PromptError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or has tokens that
+        the model does not embed, or for messages that the tokenizer's chat template refuses.
         """
         tokens = tokenize(self.tokenizer, prompts)
-        refuse_unanswerable(tokens, self.max_new_tokens, positions_of(self.model))
+        refuse_unanswerable(tokens, self.max_new_tokens, positions_of(self.model), vocabulary_of(self.model))
         if self.decoding == "continuous":
             return tokens
         order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))

@@ -8,8 +8,20 @@ from collections.abc import Sequence
 Prompt = str | Sequence[dict]
 
 
+class PromptError(ValueError):
+    """A prompt that cannot be asked: its place in the list that was given, and what is wrong with it, as it follows "the prompt"."""
+
+    def __init__(self, number: int, problem: str):
+        super().__init__(number, problem)
+        self.number, self.problem = number, problem
+
+    def __str__(self) -> str:
+        return f"prompt {self.number} {self.problem}"
+
+
 def tokenize(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text with the special tokens that the tokenizer adds by itself, messages as its chat template says."""
+    """Token ids of each prompt: text with the special tokens that the tokenizer adds by itself, messages as its chat template says. PromptError for
+    messages that it cannot render."""
     rendered = [prompt if isinstance(prompt, str) else _render(tokenizer, number, prompt) for number, prompt in enumerate(prompts)]
     ids: list[list[int]] = [[]] * len(rendered)
     for raw in (True, False):  # the template has written the special tokens of a chat already
@@ -27,26 +39,31 @@ def positions_of(model) -> float:
     return positions if positions and positions > 0 else math.inf
 
 
-def refuse_unanswerable(tokens: Sequence[Sequence[int]], max_new_tokens: int, positions: float) -> None:
-    """ValueError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it."""
+def vocabulary_of(model) -> float:
+    """How many tokens the model embeds."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return math.inf if weight is None else weight.shape[0]
+
+
+def refuse_unanswerable(tokens: Sequence[Sequence[int]], max_new_tokens: int, positions: float, vocabulary: float) -> None:
+    """PromptError for a prompt that is empty, or too long for so many positions with `max_new_tokens` after it, or has a token beyond the
+    vocabulary."""
     for number, ids in enumerate(tokens):
         if not ids:
-            raise ValueError(f"prompt {number} has no tokens: leave it out, or use a tokenizer that begins texts with a special token")
+            raise PromptError(number, "has no tokens: leave it out, or use a tokenizer that begins texts with a special token")
         if len(ids) + max_new_tokens > positions:
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} "
-                f"positions: shorten it, or lower max_new_tokens"
+            raise PromptError(
+                number,
+                f"has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} positions: shorten it, or lower max_new_tokens",
             )
+        if max(ids) >= vocabulary:
+            raise PromptError(number, f"has token number {max(ids)}, but the model embeds {vocabulary} tokens: use the tokenizer that belongs to it")
 
 
 def _render(tokenizer, number: int, messages: Sequence[dict]) -> str:
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompt {number} is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text"
-        )
-    from jinja2 import TemplateError
-
+        raise PromptError(number, "is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text")
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"prompt {number}: the tokenizer's chat template refuses the messages: {error}") from error
+    except Exception as error:  # a template raises what it likes
+        raise PromptError(number, f"is refused by the tokenizer's chat template: {error}") from error

@@ -19,12 +19,14 @@ class Item(NamedTuple):
 
     `prompt` is what the model is given: raw text, or chat messages ({"role": ..., "content": ...}) which the engine renders
     with the tokenizer's chat template. `key` says which question it is; two items with one key are the same question,
-    however their prompts differ. `data` is what scoring needs beyond the key.
+    however their prompts differ. `data` is what scoring needs beyond the key. `source` says in messages where the question is
+    from, as "train.jsonl, line 7".
     """
 
     prompt: str | tuple[dict, ...]
     key: Hashable
     data: Any = None
+    source: str = ""
 
 
 class Score(NamedTuple):
@@ -52,6 +54,7 @@ class Task(Protocol):
     floor: float | None  # reward of an answer whose scoring failed; None: the lowest of its generation
     eval_samples: int  # answers per held-out question: 1 is greedy, more are sampled at temperature 1
     notes: Sequence[str]  # what loading left out or changed, one sentence each, to be shown when a run starts
+    # A task whose scoring is the user's code may have code_digest: str | None, by which a resumed run knows that it is the same.
 
     def score(self, item: Item, completion: str) -> Score: ...
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.tasks import Data, Item, Score
-from es_finetune.tasks.worker import RewardError, RewardProcess, WrongType, check_signature, number, one_line, parts, source_file
+from es_finetune.tasks.worker import RewardError, RewardFailed, RewardProcess, WrongType, check_signature, number, one_line, parts, source_file
 
 MIN_PROMPTS = 5  # fewer cannot be cut into a train and a test split that say anything
 
@@ -22,6 +22,9 @@ class Custom:
     takes more than `seconds`. A callable runs in this process, without any time limit: one that hangs, hangs the run. A reward that
     raises, hangs, ends its process or returns no finite number scores `reward=None` with an `error`, and the run goes on. A function
     may declare what such an answer is worth: `reward.floor = 0.0`.
+
+    `code_digest` tells one reward from another by content, not by path (worker.code_digest says what it covers): `RewardFailed` ends a run
+    whose reward was changed, and a resumed one refuses another. Of a callable it is None: that it is the same, nobody checks.
 
     The prompt says which question a record is. Equal records are dropped and counted in `notes`; different records with one prompt
     are all kept, and on the same side of the split. Without `test_data` the prompts with the lowest hashes, `share` of them, are held
@@ -50,7 +53,7 @@ class Custom:
             self.test = [item for item in records if item.key in held_out]
             if not self.train:
                 raise ValueError(f"test_share {share} holds out all {len(ranked)} prompts; lower it")
-        self._reward, floor, self._label = _load(reward, seconds)
+        self._reward, floor, self._label, self.code_digest = _load(reward, seconds)
         try:
             self.floor = None if floor is None else number(floor, "its floor")
         except ValueError as error:
@@ -76,7 +79,7 @@ class Custom:
             same = repr(sorted(record.items(), key=lambda field: field[0]))
             if same not in seen:
                 seen.add(same)
-                items.append(Item(prompt, json.dumps(prompt, sort_keys=True), record))
+                items.append(Item(prompt, json.dumps(prompt, sort_keys=True), record, where))
         if not items:
             raise ValueError(f"{name} holds no record")
         if count > len(items):
@@ -94,9 +97,11 @@ class Custom:
             return
 
     def score(self, item: Item, completion: str) -> Score:
-        """What the reward function returns for the completion as the model gave it."""
+        """What the reward function returns for the completion as the model gave it. RewardFailed where it is no longer the same function."""
         try:
             value = self._reward(completion, dict(item.data))
+        except RewardFailed:
+            raise
         except (RewardError, WrongType) as error:
             problem = str(error)
         except (Exception, SystemExit) as error:
@@ -109,11 +114,11 @@ class Custom:
         return Score(None, error=f"{self._label}: {problem}; prompt {_shortened(item.prompt)}, completion {_shortened(completion)}")
 
 
-def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any, str]:
-    """The function to call, its declared floor, and what to call it in a message."""
+def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any, str, str | None]:
+    """The function to call, its declared floor, what to call it in a message, and the digest of its code where that is known."""
     if isinstance(reward, str):
         process = RewardProcess(reward, seconds)
-        return process, process.attributes["floor"], f"{reward.rpartition(':')[2]}()"
+        return process, process.attributes["floor"], f"{reward.rpartition(':')[2]}()", process.attributes["code"]
     if not callable(reward):
         raise ValueError(f"the reward is of type {type(reward).__name__}; give a callable, module:function or file.py:function")
     label = f"{getattr(reward, '__name__', type(reward).__name__)}()"
@@ -121,7 +126,7 @@ def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any,
         check_signature(reward)
     except ValueError as error:
         raise ValueError(f"reward {label}: {error}") from None
-    return reward, getattr(reward, "floor", None), label
+    return reward, getattr(reward, "floor", None), label, None
 
 
 def _read(path: Path):

@@ -64,7 +64,7 @@ class Mathematics:
                 again += 1
             else:
                 messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": problem})
-                items[key] = Item(messages, key, {"gold": gold})
+                items[key] = Item(messages, key, {"gold": gold}, f"{name}, row {number}")
         for count, why in (
             (easy, "not of levels 3 to 5"),
             (unanswered, "without an answer"),

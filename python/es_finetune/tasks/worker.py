@@ -4,9 +4,10 @@
 and the function's own module, so that a child starts in a fraction of a second and holds no copy of torch. It is a plain
 subprocess and no `multiprocessing` one, which would import the caller's main module again and fail in a notebook.
 
-The two speak JSON, one object a line, over pipes that no code of the function sees: in the child, file descriptor 0 is
-/dev/null and 1 is standard error, so `print` and `input` cannot come between. Everything that can go wrong in the child is a
-`RewardError` for that one answer; the next one gets a fresh child.
+The two speak JSON, one [number of the request, what is said] a line, over pipes that no code of the function sees: in the child,
+file descriptor 0 is /dev/null and 1 is standard error, so `print` and `input` cannot come between. Everything that can go wrong in
+the child is a `RewardError` for that one answer; the next one gets a fresh child, of the same code: a function that was changed
+meanwhile is `RewardFailed`, which ends the run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if __name__ == "__main__":  # the folder of this script holds modules whose name
     sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 
 import ctypes
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -26,6 +28,7 @@ import resource
 import select
 import signal
 import subprocess
+import sysconfig
 import time
 import traceback
 import weakref
@@ -42,6 +45,14 @@ class RewardError(Exception):
     """The function failed on one answer: it raised, ended its process, or was killed at its time limit. One line of text."""
 
 
+class RewardFailed(RuntimeError):
+    """Rewards fail, or are no longer those that the run began with, so that it cannot go on."""
+
+
+class _NotLoaded(RewardError):
+    """The child cannot import the function."""
+
+
 class WrongType(ValueError):
     """What the function returned is no number, nor a dict of numbers: a mistake in the function, whatever the answer was."""
 
@@ -49,8 +60,8 @@ class WrongType(ValueError):
 class RewardProcess:
     """`RewardProcess("file.py:function" or "module:function", seconds)(*arguments)` is the function's value, by way of JSON.
 
-    The function is imported at once, in the child: ValueError if that fails. `attributes` holds the function's own (`floor`).
-    A call that takes more than `seconds` ends with the whole process group of the child killed; every such answer costs
+    The function is imported at once, in the child: ValueError if that fails. `attributes` holds the function's own `floor`, and `code`,
+    a digest of what was imported (`code_digest`). A call that takes more than `seconds` ends with the whole process group of the child killed; every such answer costs
     that long, and the next one the start of a new child. Not thread-safe.
 
     The child sees no GPU, has one OpenMP thread, a fixed hash seed and `MEMORY_BYTES` of memory to work with. It dies with
@@ -65,10 +76,11 @@ class RewardProcess:
             if not os.path.isfile(where):
                 raise ValueError(f"reward {target!r}: there is no file {where}")
             where = os.path.abspath(where)
-        self.seconds = seconds
+        self.target, self.seconds = target, seconds
         self._hello = {"where": where, "function": function, "path": [str(entry) for entry in sys.path], "memory": MEMORY_BYTES}
         self._folder = os.getcwd()
         self._process: subprocess.Popen | None = None
+        self._asked = 0  # number of the last request
         try:
             self.attributes: dict[str, Any] = self._start()
         except RewardError as error:
@@ -77,7 +89,7 @@ class RewardProcess:
 
     def __call__(self, *arguments: Any) -> Any:
         if self._process is None or self._ended():
-            self._start()
+            self._restart()
         return self._ask(arguments, self.seconds)
 
     def close(self) -> None:
@@ -85,6 +97,16 @@ class RewardProcess:
         if self._process is not None:
             self._process = None
             self._kill()
+
+    def _restart(self) -> None:
+        """RewardFailed where the function is another by now: half of a run's answers would be scored by the one, half by the other."""
+        try:
+            same, problem = self._start()["code"] == self.attributes["code"], "was changed"
+        except _NotLoaded as error:
+            same, problem = False, f"was changed, and {error}"
+        if not same:
+            self.close()
+            raise RewardFailed(f"reward {self.target!r} {problem} while answers were scored by it: put it back as it was and go on, or begin again")
 
     def _start(self) -> dict[str, Any]:
         self.close()
@@ -110,14 +132,13 @@ class RewardProcess:
         return bool(waiting.poll(0))
 
     def _ask(self, request: Any, seconds: float) -> Any:
+        self._asked += 1
         try:
-            line = json.dumps(request).encode() + b"\n"
+            line = json.dumps([self._asked, request]).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise RewardError(f"the item is not JSON: {one_line(error)}") from None
         try:
-            reply = json.loads(_exchange(self._process, line, seconds))
-            if not isinstance(reply, dict):
-                raise ValueError
+            reply = _exchange(self._process, line, self._asked, seconds)
         except TimeoutError:
             self.close()
             raise RewardError(f"no result within {seconds:g} s, killed") from None
@@ -128,24 +149,24 @@ class RewardProcess:
         except (ValueError, RecursionError):
             self.close()
             raise RewardError("its process wrote something that is no reply, killed") from None
-        except BaseException:  # Ctrl-C: the late reply must not become the next question's
+        except BaseException:  # Ctrl-C: what the child is at would keep the next question waiting
             self.close()
             raise
         if "error" in reply:
-            raise (WrongType if reply.get("wrong") else RewardError)(reply["error"])
+            raise {"load": _NotLoaded, "type": WrongType}.get(reply.get("kind"), RewardError)(reply["error"])
         return reply["value"]
 
 
-def _exchange(process: subprocess.Popen, line: bytes, seconds: float) -> bytes:
-    """Sends one line and gives the one that comes back. TimeoutError, EOFError; ValueError if it grows beyond `MAX_REPLY`."""
+def _exchange(process: subprocess.Popen, line: bytes, number: int, seconds: float) -> dict[str, Any]:
+    """Sends the line of a request and gives its reply; late ones of requests before it are dropped. TimeoutError, EOFError; ValueError for what is
+    no reply, or grows beyond `MAX_REPLY`."""
     deadline = time.monotonic() + seconds
     to, back = process.stdin.fileno(), process.stdout.fileno()
     waiting = select.poll()
     waiting.register(to, select.POLLOUT)
     rest = memoryview(line)
     while rest:
-        if not waiting.poll(1000 * max(deadline - time.monotonic(), 0)):
-            raise TimeoutError
+        _wait(waiting, deadline)
         try:
             rest = rest[os.write(to, rest) :]
         except BlockingIOError:
@@ -154,17 +175,28 @@ def _exchange(process: subprocess.Popen, line: bytes, seconds: float) -> bytes:
             raise EOFError from None
     waiting.unregister(to)
     waiting.register(back, select.POLLIN)
-    reply = bytearray()
-    while not reply.endswith(b"\n"):
-        if not waiting.poll(1000 * max(deadline - time.monotonic(), 0)):
-            raise TimeoutError
+    received = bytearray()
+    while True:
+        _wait(waiting, deadline)
         part = os.read(back, 1 << 20)
         if not part:
             raise EOFError
-        reply += part
-        if len(reply) > MAX_REPLY:
+        received += part
+        if len(received) > MAX_REPLY:
             raise ValueError
-    return bytes(reply)
+        if b"\n" not in part:
+            continue
+        *lines, received = received.split(b"\n")
+        for reply in map(json.loads, lines):
+            if not (isinstance(reply, list) and len(reply) == 2 and type(reply[0]) is int and reply[0] <= number and isinstance(reply[1], dict)):
+                raise ValueError
+            if reply[0] == number:
+                return reply[1]
+
+
+def _wait(waiting: select.poll, deadline: float) -> None:
+    if not waiting.poll(min(1000 * max(deadline - time.monotonic(), 0), 2**31 - 1)):  # more milliseconds poll() does not know
+        raise TimeoutError
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -257,6 +289,31 @@ def import_function(where: str, name: str) -> Any:
     return function
 
 
+def code_digest(where: str, name: str) -> str | None:
+    """16 hex digits of the code behind `import_function(where, name)`: the function's name, the content of the file it was asked of, and of each
+    module that has been imported from beside or below that file (of module "a.b": beside or below package a). Wherever the files lie, equal code
+    has equal digits. Not covered: the interpreter and installed packages, and what the function imports or reads when it is called. None where
+    there is no file."""
+    own = where if where.endswith(".py") else getattr(sys.modules[where], "__file__", None)
+    if not own:
+        return None
+    own = os.path.realpath(own)
+    root = os.path.dirname(own)
+    if not where.endswith(".py"):
+        for _ in range(where.count(".") + (os.path.basename(own) == "__init__.py")):
+            root = os.path.dirname(root)
+    installed = tuple(os.path.join(os.path.realpath(sysconfig.get_path(kind)), "") for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    files = {os.path.realpath(module.__file__) for key, module in list(sys.modules.items()) if key != "__main__" and isinstance(getattr(module, "__file__", None), str)}
+    beside = {path for path in files if path.startswith(os.path.join(root, "")) and not path.startswith(installed) and os.path.isfile(path)}
+    state = hashlib.blake2b(digest_size=8)
+    for label, path in [(name, own), *sorted((os.path.relpath(path, root), path) for path in beside - {own})]:
+        with open(path, "rb") as file:
+            content = file.read()
+        for part in (label.encode("utf-8", "surrogateescape"), content):
+            state.update(len(part).to_bytes(8, "little") + part)  # with its length, so that no two lists of files run together
+    return state.hexdigest()
+
+
 def source_file(function: Any) -> str | None:
     """The file that `function` is defined in, or None."""
     return getattr(sys.modules.get(getattr(function, "__module__", None)), "__file__", None)
@@ -283,7 +340,7 @@ def _answer(function: Any, arguments: list[Any], file: str | None) -> bytes:
         return json.dumps({"value": value}, default=lambda value: number(value, "the reward or a part of it")).encode()
     except Exception as error:
         wrong = not isinstance(error, ValueError) or isinstance(error, WrongType)
-        return json.dumps({"error": str(error)[:300], "wrong": wrong}).encode()
+        return json.dumps({"error": str(error)[:300], **({"kind": "type"} if wrong else {})}).encode()
 
 
 def _main() -> None:
@@ -295,14 +352,15 @@ def _main() -> None:
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    hello = json.loads(requests.readline())
+    number, hello = json.loads(requests.readline())
     sys.path[:] = hello["path"]
     sys.argv[1:] = []
     try:
         function = import_function(hello["where"], hello["function"])
         check_signature(function)
-    except ValueError as error:
-        replies.write(json.dumps({"error": str(error)}).encode() + b"\n")
+        code = code_digest(hello["where"], hello["function"])
+    except (ValueError, OSError) as error:
+        replies.write(json.dumps([number, {"error": str(error), "kind": "load"}]).encode() + b"\n")
         replies.flush()
         return
     with open("/proc/self/statm") as statm:
@@ -311,14 +369,15 @@ def _main() -> None:
     limit = used + hello["memory"] if hard == resource.RLIM_INFINITY else min(hard, used + hello["memory"])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     file = source_file(function)
-    reply = _answer(lambda: {"floor": getattr(function, "floor", None)}, [], file)
+    reply = _answer(lambda: {"floor": getattr(function, "floor", None), "code": code}, [], file)
     while True:
-        replies.write(reply + b"\n")
+        replies.write(b"[%d, %s]\n" % (number, reply))
         replies.flush()
         line = requests.readline()
         if not line:
             os._exit(0)  # the parent is gone or has closed; threads that the function left behind must not keep this alive
-        reply = _answer(function, json.loads(line), file)
+        number, arguments = json.loads(line)
+        reply = _answer(function, arguments, file)
 
 
 if __name__ == "__main__":

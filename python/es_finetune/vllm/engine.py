@@ -15,7 +15,8 @@ import torch
 
 from es_finetune.config import TrainConfig
 from es_finetune.engines import Answer, Replica
-from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize
+from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize, vocabulary_of
+from es_finetune.evaluate import encoded
 from es_finetune.model import empty_model, first_line, path_of, save_model
 from es_finetune.tasks import Task
 
@@ -52,7 +53,8 @@ class VllmEngine:
 
     def __init__(self, vllm, config: TrainConfig, task: Task, model, tokenizer, dtype: torch.dtype):
         self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens or task.max_new_tokens
-        longest = max(map(len, tokenize(tokenizer, [item.prompt for split in (task.train, task.test) for item in split])), default=0)
+        self.vocabulary = vocabulary_of(model)
+        longest = max(map(len, encoded([*task.train, *task.test], lambda prompts: tokenize(tokenizer, prompts))), default=0)
         self.length = min(positions_of(model), -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel}
@@ -85,7 +87,7 @@ class VllmEngine:
 
     def encode(self, prompts: Sequence[Prompt]) -> list[dict[str, list[int]]]:
         tokens = tokenize(self.tokenizer, prompts)
-        refuse_unanswerable(tokens, self.max_new_tokens, self.length)
+        refuse_unanswerable(tokens, self.max_new_tokens, self.length, self.vocabulary)
         return [{"prompt_token_ids": ids} for ids in tokens]
 
     def generate(self, encoded: list[dict[str, list[int]]]) -> list[Answer]:

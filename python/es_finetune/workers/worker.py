@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,9 @@ from es_finetune.prepare import make_engine, make_task
 from es_finetune.runlog import Generation
 from es_finetune.segments import base_of, named_segments, refuse_untunable
 from es_finetune.tasks import Item, Task
+from es_finetune.tasks.worker import RewardFailed
 from es_finetune.weights import Weights
 from es_kernels.noise import PROMPT_CHOICE, member_seed
-
-
-class RewardFailed(RuntimeError):
-    """A reward raised, hung or returned no number, and the run was asked to stop then."""
 
 
 class Worker:
@@ -46,12 +43,17 @@ class Worker:
         self.backend, self.parameters = self.replica.backend, self.replica.parameters
         engine, task = self.replica.engine, self.task
         self._held_out = Evaluator(engine, task, held_out_items(task, config))
-        self._training = None if config.prompts else Evaluator(engine, task, task.train)
+        every = Evaluator(engine, task, task.train)  # so that one that cannot be asked is found now, and not when it is drawn
+        self._training = None if config.prompts else every
 
     def start(self) -> dict[str, Any]:
-        """What the run's log says of its start, and all workers must agree on: the weights, the noise, the questions."""
-        items = {f"{split}_items": _digest(getattr(self.task, split)) for split in ("train", "test")}
-        return {"model": self.replica.identity, **self.weights.start(), "metric": self.task.metric, **items}
+        """What the run's log says of its start, and all workers must agree on: the weights, the noise, the questions, how answers are scored."""
+        found = {"model": self.replica.identity, **self.weights.start(), "metric": self.task.metric}
+        for split in ("train", "test"):
+            items = getattr(self.task, split)
+            found[f"{split}_items"] = _digest(repr([(item.prompt, item.key) for item in items]))
+            found[f"{split}_scoring"] = _digest(_canonical([item.data for item in items]))
+        return {**found, "reward": getattr(self.task, "code_digest", None)}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
         """Repeat logged updates, given as the log's lines, from the model's start. A folder of snapshots that is not there, as on another machine, holds none."""
@@ -185,5 +187,18 @@ def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
     return Replica(weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model)
 
 
-def _digest(items: Sequence[Item]) -> str:
-    return hashlib.blake2b(repr([(item.prompt, item.key) for item in items]).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    """Equal for equal data in any process: dicts and sets in the order of their entries' texts, objects by their type alone."""
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{','.join(sorted(f'{_canonical(key)}:{_canonical(entry)}' for key, entry in value.items()))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_canonical, value))}]"
+    if isinstance(value, (set, frozenset)):
+        return f"set({','.join(sorted(map(_canonical, value)))})"
+    return f"<{type(value).__qualname__}>"
