@@ -26,6 +26,8 @@ from es_kernels.table import DTYPES
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "countdown_char"
 WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MIXED = "mixed_dtypes"  # key of a config.json: the files hold tensors of several dtypes, each to be loaded as it is
+# Share of the largest logit: 1/16 of what bfloat16 rounds. In float32 a right merge is off by about 1e-6; wrong ones were by 1e-3 (Jamba) and more.
+_SAME_LOGITS = 2**-13
 LORA_SEED = 0  # of the first values of every new adapter, whatever the run's seed: runs that differ in it start from one model
 
 # Options of a GenerationConfig that mean something only with do_sample.
@@ -171,6 +173,7 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     """Write what `from_pretrained` reads: safetensors, configs, tokenizer. `folder` is whole or, as before the call, what it was;
     an older one of the name is replaced. OSError if it cannot be written.
 
+    A merged model is first compared, in float32, with the adapter over its base: ValueError, and nothing written, where it computes otherwise.
     Of a model that also sees or hears all parts are written, and the settings of its processor if it came from a folder or the hub.
     Of a model with a PEFT adapter the adapter is written, or with merge_lora the full model with the adapter added into its
     weights (made on the CPU; `model` stays as it is). A model of several dtypes is written as it is and load_model reads it so, while
@@ -179,17 +182,17 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     from safetensors import SafetensorError
 
     model, folder = unwrap(model), Path(folder)
+    if is_peft(model) and merge_lora:
+        model = _merged(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     part = scratch / "new"
     part.mkdir()
     try:
-        if is_peft(model) and not merge_lora:
+        if is_peft(model):
             # "auto" would ask the hub whether the vocabulary has grown.
             model.save_pretrained(part, save_embedding_layers=False)
         else:
-            if is_peft(model):
-                model = _merged(model)
             with _savable_generation_config(model, part):
                 model.save_pretrained(part)
             if dtype_of(model) == "mixed":
@@ -198,9 +201,11 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
             if _towers(model.config):
                 _copy_processor(model, part)
         tokenizer.save_pretrained(part)
-    except (OSError, SafetensorError) as error:  # the second where the disk is full
+    except BaseException as error:
         shutil.rmtree(scratch)
-        raise OSError(f"the model could not be written to {folder}: {error}") from error
+        if isinstance(error, (OSError, SafetensorError)):  # the second where the disk is full
+            raise OSError(f"the model could not be written to {folder}: {error}") from error
+        raise
     if folder.exists():  # a folder cannot be replaced in one step
         os.replace(folder, scratch / "old")
     os.replace(part, folder)
@@ -364,15 +369,34 @@ def _add_lora(base: torch.nn.Module, rank: int) -> torch.nn.Module:
 
 
 def _merged(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the CPU with the adapter added into the weights."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    memo = {id(t): _on_cpu(t) for t in tensors}  # of which deepcopy makes no copies of its own
-    return copy.deepcopy(model, memo).merge_and_unload()
+    """A copy on the CPU with the adapter added into the weights. ValueError where the copy computes otherwise: PEFT adds more than once into weights
+    that layers share (Zamba), and into some that its layers do not compute with (Jamba)."""
+    exact = _on_cpu(model, torch.float32)
+    attention = base_of(exact).config._attn_implementation
+    if attention not in ("eager", "sdpa"):  # what is for GPUs
+        base_of(exact).set_attn_implementation("eager")
+    ids = torch.arange(16)[None] % base_of(exact).config.get_text_config().vocab_size
+    with torch.no_grad():
+        before = exact(input_ids=ids, use_cache=False).logits
+        error = (exact.merge_and_unload()(input_ids=ids, use_cache=False).logits - before).abs().max() / before.abs().max()
+    if not error <= _SAME_LOGITS:
+        raise ValueError(
+            f"PEFT cannot add this adapter into the weights of {type(base_of(model)).__name__}: logits would be off by {error:.1g} of the largest; "
+            "write the adapter, without merge_lora"
+        )
+    del exact
+    return _on_cpu(model).merge_and_unload()
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    copied = tensor.detach().to("cpu", copy=True)
-    return torch.nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else copied
+def _on_cpu(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """A copy; `dtype`: of its floating-point tensors, if not their own."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        copied = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+        return torch.nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else copied
+
+    memo = {id(t): moved(t) for t in itertools.chain(model.parameters(), model.buffers())}  # of which deepcopy makes no copies of its own
+    return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager

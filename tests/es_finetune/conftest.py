@@ -5,6 +5,7 @@ import torch
 
 import es_kernels
 
+STATES = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4}
 BACKENDS = ("cpu", "reference", "triton")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -75,7 +76,7 @@ def tiny_llama():
 def build_model():
     """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
 
-    Kinds: llama; gemma; gemma3_vision (with a tower that sees); qwen2 (tied embeddings, biases); mixed (gemma in bfloat16 with norms in float32); mixtral and qwen3_moe (experts fused
+    Kinds: llama; rwkv (which does not ignore padding); zamba and jamba (state spaces); gemma; gemma3_vision (with a tower that sees); qwen2 (tied embeddings, biases); mixed (gemma in bfloat16 with norms in float32); mixtral and qwen3_moe (experts fused
     in memory); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the embedded model's tokenizer.
     """
 
@@ -107,13 +108,16 @@ def build_model():
             return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, **options)).eval()
         family, options = {
             "llama": ("Llama", {}),
+            "rwkv": ("Rwkv", {"attention_hidden_size": 16, "context_length": 64}),
+            "zamba": ("Zamba", {"num_hidden_layers": 6, "attention_hidden_size": 32, "attention_head_dim": 16, **STATES}),
+            "jamba": ("Jamba", {"num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "mamba_dt_rank": 2, **STATES}),
             "gemma": ("Gemma", {"head_dim": 8}),
             "gemma3": ("Gemma3", {"head_dim": 8}),
             "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
             "mixtral": ("Mixtral", {"num_local_experts": 4}),
             "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}),
         }[kind]
-        options |= {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        options = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **options}
         options |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2}
         options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **config}
         torch.manual_seed(0)

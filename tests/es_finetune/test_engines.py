@@ -3,6 +3,7 @@
 - An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the decoding or what was
   generated before (no KV block survives a weight change). It is greedy, or sampled from the model's own distribution, whatever sampling
   options the checkpoint carries; sampled answers repeat, and torch's generators stay as they were.
+- A model for which padding or the prompts beside one matter is found, and asked one prompt at a time.
 - An answer's ids end with its first end token; text leaves special tokens out.
 - Prompts are text as it is, or chats as the tokenizer's template writes them, with special tokens once. What cannot be asked is refused
   before any work.
@@ -10,6 +11,7 @@
 - log_probs are those of the model at temperature 1, whatever the batches.
 """
 
+import copy
 import sys
 import threading
 import types
@@ -147,6 +149,20 @@ def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(mode
             engine.generate(encoded)
     assert set(threading.enumerate()) <= threads and model.config._attn_implementation == "eager"
     assert engine.generate(encoded) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rwkv", "llama", "qwen2", "mixtral", "gemma", "jamba"])
+def test_a_model_that_does_not_ignore_padding_is_asked_one_prompt_at_a_time(build_model, tokenizer, kind, dtype, recwarn):
+    engine = HFEngine(build_model(kind, vocab_size=64).to(dtype), tokenizer, 4, 16)
+    options = copy.deepcopy(engine.options)
+    engine.prove()
+    said = [str(warning.message) for warning in recwarn if "padding" in str(warning.message)]
+    assert said == (["models of type rwkv do not ignore padding: they are asked one prompt at a time"] if kind == "rwkv" else [])
+    assert engine.batch_size == (1 if kind == "rwkv" else 16) and engine.options == options
+    if dtype == torch.float32:
+        together, alone = (engine.generate(engine.encode(prompts)) for prompts in (PROMPTS[:4], PROMPTS[:1]))
+        assert together[0] == alone[0]
 
 
 # --- where an answer ends

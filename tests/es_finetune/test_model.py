@@ -310,6 +310,26 @@ def test_a_merged_mixture_keeps_its_checkpoint_names(save_tiny, tmp_path):
     assert fingerprint(merged) == fingerprint(load_model(folder, device="cpu")[0])  # B is 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, wrong", [("llama", False), ("qwen2", False), ("mixtral", False), ("gemma", False), ("zamba", True), ("jamba", True)])
+def test_a_merge_that_would_compute_otherwise_is_refused(build_model, tmp_path, kind, wrong, dtype):
+    import peft
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    options = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(build_model(kind).to(dtype), options).eval()
+    before = fingerprint(model)
+    if wrong:
+        with pytest.raises(ValueError, match=f"cannot add this adapter into the weights of {kind.title()}ForCausalLM: logits would be off by .* merge_lora"):
+            save_model(model, tokenizer, tmp_path / "merged", merge_lora=True)
+        save_model(model, tokenizer, tmp_path / "adapter")
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    else:
+        save_model(model, tokenizer, tmp_path / "merged", merge_lora=True)
+        assert load_model(tmp_path / "merged", device="cpu")
+    assert fingerprint(model) == before
+
+
 # Refusals
 
 
