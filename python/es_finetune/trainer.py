@@ -50,7 +50,8 @@ class Trainer:
 
     config:            what to do. Its `model` and `task` are loaded, unless objects are given:
     model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its tokenizer.
-                       config.model is then only the name in the log.
+                       Those that text does not pass through, as of a vision tower, are frozen. config.model is then only the
+                       name in the log.
     task:              any object with the attributes of tasks.Task, as load_task("custom", data=[...], reward=function).
 
     A bad config, model, task or folder raises ValueError or OSError from the constructor, before any long work.

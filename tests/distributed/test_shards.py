@@ -226,6 +226,20 @@ def test_without_dtensors_nothing_is_communicated(as_rank, monkeypatch):
     assert opt.fingerprint() == opt.fingerprint("live")
 
 
+def test_a_shard_that_others_write_is_refused_and_adopted(as_rank):
+    """Without a word to the other processes."""
+    parameter = dtensor(torch.arange(1.0, 5.0), as_rank(1, (2,)), [S0], (8,)).requires_grad_()
+    opt = EvolutionStrategy([("layer.w", parameter)], population=2)
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([parameter], lr=0.5).step()
+    with pytest.raises(RuntimeError, match=r"'layer.w' was changed by others .* adopt_live\(\)"):
+        opt.tell([0.0, 1.0])
+    opt.adopt_live()
+    assert opt.tables[0].theta.tensors[0].tolist() == [0.5, 1.5, 2.5, 3.5]
+    opt.tell([0.0, 1.0])
+    assert torch.equal(opt.tables[0].theta.tensors[0], parameter.to_local())
+
+
 # --- in processes ----------------------------------------------------------------------------------------------------
 
 FITNESS = [[0.5, -1.0, 2.0, 0.25], [1.0, 3.0, -2.0, 0.0], [0.0, 0.5, 0.25, -4.0]]
