@@ -133,7 +133,8 @@ def freeze_towers(model: torch.nn.Module) -> None:
         p.requires_grad_(False)
     if frozen:
         warnings.warn(
-            f"{len(frozen)} parameter(s) of {type(base).__name__}, e.g. {next(iter(frozen))}, take no part in text: they are frozen, and saved as they are",
+            f"{len(frozen)} parameter(s) of {type(base).__name__}, e.g. {next(iter(frozen))}, take no part in text: "
+            "they are frozen, and saved as they are",
             stacklevel=2,
         )
 

@@ -198,7 +198,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             if not has_plain_memory(parameter):
-                raise ValueError(f"{name!r} is a {type(parameter).__name__}, whose values are not in its memory as they are: give the unquantised weights")
+                kind = type(parameter).__name__
+                raise ValueError(f"{name!r} is a {kind}, whose values are not in its memory as they are: give the unquantised weights")
             clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
             if clash:
                 raise ValueError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
@@ -489,8 +490,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """What copy, deepcopy, pickle and torch.save ask for. torch.optim's own holds neither theta nor what else is needed, and a copy's
         weights would be those of no model."""
         raise TypeError(
-            "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its state_dict(), make a new one over the "
-            "other model, and load_state_dict() there"
+            "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its state_dict(), make a new one over "
+            "the other model, and load_state_dict() there"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -621,7 +622,8 @@ class _Weights:
         for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors):
             if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
                 raise ValueError(
-                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} {tuple(theta.shape)}, cannot hold: make a new EvolutionStrategy"
+                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} {tuple(theta.shape)}, cannot hold: "
+                    "make a new EvolutionStrategy"
                 )
 
     def names(self) -> set[str]:

@@ -23,11 +23,12 @@ def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
     once.
 
     The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel, torch.compile and
-    activation checkpointing put in; of tied parameters the one that is written, nearly always their first; for the weights of a PEFT adapter, the name in adapter_model.safetensors; for the
-    weights under an adapter, the name in the base model's checkpoint. A parameter that the checkpoint holds as several
-    tensors, as the fused experts of a mixture, or as a part of one, comes with segments and its name in memory. Where the
-    checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, with a warning: its noise is not that
-    of the checkpoint's tensor. ValueError for a model that cannot be tuned (refuse_untunable).
+    activation checkpointing put in; of tied parameters the one that is written, nearly always their first; for the weights of a
+    PEFT adapter, the name in adapter_model.safetensors; for the weights under an adapter, the name in the base model's
+    checkpoint. A parameter that the checkpoint holds as several tensors, as the fused experts of a mixture, or as a part of one,
+    comes with segments and its name in memory. Where the checkpoint's tensor is no view of it (permuted, interleaved) it has only
+    that name, with a warning: its noise is not that of the checkpoint's tensor. ValueError for a model that cannot be tuned
+    (refuse_untunable).
     """
     model, base = unwrap(model), base_of(model)
     refuse_untunable(model)
@@ -77,7 +78,8 @@ def refuse_untunable(model: torch.nn.Module) -> None:
     if trainable or not adapter:
         own = f", of which only such as {trainable[0]} could be tuned" if trainable else ""
         raise ValueError(
-            f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA adapter over this one, the rest frozen"
+            f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA adapter over this one, "
+            "the rest frozen"
         )
 
 
@@ -92,7 +94,8 @@ def refuse_prompt_config(config) -> None:
     """refuse_prompt_learning of one peft.PeftConfig."""
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
-            f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual tokens: give one that changes layers, as LoRA"
+            f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual tokens: "
+            "give one that changes layers, as LoRA"
         )
 
 

@@ -76,8 +76,10 @@ def tiny_llama():
 def build_model():
     """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
 
-    Kinds: llama; rwkv (which does not ignore padding); zamba and jamba (state spaces); gemma; gemma3_vision (with a tower that sees); qwen2 (tied embeddings, biases); mixed (gemma in bfloat16 with norms in float32); mixtral and qwen3_moe (experts fused
-    in memory); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the embedded model's tokenizer.
+    Kinds: llama; qwen2 (tied embeddings, biases); mixtral and qwen3_moe (experts fused in memory); gemma; mixed (gemma in bfloat16
+    with norms in float32); gemma3_vision (with a tower that sees); rwkv (which does not ignore padding); zamba and jamba (state
+    spaces); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the
+    embedded model's tokenizer.
     """
 
     def build(kind, **config):
@@ -102,7 +104,8 @@ def build_model():
             return model
         if kind == "gemma3_vision":
             text = build("gemma3").config.to_dict()
-            vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+            vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+            vision |= {"image_size": 28, "patch_size": 14}
             options = {"mm_tokens_per_image": 4, "image_token_index": 39, "boi_token_index": 37, "eoi_token_index": 38, "eos_token_id": 2, **config}
             torch.manual_seed(0)
             return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, **options)).eval()

@@ -348,7 +348,11 @@ def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model
     assert adapted == generate(wrapped.merge_and_unload(), tokenizer)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, checkpoint_wrapper, lambda model: torch.nn.DataParallel(torch.compile(model))])
+def wrapped_twice(model):
+    return torch.nn.DataParallel(torch.compile(model))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, checkpoint_wrapper, wrapped_twice])
 def test_a_wrapped_model_generates_as_itself(model, tokenizer, wrap):
     assert generate(wrap(model), tokenizer, PROMPTS[:4]) == generate(model, tokenizer, PROMPTS[:4])
 

@@ -182,7 +182,8 @@ SEES = re.compile("vision_tower|multi_modal_projector")
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_only_text_weights_are_tuned_and_it_is_said(seeing, lora_rank):
-    with pytest.warns(UserWarning, match=r"^\d+ parameter\(s\) of Gemma3ForConditionalGeneration, e.g. .*vision_tower.*, take no part in text: they are frozen"):
+    said = r"^\d+ parameter\(s\) of Gemma3ForConditionalGeneration, e.g. .*vision_tower.*, take no part in text: they are frozen"
+    with pytest.warns(UserWarning, match=said):
         model, _, identity = load_model(seeing, device="cpu", lora_rank=lora_rank)
     tuned = [name for name, p in model.named_parameters() if p.requires_grad]
     assert tuned and not any(SEES.search(name) for name in tuned) and identity["trainable"] < identity["parameters"]
@@ -209,7 +210,8 @@ def test_a_run_saves_all_that_was_loaded(seeing, build_model, tmp_path):
 def test_a_text_part_that_is_loaded_alone_is_named(seeing, monkeypatch):
     """As of Qwen 3.5, whose causal LM is its text part."""
     text = transformers.AutoModelForCausalLM.from_pretrained(seeing).config.text_config
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (transformers.Gemma3ForCausalLM(text), {"missing_keys": []}))
+    loaded = transformers.Gemma3ForCausalLM(text), {"missing_keys": []}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)
     with pytest.warns(UserWarning, match="of model .*seeing only the text part, Gemma3ForCausalLM, is loaded"):
         load_model(seeing, device="cpu")
 
@@ -320,7 +322,8 @@ def test_a_merge_that_would_compute_otherwise_is_refused(build_model, tmp_path, 
     model = peft.get_peft_model(build_model(kind).to(dtype), options).eval()
     before = fingerprint(model)
     if wrong:
-        with pytest.raises(ValueError, match=f"cannot add this adapter into the weights of {kind.title()}ForCausalLM: logits would be off by .* merge_lora"):
+        said = f"cannot add this adapter into the weights of {kind.title()}ForCausalLM: logits would be off by .* merge_lora"
+        with pytest.raises(ValueError, match=said):
             save_model(model, tokenizer, tmp_path / "merged", merge_lora=True)
         save_model(model, tokenizer, tmp_path / "adapter")
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
