@@ -167,7 +167,11 @@ def main():
 
 def _calibrated(base):
     """The sigma that calibrate recommends; where it finds none, the paper's."""
-    found = calibrate(CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200))
+    try:
+        found = calibrate(CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200))
+    except ValueError as error:  # it answers too few questions
+        print(error)
+        return PAPER["sigma"]
     return found["sigma"] or PAPER["sigma"]
 
 

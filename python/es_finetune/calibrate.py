@@ -13,13 +13,12 @@ from rich.console import Console
 
 from es_finetune.config import CalibrateConfig, model_options
 from es_finetune.evaluate import Evaluation, Evaluator, share_identical
-from es_finetune.health import Health
+from es_finetune.health import Health, is_norm
 from es_finetune.measure import rewards_of
 from es_finetune.model import load_model, pick_device
 from es_finetune.optimizer import EvolutionStrategy
 from es_finetune.prepare import make_engine, make_task
 from es_finetune.segments import named_segments
-from es_finetune.tasks import Task
 
 PROMPTS = 64
 
@@ -29,14 +28,18 @@ PROMPTS = 64
 _BEARABLE = 0.1
 _COLLAPSED = 0.5  # no larger sigma needs to be tried
 _CERTAIN = 2  # standard errors from which a loss is one
+# Successes of the base model from which a loss can be told: with one of 29 prompts right, losing that one looked like losing all, and sigma came
+# out at a tenth of where the signal peaked.
+_SUCCESSES = 5
 
 
 def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:
-    """Try the sigmas, smallest first, until the reward has fallen by half; print a table and what it means.
+    """Try the sigmas, smallest first, until two in a row do harm and the reward has fallen by half; print a table and what it means.
 
     Every member answers the same prompts, and has the same noise, scaled, at every sigma. Returns {"base_reward", "sigmas": the
     rows of `measure_sigma`, "sigma": the one to use, or None, "lr": half of it, "reason": one sentence}.
-    ValueError for a model, task or number of prompts that cannot be had, before any answer is generated.
+    ValueError for a model, task or number of prompts that cannot be had, before any answer is generated; and for a base model whose answers earn
+    too little to tell what noise costs.
     """
     console = console or Console()
 
@@ -55,19 +58,23 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     health = Health(optimizer)
 
     say(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
-    say(_line(_COLUMNS))
     base = evaluator()
     if all(score.reward is None for score in base.scores):
         raise ValueError(f"no answer could be scored; the first failure: {base.error[1]}")
     if base.failed:
         say(f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: {base.error[1]}")
-    base_reward = _reward(task, base)
+    base_rewards = rewards_of(task, base.scores)
+    refuse_too_few(base_rewards)
+    base_reward = math.fsum(base_rewards) / count
+    say(_LEGEND)
+    say(_line(_COLUMNS))
     say(_line(["0", f"{base_reward:.4g}"]))
     rows: list[dict[str, Any]] = []
     for sigma in config.sigmas:
-        rows.append(measure_sigma(sigma, base_reward, optimizer, evaluator, health))
+        rows.append(measure_sigma(sigma, base_rewards, optimizer, evaluator, health))
         say(_line(_cells(rows[-1])))
-        if _harm(rows[-1], base_reward) > _COLLAPSED / _BEARABLE:
+        before, now = [0.0, *(_harm(row, base_reward) for row in rows[-2:])][-2:]
+        if before > 1 and now > _COLLAPSED / _BEARABLE:
             break
     sigma, reason = recommend(base_reward, rows)
     lr = None if sigma is None else sigma / 2
@@ -75,15 +82,31 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     return {"task": config.task, "model": config.model, "base_reward": base_reward, "sigmas": rows, "sigma": sigma, "lr": lr, "reason": reason}
 
 
-def measure_sigma(sigma: float, base_reward: float, optimizer: EvolutionStrategy, evaluator: Evaluator, health: Health) -> dict[str, Any]:
+def refuse_too_few(rewards: Sequence[float]) -> None:
+    """ValueError unless the base model's rewards hold as much as _SUCCESSES answers: its right ones, where there are two rewards only, else what the
+    rewards have above the lowest of them, in units of the highest."""
+    low, high = min(rewards), max(rewards)
+    held = math.fsum((reward - low) / (high - low) for reward in rewards) if high > low else len(rewards) if high else 0
+    if held < _SUCCESSES:
+        graded = len(set(rewards)) > 2
+        what = f"earns on {len(rewards)} prompts as much as {held:.1f} of its best answers" if graded else f"succeeds at {held:.0f} of {len(rewards)} prompts"
+        raise ValueError(
+            f"the base model {what}, too little to tell from chance what noise costs, which takes {_SUCCESSES}: "
+            "use more or easier prompts, or a reward that also pays for a part"
+        )
+
+
+def measure_sigma(sigma: float, base_rewards: Sequence[float], optimizer: EvolutionStrategy, evaluator: Evaluator, health: Health) -> dict[str, Any]:
     """What this sigma does to the reward. With R+ and R- of a pair:
 
-    reward, lost        mean over the members; base_reward - that, and its standard error (over pairs, in which the slope cancels)
+    reward, lost        mean over the members; the base model's - that; and its standard error: over pairs, in which the slope cancels, but at least
+                        one answer's worth, (highest - lowest reward) / prompts, since a few members that fail alike have no spread
     spread              standard deviation of the members' rewards (ddof 1), and its standard error if they are normal
     signal              rms of (R+ - R-) / 2, what a step can follow
-    damage              rms of (R+ + R-) / 2 - base_reward, what both directions do alike
+    damage              rms of (R+ + R-) / 2 - the base model's, what both directions do alike
     identical           share of members with the very answers of another
-    correlation         [tensor, realised noise with intended noise] of the lowest tensor, or None; `swallowed`: how many are under 0.9
+    swallowed           how many tensors have a correlation of realised with intended noise under 0.9; norms: and how many norm weights
+    correlation         [tensor, correlation] of the lowest of the swallowed, or without any of all tensors, or None
     """
     begin = time.perf_counter()
     for group in optimizer.param_groups:
@@ -96,22 +119,28 @@ def measure_sigma(sigma: float, base_reward: float, optimizer: EvolutionStrategy
         return evaluator()
 
     members = optimizer.evaluate(answer)
-    means = [_reward(evaluator.task, member) for member in members]
+    rewards = [rewards_of(evaluator.task, member.scores) for member in members]
+    base_reward, *means = (math.fsum(of) / len(of) for of in (base_rewards, *rewards))
+    every = [reward for of in (base_rewards, *rewards) for reward in of]
+    an_answer = (max(every) - min(every)) / len(base_rewards)
     odd = [(plus - minus) / 2 for plus, minus in zip(means[::2], means[1::2])]
     even = [(plus + minus) / 2 - base_reward for plus, minus in zip(means[::2], means[1::2])]
     mean, spread = math.fsum(means) / len(means), stdev(means)
+    low = {name: correlation for name, (correlation, _) in arrived["correlation"].items() if not is_norm(name)}
+    worst = min(low, key=low.get, default=None)
     return {
         "sigma": sigma,
         "reward": mean,
         "lost": base_reward - mean,
-        "lost_error": stdev(even) / math.sqrt(len(even)),
+        "lost_error": max(stdev(even) / math.sqrt(len(even)), an_answer),
         "spread": spread,
         "spread_error": spread / math.sqrt(2 * (len(means) - 1)),
         "signal": _rms(odd),
         "damage": _rms(even),
         "identical": share_identical([member.digest for member in members]),
-        "correlation": arrived["correlation_min"],
-        "swallowed": len(arrived["correlation"]),
+        "correlation": arrived["correlation_min"] if worst is None else [worst, low[worst]],
+        "swallowed": len(low),
+        "norms": len(arrived["correlation"]) - len(low),
         "seconds": time.perf_counter() - begin,
     }
 
@@ -120,15 +149,15 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
     """(sigma or None, why), from the rows of `measure_sigma`, smallest sigma first.
 
     The largest sigma at which members lose no more than a tenth of the base reward, or no more than chance explains: noise has to
-    be felt, since the step is as large as it, and not to break what it explores. Between two sigmas it is interpolated, on
-    logarithmic scales.
+    be felt, since the step is as large as it, and not to break what it explores. A sigma that does harm is believed where the next one does
+    too, or none was tried beyond it. Between two sigmas it is interpolated, on logarithmic scales.
     """
     if not any(row["spread"] for row in rows):
         gets = "never gets a reward" if base_reward == 0 else f"gets {base_reward:.4g} whatever the noise"
         remedy = "use more or easier prompts, a reward that also pays for a part, or larger sigmas"
         return None, f"no sigma can be told from another: the model {gets}; {remedy}"
     harm = [_harm(row, base_reward) for row in rows]
-    beyond = next((place for place, value in enumerate(harm) if value > 1), None)
+    beyond = next((place for place, two in enumerate(zip(harm, [*harm[1:], math.inf])) if min(two) > 1), None)
     if beyond == 0:
         return None, f"even sigma {rows[0]['sigma']:g} costs {rows[0]['lost']:.3g} of a reward of {base_reward:.3g}: try smaller ones with --sigmas"
     bearable = rows[:beyond]
@@ -141,7 +170,7 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
     elif beyond is None:
         sigma, reason = bearable[-1]["sigma"], "the largest one tried, and it does no harm yet: a larger one may learn faster"
     else:
-        below, above = harm[beyond - 1 : beyond + 1]
+        below, above = (_cost(row, base_reward) for row in rows[beyond - 1 : beyond + 1])
         place = math.log(1 / below) / math.log(above / below) if below > 0 else 0.5
         low, high = rows[beyond - 1]["sigma"], rows[beyond]["sigma"]
         sigma = float(f"{low * (high / low) ** max(0.0, min(1.0, place)):.2g}")
@@ -157,20 +186,25 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
 
 def _harm(row: dict[str, Any], base_reward: float) -> float:
     """What its members certainly lose, in units of what they may lose; 0 where the base reward is 0 or they lose nothing."""
-    if row["lost"] <= max(0.0, _CERTAIN * row["lost_error"]) or not base_reward:
-        return 0.0
+    certain = base_reward and row["lost"] > max(0.0, _CERTAIN * row["lost_error"])
+    return _cost(row, base_reward) if certain else 0.0
+
+
+def _cost(row: dict[str, Any], base_reward: float) -> float:
     return row["lost"] / (_BEARABLE * abs(base_reward))
-
-
-def _reward(task: Task, evaluation: Evaluation) -> float:
-    return math.fsum(rewards_of(task, evaluation.scores)) / len(evaluation.scores)
 
 
 def _rms(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
-_COLUMNS = {"sigma": 8, "reward": 9, "lost": 18, "spread": 18, "signal": 9, "damage": 9, "alike": 7, "noise": 14, "seconds": 9}  # and their widths
+_COLUMNS = {"sigma": 8, "reward": 9, "lost": 17, "spread": 9, "signal": 9, "alike": 7, "noise": 11, "seconds": 9}  # and their widths: 79 in all
+_LEGEND = """reward: mean of the members; at sigma 0, of the model as it is
+lost: what noise costs, ± its standard error, at least one answer's worth
+spread: standard deviation between members
+signal: half the difference between opposite noise, which a step can follow
+alike: share of members that answer every prompt as another member does
+noise: correlation with what it should be, of the tensor where it is lowest"""
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -178,15 +212,14 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    noise = "-" if row["correlation"] is None else f"{row['correlation'][1]:.2f}" + (f" ({row['swallowed']} low)" if row["swallowed"] else "")
+    note = f" ({row['swallowed']} low)" if row["swallowed"] else " (norms)" if row["norms"] else ""
     return [
         f"{row['sigma']:.3g}",
         f"{row['reward']:.4g}",
         f"{row['lost']:.2g} ± {row['lost_error']:.1g}",
-        f"{row['spread']:.2g} ± {row['spread_error']:.1g}",
+        f"{row['spread']:.2g}",
         f"{row['signal']:.2g}",
-        f"{row['damage']:.2g}",
         f"{row['identical']:.0%}",
-        noise,
+        "-" if row["correlation"] is None else f"{row['correlation'][1]:.2f}{note}",
         f"{row['seconds']:.1f}",
     ]

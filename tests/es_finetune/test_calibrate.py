@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import es_finetune.calibrate as calibrate_module
-from es_finetune.calibrate import calibrate, measure_sigma, recommend
+from es_finetune.calibrate import calibrate, measure_sigma, recommend, refuse_too_few
 from es_finetune.cli import main
 from es_finetune.config import CalibrateConfig
 from es_finetune.engines import Answer
@@ -50,7 +50,13 @@ def test_scale_and_sign_of_the_rewards_do_not_matter(scale):
 
 
 def test_a_loss_within_its_error_is_none():
-    assert recommend(0.1, rows(0.0, 0.02, 0.02, 0.09, error=0.015, base=0.1))[0] > 0.004
+    assert recommend(0.1, rows(0.0, 0.02, 0.02, 0.09, error=0.015, base=0.1))[0] == 0.004  # twice what they may lose, if it were certain
+
+
+def test_one_sigma_that_does_harm_is_chance_two_in_a_row_are_a_limit():
+    assert recommend(1.0, rows(0.0, 0.4, 0.0, 0.0)) == recommend(1.0, rows(0.0, 0.0, 0.0, 0.0))
+    assert recommend(1.0, rows(0.3, 0.0, 0.05, 0.2, 0.8))[0] == recommend(1.0, rows(0.0, 0.0, 0.05, 0.2, 0.8))[0]
+    assert recommend(1.0, rows(0.0, 0.05, 0.2, 0.4))[0] == recommend(1.0, rows(0.0, 0.05, 0.2))[0]  # of the last one nothing says otherwise
 
 
 def test_a_base_model_without_reward():
@@ -83,13 +89,13 @@ def test_caveats():
 
 @pytest.fixture(scope="module")
 def embedded():
-    return calibrate(CalibrateConfig(sigmas=[0.3, 0.001, 0.01, 0.4], **QUICK))
+    return calibrate(CalibrateConfig(sigmas=[0.3, 0.001, 0.01, 0.4, 0.5], **QUICK))
 
 
 def test_a_result(embedded):
     assert json.loads(json.dumps(embedded)) == embedded
     tried = embedded["sigmas"]
-    assert [row["sigma"] for row in tried] == [0.001, 0.01, 0.3]  # smallest first, and none after the collapse
+    assert [row["sigma"] for row in tried] == [0.001, 0.01, 0.3, 0.4]  # smallest first, and none after a collapse that is confirmed
     assert 0 < embedded["base_reward"] < 1
     for row in tried:
         assert row["reward"] + row["lost"] == pytest.approx(embedded["base_reward"])
@@ -101,11 +107,11 @@ def test_a_result(embedded):
 
 def test_what_is_printed(capsys):
     found = calibrate(CalibrateConfig(sigmas=[0.01], **QUICK))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "countdown-char, embedded: 4 members, 16 prompts"
-    assert lines[1].split() == ["sigma", "reward", "lost", "spread", "signal", "damage", "alike", "noise", "seconds"]
-    assert [line.split()[0] for line in lines[2:4]] == ["0", "0.01"]
-    assert found["reason"] in lines[4] and len(lines) == 5
+    first, *legend, head, base, tried, result = capsys.readouterr().out.splitlines()
+    assert first == "countdown-char, embedded: 4 members, 16 prompts"
+    assert head.split() == ["sigma", *(line.partition(":")[0] for line in legend), "seconds"]
+    assert (base.split()[0], tried.split()[0]) == ("0", "0.01")
+    assert max(map(len, (*legend, head, base, tried))) < 80 and found["reason"] in result
 
 
 def test_one_seed_one_result(embedded):
@@ -117,7 +123,9 @@ def test_one_seed_one_result(embedded):
 
 def test_bf16_that_swallows_the_noise():
     (row,) = calibrate(CalibrateConfig(sigmas=[1e-4], dtype="bfloat16", **QUICK))["sigmas"]
-    assert row["correlation"][1] < 0.5 and row["swallowed"] > 5
+    assert row["correlation"][1] < 0.9 and "norm" not in row["correlation"][0] and row["swallowed"] > 5 and row["norms"] == 5
+    (row,) = calibrate(CalibrateConfig(sigmas=[1e-3], dtype="bfloat16", **QUICK))["sigmas"]  # as in the paper's run: norms alone
+    assert row["swallowed"] == 0 < row["norms"] and "norm" in row["correlation"][0]
 
 
 class Thermometer:
@@ -144,7 +152,7 @@ def test_what_is_measured():
     before = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
     machine = Thermometer(scalar)
     evaluator, health = Evaluator(machine, machine, [Item("", 0), Item("", 1)]), Health(optimizer)
-    row = measure_sigma(3.0, 0.5, optimizer, evaluator, health)
+    row = measure_sigma(3.0, [0.5, 0.5], optimizer, evaluator, health)
     assert (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) == before
     rewards = []
     for member in optimizer.ask():
@@ -157,16 +165,82 @@ def test_what_is_measured():
         "sigma": 3.0,
         "reward": mean(rewards),
         "lost": 0.5 - mean(rewards),
-        "lost_error": stdev(even) / math.sqrt(3),
+        "lost_error": max(stdev(even) / math.sqrt(3), (max(rewards) - min(rewards)) / 2),  # one of two answers
         "spread": stdev(rewards),
         "spread_error": stdev(rewards) / math.sqrt(10),
         "signal": math.sqrt(mean(x * x for x in odd)),
         "damage": math.sqrt(mean(x * x for x in even)),
         "identical": 0.0,
         "swallowed": 0,
+        "norms": 0,
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert row["correlation"] == ["large", pytest.approx(1)]
+
+
+class Lottery:
+    """29 questions, of which the model without noise gets `right`; any noise loses the first of them, a large one half of the rest too."""
+
+    floor = 0.0
+
+    def __init__(self, weight, right, worth=1.0):
+        self.weight, self.right, self.worth = weight, right, worth
+
+    def encode(self, prompts):
+        return prompts
+
+    def generate(self, encoded):
+        moved = abs(self.weight.item() - 0.5)
+        gets = range(bool(moved), self.right // 2 if moved > 0.1 else self.right)
+        return [Answer(str(float(n in gets)), ()) for n in range(29)]
+
+    def score(self, item, completion):
+        return Score(self.worth * float(completion))
+
+
+@pytest.mark.parametrize("worth", [1.0, 1000.0])
+def test_one_answer_that_all_members_lose_is_no_certainty(worth):
+    """Alike in all members, so that their spread says nothing; of 6 right answers it is more than a tenth of the reward."""
+    weight = torch.nn.Parameter(torch.tensor(0.5))
+    optimizer = EvolutionStrategy([("weight", weight)], population=4, antithetic=True, base="copy")
+    lottery = Lottery(weight, right=6, worth=worth)
+    evaluator, health = Evaluator(lottery, lottery, [Item("", n) for n in range(29)]), Health(optimizer)
+    base = [worth * (n < 6) for n in range(29)]
+    measured = [measure_sigma(sigma, base, optimizer, evaluator, health) for sigma in (0.001, 0.002, 10.0, 20.0)]
+    assert [row["lost"] for row in measured[:2]] == [pytest.approx(worth / 29)] * 2
+    assert [row["lost_error"] for row in measured[:2]] == [pytest.approx(worth / 29)] * 2 and measured[0]["spread"] == 0
+    measured[0]["spread"] = measured[1]["spread"] = 0.01 * worth  # that members differ is no matter here
+    assert recommend(sum(base) / 29, measured)[0] == 0.002
+
+
+@pytest.mark.parametrize(
+    "rewards, words",
+    [
+        ([0.0] * 28 + [1.0], "succeeds at 1 of 29 prompts"),
+        ([0.0] * 60 + [1.0] * 4, "succeeds at 4 of 64 prompts"),
+        ([-1.0] * 25 + [0.0] * 4, "succeeds at 4 of 29 prompts"),
+        ([0.0] * 20, "succeeds at 0 of 20 prompts"),
+        ([0.0] * 40 + [0.1] * 20 + [1.0] * 2, "earns on 62 prompts as much as 4.0 of its best answers"),  # a part pays
+        ([-300.0] * 60 + [0.0, -150.0], "earns on 62 prompts as much as 1.5 of its best answers"),
+    ],
+)
+def test_a_base_model_that_earns_too_little_is_refused(rewards, words):
+    with pytest.raises(ValueError, match=f"the base model {words}.* which takes 5: use more or easier prompts, or a reward that also pays for a part$"):
+        refuse_too_few(rewards)
+    refuse_too_few([*rewards, *[max(rewards) or 1.0] * 5])
+
+
+def test_graded_rewards_count_by_what_they_hold():
+    refuse_too_few([-100.0 - 10 * n for n in range(16)])
+    refuse_too_few([0.0] * 4 + [0.1] * 50 + [1.0])  # the format alone, of many
+    refuse_too_few([1.0] * 8)
+
+
+def test_it_is_refused_before_a_sigma_is_tried(capsys, monkeypatch):
+    monkeypatch.setattr("es_finetune.tasks.countdown_char.CountdownChar.score", lambda self, item, completion: Score(0.0, 0.0))
+    assert main(["calibrate", "--prompts", "8"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: the base model succeeds at 0 of 8 prompts") and "sigma" not in captured.out
 
 
 @pytest.mark.parametrize(
@@ -205,7 +279,7 @@ def test_defaults():
 
 
 def test_command_line(capsys):
-    assert main(["calibrate", "--sigmas", "0.01", "0.001", "--members", "4", "--prompts", "8"]) == 0
+    assert main(["calibrate", "--sigmas", "0.01", "0.001", "--members", "4", "--prompts", "16"]) == 0
     assert "sigma 0.01" in capsys.readouterr().out
     for flags in (["--sigmas", "-1"], ["--sigmas", "much"], ["--members", "7"], ["--model", "/no/such/folder", "--task", "countdown"]):
         assert main(["calibrate", *flags]) == 2
