@@ -480,15 +480,20 @@ int refused(const std::string& why) {
   return (int)cudaErrorInvalidValue;
 }
 
-struct OnDevice {  // makes `device` current for one scope
+// Makes `device` current for one scope. cudaSetDevice makes a context where there is none, of some 500 MB: so it is called only to change the device, and
+// to change it back.
+struct OnDevice {
   int previous = -1;
   cudaError_t status;
   explicit OnDevice(int device) {
-    status = cudaGetDevice(&previous);
-    if (status == cudaSuccess && previous != device) status = cudaSetDevice(device);
+    int current;
+    status = cudaGetDevice(&current);
+    if (status != cudaSuccess || current == device) return;
+    status = cudaSetDevice(device);
+    if (status == cudaSuccess) previous = current;
   }
   ~OnDevice() {
-    if (status == cudaSuccess) cudaSetDevice(previous);
+    if (previous >= 0) cudaSetDevice(previous);
   }
 };
 

@@ -1,6 +1,6 @@
-// As much of CUDA as csrc/cuda.cu uses, so that g++ builds it into a library that runs its kernels on the CPU: one device of 3
-// multiprocessors, whose memory is the host's. What that shows: which thread touches which element in which order, masks, tiles, the walk
-// over segments, barriers. What it cannot show: PTX and SASS, speed, memory ordering.
+// As much of CUDA as csrc/cuda.cu uses, so that g++ builds it into a library that runs its kernels on the CPU: one device (or as many as
+// a test says) of 3 multiprocessors, whose memory is the host's. What that shows: which thread touches which element in which order, masks, tiles, the walk
+// over segments, barriers, calls of the runtime. What it cannot show: PTX and SASS, speed, memory ordering.
 //
 // A block's threads are fibers. They run one after the other from barrier to barrier, forwards and backwards in turn, so that what
 // depends on their order gives two results. A barrier that some threads reach and others do not aborts.
@@ -125,19 +125,32 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 
 // ---- the runtime ----
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 typedef void* cudaStream_t;
+
+// What tests set, and what they look at: test_cuda_on_cpu.py.
+struct CudaOnCpu {
+  int devices, multiprocessors, current_device;
+  int set_device_calls, device_of_launch;
+  int64_t grid_of_launch;
+};
+extern "C" __attribute__((visibility("default"), used)) inline CudaOnCpu cuda_on_cpu_state = {1, 3, 0, 0, -1, 0};
 
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no description"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_on_cpu_state.current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  cuda_on_cpu_state.set_device_calls++;
+  if (device < 0 || device >= cuda_on_cpu_state.devices) return cudaErrorInvalidDevice;
+  cuda_on_cpu_state.current_device = device;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = cuda_on_cpu_state.devices, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = cuda_on_cpu_state.multiprocessors, cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 1, cudaSuccess;
@@ -155,6 +168,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(A...), unsigned grid, unsigned threa
   const unsigned state = _mm_getcsr();
   _mm_setcsr(0x1F80);  // a GPU knows nothing of the host's flush to zero
   gridDim = {grid, 1, 1};
+  cuda_on_cpu_state.grid_of_launch = grid, cuda_on_cpu_state.device_of_launch = cuda_on_cpu_state.current_device;
   for (unsigned b = 0; b < grid; b++) {
     blockIdx = {b, 0, 0};
     cuda_on_cpu::Block(threads, [=] { cuda_on_cpu::call(kernel, arguments, std::index_sequence_for<A...>()); });
