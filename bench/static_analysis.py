@@ -21,6 +21,8 @@ from es_kernels import native
 
 # What the design asks of sm_90: instructions a value, of an update a normal. Of a swap: what 70% of a copy leaves room for (44), and a little less.
 BUDGET = {"swap bf16 <- bf16": 42, "fingerprint bf16": 10, "perturb bf16 <- bf16": 23, "perturb bf16 <- f32": 22, "update": 21.5, "update stochastic": 21.5}
+# Over the rows of a shard: four more.
+BUDGET |= {"perturb rows bf16 <- bf16": 27, "perturb rows bf16 <- f32": 26}
 BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, "triton update": 28}
 
 
@@ -43,11 +45,12 @@ def cuda_kernels(arch, library=None):
 def _label(kernel, trip):
     """What the loop does, from its instructions, and for how many values; None, 0 for loops of the general path (masked, or strided) and small ones."""
     text = [i.text for i in trip]
+    kernel += " rows" * any(re.match(r"ISETP\.GE\.U32\.AND P\d, PT, R\d+\S*, U?R\d", t) for t in text)  # is the unit past its row's last?
     loads = sum("LDG" in t and ".128" in t for t in text)
     stores = sum("STG" in t and ".128" in t for t in text)
     if kernel.startswith("update"):
         return (kernel, sass.normals(trip)) if sass.normals(trip) >= 8 and not loads else (None, 0)
-    if kernel == "fingerprint":
+    if kernel.startswith("fingerprint"):
         products = sum(t.startswith("IMAD.WIDE") for t in text)  # one an element, 12 to 14 a block: a load is 8 bf16 or 4 f32
         return (f"{kernel} {'bf16' if products > 14 * loads else 'f32'}", loads * (8 if products > 14 * loads else 4)) if loads else (None, 0)
     if not loads or any(t.startswith("LDG.E.64") for t in text):  # the general path reads the segment in the loop

@@ -84,8 +84,8 @@ CUDA = {
         (
             (
                 "cuda.cu",
-                "std::min<int64_t>((n_units + kTile - 1) / kTile, (int64_t)multiprocessors * std::max(blocks, 1))",
-                "((n_units + kTile - 1) / kTile)",
+                "std::min(at_once, (n_units + launch->tile - 1) / launch->tile)",
+                "((n_units + launch->tile - 1) / launch->tile)",
             ),
         ),
     ),
@@ -102,15 +102,15 @@ CUDA = {
     "perturb: 1 block a thread": Variant(
         "16 bytes a thread in flight instead of 32: slower, unless warps hide it",
         (PERTURB,),
-        (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 1 : 4;"),),
+        (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 1 : 4;"),),
     ),
     "perturb: 3 blocks a thread": Variant(
-        "fewer loop instructions for more registers (spills?)", (PERTURB,), (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 3 : 4;"),)
+        "fewer loop instructions for more registers (spills?)", (PERTURB,), (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 3 : 4;"),)
     ),
     "perturb: 4 blocks a thread, 64 registers": Variant(
         "64 bytes a thread in flight, 4 blocks of threads instead of 5",
         (PERTURB,),
-        (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "4;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;")),
+        (("cuda.cu", "seeds == 1 ? 2 : 4;", "4;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;")),
     ),
     "perturb: 64 registers": Variant(
         "a fifth fewer warps: slower if latency binds", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;"),)
@@ -121,18 +121,18 @@ CUDA = {
     "swap and restore: 3 blocks a thread, 80 registers": Variant(
         "half as many warps more for 0.6 instructions a value: faster if latency binds",
         (FEW,),
-        (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "SEEDS == 1 ? 2 : 3;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 3 : 5;")),
+        (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 2 : 3;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 3 : 5;")),
     ),
     "swap and restore: 2 blocks a thread, 64 registers": Variant(
         "twice the warps for 2.6 instructions a value: slower",
         (FEW,),
-        (("cuda.cu", "SEEDS == 1 ? 2 : 4;", "2;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 4 : 5;")),
+        (("cuda.cu", "seeds == 1 ? 2 : 4;", "2;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 4 : 5;")),
     ),
     "update: 2 blocks a thread, 80 registers": Variant(
         "half as many warps more, twice the loads of keys: 19.4 instructions a normal, so 2 % slower unless latency binds",
         (UPDATE,),
         (
-            ("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 2;  // a thread's"),
+            ("cuda.cu", "kUpdateBlocks = 4;", "kUpdateBlocks = 2;"),
             ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 3) update"),
         ),
     ),
@@ -140,7 +140,7 @@ CUDA = {
         "half as many warps more, a third more loads of keys",
         (UPDATE,),
         (
-            ("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 3;  // a thread's"),
+            ("cuda.cu", "kUpdateBlocks = 4;", "kUpdateBlocks = 3;"),
             ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 3) update"),
         ),
     ),
@@ -148,7 +148,7 @@ CUDA = {
         "8 blocks a thread and all registers: fewer loads of keys, too few warps; slower",
         (UPDATE,),
         (
-            ("cuda.cu", "kBlocks = 4;  // a thread's", "kBlocks = 8;  // a thread's"),
+            ("cuda.cu", "kUpdateBlocks = 4;", "kUpdateBlocks = 8;"),
             ("cuda.cu", "__launch_bounds__(kThreads, 2) update", "__launch_bounds__(kThreads, 1) update"),
         ),
     ),
@@ -156,7 +156,7 @@ CUDA = {
         "twice the bytes in flight for more registers",
         (FINGERPRINT,),
         (
-            ("cuda.cu", "kBlocks = 4 / kVectors", "kBlocks = 8 / kVectors"),
+            ("cuda.cu", "kFingerprintBlocks = 4;", "kFingerprintBlocks = 8;"),
             ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 3) fingerprint"),
         ),
     ),
@@ -164,7 +164,7 @@ CUDA = {
         "half the bytes in flight, 8 blocks of threads instead of 5",
         (FINGERPRINT,),
         (
-            ("cuda.cu", "kBlocks = 4 / kVectors", "kBlocks = 2 / kVectors"),
+            ("cuda.cu", "kFingerprintBlocks = 4;", "kFingerprintBlocks = 2;"),
             ("cuda.cu", "__launch_bounds__(kThreads, 5) fingerprint", "__launch_bounds__(kThreads, 8) fingerprint"),
         ),
     ),

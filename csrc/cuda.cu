@@ -1,7 +1,7 @@
 // The CUDA side of the C ABI: thin kernels over the bodies of add_noise.h and fingerprint.h.
 //
-// One launch serves the whole table. The grid is persistent: a block of threads takes every gridDim-th tile of kTile units and walks
-// the segments that lie in it. A thread computes a noise block (8 values) at a time, several in flight. What costs: 10 Philox rounds
+// One launch serves the whole table. The grid is persistent: a block of threads takes every gridDim-th tile of units and walks the
+// segments that lie in it. A thread computes a noise block (8 values) at a time, several in flight. What costs: 10 Philox rounds
 // are 36 instructions a block, box_muller 25 a pair, so about 17 a value; memory traffic at full rate leaves room for about 31 (2 + 2 B
 // a value on an H200). So the inner loops count instructions: round keys sit in uniform registers (one seed) or arrive by six
 // 128-bit shared-memory loads (more), and NaNs, which are rare, are looked for once in 16 values.
@@ -23,7 +23,7 @@ namespace {
 using namespace es;
 
 constexpr int kThreads = 256;
-constexpr int64_t kTile = 8192;   // units: 65536 values
+constexpr int kTile = 8192;   // units, 65536 values: the largest tile
 constexpr int kSeedsAtATime = 128;  // in shared memory
 
 struct Arguments {
@@ -34,6 +34,7 @@ struct Arguments {
   const uint64_t* rounding_seed;  // device memory, or nullptr: host_rounding_seed
   uint64_t host_rounding_seed;
   float decay;
+  int32_t tile;  // units
   float host_coefs[ES_CUDA_HOST_SEEDS];
   uint64_t host_seeds[ES_CUDA_HOST_SEEDS];
 };
@@ -184,10 +185,10 @@ __device__ __forceinline__ void store_unit(const Segment& s, const Unit& unit, f
 
 // Calls body(segment, lo, hi) with the units [lo, hi) of each segment that this block of threads has to do.
 template <class Body>
-__device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t n_segments, int64_t n_units, Body body) {
+__device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t n_segments, int64_t n_units, int32_t tile_units, Body body) {
   int64_t i = 0;
-  for (int64_t tile = (int64_t)blockIdx.x * kTile; tile < n_units; tile += (int64_t)gridDim.x * kTile) {
-    const int64_t tile_end = tile + kTile < n_units ? tile + kTile : n_units;
+  for (int64_t tile = (int64_t)blockIdx.x * tile_units; tile < n_units; tile += (int64_t)gridDim.x * tile_units) {
+    const int64_t tile_end = tile + tile_units < n_units ? tile + tile_units : n_units;
     if (i == 0) {  // the first tile: binary search; from there on segments only advance
       int64_t n = n_segments;
       while (n > 0) {
@@ -207,6 +208,69 @@ __device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t 
   }
 }
 
+// ---- the walk over a piece of whole, aligned blocks ----
+
+struct Place {
+  BlockId id;
+  const uint4* base;
+  uint4* out;
+};
+
+__host__ __device__ constexpr int vectors(int32_t dtype) { return dtype == kF32 ? 2 : 1; }  // of 16 bytes a block
+
+// Over one row a thread's next block is a constant distance on.
+template <uint32_t DOMAIN, int32_t OUT, int32_t BASE>
+class OneRow {
+  Place place;
+
+ public:
+  static constexpr bool kOneRow = true;
+  __device__ __forceinline__ OneRow(const Segment& s, int64_t lo) : place{block_id(s.first >> 3, s.stream, DOMAIN)} {
+    place.id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
+    place.base = (const uint4*)s.base + (lo + threadIdx.x) * vectors(BASE), place.out = (uint4*)s.out + (lo + threadIdx.x) * vectors(OUT);
+  }
+  __device__ __forceinline__ Place at(int k) const {
+    return {{place.id.low + k * kThreads, place.id.high, place.id.stream_low, place.id.stream_high},
+            place.base + k * kThreads * vectors(BASE), place.out + k * kThreads * vectors(OUT)};
+  }
+  __device__ __forceinline__ void advance(int n) { place = at(n); }
+};
+
+// Whether Rows can hold the strides.
+__device__ __forceinline__ bool fits_rows(const Segment& s) {
+  return s.index_stride < 1ull << 35 && s.base_stride < 1 << 30 && s.out_stride < 1 << 30;
+}
+
+// Over several it counts row and unit on from those of its first block: a division each would cost 10 instructions a value.
+template <uint32_t DOMAIN, int32_t OUT, int32_t BASE>
+class Rows {
+  uint64_t block, base, out, stream;               // where the piece's first row begins
+  uint32_t block_stride, base_stride, out_stride;  // blocks, bytes, bytes
+  uint32_t units_per_row, row, unit, row_step, unit_step;
+
+ public:
+  static constexpr bool kOneRow = false;
+  __device__ __forceinline__ Rows(const Segment& s, int64_t lo) {
+    const int64_t first = lo / s.units_per_row;
+    block = (s.first + first * s.index_stride) >> 3, stream = s.stream;
+    base_stride = s.base_stride * dtype_size(BASE), base = s.base + first * base_stride;
+    out_stride = s.out_stride * dtype_size(OUT), out = s.out + first * out_stride;
+    block_stride = s.index_stride >> 3, units_per_row = s.units_per_row;
+    unit = (uint32_t)(lo - first * units_per_row) + threadIdx.x;
+    row = unit / units_per_row, unit -= row * units_per_row;
+    row_step = kThreads / units_per_row, unit_step = kThreads % units_per_row;
+  }
+  __device__ __forceinline__ Place at(int) const {
+    return {block_id(block + (uint64_t)row * block_stride + unit, stream, DOMAIN),
+            (const uint4*)(base + (uint64_t)row * base_stride) + unit * vectors(BASE),
+            (uint4*)(out + (uint64_t)row * out_stride) + unit * vectors(OUT)};
+  }
+  __device__ __forceinline__ void advance(int) {
+    row += row_step, unit += unit_step;
+    if (unit >= units_per_row) unit -= units_per_row, row++;
+  }
+};
+
 // A seed, ready for use: in registers, or in shared memory.
 struct alignas(16) Seed {
   RoundKeys<10> keys;
@@ -223,27 +287,36 @@ __device__ __forceinline__ void add_seed(const BlockId& at, const Seed& seed, f3
 
 // ---- none, one or two seeds from the host, no decay: restore, perturb, swap ----
 
-// Units [lo, hi) of a contiguous, aligned segment: several blocks a thread in flight, loads first.
-template <bool STOCHASTIC, int SEEDS, int32_t OUT, int32_t BASE>
+// A thread's blocks in flight. With two seeds they share the loads of the keys.
+__host__ __device__ constexpr int perturb_blocks(int64_t seeds) { return seeds == 1 ? 2 : 4; }
+
+// Calls some(n) for a thread's share of `units`: for BLOCKS of them at once, then for one after the other.
+template <int BLOCKS, class Some>
+__device__ __forceinline__ void in_blocks(int64_t units, Some some) {
+  int left = (int)units - (int)threadIdx.x;  // a tile has few
+#pragma unroll 1
+  for (; left > (BLOCKS - 1) * kThreads; left -= BLOCKS * kThreads) some(std::integral_constant<int, BLOCKS>());
+  if constexpr (BLOCKS > 1) {
+#pragma unroll 1
+    for (; left > 0; left -= kThreads) some(std::integral_constant<int, 1>());
+  }
+}
+
+// Units [lo, hi) of a segment of whole, aligned blocks: loads first.
+template <bool STOCHASTIC, int SEEDS, int32_t OUT, int32_t BASE, template <uint32_t, int32_t, int32_t> class Walk>
 __device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds, const RoundKeys<10>& rounding_keys) {
-  constexpr int kBlocks = SEEDS == 1 ? 2 : 4;  // with two seeds, blocks share the loads of the keys
-  constexpr int kOutVectors = OUT == kF32 ? 2 : 1, kBaseVectors = BASE == kF32 ? 2 : 1;
-  BlockId id = block_id(s.first >> 3, s.stream, kNoise);
-  id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
-  const uint4* base = (const uint4*)s.base + (lo + threadIdx.x) * kBaseVectors;
-  uint4* out = (uint4*)s.out + (lo + threadIdx.x) * kOutVectors;
+  Walk<kNoise, OUT, BASE> walk(s, lo);
   auto some = [&](auto count) {
     constexpr int n = decltype(count)::value;
     f32 b[n][8];
-    auto at = [&](int k) { return BlockId{id.low + k * kThreads, id.high, id.stream_low, id.stream_high}; };
 #pragma unroll
-    for (int k = 0; k < n; k++) unpack(BASE, base + k * kThreads * kBaseVectors, b[k]);
+    for (int k = 0; k < n; k++) unpack(BASE, walk.at(k).base, b[k]);
     if constexpr (SEEDS == 2) {
       const Seed first = seeds[0];
 #pragma unroll
       for (int k = 0; k < n; k++) {
         f32 acc[8] = {};
-        add_seed(at(k), first, acc);
+        add_seed(walk.at(k).id, first, acc);
         add_block(b[k], acc);
       }
     }
@@ -251,24 +324,39 @@ __device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, in
     if constexpr (SEEDS > 0) last = seeds[SEEDS - 1];
 #pragma unroll
     for (int k = 0; k < n; k++) {
-      if constexpr (SEEDS > 0) add_seed(at(k), last, b[k]);
+      const Place at = walk.at(k);
+      if constexpr (SEEDS > 0) add_seed(at.id, last, b[k]);
       u32 r[8];
-      if (STOCHASTIC && OUT != kF32) rounding_thresholds(at(k), rounding_keys, r);
-      pack<STOCHASTIC>(OUT, b[k], r, out + k * kThreads * kOutVectors);
+      if (STOCHASTIC && OUT != kF32) rounding_thresholds(at.id, rounding_keys, r);
+      pack<STOCHASTIC>(OUT, b[k], r, at.out);
     }
-    id.low += n * kThreads, base += n * kThreads * kBaseVectors, out += n * kThreads * kOutVectors;
+    walk.advance(n);
   };
-  int left = (int)(hi - lo) - (int)threadIdx.x;  // a tile has few units
-#pragma unroll 1
-  for (; left > (kBlocks - 1) * kThreads; left -= kBlocks * kThreads) some(std::integral_constant<int, kBlocks>());
-#pragma unroll 1
-  for (; left > 0; left -= kThreads) some(std::integral_constant<int, 1>());
+  in_blocks<walk.kOneRow ? perturb_blocks(SEEDS) : 1>(hi - lo, some);  // with two blocks at once Rows spills in the kernel for one seed
+}
+
+// The same for the segment's dtypes; false if there is no such kernel: all pairs for restore, swap and Rows would double the library, so those have
+// the pairs that models and their bases have.
+template <bool STOCHASTIC, int SEEDS, template <uint32_t, int32_t, int32_t> class Walk>
+__device__ __forceinline__ bool perturb_of_dtypes(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds, const RoundKeys<10>& rounding_keys) {
+  constexpr bool all_pairs = SEEDS == 1 && Walk<kNoise, kF32, kF32>::kOneRow;
+  switch (s.out_dtype * 3 + s.base_dtype) {
+#define ES_CASE(OUT, BASE)                                                                               \
+  case OUT * 3 + BASE:                                                                                   \
+    if constexpr (all_pairs || BASE == OUT || BASE == kF32)                                              \
+      return perturb_vectors<STOCHASTIC, SEEDS, OUT, BASE, Walk>(s, lo, hi, seeds, rounding_keys), true; \
+    break;
+    ES_CASE(kF32, kF32) ES_CASE(kF32, kBF16) ES_CASE(kF32, kF16) ES_CASE(kBF16, kF32) ES_CASE(kBF16, kBF16)
+    ES_CASE(kBF16, kF16) ES_CASE(kF16, kF32) ES_CASE(kF16, kBF16) ES_CASE(kF16, kF16)
+#undef ES_CASE
+  }
+  return false;
 }
 
 // Blocks of threads that a multiprocessor shall hold. One seed: 48 registers on sm_80 and sm_90, where the round keys fit the uniform registers;
 // sm_100 and sm_120 would spill, and get 64.
 template <int SEEDS>
-constexpr int perturb_blocks() {
+constexpr int perturb_residents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
   return SEEDS == 2 ? 2 : 5;
 #else
@@ -277,7 +365,7 @@ constexpr int perturb_blocks() {
 }
 
 template <bool STOCHASTIC, int SEEDS>
-__global__ void __launch_bounds__(kThreads, perturb_blocks<SEEDS>()) perturb(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, perturb_residents<SEEDS>()) perturb(const __grid_constant__ Arguments a) {
   const RoundKeys<10> rounding_keys(a.host_rounding_seed);
   __shared__ Seed shared[2];
   Seed one;
@@ -287,20 +375,9 @@ __global__ void __launch_bounds__(kThreads, perturb_blocks<SEEDS>()) perturb(con
     if (threadIdx.x < 2) shared[threadIdx.x].keys = RoundKeys<10>(a.host_seeds[threadIdx.x]), shared[threadIdx.x].coef = a.host_coefs[threadIdx.x];
     __syncthreads();
   }
-  for_each_piece(a.segments, a.n_segments, a.n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
-    if (s.vector_path && s.rows == 1) {
-      switch (s.out_dtype * 3 + s.base_dtype) {
-// Restore and swap are for the formats that models and their bases have: the others would double the library.
-#define ES_CASE(OUT, BASE)                                                                                    \
-  case OUT * 3 + BASE:                                                                                        \
-    if constexpr (SEEDS == 1 || BASE == OUT || BASE == kF32)                                                  \
-      return perturb_vectors<STOCHASTIC, SEEDS, OUT, BASE>(s, lo, hi, seeds, rounding_keys);                  \
-    break;
-        ES_CASE(kF32, kF32) ES_CASE(kF32, kBF16) ES_CASE(kF32, kF16) ES_CASE(kBF16, kF32) ES_CASE(kBF16, kBF16)
-        ES_CASE(kBF16, kF16) ES_CASE(kF16, kF32) ES_CASE(kF16, kBF16) ES_CASE(kF16, kF16)
-#undef ES_CASE
-      }
-    }
+  for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
+    if (s.vector_path && s.rows == 1 && perturb_of_dtypes<STOCHASTIC, SEEDS, OneRow>(s, lo, hi, seeds, rounding_keys)) return;
+    if (s.vector_path && fits_rows(s) && perturb_of_dtypes<STOCHASTIC, SEEDS, Rows>(s, lo, hi, seeds, rounding_keys)) return;
 #pragma unroll 1
     for (int64_t u = lo + threadIdx.x; u < hi; u += kThreads) {
       const Unit unit = locate(s, u);
@@ -322,9 +399,10 @@ __global__ void __launch_bounds__(kThreads, perturb_blocks<SEEDS>()) perturb(con
 
 // ---- any number of seeds, from the host or the device; decay and anchor: update ----
 
+constexpr int kUpdateBlocks = 4;  // a thread's in flight: they share the keys
+
 template <bool STOCHASTIC>
 __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Arguments a) {
-  constexpr int kBlocks = 4;  // a thread's blocks in flight: they share the keys
   __shared__ Seed shared[kSeedsAtATime];
   auto fetch = [&](int64_t from) {
     const int n = (int)(a.n_seeds - from < kSeedsAtATime ? a.n_seeds - from : kSeedsAtATime);
@@ -339,20 +417,20 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
   int n = fetch(0);
   const RoundKeys<10> rounding_keys(STOCHASTIC ? (a.rounding_seed ? *a.rounding_seed : a.host_rounding_seed) : 0);
 
-  for_each_piece(a.segments, a.n_segments, a.n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
+  for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
 #pragma unroll 1
-    for (int64_t at = lo; at < hi; at += kBlocks * kThreads) {
-      f32 acc[kBlocks][8];
-      BlockId id[kBlocks];
+    for (int64_t at = lo; at < hi; at += kUpdateBlocks * kThreads) {
+      f32 acc[kUpdateBlocks][8];
+      BlockId id[kUpdateBlocks];
 #pragma unroll
-      for (int k = 0; k < kBlocks; k++) {
+      for (int k = 0; k < kUpdateBlocks; k++) {
         id[k] = block_id(locate(s, at + k * kThreads + threadIdx.x).block, s.stream, kNoise);
         for (int j = 0; j < 8; j++) acc[k][j] = 0;
       }
       // acc <- base, decayed, (+ acc): what the last seed's noise is added to.
       auto add_base = [&] {
 #pragma unroll
-        for (int k = 0; k < kBlocks; k++) {
+        for (int k = 0; k < kUpdateBlocks; k++) {
           const int64_t u = at + k * kThreads + threadIdx.x;
           if (u >= hi) continue;
           const Unit unit = locate(s, u);
@@ -370,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
       auto add_to_all = [&](const Seed& seed) {
         const Seed local = seed;
 #pragma unroll
-        for (int k = 0; k < kBlocks; k++) add_seed(id[k], local, acc[k]);
+        for (int k = 0; k < kUpdateBlocks; k++) add_seed(id[k], local, acc[k]);
       };
       for (int64_t from = 0; from < a.n_seeds; from += kSeedsAtATime) {
         if (a.n_seeds > kSeedsAtATime) n = fetch(from);
@@ -381,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
       add_base();
       if (a.n_seeds > 0) add_to_all(shared[n - 1]);
 #pragma unroll
-      for (int k = 0; k < kBlocks; k++) {
+      for (int k = 0; k < kUpdateBlocks; k++) {
         const int64_t u = at + k * kThreads + threadIdx.x;
         if (u >= hi) continue;
         u32 r[8];
@@ -410,40 +488,38 @@ __device__ __forceinline__ uint64_t fingerprint_block(const BlockId& id, const R
   return sum;
 }
 
-// Units [lo, hi) of a contiguous, aligned segment: 64 bytes a thread in flight.
-template <bool WIDE>
+constexpr int kFingerprintBlocks = 4;  // a thread's in flight, 64 bytes; of f32 half as many
+
+// Units [lo, hi) of a segment of whole, aligned blocks.
+template <int32_t OUT, template <uint32_t, int32_t, int32_t> class Walk>
 __device__ __forceinline__ uint64_t fingerprint_vectors(const Segment& s, int64_t lo, int64_t hi, const RoundKeys<kFingerprintRounds>& keys) {
-  constexpr int kVectors = 1 + WIDE, kBlocks = 4 / kVectors;
-  BlockId id = block_id(s.first >> 3, s.stream, kFingerprint);
-  id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
-  const uint4* p = (const uint4*)s.out + (lo + threadIdx.x) * kVectors;
+  constexpr int kVectors = vectors(OUT);
+  Walk<kFingerprint, OUT, OUT> walk(s, lo);
   uint64_t sum = 0;
-  auto some = [&](int n) {
-    uint4 words[kBlocks][kVectors];
+  auto some = [&](auto count) {
+    constexpr int n = decltype(count)::value;
+    uint4 words[n][kVectors];
 #pragma unroll
-    for (int i = 0; i < n; i++)
-      for (int v = 0; v < kVectors; v++) words[i][v] = load_global(p + i * kThreads * kVectors + v);
+    for (int k = 0; k < n; k++)
+      for (int v = 0; v < kVectors; v++) words[k][v] = load_global(walk.at(k).out + v);
 #pragma unroll
-    for (int i = 0; i < n; i++) {
-      const BlockId at = {id.low + i * kThreads, id.high, id.stream_low, id.stream_high};
-      sum += fingerprint_block<WIDE>(at, keys, words[i]);
-    }
-    id.low += n * kThreads, p += n * kThreads * kVectors;
+    for (int k = 0; k < n; k++) sum += fingerprint_block<OUT == kF32>(walk.at(k).id, keys, words[k]);
+    walk.advance(n);
   };
-  int left = (int)(hi - lo) - (int)threadIdx.x;  // a tile has few units
-#pragma unroll 1
-  for (; left > (kBlocks - 1) * kThreads; left -= kBlocks * kThreads) some(kBlocks);
-#pragma unroll 1
-  for (; left > 0; left -= kThreads) some(1);
+  in_blocks<walk.kOneRow ? kFingerprintBlocks / kVectors : 1>(hi - lo, some);
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, unsigned long long* result) {
+__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, int32_t tile, unsigned long long* result) {
   uint64_t sum = 0;
-  for_each_piece(segments, n_segments, n_units, [&](const Segment& s, int64_t lo, int64_t hi) {
+  for_each_piece(segments, n_segments, n_units, tile, [&](const Segment& s, int64_t lo, int64_t hi) {
     const RoundKeys<kFingerprintRounds> keys(s.out_dtype);
     if (s.vector_path && s.rows == 1) {
-      sum += s.out_dtype == kF32 ? fingerprint_vectors<true>(s, lo, hi, keys) : fingerprint_vectors<false>(s, lo, hi, keys);
+      sum += s.out_dtype == kF32 ? fingerprint_vectors<kF32, OneRow>(s, lo, hi, keys) : fingerprint_vectors<kBF16, OneRow>(s, lo, hi, keys);
+      return;
+    }
+    if (s.vector_path && fits_rows(s)) {
+      sum += s.out_dtype == kF32 ? fingerprint_vectors<kF32, Rows>(s, lo, hi, keys) : fingerprint_vectors<kBF16, Rows>(s, lo, hi, keys);
       return;
     }
     const int size = dtype_size(s.out_dtype);
@@ -497,13 +573,23 @@ struct OnDevice {
   }
 };
 
-// Enough blocks to fill the device, at most one per tile.
+// `grid` blocks of threads, at most as many as the device holds at once, take the tiles in turn. A small table has small tiles, each block of threads its
+// share in whole rounds of a thread's `blocks` in flight, so that it fills the device too: at 2^20 values tiles of 65536 would keep 16 of an H100's 132
+// multiprocessors busy. From kTile a block of threads on (43 million values for one seed there) tiles grow no further.
+struct Launch {
+  int32_t tile;
+  unsigned grid;
+};
+
 template <class Kernel>
-cudaError_t grid_size(Kernel kernel, int device, int64_t n_units, unsigned* grid) {
-  int multiprocessors = 0, blocks = 0;
+cudaError_t plan(Kernel kernel, int blocks, int device, int64_t n_units, Launch* launch) {
+  int multiprocessors = 0, resident = 0;
   cudaError_t status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0);
-  *grid = (unsigned)std::min<int64_t>((n_units + kTile - 1) / kTile, (int64_t)multiprocessors * std::max(blocks, 1));
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0);
+  const int64_t at_once = (int64_t)multiprocessors * std::max(resident, 1), round = blocks * kThreads;
+  if (status != cudaSuccess) return status;
+  launch->tile = (int32_t)std::min<int64_t>(kTile, (n_units + at_once * round - 1) / (at_once * round) * round);
+  launch->grid = (unsigned)std::min(at_once, (n_units + launch->tile - 1) / launch->tile);
   return status;
 }
 
@@ -551,15 +637,17 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   static const Kernel few[] = {perturb<false, 0>, perturb<false, 1>, perturb<false, 2>};
   const bool simple = all_on_host && decay == 0;
   Kernel kernel = rounding_seed ? update<true> : update<false>;
-  if (simple && !rounding_seed && n_seeds <= 2) kernel = few[n_seeds];
-  if (simple && rounding_seed && n_seeds == 1) kernel = perturb<true, 1>;
+  int blocks = kUpdateBlocks;
+  if (simple && !rounding_seed && n_seeds <= 2) kernel = few[n_seeds], blocks = perturb_blocks(n_seeds);
+  if (simple && rounding_seed && n_seeds == 1) kernel = perturb<true, 1>, blocks = perturb_blocks(1);
   OnDevice scope(device);
   if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
-  unsigned grid;
-  cudaError_t status = grid_size(kernel, device, n_units, &grid);
+  Launch launch;
+  cudaError_t status = plan(kernel, blocks, device, n_units, &launch);
   if (status != cudaSuccess) return failed("cannot plan the launch", status);
+  a.tile = launch.tile;
   void* arguments[] = {&a};
-  status = cudaLaunchKernel(kernel, grid, kThreads, arguments, 0, (cudaStream_t)stream);
+  status = cudaLaunchKernel(kernel, launch.grid, kThreads, arguments, 0, (cudaStream_t)stream);
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 
@@ -570,11 +658,11 @@ int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_unit
   if (!n_units) return 0;
   OnDevice scope(device);
   if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
-  unsigned grid;
-  cudaError_t status = grid_size(fingerprint, device, n_units, &grid);
+  Launch launch;
+  cudaError_t status = plan(fingerprint, kFingerprintBlocks, device, n_units, &launch);
   if (status != cudaSuccess) return failed("cannot plan the launch", status);
-  void* arguments[] = {&segments, &n_segments, &n_units, &result};
-  status = cudaLaunchKernel(fingerprint, grid, kThreads, arguments, 0, (cudaStream_t)stream);
+  void* arguments[] = {&segments, &n_segments, &n_units, &launch.tile, &result};
+  status = cudaLaunchKernel(fingerprint, launch.grid, kThreads, arguments, 0, (cudaStream_t)stream);
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 
