@@ -157,9 +157,11 @@ def _refuse_gradients(names, tensors):
             raise RuntimeError(f"{n!r} requires grad: write it under torch.no_grad()")
 
 
-@torch.compiler.assume_constant_result
 def _layout_key(names, streams=None):
     return Layout.intern(names, streams).key
+
+
+_layout_key._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports torch._dynamo: 1.3 s of every import
 
 
 def _tensors_and_layout(named):

@@ -4,6 +4,10 @@ They pass torch.library.opcheck, compile without graph breaks to the same bits (
 tensors), bump `_version` of what they write and of nothing else, and accept inference tensors.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -20,6 +24,14 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def test_the_import_leaves_torchs_compiler_out():
+    """It takes longer than the rest of torch's extras, and only who compiles needs it."""
+    program = "import sys, torch; before = set(sys.modules); import es_kernels; print(*(m for m in set(sys.modules) - before if m.startswith('torch')))"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
+    assert not [m for m in run.stdout.split() if m.startswith(("torch._dynamo", "torch._inductor", "torch.compiler"))]
 
 
 # ---- opcheck ----
