@@ -234,7 +234,8 @@ def _print(r):
     if r["ES_KERNELS_BACKEND"]:
         print(f"ES_KERNELS_BACKEND {r['ES_KERNELS_BACKEND']}")
     for kind, name in r["serves"].items():
-        print(f"serves {kind + ' tensors':18}  {name}")
+        slow = " (SLOW: 100 ns a value and seed)" if name == "reference" else ""
+        print(f"serves {kind + ' tensors':18}  {name}{slow}")
     for c in r["self_check"]:
         print(f"self-check {' '.join(filter(None, (c['backend'], c['device'], c['isa']))):22} {c['error'] or 'equal to golden.json'} ({c['seconds']:.2f} s)")
     print("OK" if r["ok"] else "FAILED")

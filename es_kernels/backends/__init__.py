@@ -12,8 +12,11 @@ import functools
 import importlib
 import os
 import threading
+import warnings
 
 import torch
+
+from .. import native
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 # Best first. The reference serves CUDA tensors only when asked to: copying a model to the host by surprise would hide a broken install.
@@ -46,9 +49,19 @@ def choose(device):
     for name in _ORDER.get(device.type, ()):
         why = unavailable(name, device)
         if why is None:
+            if reasons:
+                _warn(name, device.type, tuple(reasons))
             return _module(name)
         reasons.append(f"{name}: {why}")
     raise RuntimeError(f"no backend for tensors on {device}: " + ("; ".join(reasons) or "CPU, CUDA and ROCm devices are supported"))
+
+
+@functools.cache  # once
+def _warn(name, kind, reasons):
+    """Says so where a slow backend serves, or another than the one whose library is there and broken."""
+    if name == "reference" or (native.path(kind).exists() and native.why_not(kind)):
+        slow = "SLOW, 100 ns a value and seed: " if name == "reference" else ""
+        warnings.warn(f"es_kernels: {slow}the {name} backend serves {kind} tensors, for {'; '.join(reasons)}", stacklevel=2)
 
 
 def active_backend(device="cpu"):

@@ -1,4 +1,4 @@
-"""The operation in NumPy: what the others are compared with, and what runs where there is nothing else. Slow (about 1e6 values/s)."""
+"""The operation in NumPy: what the others are compared with, and what runs where there is nothing else. Slow (100 to 200 ns a value and seed)."""
 
 import contextlib
 import ctypes

@@ -36,7 +36,7 @@ def unavailable(device):
     if triton is None:
         return f"triton cannot be imported ({_import_error}): pip install triton"
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        return f"triton {triton.__version__} is too old: 3.6 is the oldest that it is tested with"
+        return f"triton {triton.__version__} is too old: 3.6, which torch 2.10 brings, is the oldest that it is tested with"
     if isinstance(_add_noise_kernel, triton.runtime.JITFunction):
         return None if device.type == "cuda" else f"it serves CUDA and ROCm devices, not {device.type} (unless TRITON_INTERPRET=1 is set before the import)"
     return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set: the interpreter serves CPU tensors only"

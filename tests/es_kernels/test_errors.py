@@ -3,11 +3,13 @@
 Each call here has a good tensor first, so that an implementation that writes as it goes would be seen.
 """
 
+import warnings
+
 import pytest
 import torch
 
 import es_kernels
-from es_kernels import ParamTable, Segment, add_noise_, fingerprint
+from es_kernels import ParamTable, Segment, add_noise_, backends, fingerprint, native
 from es_kernels.backends import cpu as cpu_backend
 
 GOOD = "model.good"
@@ -252,20 +254,20 @@ def test_backend_that_is_not_there_says_why(refused, good, monkeypatch):
 
 
 def test_missing_library_says_how_to_get_it_and_the_next_backend_serves(good, monkeypatch):
-    from es_kernels import native
-
     with es_kernels.backend("reference"):
         expected = add_noise_(good.clone(), 1, 1.0, name=GOOD)
     monkeypatch.setattr(native, "_load", lambda name: (None, f"libes_{name}.so was not built"))
-    assert es_kernels.active_backend() == "reference"
-    assert torch.equal(add_noise_(good.clone(), 1, 1.0, name=GOOD), expected)
+    backends._warn.cache_clear()
+    with pytest.warns(UserWarning, match="SLOW.*the reference backend serves cpu tensors, for cpu: libes_cpu.so was not built"):
+        assert es_kernels.active_backend() == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert torch.equal(add_noise_(good.clone(), 1, 1.0, name=GOOD), expected)
     with es_kernels.backend("cpu"), pytest.raises(RuntimeError, match="cpu backend was asked for, but libes_cpu.so was not built"):
         add_noise_(good, 1, 1.0, name=GOOD)
 
 
 def test_library_that_does_not_load_or_has_another_abi(tmp_path, monkeypatch):
-    from es_kernels import native
-
     (tmp_path / "libes_cpu.so").write_bytes(b"not an ELF file")
     monkeypatch.setattr(native, "path", lambda name: tmp_path / f"libes_{name}.so")
     uncached = native._load.__wrapped__
@@ -275,6 +277,30 @@ def test_library_that_does_not_load_or_has_another_abi(tmp_path, monkeypatch):
         monkeypatch.setattr(native, "ABI", native.ABI + 1)
         library, why = uncached("cpu")
         assert library is None and "ABI" in why and "reinstall" in why
+
+
+def test_gpu_library_that_does_not_load_is_said_once_and_one_that_is_not_there_is_not(tmp_path, monkeypatch):
+    """Triton serves in both cases."""
+    reasons = {"cuda": "libes_cuda.so does not load: GLIBC_2.34 not found", "triton": None}
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: reasons[name])
+    monkeypatch.setattr(native, "path", lambda name: tmp_path / f"libes_{name}.so")
+    monkeypatch.setattr(native, "_load", lambda name: (None, reasons[name]))
+    backends._warn.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert es_kernels.active_backend("cuda") == "triton"
+    (tmp_path / "libes_cuda.so").write_bytes(b"not an ELF file")
+    backends._warn.cache_clear()
+    with pytest.warns(UserWarning, match="the triton backend serves cuda tensors, for cuda: libes_cuda.so does not load: GLIBC") as seen:
+        for _ in range(2):
+            assert es_kernels.active_backend("cuda") == "triton"
+    assert len(seen) == 1
+
+
+def test_triton_that_is_too_old_says_which_torch_brings_a_newer_one(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert "triton 3.3.1 is too old: 3.6, which torch 2.10 brings" in backends.unavailable("triton", torch.device("cuda"))
 
 
 def test_override_nests_ends_and_is_of_one_thread(monkeypatch):
