@@ -98,7 +98,7 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
     else:
         if name is not None or stream is not None:
             raise ValueError(_NAMES_ITSELF)
-        out = out if isinstance(out, (ParamTable, Mapping)) else list(out)
+        out = out if isinstance(out, (ParamTable, Mapping)) else named_tensors(out)
         tensors, names, layout = _tensors_and_layout(out)
     base = _match("base", base, out, tensors, names)
     anchor = _match("anchor", anchor, out, tensors, names)
@@ -126,7 +126,7 @@ def fingerprint(named):
     if isinstance(named, ParamTable) and _direct(named):
         value = _hash(named.pack())
     else:
-        tensors, _, layout = _tensors_and_layout(named if isinstance(named, (ParamTable, Mapping)) else list(named))
+        tensors, _, layout = _tensors_and_layout(named)
         value = torch.ops.es_kernels.fingerprint(tensors, layout)
     return value.item() & 0xFFFFFFFFFFFFFFFF
 
@@ -169,13 +169,13 @@ def _tensors_and_layout(named):
         if not torch.compiler.is_compiling():
             named.check_unmoved()
         return named.tensors, named.names, named.layout.key
-    for pair in named.items() if isinstance(named, Mapping) else named:
+    pairs = named_tensors(named)
+    for pair in pairs:
         if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
             raise TypeError("a list of unnamed tensors would give them all the same noise: pass (name, tensor) pairs, a mapping or a ParamTable")
     if not torch.compiler.is_compiling():
-        table = ParamTable(named)
+        table = ParamTable(pairs)
         return table.tensors, table.names, table.layout.key
-    pairs = named_tensors(named)
     return [t for _, t in pairs], [n for n, _ in pairs], _layout_key(tuple(n for n, _ in pairs))
 
 
@@ -213,10 +213,14 @@ def _numbers(seeds, coefs, rounding, rounding_seed, decay):
     return seeds, coefs, rounding_seed, decay
 
 
+_ORDER = ": the order is add_noise_(out, seeds, coefs)"
+
+
 def _seeds(seeds, what):
     if isinstance(seeds, torch.Tensor):
         if seeds.dtype != torch.int64 or seeds.dim() > 1:
-            raise TypeError(f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} {tuple(seeds.shape)}")
+            order = _ORDER if what == "seeds" and seeds.is_floating_point() else ""
+            raise TypeError(f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} {tuple(seeds.shape)}{order}")
         return seeds.reshape(-1)
     seeds = [_integer(s, what) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
     for s in seeds:
@@ -229,7 +233,7 @@ def _integer(seed, what):
     try:
         return operator.index(seed)
     except TypeError:
-        order = ": the order is add_noise_(out, seeds, coefs)" if what == "seeds" and isinstance(seed, (float, np.floating)) else ""
+        order = _ORDER if what == "seeds" and isinstance(seed, (float, np.floating)) else ""
         raise TypeError(f"{what} are integers, and {seed!r} is a {type(seed).__name__}{order}") from None
 
 

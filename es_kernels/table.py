@@ -190,11 +190,12 @@ class ParamTable:
     """
 
     def __init__(self, named):
-        entries = [(*entry, None)[:3] for entry in (named.items() if isinstance(named, Mapping) else named)]
+        entries = [(*entry, None)[:3] if isinstance(entry, (tuple, list)) else (entry, None, None) for entry in named_tensors(named)]
         self.tied, seen, kept = {}, {}, []
         for name, tensor, segments in entries:
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"a ParamTable takes (name, tensor) pairs, got ({type(name).__name__}, {type(tensor).__name__})")
+                got = type(name).__name__ if tensor is None else f"({type(name).__name__}, {type(tensor).__name__})"
+                raise TypeError(f"a ParamTable takes (name, tensor) pairs, such as model.named_parameters(), not {got}")
             check_tensor(name, "out", tensor)
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if tensor.numel() and segments is None and place in seen:
@@ -421,4 +422,6 @@ def named_tensors(named) -> Iterable[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs of a mapping, an iterable of pairs, or a ParamTable."""
     if isinstance(named, ParamTable):
         return list(zip(named.names, named.tensors))
+    if isinstance(named, torch.nn.Module):
+        raise TypeError(f"a {type(named).__name__} is no named tensors: pass model.named_parameters()")
     return list(named.items() if isinstance(named, Mapping) else named)

@@ -5,6 +5,7 @@ Each call here has a good tensor first, so that an implementation that writes as
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,15 @@ def test_unnamed_tensors_are_refused(refused, good):
     refused(TypeError, f"pairs|'{BAD}'", lambda: add_noise_({GOOD: good, BAD: None}, 1, 1.0), good)
 
 
+def test_a_model_is_no_named_tensors(refused, good):
+    for model in (torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.nn.ParameterDict({"w": good.clone()})):
+        words = f"a {type(model).__name__} is no named tensors: pass model.named_parameters"
+        calls = [lambda: add_noise_(model, 1, 1.0), lambda: fingerprint(model), lambda: ParamTable(model), lambda: add_noise_({GOOD: good}, 1, 1.0, model)]  # noqa: B023
+        for call in calls:
+            refused(TypeError, words, call, good, *model.parameters())
+    refused(TypeError, "such as model.named_parameters.., not Parameter", lambda: ParamTable(torch.nn.Linear(3, 3).parameters()))
+
+
 def test_overlap_and_names_given_twice(refused, good):
     twice = [(GOOD, good[:20]), (BAD, good[10:])]
     refused(ValueError, f"'{GOOD}'.*'{BAD}'.*overlap in memory", lambda: add_noise_(twice, 1, 1.0), good)
@@ -186,6 +196,12 @@ def test_seeds_of_the_wrong_kind(refused, good, seeds):
     refused(TypeError, None, lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
     if seeds is not None:  # as a rounding_seed, None is none
         refused(TypeError, None, lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
+
+
+@pytest.mark.parametrize("seeds, coefs", ((1e-3, 42), ([1e-3, 2e-3], [1, 2]), (torch.ones(2), torch.arange(2)), (np.float32(1e-3), 42)), ids=repr)
+def test_seeds_and_coefs_in_the_other_order(refused, good, seeds, coefs):
+    for call in (lambda: add_noise_(good, seeds, coefs, name=GOOD), lambda: add_noise_(ParamTable({GOOD: good}), seeds, coefs)):
+        refused(TypeError, r"^seeds .*the order is add_noise_\(out, seeds, coefs\)", call, good)
 
 
 @pytest.mark.parametrize("coefs", (torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16), torch.ones(1, 1), torch.ones(1, dtype=torch.int64), None, [None]), ids=repr)

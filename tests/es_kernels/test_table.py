@@ -432,8 +432,8 @@ def test_table_of_a_module_and_repr():
 
 
 def test_table_refuses_what_is_not_a_pair():
-    for bad in ([torch.zeros(3)], [("w", [1.0])], [(3, torch.zeros(3))]):
-        with pytest.raises(TypeError):
+    for bad, got in (([torch.zeros(3)], "Tensor"), ([("w", [1.0])], r"\(str, list\)"), ([(3, torch.zeros(3))], r"\(int, Tensor\)"), (["w"], "str")):
+        with pytest.raises(TypeError, match=rf"takes \(name, tensor\) pairs, such as model.named_parameters\(\), not {got}"):
             ParamTable(bad)
 
 
