@@ -1,22 +1,26 @@
 """Fine-tune language models by evolution strategies, with forward passes only."""
 
+import importlib
 from typing import TYPE_CHECKING
 
-from es_finetune.config import TrainConfig
-from es_finetune.optimizer import EvolutionStrategy, Update
-
 if TYPE_CHECKING:
+    from es_finetune.config import TrainConfig
+    from es_finetune.optimizer import EvolutionStrategy, Update
     from es_finetune.trainer import Trainer
 
 __all__ = ["EvolutionStrategy", "TrainConfig", "Trainer", "Update"]
 
+_HOMES = {"EvolutionStrategy": "optimizer", "TrainConfig": "config", "Trainer": "trainer", "Update": "optimizer"}
+
 
 def __getattr__(name: str):
-    # The trainer needs the packages of the extra es-kernels[finetune]; the optimizer alone needs torch.
-    if name == "Trainer":
-        try:
-            from es_finetune.trainer import Trainer
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{error}: pip install 'es-kernels[finetune]'", name=error.name) from error
-        return Trainer
-    raise AttributeError(f"module 'es_finetune' has no attribute {name!r}")
+    # On demand: torch takes two seconds, in which Ctrl-C shall find the command line ready for it. The trainer needs the packages of the extra
+    # es-kernels[finetune]; the optimizer alone needs torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'es_finetune' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"es_finetune.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if name != "Trainer":
+            raise
+        raise ImportError(f"{error}: pip install 'es-kernels[finetune]'", name=error.name) from error

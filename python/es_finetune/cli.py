@@ -58,8 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
     except _BrokenOff as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -5,7 +5,11 @@ the paper's experiments. A run that breaks off says how to go on, with exit code
 """
 
 import json
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import transformers
@@ -344,6 +348,18 @@ def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=r"rich.*: pip install 'es-kernels\[finetune\]'"):
         es_finetune.Trainer
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_ctrl_c_while_packages_are_imported_is_no_traceback(tmp_path, way):
+    """A torch that interrupts its own import: it takes most of the two seconds before a command does anything."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    module, function = re.search(r'^es-finetune = "(.*):(.*)"', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE).groups()
+    script = f"import sys; from {module} import {function}; sys.exit({function}())"  # as pip writes it
+    command = [sys.executable, *(["-m", "es_finetune"] if way == "module" else ["-c", script]), "train", "--output", str(tmp_path / "run")]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):
