@@ -97,7 +97,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30  # half of what it would sleep
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.01)
     return not alive(pid)
