@@ -44,7 +44,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     console = console or Console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)  # on a terminal broken between words
 
     task = make_task(config)
     items = list(task.train)
@@ -68,7 +68,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     base_reward = math.fsum(base_rewards) / count
     say(_LEGEND)
     say(_line(_COLUMNS))
-    say(_line(["0", f"{base_reward:.4g}"]))
+    say(_line(["0", f"{base_reward:.3g}"]))
     rows: list[dict[str, Any]] = []
     for sigma in config.sigmas:
         rows.append(measure_sigma(sigma, base_rewards, optimizer, evaluator, health))
@@ -198,24 +198,24 @@ def _rms(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
-_COLUMNS = {"sigma": 8, "reward": 9, "lost": 17, "spread": 9, "signal": 9, "alike": 7, "noise": 11, "seconds": 9}  # and their widths: 79 in all
+_COLUMNS = {"sigma": 8, "reward": 9, "lost": 16, "spread": 7, "signal": 7, "alike": 5, "noise": 13, "seconds": 7}  # and their widths: 79 in all
 _LEGEND = """reward: mean of the members; at sigma 0, of the model as it is
 lost: what noise costs, ± its standard error, at least one answer's worth
 spread: standard deviation between members
 signal: half the difference between opposite noise, which a step can follow
 alike: share of members that answer every prompt as another member does
-noise: correlation with what it should be, of the tensor where it is lowest"""
+noise: correlation with what it should be, where lowest; in bf16 norms lose some"""
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values()))
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values()))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     note = f" ({row['swallowed']} low)" if row["swallowed"] else " (norms)" if row["norms"] else ""
     return [
         f"{row['sigma']:.3g}",
-        f"{row['reward']:.4g}",
+        f"{row['reward']:.3g}",
         f"{row['lost']:.2g} ± {row['lost_error']:.1g}",
         f"{row['spread']:.2g}",
         f"{row['signal']:.2g}",

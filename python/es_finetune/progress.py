@@ -43,7 +43,7 @@ class Progress:
         # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower still, its end is cut.
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self.bar = Bar(text, console=self.console, disable=not self.live)
-        self.latest = f"{done}/{generations}"  # what the live line says of the generations done
+        self.latest = self.line = f"{done}/{generations}"  # what the live line says of the generations done, in short and in full
         self.row = self.bar.add_task(self.latest, total=generations)
         self.first: tuple[int, float] | None = None
 
@@ -62,6 +62,10 @@ class Progress:
         """What is being done, on the live line behind what the generations came to."""
         self.bar.update(self.row, description=f"{self.latest}  {text}")
 
+    def rest(self) -> None:
+        """It is done."""
+        self.bar.update(self.row, description=self.line)
+
     def member(self, number: int, population: int, seconds: float) -> None:
         """After each member of a generation, which will take so many seconds in all."""
         about = "" if self.first else f", generation about {duration(seconds)}"  # until the line has the time left
@@ -78,10 +82,10 @@ class Progress:
             f"{done:{len(str(self.generations))}d}/{self.generations}  reward {value('reward', row['reward_mean'])}  "
             f"held-out {held}  {duration(seconds)}, {duration(each * (self.generations - done))} left"
         )
-        text = f"{self.latest}  outside {row['share_outside']:.1%}"
-        self.bar.update(self.row, completed=done, description=text)
+        self.line = f"{self.latest}  outside {row['share_outside']:.1%}"
+        self.bar.update(self.row, completed=done, description=self.line)
         if not self.live and (done % max(1, self.generations // 10) == 0 or done == 1):
-            self.note(text)
+            self.note(self.line)
 
 
 @contextmanager

@@ -287,6 +287,7 @@ class Trainer:
         progress.now(f"answering {len(held_out_items(self.task, self.config)):,} held-out prompts")
         begin = time.perf_counter()
         evaluation = self.workers.answer_held_out()
+        progress.rest()
         if evaluation.all_failed and not done:
             raise RewardFailed(f"no answer of the base model to a held-out question could be scored; the first failure: {evaluation.error[1]}")
         if evaluation.failed:

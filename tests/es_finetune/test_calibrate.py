@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import es_finetune.calibrate as calibrate_module
-from es_finetune.calibrate import calibrate, measure_sigma, recommend, refuse_too_few
+from es_finetune.calibrate import _cells, _line, calibrate, measure_sigma, recommend, refuse_too_few
 from es_finetune.cli import main
 from es_finetune.config import CalibrateConfig
 from es_finetune.engines import Answer
@@ -112,6 +112,9 @@ def test_what_is_printed(capsys):
     assert head.split() == ["sigma", *(line.partition(":")[0] for line in legend), "seconds"]
     assert (base.split()[0], tried.split()[0]) == ("0", "0.01")
     assert max(map(len, (*legend, head, base, tried))) < 80 and found["reason"] in result
+    widest = {"sigma": 0.000123, "reward": -12345.6, "lost": -12345.6, "lost_error": 1234.5, "spread": 0.000012345, "signal": 0.000012345, "identical": 1.0}
+    line = _line(_cells({**widest, "correlation": ["w", 0.5], "swallowed": 123, "norms": 0, "seconds": 12345.6}))
+    assert len(line) <= 80 and len(line.split()) == 12  # no column runs into another
 
 
 def test_one_seed_one_result(embedded):

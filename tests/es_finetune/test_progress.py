@@ -69,6 +69,8 @@ def test_the_live_line_moves_with_every_member():
         progress.member(30, 30, 840.0)
         line = progress.bar.tasks[0].description
         assert line == "  4/500  reward 0.512  held-out exact 43.2%  72 s, 8.3 h left  member 30/30" and len(line) < 80
+        progress.rest()
+        assert progress.bar.tasks[0].description == f"{line.partition('  member')[0]}  outside 0.4%"
     out = io.StringIO()
     with Progress(500, console=Console(file=out)) as progress:
         progress.now("answering 720 held-out prompts")
