@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from . import noise
+from . import noise, streams
 from .watch import Watch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segments.h
@@ -147,13 +147,17 @@ class Pack:
         return int(self.segments["unit_end"][-1]) if len(self.segments) else 0
 
     def on_device(self):
-        """The segments as int64 words where a GPU kernel reads them, the same for every backend: uploaded at the first use, kept for as
-        long as a captured graph may read them."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        """The segments as int64 words for a kernel on the device's current stream, the same for every backend: uploaded at the first use, kept
+        for as long as a captured graph, or a kernel that is queued, may read them."""
+        stream, capturing = streams.current(self.device)
         if self._on_device is None:
             if capturing:
                 raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
-            self._on_device = torch.from_numpy(self.segments.view(np.int64).copy()).to(self.device)
+            self._on_device = torch.from_numpy(self.segments.view(np.int64).copy()).to(self.device)  # waits for the copy: any stream may read it
+            self._readers = {stream and stream.cuda_stream}
+        if stream and stream.cuda_stream not in self._readers:
+            self._on_device.record_stream(stream)  # else the allocator gives an evicted table's memory away while this stream still reads it
+            self._readers.add(stream.cuda_stream)
         if capturing and self not in self.layout.pinned:
             self.layout.pinned.append(self)
         return self._on_device

@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from .. import native
+from .. import native, streams
 
 _HOST_SEEDS = 128  # ES_CUDA_HOST_SEEDS: up to this many travel in the kernel's parameters
 
@@ -50,22 +50,26 @@ def versions():
 
 
 def add_noise_(pack, seeds, coefs, rounding_seed, decay):
-    if seeds.numel() > _HOST_SEEDS:
-        seeds, coefs = seeds.to(pack.device), coefs.to(pack.device)
-    seeds, coefs = seeds.contiguous(), coefs.contiguous()
-    status = _library().es_cuda_add_noise(
-        pack.on_device().data_ptr(), len(pack.segments), pack.units, seeds.data_ptr(), seeds.is_cuda, coefs.data_ptr(), coefs.is_cuda,
-        seeds.numel(), decay, None if rounding_seed is None else rounding_seed.data_ptr(), rounding_seed is not None and rounding_seed.is_cuda,
-        pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream,
-    )  # fmt: skip
+    # torch's guard, not the library's: it goes back to another device only if that has a context already.
+    with torch.cuda.device(pack.device):
+        if seeds.numel() > _HOST_SEEDS:
+            seeds, coefs = streams.staged(pack.device, seeds, coefs)
+        seeds, coefs = seeds.contiguous(), coefs.contiguous()
+        status = _library().es_cuda_add_noise(
+            pack.on_device().data_ptr(), len(pack.segments), pack.units, seeds.data_ptr(), seeds.is_cuda, coefs.data_ptr(), coefs.is_cuda,
+            seeds.numel(), decay, None if rounding_seed is None else rounding_seed.data_ptr(), rounding_seed is not None and rounding_seed.is_cuda,
+            pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream,
+        )  # fmt: skip
     native.check(status, _library().es_cuda_error)
 
 
 def fingerprint(pack):
     result = torch.zeros((), dtype=torch.int64, device=pack.device)
-    status = _library().es_cuda_fingerprint(
-        pack.on_device().data_ptr(), len(pack.segments), pack.units, result.data_ptr(), pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream
-    )
+    with torch.cuda.device(pack.device):
+        stream = torch.cuda.current_stream(pack.device).cuda_stream
+        status = _library().es_cuda_fingerprint(
+            pack.on_device().data_ptr(), len(pack.segments), pack.units, result.data_ptr(), pack.device.index, stream
+        )
     native.check(status, _library().es_cuda_error)
     return result
 

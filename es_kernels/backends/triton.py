@@ -18,7 +18,7 @@ import contextlib
 import numpy as np
 import torch
 
-from .. import noise
+from .. import noise, streams
 from ..table import SEGMENT
 from .reference import ieee_denormals
 
@@ -44,9 +44,9 @@ def unavailable(device):
 
 def add_noise_(pack, seeds, coefs, rounding_seed, decay):
     segments = _table(pack)
-    seeds, coefs = seeds.to(pack.device).contiguous(), coefs.to(pack.device).contiguous()
     stochastic = rounding_seed is not None
-    rounding_seed = rounding_seed.to(pack.device) if stochastic else seeds  # not read
+    seeds, coefs, *rounding_seed = streams.staged(pack.device, seeds, coefs, *([rounding_seed] if stochastic else ()))
+    rounding_seed = rounding_seed[0] if stochastic else seeds  # not read
     grid, per_program = _split(pack)
     with _launching(pack.device):
         _add_noise_kernel[(grid,)](

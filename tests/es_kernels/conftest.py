@@ -128,6 +128,7 @@ def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontex
         library = cuda._library.__wrapped__()
         served = types.SimpleNamespace(es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error)
         patch.setattr(cuda, "_library", lambda: served)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=None))
         patch.setattr(cpu, "add_noise_", cuda.add_noise_)
         patch.setattr(cpu, "fingerprint", cuda.fingerprint)

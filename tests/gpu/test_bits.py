@@ -165,6 +165,60 @@ def test_captured_graph_replays_new_members(gpu, n_seeds):
         assert torch.equal(bits(live), bits(expected))
 
 
+def test_a_table_outlives_its_place_in_the_cache_while_a_side_stream_reads_it(gpu):
+    """Eight other tables push the first one out, and new tensors ask for its memory, before the side stream comes to read it."""
+    live, expected = torch.zeros(5000, device="cuda"), torch.zeros(5000)
+    add_noise_(live, 1, 0.0, name="w")  # uploads, on this stream
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        add_noise_(live, 1, 1.0, name="w")
+    for k in range(9):
+        add_noise_(torch.zeros(10 + k, device="cuda"), 1, 1.0, name="w")
+    poison = [torch.full((15,), -1, dtype=torch.int64, device="cuda") for _ in range(200)]
+    side.synchronize()
+    with es_kernels.backend("cpu"):
+        add_noise_(expected, 1, 1.0, name="w")
+    assert torch.equal(bits(live), bits(expected)) and len(poison) == 200
+
+
+@pytest.mark.parametrize("n_seeds", [1, 200])
+def test_a_call_with_python_numbers_does_not_wait_for_the_queue(gpu, n_seeds):
+    t, expected = torch.zeros(5000, device="cuda"), torch.zeros(5000)
+    call = lambda t: add_noise_(t, list(range(n_seeds)), [0.1] * n_seeds, name="w", rounding="stochastic", rounding_seed=3)  # noqa: E731
+    call(t)  # uploads the table, compiles
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    call(t)
+    waited = torch.cuda.current_stream().query()
+    with es_kernels.backend("cpu"):
+        call(expected), call(expected)
+    assert not waited and torch.equal(bits(t), bits(expected))
+
+
+@pytest.mark.parametrize("n_seeds", [1, 200])
+def test_python_numbers_in_a_captured_graph(gpu, n_seeds):
+    """As the kernel's parameters they are replayed; what would have to be copied is refused."""
+    t = torch.zeros(5000, device="cuda")
+    call = lambda: add_noise_(t, list(range(n_seeds)), [0.1] * n_seeds, name="w")  # noqa: E731
+    call()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        try:
+            if gpu == "triton" or n_seeds > 128:
+                with pytest.raises(RuntimeError, match="while a CUDA graph is captured, pass seeds, coefs and rounding_seed as tensors on cuda:0"):
+                    call()
+            else:
+                call()
+            t.mul_(1.0)  # a graph of nothing warns
+        finally:
+            graph.capture_end()
+
+
 def test_reference_serves_cuda_tensors_when_asked():
     t = torch.zeros(1000, device="cuda", dtype=torch.bfloat16)
     expected = torch.zeros(1000, dtype=torch.bfloat16)

@@ -1,0 +1,24 @@
+"""What a GPU's queue asks of those who hand it memory: nothing here waits for it."""
+
+import torch
+
+
+def current(device):
+    """(the device's current stream, whether a CUDA graph is being captured on it); (None, False) where there are no streams."""
+    if device.type != "cuda":
+        return None, False
+    with torch.cuda.device(device):  # capturing is asked of the current device
+        return torch.cuda.current_stream(device), torch.cuda.is_current_stream_capturing()
+
+
+def staged(device, *tensors):
+    """Seeds and coefficients on `device`, for a kernel on its current stream. Through pinned memory: a copy from other memory first waits for all that is
+    queued. RuntimeError while a CUDA graph is captured, which would copy from memory that is another call's by the time it is replayed."""
+    found = []
+    for t in tensors:
+        if t.device != device and t.numel():
+            if current(device)[1]:
+                raise RuntimeError(f"while a CUDA graph is captured, pass seeds, coefs and rounding_seed as tensors on {device}: replays read what they hold then")
+            t = t.contiguous().pin_memory() if t.device.type == "cpu" and device.type == "cuda" else t
+        found.append(t.to(device, non_blocking=True).contiguous())
+    return found
