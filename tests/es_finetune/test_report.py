@@ -234,7 +234,7 @@ def test_tensors_that_lost_noise_are_named_with_their_worst(long):
 
 def test_norm_weights_are_counted_and_not_named_among_them(long):
     text = Page(long).text
-    assert "Part of the noise is lost in 1 norm weight, which are near 1" in text and "(lowest correlation 0.36). So it is in the paper's run" in text
+    assert "Part of the noise is lost in norm weights (1), which are near 1" in text and "(lowest correlation 0.36). So it is in the paper's run" in text
     assert "model.norm.weight" not in text
 
 
