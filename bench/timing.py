@@ -124,7 +124,7 @@ def _on_gpu(variant, device):
     least, most = _HEAD_START
     timed(1, least)
     seconds, host, *_ = timed(1, least)
-    repeats = max(1, round(_LEAST_SECONDS / seconds))
+    repeats = max(1, round(_LEAST_SECONDS / max(seconds, 1e-6)))
 
     def sample(sensors):
         nonlocal host

@@ -15,8 +15,8 @@ def path(name):
 def _load(name):
     """(library, None) or (None, one line that says why not)."""
     if not path(name).exists():
-        compiler = {"cpu": "a C++ compiler", "cuda": "nvcc"}[name]
-        return None, f"{path(name).name} was not built (the wheel was made without {compiler}, or this is a source tree: run `make build`)"
+        made = {"cpu": "without a C++ compiler", "cuda": "without nvcc, or nvcc failed"}[name]
+        return None, f"{path(name).name} was not built (the wheel was made {made}, or this is a source tree: run `make build`)"
     try:
         library = ctypes.CDLL(str(path(name)))
         abi = getattr(library, f"es_{name}_abi")()

@@ -4,6 +4,7 @@ bench/timing.py interleaves, and its percentiles are those of the samples."""
 import contextlib
 import json
 import pathlib
+import re
 import sys
 
 import pytest
@@ -13,8 +14,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
 import kernels
 import machine
 import operations
+import readme
 import rivals
 import shapes
+import targets
 import timing
 import ways
 
@@ -102,6 +105,34 @@ def test_a_run_that_dies_keeps_every_row_before(small, monkeypatch, tmp_path):
         kernels.measure_rivals(report, [kernels.Place("cpu", "baseline", 1)], "tiny", 2)
     kept = json.loads((tmp_path / "kernels-cpu.json").read_text())
     assert len(kept["rivals"]) == 1 and not kept["complete"]
+
+
+def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
+    """Every step of it but the kernels: captured calls and tables, eager rivals that are queued or wait, the targets and tables made of them."""
+    monkeypatch.setattr(kernels, "SIZES", [4096])
+    monkeypatch.setattr(kernels, "MODELS", {"cuda": {"Qwen2.5-7B": 30}})
+    monkeypatch.setitem(shapes.MODELS, "Qwen2.5-7B", TINY)
+    monkeypatch.setattr(kernels.Report, "passes", lambda self, *which: True)
+
+    def waits(*arguments):
+        played_gpu.launch(1e-3)
+        played_gpu.synchronize()
+        played_gpu.launch(1e-3)
+
+    monkeypatch.setattr(rivals, "available", lambda device: {"es-at-scale": rivals.Rival(waits, lambda *a: None, waits, rivals.Bytes(), rivals.Bytes())})
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda", "--out", str(tmp_path)])
+    kernels.main()
+    content = json.loads((tmp_path / "kernels-nvidia-h200.json").read_text())
+    assert content["complete"] and content["left_out"] == [] and content["machine"]["capability"] == "sm_90"
+    assert {row["backend"] for kind in ("calls", "tables") for row in content[kind]} == {"cuda", "triton", "torch"}
+    assert all(row["queued"] and "host_seconds" not in row for kind in ("calls", "tables") for row in content[kind])
+    of_members = {row["who"]: row for row in content["rivals"] if row["what"] == "member"}
+    default = of_members["es_kernels, base fp32"]
+    assert default["queued"] and default["seconds"] == pytest.approx(10e-6, rel=0.1) and default["host_seconds"] == pytest.approx(20e-6)
+    assert not of_members["es-at-scale"]["queued"] and of_members["es-at-scale"]["times_ours"] > 190
+    assert re.search(r"\| es-at-scale \| 0.00\d+ \(waits\) \|", readme.of_machine(tmp_path / "kernels-nvidia-h200.json"))
+    reached = {what for what, _, value, _ in targets.rows(targets.reports(tmp_path)["NVIDIA H200"]) if value}
+    assert {"es-at-scale over ours, a member of Qwen2.5-7B, base fp32", "one launch for Qwen2.5-7B: times a flat tensor, the slowest operation"} <= reached
 
 
 # ---- memory: what a card can hold is measured on it ----

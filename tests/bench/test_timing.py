@@ -3,55 +3,11 @@ queue, a host that takes its time for every request, and events."""
 
 import pathlib
 import sys
-import types
 
 import pytest
-import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
 import timing
-
-
-class GPU:
-    """Its clock and the host's, in seconds: work begins when it was asked for and what was asked for before it has ended."""
-
-    def __init__(self):
-        self.host = self.free = 0.0
-
-    def launch(self, seconds, host_seconds=5e-6):
-        self.host += host_seconds
-        self.free = max(self.free, self.host) + seconds
-
-    def synchronize(self):
-        self.host = max(self.host, self.free)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    gpu = GPU()
-
-    class Event:
-        def __init__(self, enable_timing):
-            self.at = None
-
-        def record(self):
-            gpu.launch(0, 1e-6)
-            self.at = gpu.free
-
-        def query(self):
-            return gpu.host >= self.at
-
-        def synchronize(self):
-            gpu.host = max(gpu.host, self.at)
-
-        def elapsed_time(self, end):
-            return 1000 * (end.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(cycles / timing._CYCLES), raising=False)
-    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: gpu.host))
-    monkeypatch.setattr(timing, "Sensors", lambda device: types.SimpleNamespace(now=dict))
-    return gpu
 
 
 def measured(run, **options):
