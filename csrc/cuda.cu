@@ -510,7 +510,8 @@ __device__ __forceinline__ uint64_t fingerprint_vectors(const Segment& s, int64_
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, int32_t tile, unsigned long long* result) {
+__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, int32_t tile,
+                                                            unsigned long long* result) {
   uint64_t sum = 0;
   for_each_piece(segments, n_segments, n_units, tile, [&](const Segment& s, int64_t lo, int64_t hi) {
     const RoundKeys<kFingerprintRounds> keys(s.out_dtype);
@@ -556,8 +557,8 @@ int refused(const std::string& why) {
   return (int)cudaErrorInvalidValue;
 }
 
-// Makes `device` current for one scope. cudaSetDevice makes a context where there is none, of some 500 MB: so it is called only to change the device, and
-// to change it back.
+// Makes `device` current for one scope. cudaSetDevice makes a context where there is none, of some 500 MB: so it is called only to change the
+// device, and to change it back.
 struct OnDevice {
   int previous = -1;
   cudaError_t status;
@@ -573,9 +574,9 @@ struct OnDevice {
   }
 };
 
-// `grid` blocks of threads, at most as many as the device holds at once, take the tiles in turn. A small table has small tiles, each block of threads its
-// share in whole rounds of a thread's `blocks` in flight, so that it fills the device too: at 2^20 values tiles of 65536 would keep 16 of an H100's 132
-// multiprocessors busy. From kTile a block of threads on (43 million values for one seed there) tiles grow no further.
+// `grid` blocks of threads, at most as many as the device holds at once, take the tiles in turn. A small table has small tiles, each block of
+// threads its share in whole rounds of a thread's `blocks` in flight, so that it fills the device too: at 2^20 values tiles of 65536 would keep
+// 16 of an H100's 132 multiprocessors busy. From kTile a block of threads on (43 million values for one seed there) tiles grow no further.
 struct Launch {
   int32_t tile;
   unsigned grid;

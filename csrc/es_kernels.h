@@ -59,7 +59,8 @@ ES_API int es_cuda_versions(int* driver, int* runtime, int* devices);
 /* The least compute capability that is served, 80 for 8.0: machine code or PTX is there for every GPU from it on. */
 ES_API int es_cuda_capability(void);
 /* One launch, asynchronous on `stream`, on the device `device`, which is made current for the call if another one is. (Going back makes a
- * context on that other one if it has none yet: make `device` current yourself where that matters.) `segments` is in device memory, n_units the unit_end of the last.
+ * context on that other one if it has none yet: make `device` current yourself where that matters.) `segments` is in device memory,
+ * n_units the unit_end of the last.
  * seeds and coefs: in device memory if seeds_on_device / coefs_on_device, else in host memory, read before the call returns, and then
  * at most ES_CUDA_HOST_SEEDS; rounding_seed NULL: nearest. */
 ES_API int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds, int seeds_on_device,

@@ -12,13 +12,14 @@ def current(device):
 
 
 def staged(device, *tensors):
-    """Seeds and coefficients on `device`, for a kernel on its current stream. Through pinned memory: a copy from other memory first waits for all that is
-    queued. RuntimeError while a CUDA graph is captured, which would copy from memory that is another call's by the time it is replayed."""
+    """Seeds and coefficients on `device`, for a kernel on its current stream. Through pinned memory: a copy from other memory first waits for
+    all that is queued. RuntimeError while a CUDA graph is captured: it would copy from memory that is another call's when it is replayed."""
     found = []
     for t in tensors:
         if t.device != device and t.numel():
             if current(device)[1]:
-                raise RuntimeError(f"while a CUDA graph is captured, pass seeds, coefs and rounding_seed as tensors on {device}: replays read what they hold then")
+                what = f"pass seeds, coefs and rounding_seed as tensors on {device}"
+                raise RuntimeError(f"while a CUDA graph is captured, {what}: replays read what they hold then")
             t = t.contiguous().pin_memory() if t.device.type == "cpu" and device.type == "cuda" else t
         found.append(t.to(device, non_blocking=True).contiguous())
     return found

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import es_kernels
-from es_finetune import shards
+from es_finetune import host_memory, shards
 from es_finetune.ranges import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
 from es_finetune.segments import has_plain_memory
 from es_finetune.shaping import SHAPINGS
@@ -579,17 +579,20 @@ class _Weights:
         if base == "host":
             es_kernels.active_backend(device)  # which will compute the updates: if none can, say so before the first generation
 
-        def copy(dtype: torch.dtype | None, pinned: bool = False) -> es_kernels.ParamTable:
-            def clone(tensor: torch.Tensor) -> torch.Tensor:
-                return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device=device, pin_memory=pinned).copy_(tensor.detach())
+        def copy(memory: list[torch.Tensor]) -> es_kernels.ParamTable:
+            copies = [to.copy_(t.detach()) for to, t in zip(memory, live.tensors)]
+            return es_kernels.ParamTable(list(zip(live.names, copies, live.layout.segments)))
 
-            return es_kernels.ParamTable([(n, clone(t), s) for n, t, s in zip(live.names, live.tensors, live.layout.segments)])
+        def empty(dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+            return [torch.empty_like(t, dtype=dtype or t.dtype, device=device) for t in live.tensors]
 
         if base is None:
             theta = live
+        elif base == "host":
+            theta = copy(host_memory.empty_like(live.tensors, torch.float32, live.tensors[0].device if live.tensors[0].is_cuda else None))
         else:
-            theta = copy(None if base == "copy" else torch.float32, pinned=base == "host" and live.tensors[0].is_cuda)
-        weights = cls(live, theta, copy(None) if anchored else None)
+            theta = copy(empty(None if base == "copy" else torch.float32))
+        weights = cls(live, theta, copy(empty()) if anchored else None)
         if base is not None:
             weights.prove()
         return weights

@@ -1,5 +1,5 @@
-"""Contract: what a call hands to a GPU is there when a kernel reads it and stays there until it has, on whichever stream; nothing waits for the queue; what a
-captured CUDA graph could not replay is refused. On a CUDA that pretends: which calls are made. tests/gpu/test_bits.py has the results."""
+"""Contract: what a call hands to a GPU is there when a kernel reads it and stays there until it has, on whichever stream; nothing waits for the
+queue; what a captured CUDA graph could not replay is refused. On a CUDA that pretends: which calls are made. Results: tests/gpu/test_bits.py."""
 
 import contextlib
 import types
@@ -80,7 +80,7 @@ def other_stream(handle):
 
 
 def test_every_stream_that_reads_a_table_is_recorded_once(gpu, pack):
-    """The allocator gives a table's memory away when it falls out of the cache: not before the streams are through that read it, beside that of its upload."""
+    """When a table falls out of the cache the allocator gives its memory away: not before the streams are through that read it."""
     assert pack.on_device() is pack.on_device() is pack.uploaded
     assert pack.uploaded.done == [("to", GPU, False)], "a copy that waits: other streams may read at once"
     for handle in (9, 9, 7, 11, 9):
@@ -122,9 +122,9 @@ def test_both_backends_stage_what_is_not_on_the_device(gpu, pack, monkeypatch):
     pack._on_device, pack._readers = pack.uploaded, {7}
     many = torch.zeros(cuda._HOST_SEEDS + 1, dtype=torch.int64)
     monkeypatch.setattr(cuda, "_library", lambda: pytest.fail("nothing is to be launched"))
-    for call in (lambda: triton.add_noise_(pack, many[:1], many[:1].float(), None, 0.0), lambda: cuda.add_noise_(pack, many, many.float(), None, 0.0)):
+    for backend, n in ((triton, 1), (cuda, len(many))):
         with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-            call()
+            backend.add_noise_(pack, many[:n], many[:n].float(), None, 0.0)
 
 
 def test_the_cuda_library_is_called_with_the_packs_device_current(gpu, pack, monkeypatch):

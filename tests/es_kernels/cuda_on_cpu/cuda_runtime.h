@@ -1,6 +1,6 @@
 // As much of CUDA as csrc/cuda.cu uses, so that g++ builds it into a library that runs its kernels on the CPU: one device (or as many as
-// a test says) of 3 multiprocessors, whose memory is the host's. What that shows: which thread touches which element in which order, masks, tiles, the walk
-// over segments, barriers, calls of the runtime. What it cannot show: PTX and SASS, speed, memory ordering.
+// a test says) of 3 multiprocessors, whose memory is the host's. What that shows: which thread touches which element in which order, masks,
+// tiles, the walk over segments, barriers, calls of the runtime. What it cannot show: PTX and SASS, speed, memory ordering.
 //
 // A block's threads are fibers. They run one after the other from barrier to barrier, forwards and backwards in turn, so that what
 // depends on their order gives two results. A barrier that some threads reach and others do not aborts.
