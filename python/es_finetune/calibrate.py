@@ -204,7 +204,7 @@ lost: what noise costs, ± its standard error, at least one answer's worth
 spread: standard deviation between members
 signal: half the difference between opposite noise, which a step can follow
 alike: share of members that answer every prompt as another member does
-noise: correlation with what it should be, where lowest; in bf16 norms lose some"""
+noise: correlation with the intended one, where lowest; in bf16 norms lose some"""
 
 
 def _line(cells: Iterable[str]) -> str:
