@@ -134,6 +134,18 @@ def test_rows_may_be_further_apart_in_one_tensor_than_in_the_other(cuda_on_cpu, 
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("index_stride", ((1 << 35) - 8, 1 << 35, 5 << 40))
+def test_rows_may_be_further_apart_in_the_stream_than_32_bits_count(cuda_on_cpu, weights, bits, index_stride):
+    results = []
+    for context in (contextlib.nullcontext(), cuda_on_cpu(False)):
+        tensor = weights(3 * 64, BF16).view(3, 64)
+        table = ParamTable([("w", tensor, [Segment("w", 3, 64, first=8, index_stride=index_stride)])])
+        with context:
+            add_noise_(table, 1, 0.1)
+            results.append((es_kernels.fingerprint(table), bits(tensor)))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
 # ---- tiles ----
 
 

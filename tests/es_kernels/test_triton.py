@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -218,6 +219,15 @@ def test_many_programs(monkeypatch):
         return {f"w{i}": (random(n, FORMATS[i % 3], i), None) for i, n in enumerate(sizes)}, None, None
 
     both(make, SEEDS, [0.1, 0.2, 0.3, 0.4])
+
+
+def test_a_small_table_is_spread_over_the_whole_device(monkeypatch):
+    """2^20 values on 132 processors: steps of 2048 values, one for a program."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    for values, programs in ((8, 1), (1 << 20, 512), (1 << 30, 8323)):
+        pack = types.SimpleNamespace(device=torch.device("cuda"), units=values // 8)
+        found, per_program = triton_backend._split(pack)
+        assert found == programs and (found - 1) * per_program < pack.units <= found * per_program
 
 
 def test_flush_denormal_does_not_reach_the_interpreter():
