@@ -2,6 +2,8 @@
 
     python -m pytest bench/calls.py --benchmark-json FILE
 
+test_host takes the CPU time of the calling thread instead, which a busy machine changes less: what the call costs where nobody waits for the kernel.
+
 By pytest-benchmark, whose JSON (and `pytest-benchmark compare`) keep the figures over time. How fast a kernel is beside a copy and beside others
 is kernels.py's question: there variants are interleaved, and a GPU's time is taken without the call's.
 """
@@ -110,3 +112,32 @@ def test_form(benchmark, form, backend):
         benchmark.pedantic(waiting(FORMS[form](tensors)), warmup_rounds=3, rounds=30, iterations=3)
     assert all(math.isfinite(t.sum()) for t in tensors.values())
     benchmark.extra_info |= {"backend": backend, "form": form}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", (False, True), ids=("in place", "from a base"))
+@pytest.mark.parametrize("tensors", (300, 2000))
+def test_host(benchmark, monkeypatch, tensors, base, backend):
+    """A call on ParamTables of so many tensors, of 8 elements each, in microseconds of its thread: with the launch (on a CPU with the kernel), and before it."""
+    benchmark.group = "host"
+    live = {f"layers.{i}.weight": torch.zeros(8, dtype=torch.bfloat16, device=DEVICE) for i in range(tensors)}
+    table, master = ParamTable(live), ParamTable({name: t.float() for name, t in live.items()}) if base else None
+    call = lambda: add_noise_(table, 1, 1e-3, master)  # noqa: E731
+    with es_kernels.backend(backend):
+        benchmark.pedantic(waiting(call), warmup_rounds=3, rounds=30)
+        with_kernel = thread_microseconds(call)
+        monkeypatch.setattr(es_kernels.backends.choose(torch.device(DEVICE)), "add_noise_", lambda *arguments: None)
+        before_it = thread_microseconds(call)
+    benchmark.extra_info |= {"backend": backend, "tensors": tensors, "base": base, "thread_us": with_kernel, "thread_us_before_kernel": before_it}
+
+
+def thread_microseconds(call):
+    """CPU time of this thread: the median of 300 calls."""
+    times = []
+    for _ in range(300):
+        start = time.thread_time_ns()
+        call()
+        times.append((time.thread_time_ns() - start) / 1000)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # a full queue would block the next launch
+    return statistics.median(times)

@@ -240,6 +240,19 @@ def aims(kinds):
     return table(["to be reached on an H200", "", "measured", ""], [[what, wanted, found or "not yet", words[reached]] for what, wanted, found, reached in targets.rows(kinds)])
 
 
+def host():
+    """What a call costs its thread, of every machine that calls.py ran on."""
+    body = []
+    for path in sorted(RESULTS.glob("calls-*.json")):
+        rows = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"] if "thread_us" in b["extra_info"]]
+        for backend in dict.fromkeys(r["backend"] for r in rows):
+            of = {(r["tensors"], r["base"]): r for r in rows if r["backend"] == backend}
+            for key, what in (("thread_us_before_kernel", "before the kernel"), ("thread_us", "with it" if backend == "cpu" else "with the launch")):
+                body.append([f"{backend}, {what}", *(f"{of[tensors, base][key]:.0f}" for tensors in (300, 2000) for base in (False, True))])
+    header = ["a call on a ParamTable, us of its thread", "300 tensors, in place", "from a base", "2000 tensors, in place", "from a base"]
+    return table(header, [["wanted, before the kernel", "100", "100", "250", "250"], *body])
+
+
 def unreached():
     """The targets, where no GPU was measured."""
     return "" if targets.reports(RESULTS) else aims({})
@@ -468,6 +481,7 @@ TABLES = {
     "generation": generation,
     "countdown": countdown,
     "memory": memory,
+    "host": host,
     "gpus": measured_gpus,
     "targets": unreached,
     "learning-runs": learning_runs,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import backends, noise
-from .table import Layout, ParamTable, check_tensor, match, named_tensors, shared_memory
+from .table import Layout, ParamTable, check_tensor, distinct, match, named_tensors, shared_memory
 
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 
@@ -174,8 +174,8 @@ def _tensors_and_layout(named):
         if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
             raise TypeError("a list of unnamed tensors would give them all the same noise: pass (name, tensor) pairs, a mapping or a ParamTable")
     if not torch.compiler.is_compiling():
-        table = ParamTable(pairs)
-        return table.tensors, table.names, table.layout.key
+        names, tensors, layout, _ = distinct(pairs)
+        return tensors, names, layout.key
     return [t for _, t in pairs], [n for n, _ in pairs], _layout_key(tuple(n for n, _ in pairs))
 
 

@@ -194,25 +194,7 @@ class ParamTable:
     """
 
     def __init__(self, named):
-        entries = [(*entry, None)[:3] if isinstance(entry, (tuple, list)) else (entry, None, None) for entry in named_tensors(named)]
-        self.tied, seen, kept = {}, {}, []
-        for name, tensor, segments in entries:
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                got = type(name).__name__ if tensor is None else f"({type(name).__name__}, {type(tensor).__name__})"
-                raise TypeError(f"a ParamTable takes (name, tensor) pairs, such as model.named_parameters(), not {got}")
-            check_tensor(name, "out", tensor)
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and segments is None and place in seen:
-                self.tied[name] = seen[place]
-                continue
-            seen.setdefault(place, name)
-            kept.append((name, tensor, None if segments is None else tuple(segments)))
-        duplicates = {name for name, *_ in kept if sum(name == other for other, *_ in kept) > 1} if len({n for n, *_ in kept}) < len(kept) else ()
-        if duplicates:
-            raise ValueError(f"name {sorted(duplicates)[0]!r} is given twice, for different tensors")
-        self.names = [name for name, *_ in kept]
-        self.tensors = [tensor for _, tensor, _ in kept]
-        self.layout = Layout.intern(tuple(self.names), None, tuple(segments for *_, segments in kept))
+        self.names, self.tensors, self.layout, self.tied = distinct(named)
         self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in self.tensors)  # no subclass that wants to see the op
         self.layout.pack(self.tensors)  # every check now, not at the first call
         self.refresh()
@@ -253,6 +235,28 @@ class ParamTable:
 
     def __repr__(self):
         return f"ParamTable({len(self)} tensors, {sum(t.numel() for t in self.tensors)} elements, {len(self.tied)} tied)"
+
+
+def distinct(named):
+    """(names, tensors, their Layout, other name -> name of tied ones) of what a ParamTable takes."""
+    entries = [(*entry, None)[:3] if isinstance(entry, (tuple, list)) else (entry, None, None) for entry in named_tensors(named)]
+    tied, seen, kept = {}, {}, []
+    for name, tensor, segments in entries:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            got = type(name).__name__ if tensor is None else f"({type(name).__name__}, {type(tensor).__name__})"
+            raise TypeError(f"a ParamTable takes (name, tensor) pairs, such as model.named_parameters(), not {got}")
+        check_tensor(name, "out", tensor)
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and segments is None and place in seen:
+            tied[name] = seen[place]
+            continue
+        seen.setdefault(place, name)
+        kept.append((name, tensor, None if segments is None else tuple(segments)))
+    names = [name for name, *_ in kept]
+    if len(set(names)) < len(names):
+        twice = min(name for name in names if names.count(name) > 1)
+        raise ValueError(f"name {twice!r} is given twice, for different tensors")
+    return names, [tensor for _, tensor, _ in kept], Layout.intern(tuple(names), None, tuple(segments for *_, segments in kept)), tied
 
 
 def check_tensor(name, what, t):
