@@ -33,10 +33,11 @@ CUSTOM_PROMPTS = 128  # of a custom task that has more: 30 members give 3,840 an
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Fields that may differ when a run is resumed: they decide where, how fast and how closely watched it runs, not what the log
-# holds, since equal scores give equal weights anywhere.
+# holds, since equal scores give equal weights anywhere. The last four are known by fingerprint and digest.
 FREE = frozenset(
     "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
-    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit on_straggler model data test_data reward".split()  # the last four are known by fingerprint and digest
+    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit on_straggler "
+    "model data test_data reward".split()
 )
 
 
@@ -227,7 +228,8 @@ class CalibrateConfig(Setup):
             raise ValueError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
         if self.prompts is not None:
             at_least(self, prompts=0)
-        self.sigmas = sorted(set([f32_positive("each of sigmas", sigma) for sigma in self.sigmas] or [1e-4 * 2**k for k in range(9)]))  # the paper's is 0.001
+        tried = [f32_positive("each of sigmas", sigma) for sigma in self.sigmas]
+        self.sigmas = sorted(set(tried or [1e-4 * 2**k for k in range(9)]))  # the paper's is 0.001
 
 
 @dataclass
@@ -279,8 +281,12 @@ def make_plain(config) -> None:
 @functools.cache
 def _types(kind: type) -> dict[str, tuple[type, ...]]:
     """Of each field (T,) or (T, NoneType), of a list (list, T)."""
-    hints = typing.get_type_hints(kind)
-    return {name: (list, *typing.get_args(hint)) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+
+    def allowed(hint: Any) -> tuple[type, ...]:
+        inside = typing.get_args(hint)
+        return (list, *inside) if typing.get_origin(hint) is list else inside or (hint,)
+
+    return {name: allowed(hint) for name, hint in typing.get_type_hints(kind).items()}
 
 
 def _text(name: str, value: Any) -> str:

@@ -158,8 +158,9 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
             if strict and end:
                 if not lines and not line.startswith(b'{"run": '):
                     raise ValueError(f"{path} is no log of a run (format {FORMAT})")
-                last = "remove that line, and the run goes on from the one before" if lines and end == len(data) else "to begin the run anew, remove the file"
-                raise ValueError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {last}")
+                last = lines and end == len(data)
+                remedy = "remove that line, and the run goes on from the one before" if last else "to begin the run anew, remove the file"
+                raise ValueError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {remedy}")
             break
         lines.append(json.loads(line))
         at = end

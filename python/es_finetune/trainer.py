@@ -159,13 +159,14 @@ class Trainer:
             if header[f"{split}_items"] != start[f"{split}_items"]:
                 raise ValueError(f"the {split} items of task {config.task} are not those that the run in {folder} began with")
         if "reward" not in header:
-            self._notes.append(f"begun by an older version: that answers are scored as in the {len(self.log.lines) - 1} generations before is not checked")
+            done = len(self.log.lines) - 1
+            self._notes.append(f"begun by an older version: that answers are scored as in the {done} generations before is not checked")
             return
         for split in ("train", "test"):
             if header[f"{split}_scoring"] != start[f"{split}_scoring"]:
                 raise ValueError(
-                    f"what the {split} items of task {config.task} give the reward, as reference answers, is not what the run in {folder} began with: "
-                    f"put it back as it was, or begin another run, {_FROM_THIS_ONE}"
+                    f"what the {split} items of task {config.task} give the reward, as reference answers, is not what the run in {folder} "
+                    f"began with: put it back as it was, or begin another run, {_FROM_THIS_ONE}"
                 )
         if header["reward"] != start["reward"]:
             raise ValueError(

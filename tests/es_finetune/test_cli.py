@@ -100,8 +100,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, capsys, flags, wo
 
 @pytest.mark.parametrize("command", ["eval", "calibrate"])
 def test_the_other_commands_know_the_same_limits(capsys, command):
-    for flags, words in ((["--seed", str(2**64)], "seed must be a whole number of 64 bits"), (["--threads", "100000"], "threads must be at most 1024")):
-        assert main([command, "--model", "embedded", *flags]) == 2
+    for flag, value, words in (("--seed", str(2**64), "seed must be a whole number of 64 bits"), ("--threads", "100000", "threads must be at most 1024")):
+        assert main([command, "--model", "embedded", flag, value]) == 2
         assert words in capsys.readouterr().err
     if command == "calibrate":
         assert main([command, "--model", "embedded", "--sigmas", "1e-50"]) == 2
@@ -155,7 +155,8 @@ def test_a_model_without_pad_token_says_what_to_do(tmp_path, save_tiny, capsys):
 
 
 def test_a_decoding_that_the_model_cannot_do_leaves_an_older_run_as_it_was(tmp_path, capfd):
-    config = transformers.GPTNeoXConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, eos_token_id=2)
+    tiny = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.GPTNeoXConfig(vocab_size=40, eos_token_id=2, **tiny)
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "model")
     assert train(tmp_path / "run", "--no_save_model") == 0

@@ -45,7 +45,7 @@ def test_a_question_that_cannot_be_asked_is_named_by_where_it_is_from():
     engine = HFEngine(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval(), tokenizer, 12, 16)
     good, long = Item("1+1", 0, None, "a.jsonl, line 1"), "3" * 64
     for bad, words in (
-        (Item(long, 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt has 64 tokens, too many for 12 new ones within the model's 64 positions"),
+        (Item(long, 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt has 64 tokens, too many for 12 new ones within"),
         (Item(long, 1), r"^prompt 1, '3{57}...', has 64 tokens"),
         (Item(({"role": "user", "content": "hi"},), 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt is a chat, but the tokenizer has no"),
         (Item(({"role": "user", "content": "hi"},), 1), "^prompt 1, 'hi', is a chat"),
@@ -54,7 +54,7 @@ def test_a_question_that_cannot_be_asked_is_named_by_where_it_is_from():
             Evaluator(engine, load_task("countdown-char"), [good, bad])
 
 
-@pytest.mark.parametrize("reward, problem", [(math.nan, "the reward is nan"), (-1e200, "the reward is -1e\\+200"), ("1", "of type str, not a number")])
+@pytest.mark.parametrize("reward, problem", [(math.nan, "the reward is nan"), (-1e200, r"reward is -1e\+200"), ("1", "of type str, not a number")])
 def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, problem):
     class Given:
         def encode(self, prompts):

@@ -64,7 +64,8 @@ def test_any_other_damage_is_refused_by_line(path):
     """A bit anywhere but in the last newline, without which the last line is a torn one."""
     data = bytearray(path.read_bytes())
     lines = data.splitlines(keepends=True)
-    places = random.Random(0).sample(range(len(data) - len(lines[-1])), 60) + random.Random(0).sample(range(len(data) - len(lines[-1]), len(data) - 1), 20)
+    draws, last = random.Random(0), len(data) - len(lines[-1])
+    places = draws.sample(range(last), 60) + draws.sample(range(last, len(data) - 1), 20)
     for place in places:
         damaged = bytearray(data)
         damaged[place] ^= 1

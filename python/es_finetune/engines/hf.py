@@ -81,7 +81,8 @@ class HFEngine:
         with a UserWarning."""
         kind = getattr(self.model.config, "model_type", type(self.model).__name__)
         remedy = "" if self.decoding == "dynamic" else ": use --decoding dynamic"
-        # What transformers' own flags say first: without them XLNet's and OpenAI-GPT's continuous and GPT-Neo's static answers are wrong, and no error tells.
+        # What transformers' own flags say comes first: where they say no, XLNet's and OpenAI-GPT's continuous and GPT-Neo's static answers were wrong
+        # in a trial, without any error.
         needs = {"continuous": "_supports_attention_backend", "static": "_can_compile_fullgraph"}.get(self.decoding)
         if needs and not getattr(self.model, needs, True):
             raise ValueError(f"models of type {kind} do not support decoding {self.decoding!r}{remedy}")

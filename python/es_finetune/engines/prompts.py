@@ -54,7 +54,8 @@ def refuse_unanswerable(tokens: Sequence[Sequence[int]], max_new_tokens: int, po
         if len(ids) + max_new_tokens > positions:
             raise PromptError(
                 number,
-                f"has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} positions: shorten it, or lower max_new_tokens",
+                f"has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} positions: "
+                "shorten it, or lower max_new_tokens",
             )
         if max(ids) >= vocabulary:
             raise PromptError(number, f"has token number {max(ids)}, but the model embeds {vocabulary} tokens: use the tokenizer that belongs to it")

@@ -61,8 +61,8 @@ class RewardProcess:
     """`RewardProcess("file.py:function" or "module:function", seconds)(*arguments)` is the function's value, by way of JSON.
 
     The function is imported at once, in the child: ValueError if that fails. `attributes` holds the function's own `floor`, and `code`,
-    a digest of what was imported (`code_digest`). A call that takes more than `seconds` ends with the whole process group of the child killed; every such answer costs
-    that long, and the next one the start of a new child. Not thread-safe.
+    a digest of what was imported (`code_digest`). A call that takes more than `seconds` ends with the whole process group of the child
+    killed; every such answer costs that long, and the next one the start of a new child. Not thread-safe.
 
     The child sees no GPU, has one OpenMP thread, a fixed hash seed and `MEMORY_BYTES` of memory to work with. It dies with
     its parent, however that ends. Its working directory and import path are the parent's at construction.
@@ -303,7 +303,8 @@ def code_digest(where: str, name: str) -> str | None:
         for _ in range(where.count(".") + (os.path.basename(own) == "__init__.py")):
             root = os.path.dirname(root)
     installed = tuple(os.path.join(os.path.realpath(sysconfig.get_path(kind)), "") for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
-    files = {os.path.realpath(module.__file__) for key, module in list(sys.modules.items()) if key != "__main__" and isinstance(getattr(module, "__file__", None), str)}
+    found = (getattr(module, "__file__", None) for key, module in list(sys.modules.items()) if key != "__main__")
+    files = {os.path.realpath(file) for file in found if isinstance(file, str)}
     beside = {path for path in files if path.startswith(os.path.join(root, "")) and not path.startswith(installed) and os.path.isfile(path)}
     state = hashlib.blake2b(digest_size=8)
     for label, path in [(name, own), *sorted((os.path.relpath(path, root), path) for path in beside - {own})]:
