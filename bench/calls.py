@@ -118,7 +118,7 @@ def test_form(benchmark, form, backend):
 @pytest.mark.parametrize("base", (False, True), ids=("in place", "from a base"))
 @pytest.mark.parametrize("tensors", (300, 2000))
 def test_host(benchmark, monkeypatch, tensors, base, backend):
-    """A call on ParamTables of so many tensors, of 8 elements each, in microseconds of its thread: with the launch (on a CPU with the kernel), and before it."""
+    """A call on ParamTables of so many tensors of 8 elements, in microseconds of its thread: with the launch (on a CPU the kernel), and before it."""
     benchmark.group = "host"
     live = {f"layers.{i}.weight": torch.zeros(8, dtype=torch.bfloat16, device=DEVICE) for i in range(tensors)}
     table, master = ParamTable(live), ParamTable({name: t.float() for name, t in live.items()}) if base else None

@@ -39,7 +39,7 @@ ES_API int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint
 /* *result = sum mod 2^64 over the elements of `out` (NOISE.md, "The fingerprint"). */
 ES_API int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* result, int threads, const char* isa);
 
-/* Getters of a tensor, by its handle, as torch's own C ABI has them (aoti_torch_get_* of torch/csrc/inductor/aoti_torch/c/shim.h): 0 if all is well. */
+/* Getters of a tensor, by its handle, as torch's own C ABI has them: aoti_torch_get_* of torch/csrc/inductor/aoti_torch/c/shim.h. 0: all is well. */
 typedef struct {
   int32_t (*data_ptr)(void* tensor, void** address);
   int32_t (*dtype)(void* tensor, int32_t* dtype);

@@ -131,8 +131,8 @@ def fingerprint(named):
     return value.item() & 0xFFFFFFFFFFFFFFFF
 
 
-# The dispatcher takes 170 ns a tensor, for a list of tensors that a table knows already. Eager calls on tables go around it, unless somebody wants to see
-# the op pass: a tensor subclass, a mode, a transform or a trace (which are keys of the thread beyond these two), a profiler.
+# The dispatcher takes 170 ns a tensor, for tensors that a table knows already. Eager calls on tables go around it, unless somebody wants to see the op
+# pass: a tensor subclass, a mode, a transform or a trace (which are keys of the thread beyond these two), a profiler.
 _UNSEEN = {torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr()}  # in inference mode
 _UNSEEN |= {bits | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr() for bits in _UNSEEN}
 

@@ -179,7 +179,8 @@ class Pack:
         clash = _find_overlap(ranges, may_meet=lambda a, b: a[0] != "out" and b[0] != "out")
         if clash:
             (a, name_a), (b, name_b) = sorted(((what, self.owners[i]) for what, i in clash), key=lambda c: c[0] == "out")
-            raise ValueError(f"{name_a!r} and {name_b!r} overlap in memory: pass tensors that do not" if a == "out" else shared_memory(a, name_a, name_b))
+            both = f"{name_a!r} and {name_b!r} overlap in memory: pass tensors that do not"
+            raise ValueError(both if a == "out" else shared_memory(a, name_a, name_b))
 
 
 class ParamTable:
@@ -210,7 +211,8 @@ class ParamTable:
         """Raises RuntimeError if a tensor is not where and what it was when the table was built or refreshed."""
         changed = self._changed()
         if changed is not None:
-            raise RuntimeError(f"{self.names[changed]!r} moved in memory, or changed its dtype or shape, since the table was built: call table.refresh()")
+            name = self.names[changed]
+            raise RuntimeError(f"{name!r} moved in memory, or changed its dtype or shape, since the table was built: call table.refresh()")
 
     def _changed(self):
         return self._watch.first_changed()

@@ -111,9 +111,8 @@ def test_unnamed_tensors_are_refused(refused, good):
 def test_a_model_is_no_named_tensors(refused, good):
     for model in (torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.nn.ParameterDict({"w": good.clone()})):
         words = f"a {type(model).__name__} is no named tensors: pass model.named_parameters"
-        calls = [lambda: add_noise_(model, 1, 1.0), lambda: fingerprint(model), lambda: ParamTable(model), lambda: add_noise_({GOOD: good}, 1, 1.0, model)]  # noqa: B023
-        for call in calls:
-            refused(TypeError, words, call, good, *model.parameters())
+        for call in (lambda m: add_noise_(m, 1, 1.0), lambda m: add_noise_({GOOD: good}, 1, 1.0, m), fingerprint, ParamTable):
+            refused(TypeError, words, lambda: call(model), good, *model.parameters())  # noqa: B023
     refused(TypeError, "such as model.named_parameters.., not Parameter", lambda: ParamTable(torch.nn.Linear(3, 3).parameters()))
 
 

@@ -343,7 +343,8 @@ CHANGES = {
 @pytest.mark.parametrize("what", ("out", "base", "anchor"))
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_tensor_that_is_another_than_it_was_is_an_error_until_refresh(watching, change, what, bits):
-    tables = {what: ParamTable([("a", torch.zeros(8)), ("b", torch.zeros(8, 8)[4:, :4]), ("c", torch.zeros(4, 4))]) for what in ("out", "base", "anchor")}
+    named = lambda: {"a": torch.zeros(8), "b": torch.zeros(8, 8)[4:, :4], "c": torch.zeros(4, 4)}  # noqa: E731
+    tables = {role: ParamTable(named()) for role in ("out", "base", "anchor")}
     call = lambda: add_noise_(tables["out"], 1, 1.0, tables["base"], decay=0.1, anchor=tables["anchor"])  # noqa: E731
     call()
     before = [bits(t) for t in tables["out"].tensors[:2]]
