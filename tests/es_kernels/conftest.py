@@ -109,7 +109,7 @@ def cuda_library(tmp_path_factory):
 @contextlib.contextmanager
 def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontext()):
     """Calls of the cpu backend go to the cuda backend over the library `compiled`; seeds, coefficients and rounding seeds as if they were in device
-    memory, or (while they fit) as the kernel's parameters. A call runs within launching(segments, n_segments, *others), with what else it may touch."""
+    memory, or (while they fit) as the kernel's parameters. A call runs within launching(segments, n_segments, *others): what it may touch."""
 
     def add_noise(segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream):
         there = on_device or n_seeds > cuda._HOST_SEEDS
@@ -166,7 +166,8 @@ def triton_ptx_backend():
 
 @pytest.fixture
 def triton_ptx(triton_ptx_backend):
-    """with triton_ptx(on_device): calls of the cpu backend go to the triton backend, run by the PTX that Triton makes of its kernels. Seeds are always on the device."""
+    """with triton_ptx(): calls of the cpu backend go to the triton backend, run by the PTX that Triton makes of its kernels. Seeds are always
+    on the device."""
 
     @contextlib.contextmanager
     def use(on_device=True):

@@ -1,9 +1,11 @@
-"""Contract under test: the PTX that nvcc makes of csrc/cuda.cu and Triton of its kernels gives the reference's bits, touches only the memory that a call
-names, and no thread depends on when another one runs. It runs in ptx/interpreter.py, behind the backends' own host code; only ptxas and the hardware are left out.
+"""Contract under test: the PTX that nvcc makes of csrc/cuda.cu and Triton of its kernels gives the reference's bits, touches only the memory that
+a call names, and no thread depends on when another one runs. It runs in ptx/interpreter.py, behind the backends' own host code; only ptxas and the
+hardware are left out.
 
-Here: the interpreter itself; a sample of calls; sizes, numbers of seeds, tables of many tiles; and faults planted in the PTX, which these calls must find. Marked
-slow, test_add_noise.py, test_fingerprint.py and test_cuda_on_cpu.py run on PTX too.
+Here: the interpreter itself; calls on a table that holds a bit of everything; sizes and numbers of seeds. Marked slow, test_add_noise.py, test_fingerprint.py and test_cuda_on_cpu.py run on PTX too.
 """
+
+import itertools
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 import es_kernels
 from es_kernels import ParamTable, Segment, add_noise_, native, noise
 
-from .ptx import backends, interpreter
+from .ptx import interpreter
 
 F32, BF16, F16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 SEEDS = [noise.member_seed(1, 0, k) for k in range(300)]
@@ -44,18 +46,21 @@ MODULE = """
 """
 
 
-def run(body, values=None, blocks=1, threads=64, budget=10_000):
+def run(body, values=None, blocks=1, threads=64):
     """What each thread of each block writes of 32 bits where %d3 points. %r1: its value."""
     (kernel,) = interpreter.parse(MODULE.format(body)).values()
+    kernel.budget = 10_000
     read = np.resize(np.asarray(np.arange(threads) if values is None else values, np.uint32), threads)
     out = np.full(threads, 0xDEADBEEF, np.uint32)
     memory = interpreter.process_memory([(out.ctypes.data, out.nbytes, True), (read.ctypes.data, read.nbytes, False)])
     parameters = np.array([out.ctypes.data, read.ctypes.data, 0x40490FDB], np.uint64).view(np.uint8)[:20]
-    interpreter.launch(kernel, blocks, threads, parameters, 0, memory, budget)
+    interpreter.launch(kernel, blocks, threads, parameters, 0, memory)
     return out
 
 
-HARD = np.array([0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F800001, 0x33800000, 0x477FEFFF, 0x477FF000, 0x38800001, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC12345], np.uint32)
+HARD = [0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F800001, 0x33800000, 0x477FEFFF, 0x477FF000, 0x38800001, 0x7F7FFFFF, 0x7F800000]
+HARD += [0x7F800001, 0x7FC12345]
+HARD = np.array(HARD, np.uint32)
 HARD = np.concatenate([HARD, HARD | np.uint32(1 << 31), np.random.default_rng(0).integers(0, 1 << 32, 36, np.uint32)])
 
 
@@ -64,7 +69,7 @@ HARD = np.concatenate([HARD, HARD | np.uint32(1 << 31), np.random.default_rng(0)
     [
         ("sub.s32 %r2, %r1, 7", lambda u: u - np.uint32(7)),
         ("mul.hi.u32 %r2, %r1, -845247145", lambda u: (u.astype(np.uint64) * np.uint64(0xCD9E8D57) >> np.uint64(32))),
-        ("mul.wide.s32 %d5, %r1, -3; shr.u64 %d5, %d5, 20; cvt.u32.u64 %r2, %d5", lambda u: (u.view(np.int32).astype(np.int64) * -3).view(np.uint64) >> np.uint64(20)),
+        ("mul.wide.s32 %d5, %r1, -3; shr.s64 %d5, %d5, 20; cvt.u32.u64 %r2, %d5", lambda u: u.view(np.int32).astype(np.int64) * -3 >> 20),
         ("mad.lo.s32 %r2, %r1, %r1, 5", lambda u: u * u + np.uint32(5)),
         ("shr.s32 %r2, %r1, 31", lambda u: u.view(np.int32) >> 31),
         ("shl.b32 %r2, %r1, 32", lambda u: u * 0),
@@ -101,7 +106,8 @@ def test_float32_arithmetic(operation):
     with np.errstate(all="ignore"):
         wanted = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation](x, x[::-1])
     wanted = np.where(np.isnan(wanted), np.uint32(0x7FFFFFFF), wanted.view(np.uint32))
-    exchange = "shl.b32 %r3, %r0, 2; mov.u32 %r4, buffer; add.s32 %r5, %r4, %r3; st.shared.b32 [%r5], %r1; bar.sync 0; sub.s32 %r6, 252, %r3; add.s32 %r6, %r6, %r4; ld.shared.f32 %f2, [%r6];"
+    exchange = """shl.b32 %r3, %r0, 2; mov.u32 %r4, buffer; add.s32 %r5, %r4, %r3; st.shared.b32 [%r5], %r1; bar.sync 0;
+    sub.s32 %r6, 252, %r3; add.s32 %r6, %r6, %r4; ld.shared.f32 %f2, [%r6];"""
     assert (run(f"mov.b32 %f1, %r1; {exchange} {operation}.rn.f32 %f3, %f1, %f2; st.global.f32 [%d3], %f3;", HARD) == wanted).all()
 
 
@@ -146,7 +152,7 @@ def test_f16_to_f32():
 def test_conversions_to_integers_saturate():
     x = np.array([-1.5, -0.5, 0.5, 1.5, 3e9, 5e9, -3e9, np.nan, np.inf, -np.inf, 2147483520.0], np.float32)
     for type, low, high in (("u32", 0, 2**32 - 1), ("s32", -(2**31), 2**31 - 1)):
-        wanted = [0 if np.isnan(v) else int(min(max(np.trunc(float(v)), low), high)) & 0xFFFFFFFF if np.isfinite(v) else (high if v > 0 else low) & 0xFFFFFFFF for v in x]
+        wanted = [0 if np.isnan(v) else int(np.trunc(min(max(float(v), low), high))) & 0xFFFFFFFF for v in x]
         got = run(f"mov.b32 %f1, %r1; cvt.rzi.{type}.f32 %r2, %f1; st.global.u32 [%d3], %r2;", x.view(np.uint32))
         assert got[: len(x)].tolist() == wanted
 
@@ -179,7 +185,7 @@ def test_sum_over_a_warp_and_atomics():
         ("add.s32 %r3, %r2, 1;", "uninitialised: %r2"),
         ("setp.lt.u32 %p0, %r0, 9; @%p0 bra $skip; mov.u32 %r2, 1; $skip: st.global.u32 [%d3], %r2;", "uninitialised: %r2"),
         ("setp.lt.u32 %p0, %r0, 9; @%p0 mov.u32 %r2, 1; st.global.u32 [%d3], %r2;", "uninitialised: %r2"),
-        ("shl.b32 %r2, %r0, 2; mov.u32 %r3, buffer; add.s32 %r3, %r3, %r2; ld.shared.u32 %r4, [%r3]; st.global.u32 [%d3], %r4;", "uninitialised: %r4"),
+        ("ld.shared.u32 %r4, [buffer]; st.global.u32 [%d3], %r4;", "uninitialised: %r4"),
         ("st.shared.u32 [buffer], %r0;", "race"),
         ("mov.u32 %r2, buffer; shl.b32 %r3, %r0, 2; add.s32 %r2, %r2, %r3; st.shared.u32 [%r2], %r1; ld.shared.u32 %r4, [buffer+4];", "race"),
         ("st.shared.u32 [buffer+256], 1;", "out of bounds"),
@@ -207,10 +213,11 @@ def test_two_blocks_at_one_address_are_a_race():
 @pytest.mark.parametrize(
     "instruction",
     [
-        "add.f32 %f1, %f0, %f0", "mul.f32 %f1, %f0, %f0", "sub.f32 %f1, %f0, %f0", "add.rn.ftz.f32 %f1, %f0, %f0", "add.ftz.f32 %f1, %f0, %f0", "fma.rn.ftz.f32 %f1, %f0, %f0, %f0",
-        "fma.rz.f32 %f1, %f0, %f0, %f0", "mul.rn.sat.f32 %f1, %f0, %f0", "mad.rn.f32 %f1, %f0, %f0, %f0", "cvt.rz.f16.f32 %h0, %f0", "cvt.ftz.f32.f16 %f1, %h0", "setp.lt.ftz.f32 %p0, %f0, %f0",
-        "abs.ftz.f32 %f1, %f0", "sin.approx.f32 %f1, %f0", "rsqrt.approx.f32 %f1, %f0", "ex2.approx.ftz.f32 %f1, %f0", "vote.sync.any.pred %p0, %p1, -1", "bar.sync 1", "ld.volatile.global.u32 %r2, [%d4]",
-        "add.s64 %r2, %r1, %r1", "add.s32 %d5, %d0, %d0", "call foo", "ld.local.u32 %r2, [%d4]",
+        "add.f32 %f1, %f0, %f0", "mul.f32 %f1, %f0, %f0", "sub.f32 %f1, %f0, %f0", "add.rn.ftz.f32 %f1, %f0, %f0", "add.ftz.f32 %f1, %f0, %f0",
+        "fma.rn.ftz.f32 %f1, %f0, %f0, %f0", "fma.rz.f32 %f1, %f0, %f0, %f0", "mul.rn.sat.f32 %f1, %f0, %f0", "mad.rn.f32 %f1, %f0, %f0, %f0",
+        "cvt.rz.f16.f32 %h0, %f0", "cvt.ftz.f32.f16 %f1, %h0", "setp.lt.ftz.f32 %p0, %f0, %f0", "abs.ftz.f32 %f1, %f0", "sin.approx.f32 %f1, %f0",
+        "rsqrt.approx.f32 %f1, %f0", "ex2.approx.ftz.f32 %f1, %f0", "vote.sync.any.pred %p0, %p1, -1", "bar.sync 1",
+        "ld.volatile.global.u32 %r2, [%d4]", "ld.local.u32 %r2, [%d4]", "add.s64 %r2, %r1, %r1", "add.s32 %d5, %d0, %d0", "call foo",
     ],
 )  # fmt: skip
 def test_what_is_not_known_or_leaves_the_rounding_open_is_refused(instruction):
@@ -220,58 +227,80 @@ def test_what_is_not_known_or_leaves_the_rounding_open_is_refused(instruction):
 
 # ---- the kernels ----
 
-kernels = pytest.mark.parametrize("kernels", ("cuda_ptx", "triton_ptx"))
 if native.why_not("cpu"):
     pytest.skip(native.why_not("cpu"), allow_module_level=True)  # its table of functions is what the others stand in for
 
 
 def mixture(weights, seed=0):
-    """out, base and anchor of one table: each format and size, an odd offset, rows with gaps, a shard, and an index past 2^35."""
+    """out, base and anchor of one table: each format and size, an odd offset, rows with gaps, a shard, indices around 2^35; and enough weights for
+    every thread to do all that it does at once, of every pair of formats: ordinary ones, ones half-way between two of 16 bits, subnormals of f16."""
     sizes = (1, 7, 8, 9, 33, 300)
     out = [(f"w{i}", weights(n, DTYPES[i % 3], seed + i), None) for i, n in enumerate(sizes)]
     out += [("odd", weights(70, BF16, seed + 10)[3:], None), ("rows", weights(480, F16, seed + 11).reshape(12, 40)[:, 3:30], None)]
     out += [("blocks", weights(480, F32, seed + 12).reshape(12, 40)[:, 8:32], None)]
     out += [("shard", weights(64, BF16, seed + 13).reshape(4, 16), [Segment("whole", 4, 16, first=16, index_stride=48)])]
-    out += [("far", weights(80, BF16, seed + 14), [Segment("far", 1, 80, first=(1 << 35) - 20)])]
+    for i, first in enumerate(((1 << 35) - 20, (1 << 35) - 64)):
+        out.append((f"far{i}", weights(160, DTYPES[i], seed + 14 + i), [Segment(f"far{i}", 1, 160, first=first)]))
+        rows = weights(96, DTYPES[2 - i], seed + 16 + i).reshape(4, 24)
+        out.append((f"far rows{i}", rows, [Segment(f"far rows{i}", 4, 24, first=first, index_stride=1 << 33)]))
     base = [(name, weights(t.numel(), (F32, BF16)[i % 2], seed + 20 + i).reshape(t.shape), s) for i, (name, t, s) in enumerate(out)]
     anchor = [(name, weights(t.numel(), DTYPES[i % 3], seed + 40 + i).reshape(t.shape), s) for i, (name, t, s) in enumerate(out)]
+    rng = np.random.default_rng(seed)
+    for i, (dtype, from_) in enumerate(itertools.product(DTYPES, DTYPES)):
+        values = rng.normal(0, 0.1, (3, 9001)).astype(np.float32)
+        halfway = values[:, 3000:6000].view(np.uint32)
+        low = rng.choice(np.array([0x8000, 0x1000, 0x3000, 0xFFFF], np.uint32), halfway.shape)  # ties of bf16 and of f16
+        halfway[:] = halfway & np.uint32(0xFFFF0000) | low
+        values[:, 6000:] *= 2.0 ** rng.integers(-22, -8, (3, 3001))
+        values[:, 3000:][rng.random((3, 6001)) < 0.125] = np.nan  # one in eight values, which are rounded together
+        tensors = torch.from_numpy(values)
+        for named, tensor, format in ((out, tensors[0], dtype), (base, tensors[1], from_), (anchor, tensors[2], DTYPES[i % 3])):
+            named.append((f"plain{i}", tensor.to(format), None))
     return out, base, anchor
 
 
+# Number of seeds, a factor of the coefficients, base?, options. By zero noise a weight stays half-way between two.
 CALLS = {
-    "restore": (0, True, {}),
-    "perturb": (1, True, {}),
-    "in place": (1, False, {}),
-    "stochastic": (1, False, STOCHASTIC),
-    "swap": (2, False, {}),
-    "update": (5, True, {}),
-    "decay": (3, True, {"decay": 0.01, **STOCHASTIC}),
+    "restore": (0, 1, True, {}),
+    "in place": (1, 1, False, {}),
+    "stochastic": (1, 1, False, STOCHASTIC),
+    "swap": (2, 1, False, {}),
+    "decay": (3, 1, True, {"decay": 0.01, **STOCHASTIC}),
+    "perturb": (1, 1, True, {}),
+    "perturb by zero": (1, 0, True, {}),
+    "stochastic by zero": (1, 0, True, STOCHASTIC),
+    "swap by zero": (2, 0, True, {}),
+    "restore, stochastic": (0, 1, True, STOCHASTIC),
+    "update": (5, 1, True, {}),
 }
-SAMPLE = {"cuda_ptx": CALLS, "triton_ptx": ("perturb", "in place", "decay")}  # Triton compiles for each kind of call, some 10 s
+# (call, seeds on the device). Triton compiles for each kind of call, some 10 s.
+SAMPLE = {
+    "cuda_ptx": [("restore", False), ("in place", False), ("stochastic", False), ("swap", False), ("restore", True), ("decay", True)],
+    "triton_ptx": [("in place", True), ("decay", True)],
+}
 
 
-def check(call, weights, bits):
-    """The calls' bits and fingerprint are those of the reference, and memory around the tensors is not touched. The kernels serve the cpu backend."""
-    n_seeds, with_base, options = CALLS[call]
-    results = []
-    for backend in ("cpu", "reference"):
-        out, base, anchor = (ParamTable(t) for t in mixture(weights))
-        with es_kernels.backend(backend):
-            add_noise_(out, SEEDS[:n_seeds], COEFS[:n_seeds], base if with_base else None, anchor=anchor if "decay" in options else None, **options)
-            print_ = es_kernels.fingerprint(out)
-        results.append(([bits(torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())) for t in out.tensors], print_))
-    (ours, our_print), (theirs, their_print) = results
-    assert all(map(torch.equal, ours, theirs))
-    assert our_print == their_print
+def outcome(call, backend, weights, bits):
+    """What the call leaves in the memory of its tensors and around them, and the fingerprint."""
+    n_seeds, factor, with_base, options = CALLS[call]
+    coefs = [factor * c for c in COEFS[:n_seeds]]
+    out, base, anchor = map(ParamTable, mixture(weights))
+    with es_kernels.backend(backend):
+        add_noise_(out, SEEDS[:n_seeds], coefs, base if with_base else None, anchor=anchor if "decay" in options else None, **options)
+        return [bits(torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())).tolist() for t in out.tensors], es_kernels.fingerprint(out)
 
 
 @pytest.mark.parametrize(
     "kernels, call, on_device",
-    [pytest.param(k, c, d, marks=[] if c in SAMPLE[k] else pytest.mark.slow) for k in SAMPLE for c in CALLS for d in (False, True) if d or k == "cuda_ptx"],
+    [
+        pytest.param(kernels, *call, marks=[] if call in SAMPLE[kernels] else pytest.mark.slow)
+        for kernels in SAMPLE
+        for call in itertools.product(CALLS, (False, True) if kernels == "cuda_ptx" else (True,))
+    ],
 )
 def test_calls_on_a_mixed_table(kernels, call, on_device, weights, bits, request):
     with request.getfixturevalue(kernels)(on_device):
-        check(call, weights, bits)
+        assert outcome(call, "cpu", weights, bits) == outcome(call, "reference", weights, bits)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""The interpreter behind the `cuda` and the `triton` backend, on CPU tensors: their own host code chooses the kernel, the grid and the parameters, and
-what nvcc or Triton made for compute capability 9.0 runs.
+"""The interpreter behind the `cuda` and the `triton` backend, on CPU tensors: their own host code chooses the kernel, the grid and the
+parameters, and what nvcc or Triton made for compute capability 9.0 runs.
 
-`Cuda` is csrc/cuda.cu, compiled by nvcc as in setup.py, with cudart.cpp in the place of CUDA's runtime. `Triton` is backends/triton.py with its kernels specialised
-and compiled as its launches ask for.
+`Cuda` is csrc/cuda.cu, compiled by nvcc as in setup.py, with cudart.cpp in the place of CUDA's runtime. `Triton` is backends/triton.py with its
+kernels specialised and compiled as its launches ask for.
 """
 
 import ast
@@ -44,7 +44,7 @@ def default_floats():
 
 
 def reach(segments, n_segments, *others):
-    """The memory that a call may touch: the table, the elements of its segments and no gap between them, and others, as (address, bytes, writable)."""
+    """The memory that a call may touch: the table, the elements of its segments and no gap between them; others: (address, bytes, writable)."""
     ranges = [(segments, n_segments * SEGMENT.itemsize, False), *others]
     table = np.frombuffer((ctypes.c_char * (n_segments * SEGMENT.itemsize)).from_address(segments), SEGMENT)
     for s in table:
@@ -62,10 +62,12 @@ class Cuda:
         setup = ast.parse((ROOT / "setup.py").read_text())
         flags = next(ast.literal_eval(n.value) for n in setup.body if isinstance(n, ast.Assign) and n.targets[0].id == "NVCC_FLAGS")
         flags = [f for f in flags if not f.startswith("-cudart")] + ["-cudart=none", "-gencode=arch=compute_90,code=compute_90", "-shared"]
-        subprocess.run([nvcc(), *flags, "--keep", "--keep-dir", folder, ROOT / "csrc/cuda.cu", HERE / "cudart.cpp", "-o", folder / "libes_cuda.so"], check=True)
-        self.library = ctypes.CDLL(str(folder / "libes_cuda.so"))
+        sources, library = (ROOT / "csrc/cuda.cu", HERE / "cudart.cpp"), folder / "libes_cuda.so"
+        subprocess.run([nvcc(), *flags, "--keep", "--keep-dir", folder, *sources, "-o", library], check=True)
+        self.library = ctypes.CDLL(str(library))
         self.kernels = interpreter.parse((folder / "cuda.ptx").read_text())
-        self._callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)(self._launch)
+        arguments = ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
+        self._callback = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self._launch)
         ctypes.c_void_p.in_dll(self.library, "es_ptx_launch").value = ctypes.cast(self._callback, ctypes.c_void_p).value
 
     @contextlib.contextmanager
@@ -130,12 +132,12 @@ class _Launcher:
         kernel = self.owner.kernels[text]
         parameters = np.zeros(kernel.parameter_bytes, np.uint8)  # the last two, scratch memory that it does not ask for, stay null
         for value, (at, size) in zip(values, kernel.parameters.values()):
-            if isinstance(value, torch.Tensor):
-                value = value.data_ptr()
-            parameters[at : at + size] = np.frombuffer((np.float32(value) if isinstance(value, float) else np.int64(value)).tobytes()[:size], np.uint8)
+            value = np.float32(value) if isinstance(value, float) else np.int64(value.data_ptr() if isinstance(value, torch.Tensor) else value)
+            parameters[at : at + size] = np.frombuffer(value.tobytes()[:size], np.uint8)
         tensors = [(v.data_ptr(), v.nbytes, name == "sums") for name, v in named.items() if isinstance(v, torch.Tensor)]
+        memory, threads = reach(named["segments"].data_ptr(), named["n_segments"], *tensors), interpreter.WARP * compiled.metadata.num_warps
         with default_floats():
-            interpreter.launch(kernel, grid[0], compiled.metadata.num_warps * 32, parameters, compiled.metadata.shared, reach(named["segments"].data_ptr(), named["n_segments"], *tensors))
+            interpreter.launch(kernel, grid[0], threads, parameters, compiled.metadata.shared, memory)
 
 
 @contextlib.contextmanager

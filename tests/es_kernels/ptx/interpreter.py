@@ -7,8 +7,8 @@ bits), fma rounds once.
 
 A launch ends in a `Trap` where a GPU would go on in silence or fault: memory outside the ranges given, or written where it may only be
 read; an address that is not a multiple of the access; a register or shared memory read before it was written; two threads at one
-address of which one writes, in global memory within a launch, in shared memory between barriers; a barrier or shuffle that not all threads reach. Decoding
-refuses what it does not know, and all that lets ptxas choose a rounding: .ftz, and float32 arithmetic without .rn.
+address of which one writes, in global memory within a launch, in shared memory between barriers; a barrier or shuffle that not all threads
+reach. Decoding refuses what it does not know, and all that lets ptxas choose a rounding: .ftz, and float32 arithmetic without .rn.
 """
 
 import collections
@@ -37,7 +37,8 @@ class Unknown(ValueError):
 # ---- text -> kernels ----
 
 Instruction = collections.namedtuple("Instruction", "op operands guard")  # guard: None, or (register, negated)
-_BITS = {"pred": 1, "b8": 8, "u8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32, "b64": 64, "u64": 64, "s64": 64}
+_BITS = {"pred": 1} | {f"{kind}{bits}": bits for bits in (8, 16, 32, 64) for kind in "busf"}
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?")
 
 
 class Kernel:
@@ -46,8 +47,9 @@ class Kernel:
     def __init__(self, name, parameters, body):
         self.name, self.code, self.labels, self.widths, self.shared, self.shared_bytes = name, [], {}, {}, {}, 0
         self.parameters, self.parameter_bytes = {}, 0  # name -> offset, size
-        self.decoded = {}
-        for align, type, symbol, count in re.findall(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?", parameters):
+        self.decoded = {}  # blocks and threads that run together -> Threads
+        self.budget = 1 << 22  # basic blocks that one run of them may take
+        for align, type, symbol, count in _PARAMETER.findall(parameters):
             size = _BITS[type] // 8
             align = int(align or size)
             start = -(-self.parameter_bytes // align) * align
@@ -264,10 +266,10 @@ class Group:
 
 
 _COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-_COMPARE |= {"ltu": np.less, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
 _COMPARE_FLOAT = {k: _COMPARE[k] for k in ("eq", "lt", "le", "gt", "ge")}
 _COMPARE_FLOAT |= {"num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b), "neu": np.not_equal}
-_INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum}
+_INTEGER |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _UNSIGNED = {16: np.uint16, 32: np.uint32, 64: np.uint64, 1: np.bool_}
 
 
@@ -288,10 +290,11 @@ class Threads:
         self.number = np.arange(self.n, dtype=np.uint32)
         self.block, self.grid = np.zeros((2, self.n), np.uint32)
         thread = self.number % np.uint32(threads)
-        self.registers = {"%tid.x": thread, "%ntid.x": np.full(self.n, threads, np.uint32), "%laneid": thread % np.uint32(WARP), "%ctaid.x": self.block, "%nctaid.x": self.grid}
+        self.registers = {"%tid.x": thread, "%ntid.x": np.full(self.n, threads, np.uint32), "%laneid": thread % np.uint32(WARP)}
+        self.registers |= {"%ctaid.x": self.block, "%nctaid.x": self.grid}
 
-    def run(self, first_block, grid, parameters, shared_bytes, memory, budget):
-        """Runs the blocks from first_block on to their end, in at most `budget` basic blocks. Returns how many it took."""
+    def run(self, first_block, grid, parameters, shared_bytes, memory):
+        """Runs the blocks of threads from first_block on to their end."""
         self.block[:], self.grid[:] = first_block + self.number // np.uint32(self.threads), grid
         self.owner = (first_block * self.threads + 1 + self.number).astype(np.int32)
         self.memory, self.parameters = memory, np.pad(parameters, (0, -len(parameters) % 8))
@@ -300,22 +303,21 @@ class Threads:
         ranges = [(self.shared_stride * i, used, True) for i in range(self.blocks)]
         self.shared_memory = Space("shared", np.zeros(self.shared_stride * self.blocks, np.uint8), 0, ranges)
         self.written = collections.defaultdict(int)  # register -> the lanes that have written it
-        running, waiting, blocks = {0: self.everyone}, {}, 0
+        running, waiting, budget = {0: self.everyone}, {}, self.kernel.budget
         while running or waiting:
             if not running:
                 running, waiting = self._released(waiting), {}
             at = min(running)
             group = running.pop(at)
-            blocks += 1
-            if blocks > budget:
-                raise Trap(f"{self.kernel.name} does not end")
+            budget -= 1
+            if budget < 0:
+                raise Trap("it does not end")
             steps, ending = self._block(at)
             for self.at, reads, writes, do, guard in steps:
                 self._execute(reads, writes, do, guard, group)
             for queue, to, there in ending(group):
                 queue = waiting if queue == "wait" else running
                 queue[to] = Group(queue[to].lanes | there.lanes) if to in queue else there
-        return blocks
 
     def _released(self, waiting):
         """All threads wait or have ended: those of each block at one barrier."""
@@ -577,7 +579,11 @@ class Threads:
             parts = source[1:-1].split(",")
             part = f"b{_BITS[type] // len(parts)}"
             to = numpy_type(f"b{_BITS[type]}")
-            return self._compute([target, *parts], f"b{_BITS[type]}", [part] * len(parts), lambda *p: sum(v.astype(to) << to(_BITS[part] * i) for i, v in enumerate(p)))
+
+            def pack(*values):
+                return sum(v.astype(to) << to(_BITS[part] * i) for i, v in enumerate(values))
+
+            return self._compute([target, *parts], f"b{_BITS[type]}", [part] * len(parts), pack)
         bits = type if type == "pred" else f"b{_BITS[type]}"
         return self._compute(operands, bits, [bits], lambda a: a)
 
@@ -618,12 +624,14 @@ class Threads:
             at, lanes = address(group), group.index
             if space == "param":
                 size = np.dtype(unsigned).itemsize * len(parts)
-                if (at % np.uint64(size)).any() or (at + np.uint64(size) > self.kernel.parameter_bytes).any():
+                if (at % np.uint64(size)).any() or (at > self.kernel.parameter_bytes - size).any():
                     raise Trap("out of bounds: parameters")
-                values = self.parameters.view(unsigned)[(at // np.uint64(np.dtype(unsigned).itemsize)).astype(np.int64) + np.arange(len(parts))[:, None]]
+                at = (at // np.uint64(np.dtype(unsigned).itemsize)).astype(np.int64)
+                values = self.parameters.view(unsigned)[at + np.arange(len(parts))[:, None]]
             elif space == "shared":
                 at = self._shared(group, at)
-                values, unwritten = self.shared_memory.load(at, unsigned, self.owner[lanes], len(parts)), self.shared_memory.unwritten(at, unsigned, len(parts))
+                values = self.shared_memory.load(at, unsigned, self.owner[lanes], len(parts))
+                unwritten = self.shared_memory.unwritten(at, unsigned, len(parts))
             else:
                 values = self.memory.load(at, unsigned, self.owner[lanes], len(parts))
             for array, value in zip(arrays, values):
@@ -699,26 +707,26 @@ class Threads:
         return do
 
 
+def _half(format, pair, i):
+    return from_16((pair >> np.uint32(16 * i)).astype(np.uint16), format)
+
+
 def _add_pairs(format, a, b):
     to = {"f16": to_f16, "bf16": to_bf16}[format]
-
-    def half(x, i):
-        return from_16((x >> np.uint32(16 * i)).astype(np.uint16), format)
-
-    low, high = (to(half(a, i) + half(b, i)).astype(np.uint32) for i in (0, 1))
+    low, high = (to(_half(format, a, i) + _half(format, b, i)).astype(np.uint32) for i in (0, 1))
     return high << np.uint32(16) | low
 
 
 def _equal_pairs(result, format, a, b):
     """set.eq: 1 in the format where the halves are equal; u32: all ones if both are. A NaN equals nothing."""
-    equal = [from_16((a >> np.uint32(16 * i)).astype(np.uint16), format) == from_16((b >> np.uint32(16 * i)).astype(np.uint16), format) for i in (0, 1)]
+    equal = [_half(format, a, i) == _half(format, b, i) for i in (0, 1)]
     one = np.uint32(0xFFFF if result == "u32" else {"f16": 0x3C00, "bf16": 0x3F80}[format])
     return np.where(equal[1], one << np.uint32(16), np.uint32(0)) | np.where(equal[0], one, np.uint32(0))
 
 
-def launch(kernel, grid, threads, parameters, shared_bytes, memory, budget=1 << 22):
-    """Runs a launch of `grid` blocks. parameters: their bytes, u8. Returns how many basic blocks it took; kernel.executed collects where they begin."""
-    done = blocks = 0
+def launch(kernel, grid, threads, parameters, shared_bytes, memory):
+    """Runs a launch of `grid` blocks. parameters: their bytes, u8. shared_bytes: beside what the kernel declares itself."""
+    done = 0
     with np.errstate(all="ignore"):
         while done < grid:
             n = min(grid - done, max(1, LANES // threads))
@@ -726,8 +734,7 @@ def launch(kernel, grid, threads, parameters, shared_bytes, memory, budget=1 << 
                 kernel.decoded[n, threads] = Threads(kernel, n, threads)
             some = kernel.decoded[n, threads]
             try:
-                blocks += some.run(done, grid, parameters, shared_bytes, memory, budget - blocks)
+                some.run(done, grid, parameters, shared_bytes, memory)
             except Trap as trap:
                 raise Trap(f"{trap}, at instruction {some.at} of {kernel.name}: {kernel.code[some.at]}") from None
             done += n
-    return blocks
