@@ -36,7 +36,8 @@ from es_finetune.runlog import read_log
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
 AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays
 TO_STOP = 30
-TO_COMPILE = 150  # seconds after which a decoding without a generation is given up
+TO_COMPILE = 150  # seconds after which a decoding that makes no generations is given up
+LEAST = 2  # generations: the first compiles, so that what a generation costs is known of the second
 SHARE_OF_PRETRAINING = 0.25
 
 
@@ -63,15 +64,16 @@ def es_finetune(*arguments, stop=lambda: False):
 
 
 def trained(run, flags, decodings, seconds):
-    """Trains until the time is over, then finishes the run. The first decoding with which a generation is made in time serves; returns it and its
-    command."""
+    """Trains until the time is over and there are LEAST generations, then finishes the run. The first decoding with which a generation is made in
+    time serves; returns it and its command."""
     begin = time.monotonic()
     for decoding in decodings:
         started, last = time.monotonic(), decoding == decodings[-1]
 
         def stop(started=started, last=last):
-            hangs = not last and time.monotonic() - started > TO_COMPILE and not generations(run)
-            return hangs or time.monotonic() - begin > seconds
+            late, done = time.monotonic() - started > TO_COMPILE, generations(run)
+            hangs = late and not last and not done
+            return hangs or (time.monotonic() - begin > seconds and (late or done >= LEAST))
 
         command = ["train", "--output", run, *flags, "--decoding", decoding]
         code, text = es_finetune(*command, "--generations", 100_000, "--overwrite", stop=stop)
@@ -80,11 +82,16 @@ def trained(run, flags, decodings, seconds):
             break
         print(f"decoding {decoding}: no generation was made (exit {code})", file=sys.stderr)
     else:
-        raise SystemExit("no generation was made: " + text.strip().splitlines()[-1])
+        raise SystemExit(f"no generation was made: {_last_line(code, text)}")
     code, text = es_finetune("train", "--resume", "--output", run, "--generations", done)
     if code:
-        raise SystemExit("the run could not be finished: " + text.strip().splitlines()[-1])
+        raise SystemExit(f"the run could not be finished: {_last_line(code, text)}")
     return decoding, ["es-finetune", *map(str, command)]
+
+
+def _last_line(code, text):
+    """Of what a command printed; one that is stopped while it starts prints nothing."""
+    return next(reversed(text.strip().splitlines()), f"exit code {code}")
 
 
 def generations(run):
@@ -96,7 +103,7 @@ def replayed(run, device):
     begin = time.monotonic()
     code, text = es_finetune("replay", run, "--device", device)
     if code:
-        raise SystemExit(f"the replay on {device} failed: " + text.strip().splitlines()[-1])
+        raise SystemExit(f"the replay on {device} failed: {_last_line(code, text)}")
     return {"theta": re.search(r"theta ([0-9a-f]{16})", text)[1], "seconds": time.monotonic() - begin}
 
 

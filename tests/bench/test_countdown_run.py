@@ -96,6 +96,23 @@ def test_the_next_decoding_serves_where_one_makes_no_generation(tmp_path, monkey
         countdown_run.trained(tmp_path / "run", [], ["static"], 1)
 
 
+def test_a_run_is_not_stopped_before_its_second_generation(tmp_path, monkeypatch):
+    """However late it starts, on a machine that is busy; one stopped while it starts prints nothing."""
+    made, asked = {"n": 0}, []
+
+    def es_finetune(*arguments, stop=lambda: False):
+        while arguments[1] != "--resume" and not stop():
+            asked.append(made["n"])
+            made["n"] += len(asked) % 5 == 0
+        return 130, ""
+
+    monkeypatch.setattr(countdown_run, "es_finetune", es_finetune)
+    monkeypatch.setattr(countdown_run, "generations", lambda run: made["n"])
+    with pytest.raises(SystemExit, match="the run could not be finished: exit code 130"):
+        countdown_run.trained(tmp_path / "run", [], ["dynamic"], seconds=0)
+    assert made["n"] == countdown_run.LEAST and set(asked) == {0, 1}
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_command_is_stopped_also_where_the_shell_ignores_interrupts(monkeypatch, deaf):
     lines = ["import signal, sys, time", "print('begun', flush=True)", "time.sleep(60)"]
