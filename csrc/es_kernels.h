@@ -23,7 +23,7 @@ extern "C" {
 #define ES_API __attribute__((visibility("default")))
 
 /* Changes whenever a signature, Segment or the noise changes; the Python side refuses a library of another value. */
-#define ES_ABI 1
+#define ES_ABI 2
 /* Seeds and coefs up to this many may be passed from host memory to es_cuda_add_noise. */
 #define ES_CUDA_HOST_SEEDS 128
 

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import pathlib
 
-ABI = 1  # ES_ABI of csrc/es_kernels.h
+ABI = 2  # ES_ABI of csrc/es_kernels.h
 
 
 def path(name):
