@@ -145,8 +145,13 @@ def test_an_actor_with_other_weights_is_named(cluster, tmp_path, monkeypatch):
     pool = RayPool(config(tmp_path / "run"))
     try:
         pool.start()
-        change = lambda actor: actor.worker.weights.optimizer.tables[0].theta.tensors[3].data[0].add_(1)  # noqa: E731
-        ray.get(pool.places[1].actor.__ray_call__.remote(lambda actor: (change(actor), None)[1]))
+
+        def change(actor):
+            optimizer = actor.worker.weights.optimizer
+            optimizer.tables[0].live.tensors[3].data[0].add_(1)
+            optimizer.adopt_live()
+
+        ray.get(pool.places[1].actor.__ray_call__.remote(change))
         pool.fast_forward([])
         lines, _ = pool.evaluate(0, {}, lambda line: None)
         from es_finetune.workers.worker import update_of

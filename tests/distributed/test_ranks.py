@@ -114,7 +114,8 @@ def disagree(rank, folder, kind, result):
             several.start()
             several.fast_forward([])
             if rank and kind == "later":
-                worker.weights.optimizer.tables[0].theta.tensors[3][0] += 1
+                worker.weights.optimizer.tables[0].live.tensors[3][0] += 1
+                worker.weights.optimizer.adopt_live()
             lines, _ = several.evaluate(0, {}, lambda line: None)
             update, _ = ranks.update_of(worker.task, config, 0, lines, [])
             several.update(update)
