@@ -31,7 +31,7 @@ from countdown_model import MAX_NEW_TOKENS
 from es_finetune.calibrate import calibrate
 from es_finetune.config import PAPER, CalibrateConfig
 from es_finetune.files import write_atomically
-from es_finetune.runlog import read_log
+from es_finetune.runlog import is_begun, read_log
 
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
 AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays
@@ -95,7 +95,7 @@ def _last_line(code, text):
 
 
 def generations(run):
-    return len(read_log(run / "run.log")[1]) if (run / "run.log").exists() else 0
+    return len(read_log(run / "run.log")[1]) if is_begun(run / "run.log") else 0
 
 
 def replayed(run, device):

@@ -113,6 +113,13 @@ def test_a_run_is_not_stopped_before_its_second_generation(tmp_path, monkeypatch
     assert made["n"] == countdown_run.LEAST and set(asked) == {0, 1}
 
 
+def test_a_log_that_is_not_begun_holds_no_generation(tmp_path):
+    """It is asked of while a run starts, which makes the file before it writes the first line."""
+    assert countdown_run.generations(tmp_path) == 0
+    (tmp_path / "run.log").touch()
+    assert countdown_run.generations(tmp_path) == 0
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_command_is_stopped_also_where_the_shell_ignores_interrupts(monkeypatch, deaf):
     lines = ["import signal, sys, time", "print('begun', flush=True)", "time.sleep(60)"]
