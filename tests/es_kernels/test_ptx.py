@@ -233,8 +233,8 @@ if native.why_not("cpu"):
 
 
 def mixture(weights, seed=0):
-    """out, base and anchor of one table: each format and size, an odd offset, rows with gaps, a shard, indices around 2^35; and enough weights for
-    every thread to do all that it does at once, of every pair of formats: ordinary ones, ones half-way between two of 16 bits, subnormals of f16."""
+    """out, base and anchor of one table: each format and size, an odd offset, rows with gaps, a shard, indices around 2^35; and enough weights, in one
+    row and in many, for every thread to do all that it does at once, of every pair of formats: ordinary ones, ones half-way between two of 16 bits, subnormals of f16."""
     sizes = (1, 7, 8, 9, 33, 300)
     out = [(f"w{i}", weights(n, DTYPES[i % 3], seed + i), None) for i, n in enumerate(sizes)]
     out += [("odd", weights(70, BF16, seed + 10)[3:], None), ("rows", weights(480, F16, seed + 11).reshape(12, 40)[:, 3:30], None)]
@@ -244,6 +244,9 @@ def mixture(weights, seed=0):
         out.append((f"far{i}", weights(160, DTYPES[i], seed + 14 + i), [Segment(f"far{i}", 1, 160, first=first)]))
         rows = weights(96, DTYPES[2 - i], seed + 16 + i).reshape(4, 24)
         out.append((f"far rows{i}", rows, [Segment(f"far rows{i}", 4, 24, first=first, index_stride=1 << 33)]))
+    for i, dtype in enumerate(DTYPES):
+        out.append((f"many rows{i}", weights(30 * 320, dtype, seed + 60 + i).reshape(30, 320)[:, :312], None))
+        out.append((f"many odd rows{i}", weights(30 * 320, dtype, seed + 63 + i).reshape(30, 320)[:, 3:314], None))
     base = [(name, weights(t.numel(), (F32, BF16)[i % 2], seed + 20 + i).reshape(t.shape), s) for i, (name, t, s) in enumerate(out)]
     anchor = [(name, weights(t.numel(), DTYPES[i % 3], seed + 40 + i).reshape(t.shape), s) for i, (name, t, s) in enumerate(out)]
     rng = np.random.default_rng(seed)
@@ -273,6 +276,8 @@ CALLS = {
     "swap by zero": (2, 0, True, {}),
     "restore, stochastic": (0, 1, True, STOCHASTIC),
     "update": (5, 1, True, {}),
+    "stochastic from a base": (1, 1, True, STOCHASTIC),
+    "swap from a base": (2, 1, True, {}),
 }
 # (call, seeds on the device). Triton compiles for each kind of call, some 10 s.
 SAMPLE = {
@@ -327,15 +332,17 @@ def test_sizes(kernels, on_device, dtype, weights, twin, request):
 
 
 @pytest.mark.slow
-def test_planted_faults_are_found(cuda_ptx_library, cuda_ptx, weights, bits, monkeypatch):
-    """Of 20 faults in instructions of nvcc's that the calls above execute, drawn by a fixed seed, 18 or more change a bit, trap or are refused.
-    One survived when this was written: in an address that segments of several rows use, by blocks of threads that they do not fill here."""
+@pytest.mark.parametrize("name", ("cuda_ptx", "triton_ptx"))
+def test_planted_faults_are_found(name, weights, bits, request, monkeypatch):
+    """Of 20 faults in instructions that the calls above execute, drawn by a fixed seed from nvcc's and from Triton's, 18 or more change a bit, trap
+    or are refused. Where more survive after a change of the kernels, the table lacks what their instructions are for."""
     rng = np.random.default_rng(14)
-    kernels, calls = cuda_ptx_library.kernels, list(itertools.product(CALLS, (False, True)))
+    kernels = request.getfixturevalue({"cuda_ptx": "cuda_ptx_library", "triton_ptx": "triton_ptx_backend"}[name]).kernels
+    calls = list(itertools.product(CALLS, (False, True) if name == "cuda_ptx" else (True,)))
     expected = {call: outcome(call, "reference", weights, bits) for call in CALLS}
 
     def right(call, on_device):
-        with cuda_ptx(on_device):
+        with request.getfixturevalue(name)(on_device):
             return outcome(call, "cpu", weights, bits) == expected[call]
 
     calls_of = {}  # (kernel, instruction) -> the calls that execute it
