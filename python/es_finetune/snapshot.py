@@ -12,6 +12,7 @@ from es_finetune.runlog import Generation
 
 _NAME = re.compile(r"theta-([0-9]+)\.safetensors")
 
+
 def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
     """Write theta as FOLDER/theta-GENERATION.safetensors, whole or not at all, and then remove older ones."""
     from safetensors import SafetensorError

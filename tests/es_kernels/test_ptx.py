@@ -234,7 +234,8 @@ if native.why_not("cpu"):
 
 def mixture(weights, seed=0):
     """out, base and anchor of one table: each format and size, an odd offset, rows with gaps, a shard, indices around 2^35; and enough weights, in one
-    row and in many, for every thread to do all that it does at once, of every pair of formats: ordinary ones, ones half-way between two of 16 bits, subnormals of f16."""
+    row and in many, for every thread to do all that it does at once, of every pair of formats: ordinary ones, ones half-way between two of 16 bits,
+    subnormals of f16."""
     sizes = (1, 7, 8, 9, 33, 300)
     out = [(f"w{i}", weights(n, DTYPES[i % 3], seed + i), None) for i, n in enumerate(sizes)]
     out += [("odd", weights(70, BF16, seed + 10)[3:], None), ("rows", weights(480, F16, seed + 11).reshape(12, 40)[:, 3:30], None)]

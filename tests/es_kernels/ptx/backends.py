@@ -144,7 +144,7 @@ class _Launcher:
 def _compiling():
     """Where kernels are compiled for compute capability 9.0, also where tests have them interpreted and there is no GPU. Triton's own library
     of kernels, tl.sum among them, was made for its interpreter when it was imported: JITFunction serves it here."""
-    from triton.runtime import driver, interpreter, jit
+    from triton.runtime import driver, interpreter
 
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     device = types.SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0)
