@@ -84,7 +84,10 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
 
 def refuse_too_few(rewards: Sequence[float]) -> None:
     """ValueError unless the base model's rewards hold as much as _SUCCESSES answers: its right ones, where there are two rewards only, else what the
-    rewards have above the lowest of them, in units of the highest."""
+    rewards have above the lowest of them, in units of the highest. Of fewer prompts with graded rewards, as conciseness has, nothing is asked: the
+    least error, one answer, says what they can tell."""
+    if len(rewards) < _SUCCESSES and not set(rewards) <= {0, 1}:
+        return
     low, high = min(rewards), max(rewards)
     held = math.fsum((reward - low) / (high - low) for reward in rewards) if high > low else len(rewards) if high else 0
     if held < _SUCCESSES:

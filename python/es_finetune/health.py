@@ -290,7 +290,8 @@ def norms_note(rows: Sequence[dict[str, Any]]) -> str | None:
 def warnings_of(rows: Sequence[dict[str, Any]], config: Any, look: dict[str, Any] | None = None) -> list[str]:
     """What a user should know after the last of `rows` (of metrics.jsonl, from the first generation on), one sentence each.
 
-    `config`: what was asked for (`sigma` and `population` are read). `look`: the latest row of evals.jsonl, where there is one. A kind of warning that was given within the last 50 generations is not given again.
+    `config`: what was asked for (`sigma` and `population` are read). `look`: the latest row of evals.jsonl, where there is one. A kind of warning that
+    was given within the last 50 generations is not given again.
     """
     row = rows[-1]
     recent = [warning for earlier in rows[-REPEAT:-1] for warning in earlier.get("warnings", ())]

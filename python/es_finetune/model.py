@@ -248,6 +248,8 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
     if adapter:
         raise ValueError(f"model {name} is an adapter, which this engine cannot perturb: give the whole model, or use --engine hf")
     config = _load_config(path, f"model {name}")
+    if dtype == "auto" and getattr(config, _MIXED, False):
+        raise ValueError(f"model {name} has tensors of several dtypes, which this engine would make one: give --dtype, or use --engine hf")
     found = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     with _one_line(f"model {name}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=found)

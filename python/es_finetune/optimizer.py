@@ -375,6 +375,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
             base = {} if self.base is None else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
             self._write_live(weights, [seed], [coef], **base)
+        for weights in self._weights:
+            weights.versions = _versions(weights.live)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -405,9 +407,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         weights.wait_for_readers()  # theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
 
     def _write_live(self, weights: _Weights, seeds, coefs, **options) -> None:
-        weights.versions = None  # until it has ended
+        for group in self._weights:  # all, since groups may be views of one tensor, as vLLM's q, k and v are, which share a count of writes
+            group.versions = None
         self._add(weights.live, seeds, coefs, **options)
-        weights.versions = _versions(weights.live)
 
     def _add(self, out: es_kernels.ParamTable, seeds, coefs, **options) -> None:
         with torch.no_grad(), self._clock.on(out):
@@ -570,7 +572,7 @@ class _Weights:
     inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
     step: Step = Step()
     proof: int | None = None  # fingerprint, of this process's part, of nearest(theta); None while it is being changed
-    versions: list[int] | None = None  # of live's tensors when they were written last; None while that goes on
+    versions: list[int] | None = None  # of live's tensors with a member in place; None while that is being written
 
     @classmethod
     def of(cls, entries: list[_Entry], base: str | None, anchored: bool) -> _Weights:

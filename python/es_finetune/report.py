@@ -247,7 +247,8 @@ def _ranges(numbers: list[int], most: int = 8) -> str:
 
 
 def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
-    """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation, how often."""
+    """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation,
+    how often."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name, (correlation, ratio) in swallowed(row, norms).items():

@@ -239,6 +239,14 @@ def test_graded_rewards_count_by_what_they_hold():
     refuse_too_few([1.0] * 8)
 
 
+def test_graded_rewards_of_fewer_prompts_than_that_are_taken():
+    """The task conciseness has two prompts, and rewards below 0."""
+    refuse_too_few([-3.0, -10.0])
+    refuse_too_few([-3.0, -3.0])
+    with pytest.raises(ValueError, match="succeeds at 2 of 3 prompts"):
+        refuse_too_few([1.0, 1.0, 0.0])
+
+
 def test_it_is_refused_before_a_sigma_is_tried(capsys, monkeypatch):
     monkeypatch.setattr("es_finetune.tasks.countdown_char.CountdownChar.score", lambda self, item, completion: Score(0.0, 0.0))
     assert main(["calibrate", "--prompts", "8"]) == 2

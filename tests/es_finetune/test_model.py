@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import es_kernels
-from es_finetune.model import EMBEDDED_MODEL, load_model, save_model
+from es_finetune.model import EMBEDDED_MODEL, empty_model, load_model, save_model
 from es_finetune.segments import named_segments
 
 
@@ -98,6 +98,9 @@ def test_weights_of_several_dtypes_are_loaded_as_they_were_saved(build_model, tm
     assert fingerprint(load_model(tmp_path / "again", device="cpu")[0]) == fingerprint(model)
     uniform, _, identity = load_model(tmp_path / "model", device="cpu", dtype="bfloat16")
     assert identity["dtype"] == "bfloat16" == str(uniform.dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match="tensors of several dtypes, which this engine would make one: give --dtype, or use --engine hf"):
+        empty_model(str(tmp_path / "model"))
+    assert empty_model(str(tmp_path / "model"), "bfloat16")[2] == torch.bfloat16
 
 
 def test_experts_of_several_dtypes_too(save_tiny, build_model, tmp_path):

@@ -330,6 +330,21 @@ def test_what_theta_cannot_hold_is_not_adopted(weights):
         opt.adopt_live()
 
 
+def test_groups_may_be_views_of_one_tensor():
+    """As q, k and v are of what an engine fuses: torch counts the writes to all of them together."""
+    fused = torch.zeros(12, 8)
+    groups = [{"params": [(name, fused[4 * i : 4 * i + 4].detach().requires_grad_())], "sigma": 0.1 + i} for i, name in enumerate("qkv")]
+    optimizer = EvolutionStrategy(groups, population=4, seed=1)
+    rewards = iter(range(100))
+    for _ in range(2):
+        optimizer.step(lambda: next(rewards))
+    with optimizer.perturbed(0):
+        pass
+    with pytest.raises(RuntimeError, match="written by others"):
+        with optimizer.perturbed(0):
+            fused.add_(1)
+
+
 @pytest.mark.parametrize("base", ["fp32", "host"])
 def test_an_interrupted_write_is_nobodys_change(bits, weights, monkeypatch, base):
     """Of the member, of its end, of theta."""

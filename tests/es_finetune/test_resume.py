@@ -5,6 +5,7 @@ before the kill is never scored again. A snapshot shortens the way and changes n
 another run is refused by name, with nothing changed. A disk that fills up ends the run with what was written intact.
 """
 
+import copy
 import errno
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from es_finetune.model import EMBEDDED_MODEL
 from es_finetune.report import report
 from es_finetune.runlog import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
-from es_finetune.workers.worker import Worker
+from es_finetune.workers.worker import Worker, _canonical
 
 
 OPTIONS = {"generations": 5, "population": 4, "prompts": 24, "eval_items": 24, "eval_every": 2, "report_to": ["none"], "health_every": 2}
@@ -201,6 +203,15 @@ def test_a_log_that_does_not_say_how_answers_were_scored_is_accepted_with_a_word
     log.close()
     run(interrupted, resume=True)
     assert "begun by an older version: that answers are scored as in the 2 generations before is not checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [(np.int64(3), np.int64(4)), (np.array([1.5]), np.array([2.5])), (torch.tensor([1]), torch.tensor([2])), (Decimal(1), Decimal(2)), ({"a": 1}, {"a": 2})],
+    ids=repr,
+)
+def test_reference_answers_of_any_kind_are_told_apart(one, other):
+    assert _canonical([one]) == _canonical([copy.deepcopy(one)]) != _canonical([other])
 
 
 def test_other_code_that_scores_is_refused(interrupted):

@@ -100,6 +100,8 @@ class HFEngine:
                     if self.batch_size > 1 and self._neighbours_show():
                         self.batch_size = 1
                         warnings.warn(f"models of type {kind} do not ignore padding: they are asked one prompt at a time", stacklevel=2)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"{self.model.device} has no memory left to generate with this model ({first_line(error)}): use a smaller one") from error
         except Exception as error:
             raise ValueError(f"models of type {kind} cannot generate with decoding {self.decoding!r} ({first_line(error)}){remedy}") from error
         finally:
@@ -108,7 +110,7 @@ class HFEngine:
 
     def _neighbours_show(self) -> bool:
         """Whether a prompt's logits, for its first token and the one after it, change where it is padded beside a longer one. What rounding may do
-        is put at half the dtype's digits, in units of the logits' standard deviation: 9 % in bfloat16. RWKV is off by 64 %."""
+        is put at half the digits of the coarsest dtype, in units of the logits' standard deviation: 9 % in bfloat16. RWKV is off by 64 %."""
         longest, vocabulary = min(12, positions_of(self.model) - 2), self.model.config.get_text_config().vocab_size
         if longest < 4:
             return False
@@ -116,7 +118,7 @@ class HFEngine:
         self.options.update(do_sample=False, output_logits=True, return_dict_in_generate=True)
         beside, alone = (self.model.generate(**self._padded(rows), generation_config=self.options) for rows in (prompts, prompts[1:]))
         steps = 1 + bool(beside.sequences[-1, -2] == alone.sequences[-1, -2])
-        bound = math.sqrt(torch.finfo(self.model.dtype).eps)
+        bound = math.sqrt(max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()))
         pairs = [(a[-1].float(), b[-1].float()) for a, b in zip(alone.logits[:steps], beside.logits[:steps])]
         return any(((b - a).square().mean().sqrt() > bound * a.std()).item() for a, b in pairs)
 

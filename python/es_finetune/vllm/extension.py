@@ -166,7 +166,7 @@ class Extension:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # whichever stream vLLM computes on next
             return {"result": result}
-        except (ValueError, OSError) as error:  # as text, for vLLM's wire keeps no types of errors
+        except (ValueError, OSError, RuntimeError) as error:  # as text, for vLLM's wire keeps no types of errors
             return {"error": str(error)}
 
     def es_write(self, folder: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import math
+import numbers
 import random
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -192,8 +194,10 @@ def _digest(text: str) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """Equal for equal data in any process: dicts and sets in the order of their entries' texts, objects by their type alone."""
-    if value is None or isinstance(value, (str, bytes, int, float)):
+    """Equal for equal data in any process: dicts and sets in the order of their entries' texts, arrays as lists, other objects by their type alone."""
+    if hasattr(value, "tolist"):  # of NumPy and torch
+        value = value.tolist()
+    if value is None or isinstance(value, (str, bytes, numbers.Number, datetime.date, datetime.time, datetime.timedelta)):
         return repr(value)
     if isinstance(value, Mapping):
         return f"{{{','.join(sorted(f'{_canonical(key)}:{_canonical(entry)}' for key, entry in value.items()))}}}"
