@@ -52,7 +52,9 @@ def nvcc_archs():
     """The architectures to build for. Raises RuntimeError if nvcc knows none of CUDA_ARCHS; one asked for that it does not know ends the build."""
     known = re.findall(r"^sm_(\d+)\s*$", subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout, re.MULTILINE)
     asked = os.environ.get("ES_KERNELS_CUDA_ARCHS", "").split()
-    unknown = [arch for arch in asked or CUDA_ARCHS if arch.rstrip("af") not in known]
+    if not all(arch.isdigit() for arch in asked):
+        sys.exit(f"ES_KERNELS_CUDA_ARCHS={' '.join(asked)!r}: give plain numbers, as 90; what is built for 90a no other GPU runs, its PTX neither")
+    unknown = [arch for arch in asked or CUDA_ARCHS if arch not in known]
     if unknown:
         words = f"{nvcc()} knows no {', '.join(f'sm_{arch}' for arch in unknown)}, only {', '.join(f'sm_{arch}' for arch in known) or 'none'}"
         if asked:
@@ -60,7 +62,7 @@ def nvcc_archs():
         if unknown == CUDA_ARCHS:
             raise RuntimeError(words)
         print(f"es_kernels: {words}: newer GPUs compile the library's PTX when they first load it")
-    return sorted((arch for arch in asked or CUDA_ARCHS if arch not in unknown), key=lambda arch: int(arch.rstrip("af")))
+    return sorted((arch for arch in asked or CUDA_ARCHS if arch not in unknown), key=int)
 
 
 def cuda_choice():

@@ -248,7 +248,7 @@ def host():
         for backend in dict.fromkeys(r["backend"] for r in rows):
             of = {(r["tensors"], r["base"]): r for r in rows if r["backend"] == backend}
             for key, what in (("thread_us_before_kernel", "before the kernel"), ("thread_us", "with it" if backend == "cpu" else "with the launch")):
-                body.append([f"{backend}, {what}", *(f"{of[tensors, base][key]:.0f}" for tensors in (300, 2000) for base in (False, True))])
+                body.append([f"{backend}, {what}", *(f"{of[case][key]:.0f}" if case in of else "" for case in itertools.product((300, 2000), (False, True)))])
     header = ["a call on a ParamTable, us of its thread", "300 tensors, in place", "from a base", "2000 tensors, in place", "from a base"]
     return table(header, [["wanted, before the kernel", "100", "100", "250", "250"], *body])
 

@@ -8,7 +8,8 @@ On a GPU what is measured is the GPU's time between two events, never the time t
 
 Before either a kernel spins (torch.cuda._sleep), twice as long as the host needed to ask for all of it the last time: so the whole sample is in the
 queue when its first kernel begins. Whether it was, each sample says: the first event must not have happened yet when the last request was made
-(`queued`). What waits for the GPU itself (es-at-scale empties the allocator's cache) cannot be queued: its gaps count, as they do for whoever runs it.
+(`queued`). What waits for the GPU itself (es-at-scale empties the allocator's cache) cannot be queued, nor all of what asks for more than a stream's
+queue holds: its gaps count, as they do for whoever runs it.
 """
 
 import ctypes
@@ -129,7 +130,8 @@ def _on_gpu(variant, device):
     def sample(sensors):
         nonlocal host
         seconds, host_of_all, queued, reading = timed(repeats, min(max(least, 2 * repeats * host), most), sensors)
-        host = max(host, host_of_all / repeats)
+        if queued:  # else it waited for the GPU, or for a place in a full queue
+            host = max(host, host_of_all / repeats)
         runs = repeats * variant.copies
         return {"seconds": seconds / runs, "queued": queued, "host_seconds": None if variant.capture else host_of_all / runs} | reading
 

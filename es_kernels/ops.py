@@ -81,7 +81,7 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
     Update:   add_noise_(master, seeds, (lr / N * z).tolist())
     """
     seeds, coefs, rounding_seed, decay = _numbers(seeds, coefs, rounding, rounding_seed, decay)
-    if isinstance(out, ParamTable) and all(t is None or isinstance(t, ParamTable) for t in (base, anchor)) and _direct(out):
+    if all(t is None or isinstance(t, ParamTable) for t in (base, anchor)) and _direct(out, base, anchor):
         if name is not None or stream is not None:
             raise ValueError(_NAMES_ITSELF)
         pack = out.pack(base, anchor)
@@ -123,7 +123,7 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
 def fingerprint(named):
     """64 bits (int) of all elements, dtypes, names and indices of a ParamTable, a mapping or an iterable of (name, tensor) pairs:
     a sum, so any order and any sharding give the same value. NOISE.md has the formula."""
-    if isinstance(named, ParamTable) and _direct(named):
+    if _direct(named):
         value = _hash(named.pack())
     else:
         tensors, _, layout = _tensors_and_layout(named)
@@ -137,10 +137,11 @@ _UNSEEN = {torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr(
 _UNSEEN |= {bits | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr() for bits in _UNSEEN}
 
 
-def _direct(table):
+def _direct(out, *others):
     return (
         not torch.compiler.is_compiling()
-        and table.plain
+        and isinstance(out, ParamTable)
+        and all(table is None or table.plain for table in (out, *others))
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _UNSEEN
         and not torch._C._len_torch_function_stack()
         and not torch.autograd._profiler_enabled()

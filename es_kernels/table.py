@@ -91,6 +91,8 @@ class Layout:
         """The Pack of these tensors: checked, or found among the last that were."""
         try:
             key = tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)) + (len(base), len(anchor))
+            # An address that was pinned may be given to memory that is not.
+            key += tuple(_is_pinned(t) for t in itertools.chain(base, anchor) if t.device != out[0].device)
         except (RuntimeError, NotImplementedError):  # a tensor without strides or memory, such as a sparse one
             return Pack(self, out, base, anchor)  # says which
         return _remembered(self._packs, key, lambda: Pack(self, out, base, anchor))
@@ -191,7 +193,8 @@ class ParamTable:
         float32, bfloat16 and float16 mix freely.
 
     The table keeps the tensors, and what they are: address, dtype, shape, strides. If one is another (`p.data = ...`, `model.to(...)`),
-    a call raises RuntimeError until `refresh()`.
+    a call raises RuntimeError until `refresh()`. torch.utils.swap_tensors refuses tensors of a table, as it does all that somebody else holds
+    (`model.to` too, after torch.__future__.set_swap_module_params_on_conversion(True)): delete the table first.
     """
 
     def __init__(self, named):
@@ -199,6 +202,10 @@ class ParamTable:
         self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in self.tensors)  # no subclass that wants to see the op
         self.layout.pack(self.tensors)  # every check now, not at the first call
         self.refresh()
+
+    def __reduce_ex__(self, protocol):
+        """What copy, deepcopy and pickle ask for."""
+        raise TypeError("a ParamTable cannot be copied or pickled, since it knows its tensors by their memory: build one of the other tensors")
 
     def refresh(self):
         """Accept the tensors as they are now."""

@@ -128,7 +128,6 @@ def test_the_cuda_library_is_built_for_what_nvcc_knows(make_build):
     [
         ("", ["80,code=[sm_80,compute_80]", "90,code=sm_90", "100,code=sm_100", "120,code=[sm_120,compute_120]"]),
         ("120 75", ["75,code=[sm_75,compute_75]", "120,code=[sm_120,compute_120]"]),
-        ("90a", ["90a,code=[sm_90a,compute_90a]"]),
     ],
 )
 def test_the_oldest_and_the_newest_architecture_bring_ptx(make_build, archs, asked):
@@ -141,6 +140,8 @@ def test_an_architecture_asked_for_that_nvcc_does_not_know(make_build):
     code, output, libraries, _ = make_build(ES_KERNELS_CUDA_ARCHS="80 130")
     assert code != 0 and "ES_KERNELS_CUDA_ARCHS='80 130'" in output and "nvcc knows no sm_130, only sm_75, sm_80" in output
     assert libraries["libes_cuda.so"] == "of an earlier build"
+    code, output, _, _ = make_build(ES_KERNELS_CUDA_ARCHS="90a")
+    assert code != 0 and "ES_KERNELS_CUDA_ARCHS='90a': give plain numbers, as 90" in output
 
 
 @pytest.mark.parametrize(

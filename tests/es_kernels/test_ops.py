@@ -281,7 +281,8 @@ def test_who_watches_the_dispatcher_sees_calls_on_tables(look, bits):
     assert torch.equal(bits(t), bits(expected)) and t._version == 1
 
 
-def test_a_tensor_subclass_sees_calls_on_its_table():
+@pytest.mark.parametrize("role", ["out", "base", "anchor"])
+def test_a_tensor_subclass_sees_calls_on_its_table(role):
     seen = []
 
     class Watched(torch.Tensor):
@@ -290,9 +291,9 @@ def test_a_tensor_subclass_sees_calls_on_its_table():
             seen.append(str(function))
             return super().__torch_function__(function, types, args, kwargs or {})
 
-    table = ParamTable({"w": torch.zeros(8).as_subclass(Watched)})
+    tables = {name: ParamTable({"w": torch.zeros(8).as_subclass(Watched if name == role else torch.Tensor)}) for name in ("out", "base", "anchor")}
     seen.clear()
-    add_noise_(table, 1, 1.0)
+    add_noise_(seeds=1, coefs=1.0, decay=0.1, **tables)
     assert any("add_noise_" in name for name in seen)
 
 

@@ -7,8 +7,10 @@
 """
 
 import collections
+import copy
 import gc
 import pathlib
+import pickle
 import re
 import sys
 import weakref
@@ -470,3 +472,10 @@ def test_one_upload_serves_every_gpu_backend():
     words = pack.on_device()
     assert words is pack.on_device() and words.dtype == torch.int64
     assert words.numpy().tobytes() == pack.segments.tobytes()
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda make: make.__name__)
+def test_a_copy_of_a_table_is_refused(make):
+    """It would know the memory of tensors that are not its own."""
+    with pytest.raises(TypeError, match="a ParamTable cannot be copied or pickled, .*: build one of the other tensors"):
+        make(ParamTable({"w": torch.zeros(8)}))
