@@ -184,7 +184,7 @@ def test_an_actor_that_always_dies_ends_the_run(cluster, tmp_path, monkeypatch):
 
 
 def test_errors_of_a_worker_are_said_as_here(cluster, tmp_path):
-    with pytest.raises(ValueError, match="model .*nowhere could not be loaded"):
+    with pytest.raises(ValueError, match="the model.s folder .*nowhere does not exist"):
         Trainer(config(tmp_path / "run", model=str(tmp_path / "nowhere"), task="countdown-char"))
 
 

@@ -127,7 +127,7 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
         ({"base": "none"}, "base 'none' is for engine hf"),
         ({"lora_rank": 4}, "leave out lora_rank, or use --engine hf"),
         ({"tensor_parallel": 2, "snapshot_every": 5}, "leave out snapshot_every, the log is enough"),
-        ({"model": "./nowhere"}, "model ./nowhere could not be loaded"),
+        ({"model": "./nowhere"}, "the model's folder ./nowhere does not exist"),
     ],
 )
 def test_options_and_models_that_do_not_go_with_it(tmp_path, options, words):
