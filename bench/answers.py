@@ -14,7 +14,7 @@ from typing import NamedTuple
 import shapes
 import torch
 from es_finetune.engines.hf import HFEngine
-from es_finetune.model import load_model
+from es_finetune.models.load import load_model
 
 ROWS = {"cpu": 25, "cuda": 200}  # prompts in a batch: a CPU gains nothing from more, and its KV cache stays small
 LIMIT = {"cpu": 10, "cuda": 3}  # seconds after which nothing is repeated

@@ -28,10 +28,10 @@ import time
 import machine
 import torch
 from countdown_model import MAX_NEW_TOKENS
-from es_finetune.calibrate import calibrate
+from es_finetune.commands.calibrate import calibrate
 from es_finetune.config import PAPER, CalibrateConfig
-from es_finetune.files import write_atomically
-from es_finetune.runlog import is_begun, read_log
+from es_finetune.runs.files import write_atomically
+from es_finetune.runs.log import is_begun, read_log
 
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
 AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays

@@ -10,7 +10,7 @@ So small a sigma hardly changes what a model of this size answers. So the reward
 style: one forward pass, and hundreds of generations take minutes. Looked at are the 269 held-out questions: the share whose greedy answer is right
 (0.42 at first, mostly because the model spoils its style: what is learnt is mostly style), and their mean log-probability, which does not saturate.
 Every way of keeping the weights starts from the same weights and sees the same seeds, so the same noise and questions; errors are over seeds, and
-differences are paired by seed. base="host" is left out: it has the bits of "fp32" (tests/es_finetune/test_optimizer.py).
+differences are paired by seed. base="host" is left out: it has the bits of "fp32" (tests/es_finetune/optim/test_evolution_strategy.py).
 """
 
 import argparse
@@ -133,7 +133,7 @@ def optimizer(way, weights, seed):
 
 def embedded(dtype):
     """The embedded model in f32, its tokenizer, and its weights, to bf16 precision in every dtype, so that all ways start from the same."""
-    from es_finetune.model import load_model
+    from es_finetune.models.load import load_model
 
     model, tokenizer, _ = load_model("embedded", device="cpu", dtype="float32")
     return model, tokenizer, {name: p.detach().bfloat16().to(dtype) for name, p in model.named_parameters()}

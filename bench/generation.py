@@ -34,7 +34,7 @@ import shapes
 import timing
 import torch
 from answers import LIMIT, LONG, ROWS, Answers, Workload, extrapolated, load, medians, samples
-from es_finetune.files import write_atomically
+from es_finetune.runs.files import write_atomically
 from es_finetune.tasks import load_task
 from rivals import RIVALS
 from ways import HELD, YARDSTICK, coefficients, ways

@@ -35,7 +35,7 @@ import rivals
 import shapes
 import timing
 import torch
-from es_finetune.files import write_atomically
+from es_finetune.runs.files import write_atomically
 from operations import DTYPES, Operation, operations, right, right_at_size
 from timing import Variant, interleave
 from ways import HELD, SIGMA, YARDSTICK, coefficients, ways

@@ -28,10 +28,10 @@ import random
 
 import shapes
 from es_finetune.engines import Answer
-from es_finetune.evaluate import Evaluation
-from es_finetune.files import write_atomically
-from es_finetune.metrics import member_line
-from es_finetune.optimizer import Update
+from es_finetune.evaluation.evaluator import Evaluation
+from es_finetune.monitor.rows import member_line
+from es_finetune.optim.evolution_strategy import Update
+from es_finetune.runs.files import write_atomically
 from es_finetune.tasks import Score
 from es_finetune.workers.dispatch import Dispatch
 

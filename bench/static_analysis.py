@@ -15,7 +15,7 @@ import re
 
 import gpus
 import sass
-from es_finetune.files import write_atomically
+from es_finetune.runs.files import write_atomically
 
 from es_kernels import native
 

@@ -26,7 +26,7 @@ import machine
 import static_analysis
 import torch
 import variants
-from es_finetune.files import write_atomically
+from es_finetune.runs.files import write_atomically
 from operations import DTYPES, Operation, right
 from timing import Variant, interleave
 

@@ -62,7 +62,7 @@ def test_pure_wheel_without_a_compiler(tmp_path, expected):
     assert built and built.name.endswith("-py3-none-any.whl"), output
     names = zipfile.ZipFile(built).namelist()
     assert not [n for n in names if n.endswith(".so")]
-    assert {"es_kernels/NOISE.md", "es_kernels/golden.json", "es_finetune/models/countdown_char/model.safetensors"} <= set(names)
+    assert {"es_kernels/NOISE.md", "es_kernels/golden.json", "es_finetune/models/embedded/model.safetensors"} <= set(names)
     assert installed(built, tmp_path) == ("reference", expected)
 
 

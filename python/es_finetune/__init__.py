@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from es_finetune.config import TrainConfig
-    from es_finetune.optimizer import EvolutionStrategy, Update
+    from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
     from es_finetune.trainer import Trainer
 
 __all__ = ["EvolutionStrategy", "TrainConfig", "Trainer", "Update"]
 
-_HOMES = {"EvolutionStrategy": "optimizer", "TrainConfig": "config", "Trainer": "trainer", "Update": "optimizer"}
+_HOMES = {"EvolutionStrategy": "optim.evolution_strategy", "TrainConfig": "config", "Trainer": "trainer", "Update": "optim.evolution_strategy"}
 
 
 def __getattr__(name: str):

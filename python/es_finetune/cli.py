@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from es_finetune.door import FINETUNE, did_you_mean, require
-from es_finetune.tasks.worker import RewardFailed
+from es_finetune.errors import FINETUNE, did_you_mean, require
+from es_finetune.tasks.reward_process import RewardFailed
 
 _NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
@@ -67,7 +67,7 @@ class _BrokenOff(Exception):
 
 def _train(arguments: list[str]) -> None:
     from es_finetune.config import TrainConfig, asked
-    from es_finetune.runlog import read_log
+    from es_finetune.runs.log import read_log
 
     if arguments and not arguments[0].startswith("-"):
         arguments = _flags_of(_read_yaml(arguments[0]), TrainConfig) + arguments[1:]
@@ -80,11 +80,12 @@ def _train(arguments: list[str]) -> None:
     config = _parse(TrainConfig, arguments, "train")
     from huggingface_hub.utils import disable_progress_bars
 
-    from es_finetune.progress import value
+    from es_finetune.monitor.progress import value
     from es_finetune.trainer import Trainer, follow
-    from es_finetune.workers import WorkersDiffer, ranks
+    from es_finetune.workers import torchrun
+    from es_finetune.workers.protocol import WorkersDiffer
 
-    if not ranks.leads():
+    if not torchrun.leads():
         disable_progress_bars()  # the first rank shows what is downloaded
         try:
             return follow(config)
@@ -104,7 +105,7 @@ def _train(arguments: list[str]) -> None:
         begun = read_log(Path(config.output) / "run.log")[0]["config"]
         changed = _flags_of({name: value for name, value in asked(trainer.config).items() if value != begun[name]}, TrainConfig)
         command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
-        how = "the same torchrun, and --resume" if ranks.launched() else command
+        how = "the same torchrun, and --resume" if torchrun.launched() else command
         raise _BrokenOff(f"{words}. {kept}; continue with: {how}") from error
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(
@@ -118,9 +119,9 @@ def _counted(number: int, what: str) -> str:
 
 
 def _eval(arguments: list[str]) -> None:
-    from es_finetune.assess import assess
+    from es_finetune.commands.evaluate import assess
     from es_finetune.config import EvalConfig
-    from es_finetune.runlog import read_log
+    from es_finetune.runs.log import read_log
 
     run = _flag(arguments, "run")
     if run is not None:
@@ -131,7 +132,7 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _calibrate(arguments: list[str]) -> None:
-    from es_finetune.calibrate import calibrate
+    from es_finetune.commands.calibrate import calibrate
     from es_finetune.config import CalibrateConfig
 
     if arguments and not arguments[0].startswith("-"):
@@ -154,8 +155,8 @@ def _replay(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     from es_finetune.config import ExportConfig
-    from es_finetune.model import save_model
-    from es_finetune.runlog import read_log
+    from es_finetune.models.load import save_model
+    from es_finetune.runs.log import read_log
 
     config = _parse(ExportConfig, _run_first(arguments, "export"), "export")
     output = Path(config.output or Path(config.run) / "model")
@@ -179,8 +180,8 @@ def _is_model(folder: Path) -> bool:
 
 
 def _rebuild(config):
-    from es_finetune.progress import counting
-    from es_finetune.replay import rebuild
+    from es_finetune.monitor.progress import counting
+    from es_finetune.runs.replay import rebuild
 
     with counting(f"replaying {config.run}") as count:
         return rebuild(config.run, model=config.model, device=config.device, generation=config.generation, on_generation=count)
@@ -188,7 +189,7 @@ def _rebuild(config):
 
 def _report(arguments: list[str]) -> None:
     from es_finetune.config import ReportConfig
-    from es_finetune.report import report
+    from es_finetune.monitor.report import report
 
     print(report(Path(_parse(ReportConfig, _run_first(arguments, "report"), "report").run)))
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from es_finetune.door import did_you_mean
 from es_finetune.engines.hf import DECODINGS
-from es_finetune.model import WEIGHT_DTYPES
-from es_finetune.optimizer import EvolutionStrategy
-from es_finetune.ranges import COUNT, f32_positive, finite, seed64, whole
+from es_finetune.errors import did_you_mean
+from es_finetune.models.load import WEIGHT_DTYPES
+from es_finetune.optim.evolution_strategy import EvolutionStrategy
+from es_finetune.optim.options import COUNT, f32_positive, finite, seed64, whole
 from es_finetune.tasks import NAMES
 
 # What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87

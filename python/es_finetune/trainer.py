@@ -18,21 +18,22 @@ from typing import Any
 import torch
 
 import es_kernels
-from es_finetune import door
+from es_finetune import errors
 from es_finetune.config import TrainConfig, asked
-from es_finetune.evaluate import Unaskable
-from es_finetune.files import append_row, generation_rows, write_atomically
-from es_finetune.folder import CURVES, claim, inherit, is_ours, remove
-from es_finetune.health import norms_note, warnings_of
-from es_finetune.measure import save_answers
-from es_finetune.metrics import estimate, look_row, population_row, summary, total_seconds
-from es_finetune.plot import plot_run
-from es_finetune.progress import Progress
-from es_finetune.replay import check_start
-from es_finetune.runlog import FORMAT, SealedLines, parse_log, read_journals, sealed
+from es_finetune.evaluation.evaluator import Unaskable
+from es_finetune.evaluation.statistics import save_answers
+from es_finetune.monitor.health import norms_note, warnings_of
+from es_finetune.monitor.plots import plot_run
+from es_finetune.monitor.progress import Progress
+from es_finetune.monitor.rows import estimate, look_row, population_row, summary, total_seconds
+from es_finetune.monitor.trackers import Tracker, require
+from es_finetune.runs.files import append_row, generation_rows, write_atomically
+from es_finetune.runs.folder import CURVES, claim, inherit, is_ours, remove
+from es_finetune.runs.log import FORMAT, SealedLines, parse_log, read_journals, sealed
+from es_finetune.runs.replay import check_start
 from es_finetune.tasks import Task
-from es_finetune.tracking import Tracker, require
-from es_finetune.workers import Workers, pool, ranks
+from es_finetune.workers import ray_pool, torchrun
+from es_finetune.workers.protocol import Workers
 from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, missing, update_of
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
@@ -40,9 +41,9 @@ _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
 def follow(config: TrainConfig, **objects) -> None:
     """What the ranks of torchrun do instead of a Trainer's work, all but the first: their share of the members. Arguments as for Trainer."""
-    config = ranks.placed(config)
+    config = torchrun.placed(config)
     inherit(config)
-    ranks.Ranks(Worker(config, **objects)).follow()
+    torchrun.Ranks(Worker(config, **objects)).follow()
 
 
 class Trainer:
@@ -60,13 +61,13 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
-        if ranks.launched():
-            if not ranks.leads():
+        if torchrun.launched():
+            if not torchrun.leads():
                 raise RuntimeError("under torchrun a Trainer is for the first rank, which writes the folder: call es_finetune.trainer.follow() on the others")
-            config = ranks.placed(config)
+            config = torchrun.placed(config)
         self.config = config = copy.copy(config)
         self.folder = Path(config.output)
-        door.require("a run", "finetune", *door.FINETUNE)
+        errors.require("a run", "finetune", *errors.FINETUNE)
         inherit(config)
         open_prompts = config.prompts is None
         claim(self.folder, config)
@@ -327,10 +328,10 @@ class Trainer:
 
 def _assemble(config: TrainConfig, **objects) -> Workers:
     if config.workers == "ray":
-        if ranks.launched():
+        if torchrun.launched():
             raise ValueError("torchrun and workers 'ray' are two ways to the same end: use one of them")
         if any(given is not None for given in objects.values()):
             raise ValueError("with workers 'ray' every worker loads model and task by itself: name them in the config")
-        return pool.RayPool(config)
+        return ray_pool.RayPool(config)
     worker = Worker(config, **objects)
-    return ranks.Ranks(worker) if ranks.launched() else worker
+    return torchrun.Ranks(worker) if torchrun.launched() else worker

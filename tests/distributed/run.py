@@ -8,13 +8,13 @@ import sys
 import time
 
 from es_finetune import TrainConfig, Trainer
-from es_finetune.runlog import SealedLines
+from es_finetune.runs.log import SealedLines
 from es_finetune.trainer import follow
-from es_finetune.workers import ranks
+from es_finetune.workers import torchrun
 
 options = json.load(open(sys.argv[1]))
 notes = options["output"]
-if not ranks.leads():
+if not torchrun.leads():
     options["output"] = os.environ.get("ELSEWHERE", options["output"])
 config = TrainConfig(**options)
 append = SealedLines.append
@@ -32,8 +32,8 @@ def audited(self, line):
 SealedLines.append = audited
 with open(f"{notes}.pids", "a") as file:
     file.write(f"{os.getpid()} {os.environ.get('RANK', 0)}\n")
-if ranks.leads():
-    if not ranks.launched() and os.path.exists(os.path.join(config.output, "run.log")):
+if torchrun.leads():
+    if not torchrun.launched() and os.path.exists(os.path.join(config.output, "run.log")):
         config.resume = True
     Trainer(config).train()
 else:

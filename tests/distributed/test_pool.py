@@ -13,10 +13,10 @@ import time
 
 import pytest
 from es_finetune import TrainConfig, Trainer
-from es_finetune.files import read_rows
-from es_finetune.runlog import read_log
-from es_finetune.workers import WorkersDiffer
-from es_finetune.workers.pool import Actor, RayPool
+from es_finetune.runs.files import read_rows
+from es_finetune.runs.log import read_log
+from es_finetune.workers.protocol import WorkersDiffer
+from es_finetune.workers.ray_pool import Actor, RayPool
 
 ray = pytest.importorskip("ray")
 ACTOR_KILLS, DRIVER_KILLS = 8, 2
@@ -136,7 +136,7 @@ def test_or_dropped_and_recorded(cluster, tmp_path):
     assert second.dropped == () and second.scored == 6
     row = read_rows(tmp_path / "run/metrics.jsonl")[0]
     assert tuple(row["dropped"]) == first.dropped
-    from es_finetune.replay import rebuild
+    from es_finetune.runs.replay import rebuild
 
     assert rebuild(tmp_path / "run").optimizer.fingerprint() == second.theta
 

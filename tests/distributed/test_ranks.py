@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-
 from es_finetune import TrainConfig
-from es_finetune.runlog import SealedLines, read_journals, read_log
+from es_finetune.runs.log import SealedLines, read_journals, read_log
+from es_finetune.workers import torchrun
+from es_finetune.workers.protocol import WorkersDiffer
 from es_finetune.workers.worker import Worker
-from es_finetune.workers import WorkersDiffer, ranks
 
 KILLS = 10
 
@@ -109,7 +109,7 @@ def disagree(rank, folder, kind, result):
         if rank and kind == "noise":
             start = worker.weights.start
             worker.weights.start = lambda: {**start(), "noise_version": 2}
-        several = ranks.Ranks(worker)
+        several = torchrun.Ranks(worker)
         try:
             several.start()
             several.fast_forward([])
@@ -117,7 +117,7 @@ def disagree(rank, folder, kind, result):
                 worker.weights.optimizer.tables[0].live.tensors[3][0] += 1
                 worker.weights.optimizer.adopt_live()
             lines, _ = several.evaluate(0, {}, lambda line: None)
-            update, _ = ranks.update_of(worker.task, config, 0, lines, [])
+            update, _ = torchrun.update_of(worker.task, config, 0, lines, [])
             several.update(update)
             result[rank] = "no difference was seen"
         except WorkersDiffer as error:
@@ -151,16 +151,16 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="base 'none' rounds the weights at every member"):
-        ranks.placed(TrainConfig(output=str(tmp_path / "run"), base="none"))
+        torchrun.placed(TrainConfig(output=str(tmp_path / "run"), base="none"))
     (tmp_path / "run").mkdir()
     config = TrainConfig(output=str(tmp_path / "run"), overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert ranks.placed(config).overwrite  # nothing had begun
+    assert torchrun.placed(config).overwrite  # nothing had begun
 
 
 def test_a_restart_goes_on_even_where_the_first_start_replaced_a_run(tmp_path, monkeypatch, alone):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1", "LOCAL_RANK": "0", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     config = TrainConfig(output=str(alone.folder), overwrite=True)
-    placed = ranks.placed(config)
+    placed = torchrun.placed(config)
     assert placed.resume and not placed.overwrite and config.overwrite

@@ -1,4 +1,4 @@
-"""Contract under test: sharded models (es_finetune.shards, EvolutionStrategy over DTensors).
+"""Contract under test: sharded models (es_finetune.optim.dtensor, EvolutionStrategy over DTensors).
 
 - The Segments of a shard are its place in the whole: each element of the whole once, for every way of splitting, sizes that
   do not divide and fused tensors included. (One process that plays each rank in turn.)
@@ -23,15 +23,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from es_finetune import EvolutionStrategy
+from es_finetune.models.checkpoint_names import named_segments
+from es_finetune.optim.dtensor import local_entry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from es_finetune import EvolutionStrategy
-from es_finetune.segments import named_segments
-from es_finetune.shards import local_entry
 from es_kernels import Segment
 
 # --- places, without processes ---------------------------------------------------------------------------------------

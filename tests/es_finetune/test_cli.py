@@ -11,15 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import es_finetune
 import pytest
 import transformers
-
-import es_finetune
 from es_finetune.cli import CONFIGS, _flags_of, _parse, _read_yaml, main
 from es_finetune.config import TrainConfig
-from es_finetune.files import read_rows
-from es_finetune.model import EMBEDDED_MODEL
-from es_finetune.runlog import read_log
+from es_finetune.models.load import EMBEDDED_MODEL
+from es_finetune.runs.files import read_rows
+from es_finetune.runs.log import read_log
 
 SMALL = ["--generations", "2", "--population", "4", "--prompts", "16", "--eval_items", "32", "--report_to", "none"]
 
@@ -344,7 +343,7 @@ def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "matplotlib", None)  # which only the end of a run needs
         with pytest.raises(ValueError, match=r"a run needs the package matplotlib: pip install 'es-kernels\[finetune\]'"):
             es_finetune.Trainer(TrainConfig(output=str(tmp_path / "run")))
-    for name in ("es_finetune.trainer", "es_finetune.progress"):
+    for name in ("es_finetune.trainer", "es_finetune.monitor.progress"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=r"rich.*: pip install 'es-kernels\[finetune\]'"):
@@ -484,7 +483,7 @@ def test_resume_takes_the_config_of_the_log(tmp_path, capsys):
 
 
 def test_a_run_that_breaks_off_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    from es_finetune.runlog import SealedLines
+    from es_finetune.runs.log import SealedLines
 
     real = SealedLines.append
 

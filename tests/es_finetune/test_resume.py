@@ -19,15 +19,13 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
-
 from es_finetune import TrainConfig, Trainer
-from es_finetune.files import read_rows
-from es_finetune.model import EMBEDDED_MODEL
-from es_finetune.report import report
-from es_finetune.runlog import SealedLines, read_log
+from es_finetune.models.load import EMBEDDED_MODEL
+from es_finetune.monitor.report import report
+from es_finetune.runs.files import read_rows
+from es_finetune.runs.log import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
 from es_finetune.workers.worker import Worker, _canonical
-
 
 OPTIONS = {"generations": 5, "population": 4, "prompts": 24, "eval_items": 24, "eval_every": 2, "report_to": ["none"], "health_every": 2}
 

@@ -5,11 +5,10 @@ perturbing in place keeps captured graphs valid (an engine that has answered bef
 """
 
 import pytest
-
 from es_finetune import EvolutionStrategy, TrainConfig, Trainer
 from es_finetune.engines.hf import DECODINGS, HFEngine
-from es_finetune.model import load_model
-from es_finetune.replay import rebuild
+from es_finetune.models.load import load_model
+from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task
 
 OPTIONS = {"generations": 3, "population": 4, "prompts": 32, "eval_items": 32, "report_to": ["none"], "health_every": 1, "device": "cuda", "dtype": "bfloat16"}

@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-
 from es_finetune import EvolutionStrategy
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

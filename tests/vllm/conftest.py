@@ -19,7 +19,7 @@ def saved(tmp_path_factory):
     def save(kind, dtype="float32", **config):
         import torch
         import transformers
-        from es_finetune.model import EMBEDDED_MODEL
+        from es_finetune.models.load import EMBEDDED_MODEL
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
         options = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from es_finetune import TrainConfig, Trainer
-from es_finetune.runlog import read_log
+from es_finetune.runs.log import read_log
 
 ray = pytest.importorskip("ray")
 

@@ -67,7 +67,7 @@ def model_of(rank, size, full):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_the_shards_of_all_ranks_are_the_model(size):
-    from es_finetune.vllm.extension import _entry, parts_of
+    from es_finetune.workers.vllm.extension import _entry, parts_of
 
     shapes = {"embed.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,), "a.same.weight": (5, HIDDEN), "a.single.weight": (16, HIDDEN)}
     shapes |= {f"a.{x}_proj.weight": (heads * HEAD, HIDDEN) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
@@ -103,7 +103,7 @@ def test_the_shards_of_all_ranks_are_the_model(size):
 
 
 def test_layouts_that_are_not_known_are_refused_by_name():
-    from es_finetune.vllm.extension import parts_of
+    from es_finetune.workers.vllm.extension import parts_of
     from vllm.model_executor.layers.linear import ColumnParallelLinear
 
     class Packed(ColumnParallelLinear):

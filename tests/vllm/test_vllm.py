@@ -9,15 +9,15 @@ import json
 
 import pytest
 import torch
-
-import es_kernels
 from es_finetune import TrainConfig, Trainer
-from es_finetune.optimizer import Update
-from es_finetune.replay import rebuild
-from es_finetune.runlog import read_log
-from es_finetune.segments import named_segments
+from es_finetune.models.checkpoint_names import named_segments
+from es_finetune.optim.evolution_strategy import Update
+from es_finetune.runs.log import read_log
+from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task
 from es_finetune.workers.worker import Worker
+
+import es_kernels
 
 OPTIONS = {"task": "countdown-char", "population": 4, "prompts": 8, "eval_items": 16, "generations": 2, "eval_every": 0, "sigma": 0.02, "lr": 0.01}
 OPTIONS |= {"report_to": ["none"], "device": "cpu", "max_new_tokens": 12}
@@ -45,7 +45,7 @@ def live(worker):
     """{name: tensor} of what the worker's engine computes with."""
     if worker.model is not None:
         return {name: p.detach().clone() for name, p in worker.model.named_parameters()}
-    from es_finetune.model import empty_model
+    from es_finetune.models.load import empty_model
 
     model, _, dtype = empty_model(worker.config.model)
     return {name: p.detach() for name, p in worker.weights.filled(model, dtype).named_parameters()}

@@ -13,8 +13,8 @@ import torch
 
 from es_finetune.engines import Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
-from es_finetune.model import first_line
-from es_finetune.segments import base_of, refuse_prompt_learning
+from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
+from es_finetune.models.load import first_line
 
 DECODINGS = ("dynamic", "static", "continuous")
 _CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one

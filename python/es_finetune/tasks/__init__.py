@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from es_finetune.door import did_you_mean
+from es_finetune.errors import did_you_mean
 
 
 class Item(NamedTuple):
@@ -120,7 +120,7 @@ def load_task(
 
         task = Reasoning(name.removeprefix("reasoning-gym:"), seed, time_limit)
     elif name == "custom":
-        from es_finetune.tasks.data import Custom
+        from es_finetune.tasks.custom import Custom
 
         task = Custom(data, reward, test_data, time_limit, test_share)
     else:

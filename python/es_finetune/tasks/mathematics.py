@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from es_finetune.door import require
+from es_finetune.errors import require
 from es_finetune.tasks import Data, Item, Score
 from es_finetune.tasks.extract import last_boxed
-from es_finetune.tasks.worker import RewardError, RewardProcess
+from es_finetune.tasks.reward_process import RewardError, RewardProcess
 
 TRAIN = "DigitalLearningGmbH/MATH-lighteval"
 TEST = "HuggingFaceH4/MATH-500"
@@ -41,7 +41,7 @@ class Mathematics:
         self.notes: list[str] = []
         self.test = self._items(TEST if test_data is None else test_data, "test", set())
         self.train = self._items(TRAIN if data is None else data, "train", {item.key for item in self.test})
-        self._grade = RewardProcess(f"{Path(__file__).with_name('grade_math.py')}:grade", seconds)
+        self._grade = RewardProcess(f"{Path(__file__).with_name('graders') / 'mathematics.py'}:grade", seconds)
 
     def _items(self, source: Data, split: str, elsewhere: set[str]) -> list[Item]:
         rows, name = _rows(source, split)

@@ -6,10 +6,10 @@ import difflib
 import random
 from pathlib import Path
 
-from es_finetune.door import require
+from es_finetune.errors import require
 from es_finetune.tasks import Item, Score
 from es_finetune.tasks.extract import last_block
-from es_finetune.tasks.worker import RewardError, RewardProcess, number
+from es_finetune.tasks.reward_process import RewardError, RewardProcess, number
 
 TRAIN, TEST = 200, 500
 GENERATION_SECONDS = 300.0  # under 10 for nearly all datasets; puzzle24 takes 45, futoshiki 160, knight_swap 200
@@ -33,7 +33,7 @@ class Reasoning:
         require(f"the task {self.name!r}", "tasks", "reasoning_gym")
         # The package counts seeds up question by question, so its streams of neighbouring seeds are nearly the same.
         stream = int(random.Random(f"reasoning-gym {seed}").random() * (1 << 31))
-        self._process = RewardProcess(f"{Path(__file__).with_name('grade_reasoning.py')}:serve", GENERATION_SECONDS)
+        self._process = RewardProcess(f"{Path(__file__).with_name('graders') / 'reasoning.py'}:serve", GENERATION_SECONDS)
         try:
             made = self._process(name, {"seed": stream, "count": TRAIN + TEST})
         except RewardError as error:

@@ -15,16 +15,16 @@ from typing import Any
 import es_kernels
 from es_finetune.config import CUSTOM_PROMPTS, TrainConfig, model_options
 from es_finetune.engines import Replica
-from es_finetune.evaluate import Evaluation, Evaluator
-from es_finetune.metrics import Row, member_line, rewards_by_prompt
-from es_finetune.model import dtype_of, freeze_towers, load_model, pick_device, save_model
-from es_finetune.optimizer import Update, make_update
-from es_finetune.prepare import make_engine, make_task
-from es_finetune.runlog import Generation
-from es_finetune.segments import base_of, named_segments, refuse_untunable
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator
+from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
+from es_finetune.models.load import dtype_of, freeze_towers, load_model, pick_device, save_model
+from es_finetune.monitor.rows import Row, member_line, rewards_by_prompt
+from es_finetune.optim.evolution_strategy import Update, make_update
+from es_finetune.runs.log import Generation
+from es_finetune.runs.setup import make_engine, make_task
 from es_finetune.tasks import Item, Task
-from es_finetune.tasks.worker import RewardFailed
-from es_finetune.weights import Weights
+from es_finetune.tasks.reward_process import RewardFailed
+from es_finetune.workers.weights import Weights
 from es_kernels.noise import PROMPT_CHOICE, member_seed
 
 
@@ -171,7 +171,7 @@ def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
     if (model is None) != (tokenizer is None):
         raise ValueError("give model and tokenizer together, or neither to load the config's")
     if config.engine == "vllm":
-        from es_finetune.vllm.engine import load
+        from es_finetune.workers.vllm.engine import load
 
         if model is not None:
             raise ValueError("engine vllm loads the model by itself: name it in the config")

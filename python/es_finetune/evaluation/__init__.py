@@ -1,0 +1,1 @@
+"""Answers of a model to a set of questions, and what they are worth."""

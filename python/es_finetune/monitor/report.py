@@ -1,0 +1,345 @@
+"""report.html: what a run did, on one page that needs nothing else, no network and no script.
+
+Everything is read from the run's folder. What is not there is left out or called not measured, so that the page can be made
+at any time, also of a run that is going on or was killed. One folder gives one page, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from es_finetune.monitor import plots as drawing
+from es_finetune.monitor.health import FAITHFUL, swallowed
+from es_finetune.monitor.progress import duration, value
+from es_finetune.runs.files import generation_rows, read_rows, write_atomically
+from es_finetune.runs.log import read_log
+
+Row = dict[str, Any]
+
+SAMPLES = 4  # of each kind
+LONGEST = 1200  # characters of a text that are shown
+
+
+def report(folder: str | Path) -> Path:
+    """Write `folder`/report.html and return its path. ValueError if the folder holds no run of es_finetune, or a damaged one."""
+    from jinja2 import Environment, StrictUndefined
+
+    run = _read(Path(folder))
+    page = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True)
+    page.globals.update(duration=duration, value=value)
+    template = page.from_string(Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8"))
+    path = Path(folder) / "report.html"
+    write_atomically(path, template.render(**run))
+    return path
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What the template shows, by name."""
+    config, summary = _object(folder / "config.json"), _object(folder / "summary.json")
+    if config is None:
+        raise ValueError(f"{folder} holds no run of es_finetune: it has no config.json")
+    summary = summary or {}
+    # A generation done again after a kill has two rows, of which the later counts.
+    rows = list({row["generation"]: row for row in generation_rows(folder / "metrics.jsonl")}.values())
+    looks = list({row["generation"]: row for row in generation_rows(folder / "evals.jsonl")}.values())
+    header = _header(folder / "run.log")
+    metric = header.get("metric", "reward")
+    looks = [row for row in looks if row.get(metric) is not None]
+    samples, counts = _samples(folder, metric)
+    chance = _chance(counts["better"], counts["worse"])
+    asked = summary.get("generations") or config.get("generations")
+    return {
+        "folder": shlex.quote(str(folder)),
+        "model_folder": repr(str(folder / "model")),
+        "task": config.get("task", "unknown task"),
+        "model": config.get("model", "unknown model"),
+        "written": _when(folder / "metrics.jsonl"),
+        "finished": bool(summary),
+        "done": rows[-1]["generation"] + 1 if rows else 0,
+        "asked": asked,
+        "metric": metric,
+        "looks": looks,
+        "counts": counts,
+        "chance": chance,
+        "change": _change(looks, metric, chance if samples else None),
+        "seconds": summary.get("seconds_total") or sum(row["seconds"] for row in rows),
+        "tokens": sum(row.get("tokens") or 0 for row in rows),
+        "outside": _outside(rows),
+        "peak": max((row.get("peak_memory_bytes") or 0 for row in rows), default=0),
+        "plots": _plots(rows, metric, looks),
+        "warnings": _warnings(rows),
+        "poor": _poor(rows, norms=False),
+        "norms": _poor(rows, norms=True),
+        "faithful": FAITHFUL,
+        "correlation_measured": any(_health("correlation_min")(row) is not None for row in rows),
+        "failed": sum(row.get("failed") or 0 for row in rows),
+        "failures": _failures(rows),
+        "samples": samples,
+        "config": {name: _plain(found) for name, found in config.items()},
+        "header": header,
+        "facts": {name: summary[name] for name in ("backend", "noise_version", "seed") if name in summary and name not in header},
+        "fingerprints": _fingerprints(header, rows, summary),
+        "log_bytes": (folder / "run.log").stat().st_size if (folder / "run.log").exists() else None,
+        "has_model": (folder / "model").is_dir(),
+    }
+
+
+def _object(path: Path) -> Row | None:
+    """A JSON file's object; None if there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return found
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What run.log says of the run beside its config: versions, model, fingerprints at the start; nested names joined by a space."""
+    if not path.exists():
+        return {}
+    try:
+        header, _ = read_log(path)
+    except ValueError as error:
+        return {"run.log": str(error)}
+    return dict(_flat({name: found for name, found in header.items() if name not in ("run", "config", "crc")}))
+
+
+def _flat(found: Row, before: str = "") -> list[tuple[str, str]]:
+    pairs = []
+    for name, inner in found.items():
+        pairs += _flat(inner, f"{before}{name} ") if isinstance(inner, dict) else [(f"{before}{name}", _plain(inner))]
+    return pairs
+
+
+def _plain(found: Any) -> str:
+    return found if isinstance(found, str) else "none" if found is None or found == [] else json.dumps(found)
+
+
+def _when(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _outside(rows: list[Row]) -> float | None:
+    """Share of the generations' seconds outside generating and scoring."""
+    whole = sum(row["seconds"] for row in rows)
+    return 1 - sum((row.get("seconds_generate") or 0) + (row.get("seconds_score") or 0) for row in rows) / whole if whole else None
+
+
+def _health(name: str):
+    """row -> that number of its sampled health, None where it was not sampled; of a pair [tensor, number] the number."""
+
+    def read(row: Row) -> float | None:
+        found = (row.get("health") or {}).get(name)
+        return found[1] if isinstance(found, list) else found
+
+    return read
+
+
+def _plots(rows: list[Row], metric: str, looks: list[Row]) -> list[dict[str, Any]]:
+    """Groups of plots: {"title", "plots": [(title, what it shows, svg or None)]}."""
+    from markupsafe import Markup
+
+    def has(read) -> bool:
+        return any(read(row) is not None for row in rows)
+
+    def of(name: str):
+        return lambda row: row.get(name)
+
+    def lines(percent: bool = False, **reads):
+        return partial(drawing.draw_lines, rows=rows, lines=reads, percent=percent)
+
+    relative = has(_health("drift_relative"))
+    drift = _health("drift_relative" if relative else "drift")
+    noise, step = _health("correlation_min"), _health("step_correlation")
+    realised = {"noise, worst tensor": noise, "step": step}
+    kept = "In bf16 with base fp32 or host a step below 1 is normal: what the weights cannot show yet is kept in theta."
+    held_out = "Items that were never trained on, with 95% intervals. Dotted: the base model."
+    groups = [
+        (
+            "Learning",
+            [
+                (f"Held-out {metric}", held_out, looks, partial(drawing.draw_held_out, metric=metric, looks=looks)),
+                (
+                    "Reward of the population",
+                    "Each member's mean over the training prompts of its generation.",
+                    rows,
+                    partial(drawing.draw_rewards, rows=rows),
+                ),
+            ],
+        ),
+        (
+            "Health",
+            [
+                (
+                    "Spread of the rewards",
+                    "Standard deviation between members: the signal. At zero nothing is learned.",
+                    rows,
+                    lines(spread=of("reward_std")),
+                ),
+                (
+                    "Distance from the base model",
+                    "Root mean square of the change of the tuned weights" + (", in percent of the weights'." if relative else "."),
+                    has(drift),
+                    lines(relative, drift=drift),
+                ),
+                (
+                    "Realised noise and step",
+                    f"Correlation of the change that was meant with the one the weights' dtype could hold. 1 is all of it. {kept}",
+                    has(noise) or has(step),
+                    partial(drawing.draw_lines, rows=rows, lines={label: read for label, read in realised.items() if has(read)}, correlation=True),
+                ),
+                (
+                    "Members with identical answers",
+                    "Share of members that answered every prompt as another member did. High: sigma is too low.",
+                    has(of("identical")),
+                    lines(True, identical=of("identical")),
+                ),
+            ],
+        ),
+        (
+            "Time",
+            [
+                ("Where a generation's time goes", "Shares of its seconds; below, of the whole run.", rows, partial(drawing.draw_time, rows=rows)),
+                ("Tokens per second", "Generated tokens of all members.", has(of("tokens_per_second")), lines(tokens=of("tokens_per_second"))),
+            ],
+        ),
+    ]
+    return [
+        {"title": title, "plots": [(name, about, Markup(drawing.svg(name, draw)) if there else None) for name, about, there, draw in plots]}
+        for title, plots in groups
+    ]
+
+
+def _warnings(rows: list[Row]) -> list[dict[str, Any]]:
+    """Each kind once, the numbers in its text aside: its latest words, how often, and in which generations (from 1)."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for text in row.get("warnings") or []:
+            entry = found.setdefault(re.sub(r"[\d.]+", "#", text), {"generations": []})
+            entry["text"] = text
+            entry["generations"].append(row["generation"] + 1)
+    return [{"text": entry["text"], "count": len(entry["generations"]), "where": _ranges(entry["generations"])} for entry in found.values()]
+
+
+def _ranges(numbers: list[int], most: int = 8) -> str:
+    """1, 2, 3, 7 -> "1–3, 7"; the tail of a long list is counted instead."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number - runs[-1][1] <= 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs[:most])
+    return text + (f" and {sum(b - a + 1 for a, b in runs[most:])} more, the last {runs[-1][1]}" if len(runs) > most else "")
+
+
+def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
+    """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation,
+    how often."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for name, (correlation, ratio) in swallowed(row, norms).items():
+            entry = found.setdefault(name, {"name": name, "worst": math.inf, "times": 0})
+            entry["times"] += 1
+            if correlation < entry["worst"]:
+                entry.update(worst=correlation, ratio=ratio, generation=row["generation"] + 1)
+    return sorted(found.values(), key=lambda entry: entry["worst"])
+
+
+def _change(looks: list[Row], metric: str, chance: float | None) -> str:
+    """"gain" or "loss", where what became of the same answers says so (`chance`), or without them intervals that do not meet; else ""."""
+    first, last = (looks[0], looks[-1]) if looks else ({}, {})
+    before, after = first.get(metric), last.get(metric)
+    if before == after:
+        return ""
+    if chance is None:
+        ends = [look.get(end) for look in (first, last) for end in ("low", "high")]
+        certain = None not in ends and (ends[3] < ends[0] or ends[1] < ends[2])
+    else:
+        certain = chance < 0.05
+    return ("gain" if after > before else "loss") if certain else ""
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    """Examples of failed rewards, no two alike."""
+    examples = dict.fromkeys(_cut(_plain(row["failed_example"])) for row in rows if row.get("failed_example"))
+    return list(examples)[:3]
+
+
+def _fingerprints(header: dict[str, str], rows: list[Row], summary: Row) -> dict[str, str]:
+    """Of the weights before and after: theta, the exact ones, and live, those the model computes with."""
+    last = rows[-1] if rows else {}
+    found = {
+        "theta": summary.get("fingerprint") or last.get("theta"),
+        "live": summary.get("live") or last.get("live"),
+    }
+    before = {f"{name} before": header.pop(name) for name in ("theta", "live") if name in header}
+    return {**before, **{f"{name} after": text for name, text in found.items() if text}}
+
+
+def _samples(folder: Path, metric: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Held-out answers of base and tuned side by side, and how many became better, worse or stayed.
+
+    Of each kind SAMPLES are taken at equal distances through the items, not the best of them.
+    """
+    base, tuned = (read_rows(folder / "answers" / f"{name}.jsonl") for name in ("base", "tuned"))
+    kinds: dict[str, list[tuple[Row, Row]]] = {"better": [], "worse": [], "same": []}
+    for before, after in zip(base, tuned):
+        a, b = before.get(metric), after.get(metric)
+        if before.get("prompt") != after.get("prompt") or a is None or b is None:
+            continue
+        kinds["better" if b > a else "worse" if b < a else "same"].append((before, after))
+    words = (
+        {"better": "became right", "worse": "became wrong", "same": "unchanged"}
+        if metric == "exact"
+        else {"better": "better", "worse": "worse", "same": "unchanged"}
+    )
+    samples = []
+    for kind, pairs in kinds.items():
+        count = min(SAMPLES, len(pairs))
+        for before, after in (pairs[i * len(pairs) // count] for i in range(count)):
+            sides = [{"text": _cut(row.get("completion") or ""), "reward": row.get("reward"), "exact": row.get("exact")} for row in (before, after)]
+            samples.append({"kind": kind, "word": words[kind], "prompt": _cut(_prompt(before.get("prompt"))), "sides": sides})
+    return samples, {kind: len(pairs) for kind, pairs in kinds.items()}
+
+
+def _prompt(prompt: Any) -> str:
+    """A text as it is; chat messages each under its role."""
+    if isinstance(prompt, list):
+        return "\n\n".join(f"{message.get('role')}: {message.get('content')}" if isinstance(message, dict) else str(message) for message in prompt)
+    return str(prompt)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
+
+
+def _chance(better: int, worse: int) -> float | None:
+    """Two-sided sign test: how probable a split at least this uneven is if an item becomes better or worse by chance. None for no items."""
+    n, ways, sum_of_ways = better + worse, 1, 0
+    for i in range(min(better, worse) + 1):  # ways: to choose i of n
+        sum_of_ways += ways
+        ways = ways * (n - i) // (i + 1)
+    return min(1.0, 2 * sum_of_ways / 2**n) if n else None
+
+
+# What is no character, what a terminal would obey, and what turns the direction of the text around it.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def _visible(found: Any) -> Any:
+    """Text as a page can hold it: a character of _UNSEEN is named instead."""
+    return found if not isinstance(found, str) or hasattr(found, "__html__") else _UNSEEN.sub(lambda mark: f"[U+{ord(mark[0]):04X}]", found)

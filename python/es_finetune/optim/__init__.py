@@ -1,0 +1,1 @@
+"""The optimizer: EvolutionStrategy and its parts."""

@@ -1,0 +1,295 @@
+"""Sharded models: which part of the whole tensor the memory of this process is.
+
+A DTensor (FSDP2, tensor parallelism) draws the noise of its place in the whole tensor, so that neither the number of processes nor the layout changes
+a bit of the model. No parameter is gathered, and only `fingerprint` communicates. Without DTensors nothing here touches torch.distributed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+import es_kernels
+from es_finetune.models.checkpoint_names import MAX_SEGMENTS
+from es_kernels import Segment
+
+
+def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | None]]) -> es_kernels.ParamTable:
+    """The table of what the model computes with: over this process's memory where a parameter is sharded."""
+    modules = _fsdp_modules([parameter for _, parameter, _ in entries])
+    for name, parameter, _ in entries:
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{name!r} is a part of a FullyShardedDataParallel's flat parameter, which has lost its place: shard the model with fully_shard"
+            )
+    if modules or any(is_sharded(parameter) for _, parameter, _ in entries):
+        return ShardedTable(entries, modules)
+    return es_kernels.ParamTable(entries)
+
+
+def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> int:
+    """Of the whole tensors of `table`, which is laid out as `live`: with sharded ones a collective of the processes that share them."""
+    if not isinstance(live, ShardedTable):
+        return es_kernels.fingerprint(table)
+    table.check_unmoved()
+    parts: dict[tuple, list] = {}
+    for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments):
+        parts.setdefault(live.groups.get(name, ()), []).append((name, tensor, segments))
+    return sum(_summed(es_kernels.fingerprint(entries), groups) for groups, entries in parts.items()) % 2**64
+
+
+def whole_tensors(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> dict[str, torch.Tensor]:
+    """The tensors of `table`, which is laid out as `live`, by name: as DTensors over the same memory where `live` has them."""
+    parameters = live.parameters if isinstance(live, ShardedTable) else {}
+    tensors = {name: tensor.detach() for name, tensor in zip(table.names, table.tensors)}
+    return {name: _like(parameters[name], tensor) if is_sharded(parameters.get(name)) else tensor for name, tensor in tensors.items()}
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor. There is none before its module is imported, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+class ShardedTable(es_kernels.ParamTable):
+    """A ParamTable of parameters of which some are DTensors: over the memory they have in this process.
+
+    parameters: name -> the parameter. groups: name -> the (device type, process group) pairs over which a sharded one is spread.
+    Before each use of it FSDP gives up what it gathered for a forward, which would hold the weights of before the write.
+    """
+
+    def __init__(self, entries, modules):
+        parameters = {id(parameter) for module in modules for parameter in module.parameters()}
+        _reshard(modules)
+        gathered = parameters - {id(parameter) for module in modules for parameter in module.parameters()}
+        for name, parameter, _ in entries:
+            if id(parameter) in gathered:
+                raise ValueError(f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again")
+        self._modules = modules
+        self.parameters = {name: parameter for name, parameter, _ in entries}
+        entries = [local_entry(*entry) if is_sharded(entry[1]) else entry for entry in entries]
+        self.groups = {name: _groups(parameter) for name, parameter in self.parameters.items() if is_sharded(parameter)}
+        super().__init__(entries)
+
+    def check_unmoved(self):
+        _reshard(self._modules)
+        super().check_unmoved()
+
+    def _changed(self):
+        # Of the parameters, not of the table's own tensors: model.to() and load_state_dict(assign=True) give a DTensor another local tensor.
+        moved = self._moved()
+        return super()._changed() if moved is None else moved
+
+    def _moved(self):
+        for i, (name, tensor) in enumerate(zip(self.names, self.tensors)):
+            if name in self.groups and local(self.parameters[name]).data_ptr() != tensor.data_ptr():
+                return i
+        return None
+
+    def refresh(self):
+        if self._moved() is not None:
+            raise RuntimeError("a sharded parameter has another local tensor than when the table was built: build a new one")
+        return super().refresh()
+
+
+def local_entry(name: str, parameter: torch.Tensor, segments: Sequence[Segment] | None = None) -> tuple[str, torch.Tensor, list[Segment]]:
+    """(name, its memory in this process, the Segments of that) of the DTensor `parameter`; `segments` are those of the whole tensor, if it is not
+    one. ValueError for a layout that does not tell each element's place."""
+    here, mesh = local(parameter), parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"{name!r} is on a device mesh that this process is not part of: leave it out here")
+    runs = [[(0, size)] for size in parameter.shape]
+    for dim, mesh_dim, factor in _splits(name, parameter):
+        pieces = [_chunk(runs[dim], factor, k) for k in range(factor)]
+        runs[dim] = [run for piece in pieces for run in _chunk(piece, mesh.size(mesh_dim), coordinate[mesh_dim])]
+    shape = [sum(length for _, length in of_dim) for of_dim in runs]
+    if list(here.shape) != shape and (here.numel() or math.prod(shape)):
+        raise ValueError(
+            f"{name!r} has {tuple(here.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} gives {tuple(shape)}: "
+            "shard it as distribute_tensor does"
+        )
+    if not (here.is_contiguous() and parameter.is_contiguous()):
+        raise ValueError(
+            f"{name!r} is sharded and not contiguous, with strides {here.stride()} of {parameter.stride()}: make it contiguous before sharding it"
+        )
+    if segments is None:
+        segments = [Segment(name, 1, parameter.numel())]
+    boxes = list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS + 1)) if here.numel() else []
+    found = _merged(piece for whole in segments for box in boxes for piece in _meeting(whole, box))
+    if max(len(boxes), len(found)) > MAX_SEGMENTS:
+        raise ValueError(f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS} pieces in a process: shard it in another dimension")
+    return name, here, found
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a DTensor in this process; of any other tensor, itself."""
+    return tensor._local_tensor.detach() if is_sharded(tensor) else tensor  # to_local() would cost a dispatch for each parameter and use
+
+
+def check_same_layout(name: str, saved: torch.Tensor, mine: torch.Tensor) -> None:
+    """Raises ValueError unless each process has the same part of both."""
+    both = is_sharded(saved), is_sharded(mine)
+    if any(both) and not (all(both) and saved.device_mesh == mine.device_mesh and _splits(name, saved) == _splits(name, mine)):
+        here, there = (_layout(tensor) if is_sharded(tensor) else "whole" for tensor in (mine, saved))
+        raise ValueError(f"{name!r} is {here}, and in the saved state {there}: load the state by torch.distributed.checkpoint, which shards it anew")
+
+
+def _like(parameter: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """`here` as a DTensor laid out as `parameter`, whatever its dtype and device: from_local would copy it to the mesh's device."""
+    from torch.distributed.tensor import DTensor
+
+    meta = parameter._spec.tensor_meta._replace(dtype=here.dtype)
+    return DTensor(here, dataclasses.replace(parameter._spec, tensor_meta=meta), requires_grad=False)
+
+
+def _layout(parameter: torch.Tensor) -> str:
+    return f"sharded {list(parameter.placements)} over a mesh of {tuple(parameter.device_mesh.shape)}"
+
+
+def _splits(name: str, parameter: torch.Tensor) -> list[tuple[int, int, int]]:
+    """The splits that made the shards, in order: (dimension of the tensor, of the mesh, factor). What there is of the dimension is cut into `factor`
+    pieces, and each of these over the dimension of the mesh.
+
+    Placements are read from left to right, each with its split_factor (1 for Shard), unless another order of splits with factor 1 explains them: a
+    _StridedShard's factor is then the number of pieces that dimensions to its right had made before. That is how FSDP2 says that it splits what
+    tensor parallelism has split. The readings differ in uneven sizes, where torch's compute_local_shape_and_global_offset is wrong about FSDP2: of 9
+    rows over 4 x 2 processes the last is elsewhere.
+    """
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
+    placements, mesh = parameter.placements, parameter.device_mesh
+    for placement in placements:
+        if type(placement) not in (Replicate, Shard, _StridedShard):
+            raise ValueError(
+                f"{name!r} is placed {placement} on its mesh, which does not tell each element's place: redistribute it to Shard or Replicate first"
+            )
+    split = [(i, placement) for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+    explicit = getattr(parameter._spec, "shard_order", None)
+    if explicit is not None:  # newer versions of torch, where no placement is a _StridedShard
+        return [(entry.tensor_dim, mesh_dim, 1) for entry in explicit for mesh_dim in entry.mesh_dims]
+    left_to_right = [(placement.dim, i, placement.split_factor if isinstance(placement, _StridedShard) else 1) for i, placement in split]
+    orders: dict[int, list[int]] = {}
+    for dim, mesh_dim, factor in reversed(left_to_right):
+        order = orders.setdefault(dim, [])
+        pieces = [math.prod(mesh.size(i) for i in order[:k]) for k in range(len(order) + 1)]
+        if factor not in pieces:
+            return left_to_right
+        order.insert(pieces.index(factor), mesh_dim)
+    return [(dim, mesh_dim, 1) for dim, order in orders.items() for mesh_dim in order]
+
+
+def _chunk(runs: list[tuple[int, int]], n: int, number: int) -> list[tuple[int, int]]:
+    """Piece `number` of n, by torch.chunk's rule, of the (start, length) runs joined."""
+    size = sum(length for _, length in runs)
+    most = -(-size // n)
+    begin, end = min(number * most, size), min((number + 1) * most, size)
+    found, at = [], 0
+    for start, length in runs:
+        first, last = max(begin, at), min(end, at + length)
+        if first < last:
+            found.append((start + first - at, last - first))
+        at += length
+    return found
+
+
+def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Sequence[int]) -> Iterator[Segment]:
+    """The local memory, of this shape, as Segments of the row-major index of the whole: some for each choice of a run in every dimension."""
+    strides, whole_strides = ([math.prod(sizes[i + 1 :]) for i in range(len(sizes))] for sizes in (shape, whole))
+    places = []  # per dimension: (start in memory, start in the whole, length) of each run
+    for of_dim in runs:
+        ends = itertools.accumulate(length for _, length in of_dim)
+        places.append([(end - length, start, length) for end, (start, length) in zip(ends, of_dim)])
+    for box in itertools.product(*places):
+        offset = sum(start * stride for (start, _, _), stride in zip(box, strides))
+        first = sum(start * stride for (_, start, _), stride in zip(box, whole_strides))
+        dims: list[tuple[int, int, int]] = []  # (size, stride in memory, in the whole), innermost last, neighbours joined where both go on
+        longer = [(n, *steps) for (_, _, n), *steps in zip(box, strides, whole_strides) if n > 1]
+        for n, stride, whole_stride in (*longer, (1, 1, 1)):
+            if dims and dims[-1][1:] == (n * stride, n * whole_stride):
+                dims[-1] = dims[-1][0] * n, stride, whole_stride
+            else:
+                dims.append((n, stride, whole_stride))
+        cols = dims.pop()[0]
+        rows, stride, whole_stride = dims.pop() if dims else (1, cols, cols)
+        for outer in itertools.product(*(range(n) for n, _, _ in dims)):
+            at, index = (sum(i * dim[k] for i, dim in zip(outer, dims)) for k in (1, 2))
+            yield Segment("", rows, cols, offset + at, stride, first + index, whole_stride)
+
+
+def _meeting(whole: Segment, box: Segment) -> Iterator[Segment]:
+    """The part of `whole`, a Segment of the whole tensor, that is in `box`, a Segment of memory in the index of the whole tensor."""
+    a, b = (whole.offset, whole.rows, whole.cols, whole.row_stride), (box.first, box.rows, box.cols, box.index_stride)
+    few, many = (a, b) if whole.rows <= box.rows else (b, a)
+    for row in range(few[1]):
+        begin = few[0] + row * few[3]
+        for at, rows, cols, stride in _in_rows(begin, begin + few[2], *many):
+            in_whole, in_box = ([divmod(i - start, step) if n > 1 else (0, i - start) for i in (at, at + stride)] for start, n, _, step in (a, b))
+            offset, next_offset = (box.offset + r * box.row_stride + c for r, c in in_box)
+            first, next_first = (whole.first + r * whole.index_stride + c for r, c in in_whole)
+            yield Segment(whole.name, rows, cols, offset, next_offset - offset if rows > 1 else None, first, next_first - first if rows > 1 else None)
+
+
+def _in_rows(begin: int, end: int, first: int, rows: int, cols: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
+    """The places begin <= i < end in these rows, as (first, rows, cols, stride): part of a row, whole rows, part of a row."""
+    stride = stride if rows > 1 else cols
+    low, high = max(0, (begin - first - cols) // stride + 1), min(rows, -(-(end - first) // stride))
+    whole = range(low + (begin > first + low * stride), high - (end < first + (high - 1) * stride + cols))
+    for row in sorted({low, *whole[:1], high - 1}) if low < high else ():
+        at, stop = max(begin, first + row * stride), min(end, first + row * stride + cols)
+        if row not in whole:
+            yield at, 1, stop - at, stop - at
+        elif row == whole.start:
+            yield at, len(whole), cols, stride
+
+
+def _merged(pieces: Iterable[Segment]) -> list[Segment]:
+    """Single rows that follow each other at equal distances, joined."""
+    found: list[Segment] = []
+    for piece in pieces:
+        if found and piece.rows == 1 and (piece.name, piece.cols) == (found[-1].name, found[-1].cols):
+            last = found[-1]
+            steps = (piece.offset - last.offset - (last.rows - 1) * last.row_stride, piece.first - last.first - (last.rows - 1) * last.index_stride)
+            if min(steps) >= piece.cols and (last.rows == 1 or steps == (last.row_stride, last.index_stride)):
+                found[-1] = Segment(last.name, last.rows + 1, last.cols, last.offset, steps[0], last.first, steps[1])
+                continue
+        found.append(piece)
+    return found
+
+
+def _groups(parameter: torch.Tensor) -> tuple:
+    """The (device type, process group) pairs whose processes hold different parts of a DTensor: not those that hold the same."""
+    mesh = parameter.device_mesh
+    return tuple((mesh.device_type, mesh.get_group(dim)) for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+
+
+def _summed(value: int, groups: Iterable[tuple]) -> int:
+    """The sum of `value` mod 2^64 over these process groups."""
+    for device, group in groups:
+        halves = torch.tensor([value & 0xFFFFFFFF, value >> 32], device=device)  # whose sums do not overflow int64
+        torch.distributed.all_reduce(halves, group=group)
+        low, high = halves.tolist()
+        value = (low + (high << 32)) % 2**64
+    return value
+
+
+def _fsdp_modules(parameters: Sequence[torch.Tensor]) -> list[torch.nn.Module]:
+    """The modules under fully_shard that hold any of these, or a copy gathered of them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if not hasattr(fsdp, "FSDPModule"):
+        return []
+    from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
+
+    wanted = {id(parameter) for parameter in parameters}
+    modules = [module for module in list(_module_state_mapping) if isinstance(module, fsdp.FSDPModule)]
+    return [module for module in modules if any(id(parameter) in wanted for parameter in module.parameters())]
+
+
+def _reshard(modules: Iterable[torch.nn.Module]) -> None:
+    for module in modules:
+        module.reshard()

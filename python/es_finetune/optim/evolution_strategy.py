@@ -1,0 +1,692 @@
+"""`EvolutionStrategy`: the ES of arXiv:2509.24372 as a torch optimizer. It decides what to add; es_kernels adds it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+import es_kernels
+from es_finetune.models.checkpoint_names import has_plain_memory
+from es_finetune.optim import dtensor, host_memory
+from es_finetune.optim.options import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
+from es_finetune.optim.shaping import SHAPINGS
+from es_finetune.tasks.reward_process import LARGEST
+from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
+
+BASES = ("fp32", "copy", "host", None)
+ROUNDINGS = ("nearest", "stochastic")
+_Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
+_Result = TypeVar("_Result")
+
+
+class Update(NamedTuple):
+    """What one generation did; with the param_groups' options of then it is all that `replay` needs."""
+
+    generation: int  # counted from 0
+    mean: float  # of the rewards of the members not dropped; with shaping="per_prompt" of their means over the prompts
+    scored: int  # how many members that is
+    z: tuple[float, ...] | None  # f32 values, 0 for dropped members; None: the rewards hold no signal, nothing was changed
+
+
+def make_update(generation: int, fitness: Sequence, dropped: Collection[int] = (), *, population: int, shaping: str, antithetic: bool) -> Update:
+    """What `EvolutionStrategy.tell` would do with these rewards, without any weights: for who hands it to several workers, each of which
+    will `apply` it. Arguments and errors as there."""
+    if len(fitness) != population:
+        raise ValueError(f"tell() needs {population} rewards, one per member, and got {len(fitness)}")
+    out = set(dropped)
+    if not out <= set(range(population)):
+        raise ValueError(f"dropped members must be in 0..{population - 1}, not {sorted(out - set(range(population)))}")
+    if antithetic:
+        out |= {member ^ 1 for member in out}
+    if len(out) == population:
+        raise ValueError("every member was dropped: there is nothing to learn from")
+    rewards = [None if member in out else checked_reward(reward, member, shaping) for member, reward in enumerate(fitness)]
+    scored = [reward for reward in rewards if reward is not None]
+    if shaping == "per_prompt":
+        scored = [math.fsum(reward) / len(reward) for reward in scored]
+    return Update(generation, math.fsum(scored) / len(scored), len(scored), SHAPINGS[shaping](rewards))
+
+
+def checked_reward(reward: Any, member: int, shaping: str) -> float | list[float]:
+    """What the shaping takes: one number of at most 1e100, or with "per_prompt" a list of them. ValueError for anything else."""
+    if shaping != "per_prompt":
+        return _finite(reward, member)
+    is_sequence = getattr(reward, "ndim", 0) == 1 or (isinstance(reward, Sequence) and not isinstance(reward, (str, bytes)))
+    if not is_sequence or not len(reward):
+        raise ValueError(f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}')
+    return [_finite(of_prompt, member) for of_prompt in reward]
+
+
+class EvolutionStrategy(torch.optim.Optimizer):
+    """Evolution strategies on named parameters, with forward passes only.
+
+        optimizer = EvolutionStrategy(model.named_parameters(), sigma=1e-3, lr=5e-4, population=30, seed=0)
+        for _ in range(generations):
+            mean_reward = optimizer.step(lambda: reward_of(model))       # reward_of is called 30 times
+
+    A generation, for member i = 0 .. N - 1 with noise eps_i ~ N(0, I) from its own seed:
+
+        R_i = reward(theta + sigma * eps_i)
+        Z_i = (R_i - mean R) / std R                                        (std with ddof 0; see shaping)
+        theta <- theta - decay * (theta - anchor) + lr / N * sum_i Z_i * eps_i,   decay = lr * weight_decay
+
+    theta is kept apart from the live weights that the model computes with (`base`), so that undoing a perturbation is exact.
+    live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `restore`, `apply`, `replay`, `load_state_dict`
+    and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every device and backend.
+
+    Who else writes the weights between two of these calls (another optimizer, the model's load_state_dict, a merge) calls `adopt_live`
+    before the next one. Until then each of them is refused with RuntimeError, since it would undo that write: they compare the
+    fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a member with `perturbed`.
+    With base=None live is theta, whoever writes it.
+
+    params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
+                 "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
+                 unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
+                 [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require grad
+                 are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is perturbed
+                 where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
+    sigma, lr:   scale of the noise and of the step, per group, read anew in every generation. The paper: 1e-3 and sigma / 2.
+    weight_decay, anchored:  decay toward zero, or with anchored=True toward the weights at construction (of which it keeps
+                 a copy in storage precision); per group.
+    population:  members per generation, at least 2; even with antithetic.
+    seed:        of the whole run, any u64. Generation and member number are the only other sources of the noise.
+    base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in the
+                 storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which reads
+                 it over the bus for every member, while the CPU computes the update). None: the live weights themselves,
+                 nothing extra; each member is subtracted again, and bf16 and f16 weights drift by rounding. At the paper's setting a
+                 generation of 30 members that learns nothing changes 24% of bf16 weights, by half a step (rms).
+    antithetic:  members 2k and 2k + 1 use the same noise with opposite signs.
+    shaping:     how rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
+                 sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three,
+                 so lr keeps its meaning (es_finetune.optim.shaping).
+    momentum, momentum_window:  heavy ball, as in torch's SGD without dampening, over the last momentum_window generations,
+                 this one included. No state tensor: the update makes the noise of each of them again, oldest first, with
+                 coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation
+                 without signal changes nothing and is not part of any sum, but the others age by it.
+    perturb_rounding, update_rounding:  "nearest" or "stochastic", for writing theta + sigma * eps into live and the update
+                 into theta. The update rounds stochastically by default where theta is kept in the weights' dtype ("copy" and
+                 None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else to nearest.
+
+    There are no gradients here; `step`, `evaluate` and their closures run without autograd.
+    """
+
+    def __init__(
+        self,
+        params,
+        *,
+        sigma: float = 1e-3,
+        lr: float = 5e-4,
+        weight_decay: float = 0.0,
+        anchored: bool = False,
+        population: int = 30,
+        seed: int = 0,
+        base: str | None = "fp32",
+        antithetic: bool = False,
+        shaping: str = "zscore",
+        momentum: float = 0.0,
+        momentum_window: int = 8,
+        perturb_rounding: str = "nearest",
+        update_rounding: str | None = None,
+    ):
+        if base not in BASES:
+            raise ValueError(f'base must be "fp32", "copy", "host" or None, not {base!r}')
+        if shaping not in SHAPINGS:
+            raise ValueError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
+        momentum = finite("momentum", momentum)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and less than 1, not {momentum}")
+        momentum_window = whole("momentum_window, which counts the present generation,", momentum_window, 1)
+        if update_rounding is None:
+            update_rounding = "stochastic" if base in ("copy", None) else "nearest"
+        for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
+            if rounding not in ROUNDINGS:
+                raise ValueError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
+        if base is None and perturb_rounding != "nearest":
+            raise ValueError('perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"')
+        population = whole("population", population, 2, COUNT)  # one reward alone has no direction
+        if antithetic and population % 2:
+            raise ValueError(f"antithetic members come in pairs: population must be even, not {population}")
+        self.base = base
+        self.population = population
+        self.seed = seed64("seed", seed)
+        self.antithetic = antithetic
+        self.shaping = shaping
+        self.momentum = momentum
+        self.momentum_window = momentum_window
+        self.perturb_rounding = perturb_rounding
+        self.update_rounding = update_rounding
+        self.generation = 0
+        self._history: list[Update] = []  # with momentum: those with signal that the next update may need
+        self._weights: list[_Weights] = []
+        self._clock = _KernelClock()
+        super().__init__(params, {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, named as in the constructor; group options left out take the constructor's values."""
+        group = {**self.defaults, **param_group}
+        group["sigma"] = f32_positive("sigma", group["sigma"])
+        for option in ("lr", "weight_decay"):
+            group[option] = f32_or_zero(option, group[option])
+        if group["lr"] and group["weight_decay"]:
+            f32_positive("the decay, lr * weight_decay,", group["lr"] * group["weight_decay"])
+        entries = self._select(group["params"])
+        weights = _Weights.of(entries, self.base, group["anchored"])
+        super().add_param_group({**group, "params": [(name, parameter) for name, parameter, _ in entries]})
+        self._weights.append(weights)
+
+    def _select(self, params) -> list[_Entry]:
+        """The parameters to perturb: no frozen ones, no second name of a tied one."""
+        if isinstance(params, torch.Tensor):
+            params = [params]
+        taken = {name for weights in self._weights for name in weights.names()}
+        seen = {id(p) for group in self.param_groups for p in group["params"]}
+        entries: list[_Entry] = []
+        for entry in params:
+            if not _is_named(entry):
+                raise ValueError(
+                    "EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not unnamed parameters "
+                    "(an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
+                )
+            name, parameter, segments = (*entry, None)[:3]
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            if not has_plain_memory(parameter):
+                kind = type(parameter).__name__
+                raise ValueError(f"{name!r} is a {kind}, whose values are not in its memory as they are: give the unquantised weights")
+            clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
+            if clash:
+                raise ValueError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
+            entries.append((name, parameter, segments))
+            seen.add(id(parameter))
+        if not entries:
+            raise ValueError("no parameter to tune in this group: each is frozen (requires_grad=False) or already in another group")
+        return entries
+
+    # --- one generation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float | Sequence[float]]) -> float:
+        """Run one generation: call `closure` once per member, with that member's weights in place, then update.
+
+        closure() returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one per prompt.
+        Returns the mean reward. If closure raises, or returns something that is no finite number, theta is unchanged and live
+        is theta again.
+        """
+        self._refuse_if_perturbed("step()")
+        try:
+            rewards = []
+            for member in self.ask():
+                self.perturb(member)
+                rewards.append(checked_reward(closure(), member, self.shaping))
+            self._refuse_changed()
+            return self._apply(self._shaped(rewards)).mean  # writes live, so that restoring it first would be in vain
+        except BaseException:
+            self._put_back()
+            raise
+
+    @torch.no_grad()
+    def evaluate(self, closure: Callable[[int], _Result]) -> list[_Result]:
+        """Call `closure(member)` once per member of this generation, in order, with that member's weights in place.
+
+        Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by exception
+        too.
+        """
+        self._refuse_if_perturbed("evaluate()")
+        results = []
+        with self._restored():
+            for member in self.ask():
+                self.perturb(member)
+                results.append(closure(member))
+        return results
+
+    def ask(self) -> range:
+        """The members of this generation. Evaluate each inside `perturbed(member)`, in any order, then `tell`."""
+        return range(self.population)
+
+    @contextmanager
+    def perturbed(self, member: int) -> Iterator[None]:
+        """Within the `with` block the model computes with theta + sigma * eps of this member of this generation."""
+        self._refuse_if_perturbed("perturbed()")
+        with self._restored():
+            self.perturb(member)
+            yield
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """`restore` at the end; after an exception without its check, which would hide that one."""
+        try:
+            yield
+        except BaseException:
+            self._put_back()
+            raise
+        self.restore()
+
+    def tell(self, fitness: Sequence[float] | Sequence[Sequence[float]], dropped: Collection[int] = ()) -> Update:
+        """Update theta from the reward of every member, in member order, and begin the next generation.
+
+        With shaping="per_prompt" the reward of a member is a sequence, one number per prompt. A missing (None) or non-finite
+        one, or one beyond 1e100, is refused with ValueError and nothing changed, unless its member is named in `dropped`: then mean, std and N are
+        over the rest. With antithetic, a dropped member's partner goes too.
+        """
+        self._refuse_if_perturbed("tell()")
+        self._refuse_changed()
+        return self._apply(self._shaped(fitness, dropped))
+
+    def replay(self, update: Update) -> Update:
+        """Do again what a recorded `update` of this generation did, from its z and scored, without evaluating anything.
+
+        The bits are those of the original run if the param_groups' options are those of then, and the generations before were
+        replayed too. With base=None each member leaves its rounding, so all of them are repeated, in the order of `step` and
+        `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update is not of this generation
+        and population.
+        """
+        self._refuse_if_perturbed("replay()")
+        self._refuse_changed()
+        self._refuse_other(update)
+        if self.base is None:
+            self.evaluate(lambda member: None)
+        return self._apply(update)
+
+    @torch.no_grad()
+    def apply(self, update: Update) -> Update:
+        """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped already
+        (`make_update`). ValueError, with nothing changed, if it is not of this generation and population."""
+        self._refuse_if_perturbed("apply()")
+        self._refuse_changed()
+        self._refuse_other(update)
+        return self._apply(update)
+
+    def _refuse_other(self, update: Update) -> None:
+        if update.generation != self.generation:
+            raise ValueError(f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay in order")
+        if update.z is not None and len(update.z) != self.population:
+            raise ValueError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
+
+    def _shaped(self, fitness, dropped=()) -> Update:
+        return make_update(self.generation, fitness, dropped, population=self.population, shaping=self.shaping, antithetic=self.antithetic)
+
+    def _apply(self, update: Update) -> Update:
+        """Change theta by this update and those before it that momentum still carries, and begin the next generation."""
+        history = [past for past in self._history if self.generation - past.generation < self.momentum_window]
+        terms = [] if update.z is None else [*history, update]  # oldest first
+        # All numbers before any weight: one that is no number is refused here, with nothing changed.
+        seeds = [seed for term in terms for seed in self._noise_seeds(term)]
+        coefs = [[coef for term in terms for coef in self._coefs(term, group["lr"])] for group in self.param_groups]
+        decays = [as_f32(group["lr"] * group["weight_decay"]) for group in self.param_groups]
+        for group, numbers in zip(self.param_groups, zip(coefs, decays)):
+            if not all(map(math.isfinite, [*numbers[0], numbers[1]])):
+                raise ValueError(f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not hold: lower it")
+        if self.base is None:
+            self._put_back()
+        for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights):
+            weights.step = Step()
+            if terms:
+                weights.proof = None  # until live is written too: an interrupt in between is nobody's change
+                pull = {"decay": decay, "anchor": weights.anchor} if decay else {}
+                weights.wait_for_readers()
+                self._add(weights.theta, seeds, coefs_of_group, **pull, **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING))
+                weights.step = Step(seeds, coefs_of_group, decay)
+            if self.base is not None:
+                self._restore(weights)
+                if terms:
+                    weights.prove()
+        self._history = (terms or history) if self.momentum else []
+        self.generation += 1
+        self._opt_called = True  # as LR schedulers mark a call of step()
+        return update
+
+    def _noise_seeds(self, update: Update) -> list[int]:
+        """Of the members of that generation, or of its antithetic pairs."""
+        return [self._noise_seed(update.generation, member) for member in range(0, len(update.z), 2 if self.antithetic else 1)]
+
+    def _coefs(self, update: Update, lr: float) -> list[float]:
+        """Coefficient of each noise seed, f32: lr / N * momentum^age * Z in f64, from the f32 Z, cast once."""
+        # The power as a product, because pow() is not exactly rounded and differs among machines.
+        scale = lr / update.scored * math.prod([self.momentum] * (self.generation - update.generation))
+        z = update.z
+        if self.antithetic:
+            z = [plus - minus for plus, minus in zip(z[::2], z[1::2])]
+        return [as_f32(scale * value) for value in z]
+
+    @torch.no_grad()
+    def perturb(self, member: int) -> None:
+        """Make the model compute with theta + sigma * eps of this member, whichever was in place before. `restore` ends it; `perturbed`
+        and `evaluate` do so by themselves."""
+        if member not in self.ask():
+            raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
+        sign = -1.0 if self.antithetic and member % 2 else 1.0
+        for group in self.param_groups:
+            if not math.isfinite(as_f32(group["sigma"])):
+                raise ValueError(f"sigma must be a number that float32 holds, not {group['sigma']}")
+        wanted = [(self._noise_seed(self.generation, member), sign * group["sigma"]) for group in self.param_groups]
+        self._refuse_changed()
+        if wanted == [weights.inside for weights in self._weights]:
+            return
+        if self.base is None:
+            self._put_back()
+        for weights, (seed, coef) in zip(self._weights, wanted):
+            weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
+            base = {} if self.base is None else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
+            self._write_live(weights, [seed], [coef], **base)
+        for weights in self._weights:
+            weights.versions = _versions(weights.live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make the model compute with theta again, if a member is in place."""
+        try:
+            self._refuse_changed()
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """`restore`, whatever else was written."""
+        for weights in self._weights:
+            if weights.inside is None:
+                continue
+            if self.base is not None:
+                self._restore(weights)
+            else:
+                # A pass of its own, before the next member's: most weights are then back where they were. Both in one pass would save
+                # half the memory traffic and never come back: one rounding a member, which add up (bench/FACTS.md).
+                seed, coef = weights.inside
+                self._write_live(weights, [seed], [-coef])
+                weights.inside = None
+
+    def _restore(self, weights: _Weights) -> None:
+        """live <- nearest(theta)."""
+        self._write_live(weights, [], [], base=weights.theta)
+        weights.inside = None
+        weights.wait_for_readers()  # theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
+
+    def _write_live(self, weights: _Weights, seeds, coefs, **options) -> None:
+        for group in self._weights:  # all, since groups may be views of one tensor, as vLLM's q, k and v are, which share a count of writes
+            group.versions = None
+        self._add(weights.live, seeds, coefs, **options)
+
+    def _add(self, out: es_kernels.ParamTable, seeds, coefs, **options) -> None:
+        with torch.no_grad(), self._clock.on(out):
+            es_kernels.add_noise_(out, seeds, coefs, **options)
+
+    def _rounding(self, rounding: str, member: int, purpose: int) -> dict[str, Any]:
+        if rounding == "nearest":
+            return {}
+        return {"rounding": rounding, "rounding_seed": member_seed(self.seed, self.generation, member, purpose)}
+
+    def _noise_seed(self, generation: int, member: int) -> int:
+        return member_seed(self.seed, generation, member // 2 if self.antithetic else member, MEMBER_NOISE)
+
+    def _refuse_if_perturbed(self, what: str) -> None:
+        if any(weights.inside is not None for weights in self._weights):
+            raise RuntimeError(f"{what} was called while a member's noise is in the weights: leave perturbed(), evaluate() or step() first")
+
+    # --- weights that somebody else writes --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def adopt_live(self) -> None:
+        """Take the live weights, changed or moved in memory by others, as theta: what else starts from theta then starts from them.
+
+        Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does not hold this, so
+        that it cannot be replayed past it. RuntimeError, with nothing changed, inside of a member; ValueError where a tensor has another
+        shape than at construction, or with base="copy" another dtype.
+        """
+        self._refuse_if_perturbed("adopt_live()")
+        for weights in self._weights:
+            weights.refuse_unlike()
+        for weights in self._weights:
+            weights.live.refresh()
+            if self.base is not None:
+                weights.wait_for_readers()
+                for theta, live in zip(weights.theta.tensors, weights.live.tensors):
+                    theta.copy_(live)
+                self._restore(weights)  # nothing moves, but for NaNs, of which the kernels store one kind
+                weights.prove()
+
+    def _refuse_changed(self) -> None:
+        """RuntimeError where live holds what this optimizer did not write, and would overwrite."""
+        if self.base is None:
+            return
+        for weights in self._weights:
+            name = weights.changed()
+            if name and weights.inside is not None:
+                raise RuntimeError(
+                    f"{name!r} was written by others while a member's noise was in the weights, which restoring undoes: write weights between "
+                    "members, and call adopt_live() after it"
+                )
+            if name:
+                raise RuntimeError(
+                    f"{name!r} was changed by others since this optimizer wrote it, and the next restore would undo that: call adopt_live() "
+                    "to take the live weights as theta, or load_state_dict(state_dict()) to have theta in them again"
+                )
+
+    # --- looking at it, saving it ------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> tuple[_Weights, ...]:
+        """Per param_group the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient of the noise
+        now in live, or None) and the last update's `step`: to look at, never to change."""
+        return tuple(self._weights)
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds spent in es_kernels so far; waits for the device if there is one."""
+        return self._clock.seconds()
+
+    def fingerprint(self, of: str = "theta") -> int:
+        """64-bit fingerprint of "theta" or "live" over all groups: equal weights, equal number, on every machine.
+
+        Of sharded parameters it is that of the whole tensors, and a collective: every process that holds a part must call it. Without
+        them, nothing is communicated. Replicas are not compared: each has the fingerprint of what it holds.
+        """
+        with torch.no_grad():
+            return sum(dtensor.fingerprint(getattr(weights, of), weights.live) for weights in self._weights) % 2**64
+
+    def __getstate__(self):
+        """What copy, deepcopy, pickle and torch.save ask for. torch.optim's own holds neither theta nor what else is needed, and a copy's
+        weights would be those of no model."""
+        raise TypeError(
+            "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its state_dict(), make a new one over "
+            "the other model, and load_state_dict() there"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what momentum carries.
+
+        With the same model built again, `load_state_dict` of it continues to the same bits. Of sharded parameters theta is DTensors, which
+        torch.distributed.checkpoint saves and, into the state_dict() of an optimizer over other processes, loads.
+        """
+        self._refuse_if_perturbed("state_dict()")
+
+        def whole(kind: str) -> dict[str, torch.Tensor]:
+            tables = [(getattr(weights, kind), weights.live) for weights in self._weights]
+            return {name: t for table, live in tables if table is not None for name, t in dtensor.whole_tensors(table, live).items()}
+
+        state = super().state_dict()
+        state["es"] = {
+            "noise_version": es_kernels.noise.VERSION,
+            "base": self.base,
+            **{key: getattr(self, key) for key in _SETTINGS},
+            "theta": whole("theta"),
+            "anchor": whole("anchor"),
+            "history": [[past.generation, past.mean, past.scored, list(past.z)] for past in self._history],
+        }
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict()`: theta, live, generation, settings (all but base), group options. ValueError, with
+        nothing changed, where the state is of another noise version, another base, or other tensors, or sharded otherwise."""
+        self._refuse_if_perturbed("load_state_dict()")
+        saved = state_dict.get("es")
+        if saved is None:
+            raise ValueError("this is no state of an EvolutionStrategy: it has no entry 'es'")
+        for key, here in (("noise_version", es_kernels.noise.VERSION), ("base", self.base)):
+            if saved[key] != here:
+                raise ValueError(f"the saved state has {key} {saved[key]!r}, this optimizer {here!r}")
+        mine = self.state_dict()["es"]
+        for kind in ("theta", "anchor"):
+            described = [{name: (t.dtype, tuple(t.shape)) for name, t in es[kind].items()} for es in (saved, mine)]
+            if described[0] != described[1]:
+                different = sorted(name for name in described[0].keys() | described[1].keys() if described[0].get(name) != described[1].get(name))
+                raise ValueError(f"the saved {kind} and this optimizer's differ in {len(different)} tensor(s), e.g. {different[0]!r}")
+            for name, tensor in mine[kind].items():
+                dtensor.check_same_layout(name, saved[kind][name], tensor)
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for kind in ("theta", "anchor"):
+            for name, tensor in mine[kind].items():
+                dtensor.local(tensor).copy_(dtensor.local(saved[kind][name]))
+        for key in _SETTINGS:
+            setattr(self, key, saved[key])
+        self._history = [Update(generation, mean, scored, tuple(z)) for generation, mean, scored, z in saved["history"]]
+        if self.base is not None:
+            for weights in self._weights:
+                self._restore(weights)
+                weights.prove()
+
+
+_SETTINGS = ("generation", "seed", "population", "antithetic", "shaping", "momentum", "momentum_window", "perturb_rounding", "update_rounding")
+
+
+class Step(NamedTuple):
+    """What the last update added to theta: coefs[k] * noise(seeds[k]), after `decay`. Nothing, if it had no signal."""
+
+    seeds: Sequence[int] = ()
+    coefs: Sequence[float] = ()
+    decay: float = 0.0
+
+
+@dataclass
+class _Weights:
+    """One param_group as parameter tables over the same names, built once."""
+
+    live: es_kernels.ParamTable  # what the model computes with
+    theta: es_kernels.ParamTable  # the exact weights; the same table as live where base=None
+    anchor: es_kernels.ParamTable | None
+    inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
+    step: Step = Step()
+    proof: int | None = None  # fingerprint, of this process's part, of nearest(theta); None while it is being changed
+    versions: list[int] | None = None  # of live's tensors with a member in place; None while that is being written
+
+    @classmethod
+    def of(cls, entries: list[_Entry], base: str | None, anchored: bool) -> _Weights:
+        live = dtensor.live_table(entries)
+        device = torch.device("cpu") if base == "host" else live.tensors[0].device
+        if base == "host":
+            es_kernels.active_backend(device)  # which will compute the updates: if none can, say so before the first generation
+
+        def copy(memory: list[torch.Tensor]) -> es_kernels.ParamTable:
+            copies = [to.copy_(t.detach()) for to, t in zip(memory, live.tensors)]
+            return es_kernels.ParamTable(list(zip(live.names, copies, live.layout.segments)))
+
+        def empty(dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+            return [torch.empty_like(t, dtype=dtype or t.dtype, device=device) for t in live.tensors]
+
+        if base is None:
+            theta = live
+        elif base == "host":
+            theta = copy(host_memory.empty_like(live.tensors, torch.float32, live.tensors[0].device if live.tensors[0].is_cuda else None))
+        else:
+            theta = copy(empty(None if base == "copy" else torch.float32))
+        weights = cls(live, theta, copy(empty()) if anchored else None)
+        if base is not None:
+            weights.prove()
+        return weights
+
+    def prove(self) -> None:
+        """live is nearest(theta) now."""
+        self.proof = es_kernels.fingerprint(self.live)
+
+    def changed(self) -> str | None:
+        """The name of a tensor of live that others have written, if there is one. At rest the contents say so; with a member in place, whose
+        bits nobody has counted, the tensors' versions, which do not know of writes through `.data`. RuntimeError where memory moved."""
+        if self.inside is not None:
+            if self.versions is None:
+                return None
+            return next((name for name, then, now in zip(self.live.names, self.versions, _versions(self.live)) if then != now), None)
+        if self.proof is None:
+            return None
+        try:
+            self.live.check_unmoved()
+        except RuntimeError as error:
+            moved = str(error).partition(":")[0]
+            raise RuntimeError(f"{moved}: call adopt_live() to take the live weights, where they are now, as theta") from None
+        if es_kernels.fingerprint(self.live) == self.proof:
+            return None
+        pairs = zip(self.live.names, self.theta.tensors, self.live.tensors)
+        return next((name for name, theta, live in pairs if not torch.equal(theta.to(live), live)), self.live.names[0])
+
+    def refuse_unlike(self) -> None:
+        """ValueError unless theta can hold what is in live."""
+        for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors):
+            if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
+                raise ValueError(
+                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} {tuple(theta.shape)}, cannot hold: "
+                    "make a new EvolutionStrategy"
+                )
+
+    def names(self) -> set[str]:
+        """Of the tensors and of the segments in them."""
+        return {*self.live.names, *(segment.name for segments in self.live.layout.segments for segment in segments or ())}
+
+    def wait_for_readers(self) -> None:
+        """Returns when no kernel of the device reads a theta in host memory any more: what the CPU does next is in no queue."""
+        if self.live.tensors[0].is_cuda and not self.theta.tensors[0].is_cuda:
+            torch.cuda.synchronize(self.live.tensors[0].device)
+
+
+class _KernelClock:
+    """Sums wall-clock time on the CPU, and the device's own time on CUDA, where events leave the queue running."""
+
+    def __init__(self):
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def on(self, table: es_kernels.ParamTable) -> Iterator[None]:
+        if table.tensors and table.tensors[0].is_cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+
+    def seconds(self) -> float:
+        while self._events:
+            begin, end = self._events.pop()
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds
+
+
+def _versions(table: es_kernels.ParamTable) -> list[int]:
+    """How often torch has seen each tensor written. Of an inference tensor it does not know."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in table.tensors]
+
+
+def _is_named(entry: Any) -> bool:
+    """Whether it is (name, tensor) or (name, tensor, segments or None)."""
+    if not (isinstance(entry, tuple) and len(entry) in (2, 3) and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
+        return False
+    segments = (*entry, None)[2]
+    return segments is None or (isinstance(segments, (list, tuple)) and all(isinstance(segment, es_kernels.Segment) for segment in segments))
+
+
+def _finite(reward: Any, member: int) -> float:
+    try:
+        value = float(reward)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
+        raise ValueError(f"the reward of member {member} must be one number, not {reward!r}") from None
+    if not abs(value) <= LARGEST:
+        problem = "a member that failed must be declared dropped" if not math.isfinite(value) else f"its size must be at most {LARGEST:g}"
+        raise ValueError(f"the reward of member {member} is {value}; {problem}")
+    return value

@@ -1,0 +1,74 @@
+"""The folder of a run: whose it is, and what may be removed from it. What each file is for is in README."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from es_finetune.config import FREE, TrainConfig
+from es_finetune.runs.log import is_begun, read_log
+from es_finetune.runs.replay import config_of
+
+# All that a run may leave in its folder. Another name in it means that the folder is somebody else's.
+FILES = ("config.json", "run.log", "journal", "metrics.jsonl", "evals.jsonl", "summary.json", "reward.png", "report.html")
+FOLDERS = ("answers", "snapshots", "model")
+CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
+
+
+def claim(folder: Path, config: TrainConfig) -> None:
+    """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced. Changes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file: give a folder")
+    if is_begun(folder / "run.log"):
+        if not (config.resume or config.overwrite):
+            raise ValueError(f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
+        inside = [path for path in (config.model, config.data, config.test_data) if path and folder.resolve() in Path(path).resolve().parents]
+        if config.overwrite and inside:
+            raise ValueError(f"--overwrite would remove {inside[0]}, which the run needs: give another --output")
+        if config.resume:
+            header, generations = read_log(folder / "run.log")
+            _refuse_other(config, config_of(header, folder), len(generations))
+    elif config.resume:
+        raise ValueError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
+    else:
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        # Names alone do not make a run: only the log that it had begun to write excuses what else is there.
+        log = folder / "run.log"
+        torn = log.is_file() and log.read_bytes()[:8] in (b"", b'{"run": ')
+        foreign = [name for name in names if not (torn and is_ours(name))]
+        if foreign:
+            raise ValueError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
+
+
+def inherit(config: TrainConfig) -> None:
+    """Fill in, from the log of a run that is resumed, the number of prompts that was left open: it is the one the run began with."""
+    log = Path(config.output) / "run.log"
+    if config.resume and config.prompts is None and is_begun(log):
+        config.prompts = read_log(log)[0]["config"]["prompts"]
+
+
+def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
+    """ValueError if a resumed run would not be the run that was begun."""
+    for field in dataclasses.fields(TrainConfig):
+        name, was, now = field.name, getattr(then, field.name), getattr(here, field.name)
+        if name in FREE or was == now:
+            continue
+        if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
+            continue  # only then does the number of generations decide nothing before its end
+        raise ValueError(f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another folder")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run, or eval of it, leaves something of this name in its folder."""
+    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(("eval-", ".model-", "journal-"))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Files and whole folders, where they are there."""
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""From base model and log to the tuned model, bit for bit, on any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import es_kernels
+from es_finetune.config import TrainConfig, model_options
+from es_finetune.models.checkpoint_names import has_plain_memory, named_segments
+from es_finetune.models.load import load_model, pick_device
+from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
+from es_finetune.runs.log import Generation, read_log
+from es_finetune.runs.schedules import make_optimizer
+from es_finetune.runs.snapshot import load_snapshot
+from es_kernels.table import DTYPES
+
+
+@dataclass
+class Rebuilt:
+    """What a run came to after `optimizer.generation` updates; `model` computes with its live weights."""
+
+    config: TrainConfig
+    header: dict[str, Any]
+    generations: list[Generation]
+    model: torch.nn.Module
+    tokenizer: Any
+    optimizer: EvolutionStrategy
+
+
+def rebuild(run: str | Path, *, model: str | None = None, device: str = "auto", generation: int | None = None, on_generation: Callable[[int], None] | None = None) -> Rebuilt:
+    """The run's model after `generation` updates (all of them if None), made again from its base model and its log alone.
+
+    Every update is proven by the fingerprints in the log. ValueError where the log is damaged, the base model is another
+    one, the noise is of another version, or a fingerprint differs.
+    """
+    header, generations = read_log(Path(run) / "run.log")
+    if generation is not None and generation > len(generations):
+        raise ValueError(f"{run} has {len(generations)} generations, not {generation}")
+    config = config_of(header, run)
+    loaded, tokenizer, entries = _load_start(header, model or config.model, device, config)
+    optimizer = make_optimizer(entries, config)
+    check_start(header, start_of(entries, optimizer), model or config.model)
+    fast_forward(optimizer, generations[:generation], on_generation)
+    return Rebuilt(config, header, generations, loaded, tokenizer, optimizer)
+
+
+def _load_start(header: dict[str, Any], name: str, device: str, config: TrainConfig) -> tuple[torch.nn.Module, Any, list[tuple]]:
+    """(model, tokenizer, its parameters). Weights of several dtypes in memory, which a run was given, may be in files that do not say so."""
+    for mixed in (False, True):
+        loaded, tokenizer, _ = load_model(name, device=pick_device(device), **model_options(config), mixed=mixed)
+        entries = list(named_segments(loaded))
+        if header["model"].get("dtype") != "mixed" or base_fingerprint(entries) == header["base_fingerprint"]:
+            break
+    return loaded, tokenizer, entries
+
+
+def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
+    try:
+        return TrainConfig(**header["config"])
+    except TypeError as error:
+        raise ValueError(f"{run} was written by es_finetune {header['es_finetune']}, whose configs differ: {error}") from None
+
+
+def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str, Any]:
+    """What the log's header says of the weights before the first update; `entries`: of all parameters, as named_segments gives them."""
+    return {
+        "noise_version": es_kernels.noise.VERSION,
+        "base_fingerprint": base_fingerprint(entries),
+        "theta": f"{optimizer.fingerprint('theta'):016x}",
+        "live": f"{optimizer.fingerprint('live'):016x}",
+    }
+
+
+def base_fingerprint(entries: Sequence[tuple]) -> str:
+    """Of all parameters that the kernels can read, frozen ones too; quantised ones under an adapter they cannot."""
+    read = [entry for entry in entries if entry[1].dtype in DTYPES and has_plain_memory(entry[1])]
+    return f"{es_kernels.fingerprint(es_kernels.ParamTable(read)):016x}"
+
+
+def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
+    """ValueError unless the log's first update was made on weights that started as `here` says (start_of) and with this noise."""
+    if header["noise_version"] != here["noise_version"]:
+        raise ValueError(f"the run was made with noise version {header['noise_version']}, this es_kernels has version {here['noise_version']}")
+    if header["base_fingerprint"] != here["base_fingerprint"]:
+        raise ValueError(f"model {name} is not the one the run began with: its fingerprint is {here['base_fingerprint']}, the log says {header['base_fingerprint']}")
+    if header["theta"] != here["theta"]:
+        raise ValueError(f"the parameters to tune are not those of the run: their fingerprint is {here['theta']}, the log says {header['theta']}")
+
+
+def fast_forward(optimizer: EvolutionStrategy, generations: Sequence[Generation], on_generation: Callable[[int], None] | None = None, snapshots: Path | None = None) -> None:
+    """Apply the logged generations to an optimizer at its start; ValueError at the first whose fingerprints differ."""
+    done = load_snapshot(snapshots, optimizer, generations) if snapshots is not None else 0
+    for generation in generations[done:]:
+        for group, lr, sigma in zip(optimizer.param_groups, generation.lr, generation.sigma, strict=True):
+            group["lr"], group["sigma"] = lr, sigma
+        optimizer.replay(Update(generation.generation, generation.reward, generation.scored, generation.z))
+        found = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
+        if found != (generation.theta, generation.live):
+            raise ValueError(
+                f"generation {generation.generation}: theta and live have the fingerprints {found[0]:016x} and {found[1]:016x}, "
+                f"the log says {generation.theta:016x} and {generation.live:016x}"
+            )
+        if on_generation is not None:
+            on_generation(generation.generation + 1)

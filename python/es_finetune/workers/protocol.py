@@ -1,0 +1,77 @@
+"""Several workers on one run. A generation costs N seeds out and N scores back, whatever the size of the model: each worker makes the noise
+itself and repeats every update, and fingerprints prove that all came to the same weights.
+
+`Workers` is what a Trainer knows of them. worker.Worker is one alone; torchrun.Ranks are the processes of torchrun; ray_pool.RayPool is a pool of Ray
+actors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from es_finetune.config import TrainConfig
+from es_finetune.evaluation.evaluator import Evaluation
+from es_finetune.optim.evolution_strategy import Update
+from es_finetune.tasks import Task
+
+
+class Workers(Protocol):
+    """Methods as in worker.Worker, where they are described."""
+
+    count: int
+    task: Task
+    model: Any  # where it is in this process, else None
+    backend: str
+    parameters: int
+
+    def start(self) -> dict[str, Any]: ...
+
+    def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None: ...
+
+    def evaluate(
+        self, generation: int, known: dict[int, dict], keep: Callable[[dict], None], looking: bool = False
+    ) -> tuple[list[dict], list[int]]: ...
+
+    def update(self, update: Update, looking: bool = False) -> dict[str, Any]: ...
+
+    def answer_held_out(self) -> Evaluation: ...
+
+    def save_model(self, folder: Path) -> None: ...
+
+    def save_snapshot(self, folder: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def refuse_unshared(config: TrainConfig) -> None:
+    """ValueError for weights that are a worker's own."""
+    if config.base == "none":
+        raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
+
+
+class WorkersDiffer(RuntimeError):
+    """Workers that should hold the same weights, or be on the same run, do not."""
+
+
+def refuse_other(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """WorkersDiffer unless a worker's start is the expected one."""
+    for what, value in expected.items():
+        if found[what] != value and what != "model":  # its name and form may differ: the weights are known by fingerprint
+            raise WorkersDiffer(f"{name} is not on the same run as the others: its {what} is {found[what]!r}, not {value!r}")
+
+
+def together(update: Update, found: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
+    """What `update` of several workers returns: of `one`, with the seconds of all. WorkersDiffer, by name, where weights differ."""
+    proofs = {name: f"theta {of['theta']:016x}, live {of['live']:016x}" for name, of in found.items()}
+    (most, agree), *others = Counter(proofs.values()).most_common()
+    if others:
+        odd = "; ".join(f"{name} has {proof}" for name, proof in proofs.items() if proof != most)
+        raise WorkersDiffer(
+            f"after generation {update.generation + 1} the weights of the workers differ: {odd}; {agree} of {len(found)} have {most}. The generation "
+            "is not in the log: resume the run; if it happens again, look for faulty memory or different builds"
+        )
+    return {**one, "seconds_kernels": math.fsum(of["seconds_kernels"] for of in found.values())}

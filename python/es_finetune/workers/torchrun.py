@@ -1,0 +1,166 @@
+"""The processes of torchrun as workers: each rank has a replica, takes members from a counter that all share, and repeats every update.
+
+What crosses the wire in a generation: a number drawn for each member, and the members' lines, gathered (2 kB each with 200 questions).
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import functools
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from es_finetune.config import FREE, TrainConfig, asked
+from es_finetune.evaluation.evaluator import Evaluation
+from es_finetune.monitor.rows import Row
+from es_finetune.optim.evolution_strategy import Update
+from es_finetune.runs.log import SealedLines, is_begun
+from es_finetune.workers.protocol import refuse_other, refuse_unshared, together
+from es_finetune.workers.worker import Worker, update_of
+
+# What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
+# ends the others.
+_PATIENCE = timedelta(days=1)
+_OPTION = "option "
+_runs = itertools.count()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes the run's folder: the first rank, or alone."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def placed(config: TrainConfig) -> TrainConfig:
+    """The config for this rank: on a GPU of its own, and going on where there is a run if torchrun has restarted it."""
+    config = copy.copy(config)
+    refuse_unshared(config)
+    if config.device in ("auto", "cuda") and torch.cuda.is_available():
+        rank = int(os.environ["LOCAL_RANK"])
+        if rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are {torch.cuda.device_count()} GPUs: lower --nproc-per-node"
+            )
+        config.device = f"cuda:{rank}"
+        torch.cuda.set_device(rank)
+    if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) and is_begun(Path(config.output) / "run.log"):
+        config.resume, config.overwrite = True, False
+    return config
+
+
+@functools.cache
+def _meet() -> dist.Store:
+    """Joins the process group of all ranks, once. Gloo carries what is exchanged (objects of a few kB); with GPUs the group has NCCL too, as
+    torch chooses."""
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+    store.set_timeout(_PATIENCE)
+    # torchrun keeps its store when it restarts the processes, and with it the addresses of the dead.
+    store = dist.PrefixStore(f"start{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=_PATIENCE)
+    atexit.register(dist.destroy_process_group)
+    return store
+
+
+class Ranks:
+    """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order; only `answer_held_out`,
+    `save_model` and `save_snapshot` are its own."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self.config = worker, worker.config
+        self.model, self.task, self.backend, self.parameters = worker.model, worker.task, worker.backend, worker.parameters
+        self._store = dist.PrefixStore(f"run{next(_runs)}", _meet())
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def start(self) -> dict[str, Any]:
+        """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
+        mine = {**self.worker.start(), **{f"{_OPTION}{name}": value for name, value in asked(self.config).items() if name not in FREE}}
+        everyone = self._gathered((socket.gethostname(), mine))
+        _, first = everyone[0]
+        for rank, (host, other) in enumerate(everyone):
+            refuse_other(f"rank {rank} on {host}", other, first)
+        return {key: value for key, value in mine.items() if not key.startswith(_OPTION)}
+
+    def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
+        """Every rank repeats the generations of the first one's log, which alone has to be given them."""
+        sent = [list(generations), snapshots]
+        dist.broadcast_object_list(sent)
+        self.generation = len(sent[0])
+        self.worker.fast_forward(*sent)
+
+    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
+        """What is known is the first rank's to say: it has read the journals of all."""
+        sent = [known]
+        dist.broadcast_object_list(sent)
+        [known] = sent
+        left = [member for member in range(self.config.population) if member not in known]
+
+        def drawn() -> Iterator[int]:
+            while (place := self._store.add(f"members of {generation}", 1) - 1) < len(left):
+                yield left[place]
+
+        new = self._gathered(self.worker.run(generation, drawn(), keep, looking))
+        lines = {**known, **{line["member"]: line for lines in new for line in lines}}
+        return [lines[member] for member in sorted(lines)], []
+
+    def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
+        """WorkersDiffer, naming the ranks, where the weights after it differ."""
+        mine = self.worker.update(update, looking)
+        everyone = self._gathered((f"rank {self.rank} on {socket.gethostname()}", mine))
+        return together(update, dict(everyone), mine)
+
+    def follow(self) -> None:
+        """What a rank does that does not lead: the same run, without its folder. Its journal is beside the first rank's."""
+        config = self.config
+        self.start()
+        self.fast_forward([])
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = SealedLines(folder / f"journal-{self.rank}", sync=False)
+        held = journal.lines[-1]["generation"] if journal.lines else None
+
+        def keep(line: Row) -> None:
+            # Not when a generation begins here: the first rank may die before it has logged the one before, whose members are in here. It has
+            # when it takes part in the next.
+            nonlocal held
+            if line["generation"] != held:
+                journal.clear()
+                held = line["generation"]
+            journal.append(line)
+
+        try:
+            for generation in range(self.generation, config.generations):
+                lines, dropped = self.evaluate(generation, {}, keep)
+                self.update(update_of(self.task, config, generation, lines, dropped)[0])
+        finally:
+            journal.close()
+
+    def answer_held_out(self) -> Evaluation:
+        return self.worker.answer_held_out()
+
+    def save_model(self, folder: Path) -> None:
+        self.worker.save_model(folder)
+
+    def save_snapshot(self, folder: Path) -> None:
+        self.worker.save_snapshot(folder)
+
+    def close(self) -> None:
+        self.worker.close()
+
+    def _gathered(self, mine: Any) -> list[Any]:
+        """What every rank gave, in their order."""
+        everyone: list[Any] = [None] * self.count
+        dist.all_gather_object(everyone, mine)
+        return everyone

@@ -1,0 +1,203 @@
+"""The engine over vLLM. Weights, theta and updates live in vLLM's worker processes (extension.py); what crosses to them is numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from es_finetune.config import TrainConfig
+from es_finetune.engines import Answer, Replica
+from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize, vocabulary_of
+from es_finetune.evaluation.evaluator import encoded
+from es_finetune.models.load import empty_model, first_line, path_of, save_model
+from es_finetune.tasks import Task
+
+_UTILISATION = 0.9  # of a GPU's memory: vLLM's default
+_BLOCK = 128  # lengths are rounded up to so many tokens
+
+
+def load(config: TrainConfig, task: Task) -> Replica:
+    """The model of the config in vLLM, with the run's weights over it. ValueError for what vLLM or ES in place cannot do."""
+    _refuse(config)
+    vllm = _vllm()
+    model, tokenizer, dtype = empty_model(config.model, config.dtype)
+    engine = VllmEngine(vllm, config, task, model, tokenizer, dtype)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    try:
+        weights = RemoteWeights(engine.llm, config, shapes)
+    except BaseException:
+        engine.close()
+        raise
+    identity = {"model": config.model, "class": type(model).__name__, "dtype": str(dtype).removeprefix("torch."), "vllm": vllm.__version__}
+    identity["parameters"] = sum(p.numel() for p in model.parameters())
+
+    def save(folder: Path) -> None:
+        save_model(weights.filled(model, dtype), tokenizer, folder)
+
+    return Replica(weights, engine, identity, identity["parameters"], f"{weights.backend} in vLLM", save, close=engine.close)
+
+
+class VllmEngine:
+    """Greedy answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has them. Its memory for
+    the KV cache is what theta leaves: theta is allocated after it."""
+
+    temperature = 0.0
+
+    def __init__(self, vllm, config: TrainConfig, task: Task, model, tokenizer, dtype: torch.dtype):
+        self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens or task.max_new_tokens
+        self.vocabulary = vocabulary_of(model)
+        longest = max(map(len, encoded([*task.train, *task.test], lambda prompts: tokenize(tokenizer, prompts))), default=0)
+        self.length = min(positions_of(model), -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel}
+        if config.tensor_parallel > 1:
+            options["distributed_executor_backend"] = "mp"
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[config.base]
+            theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // config.tensor_parallel
+            free = current_platform.get_device_total_memory() * _UTILISATION  # not by torch, which would begin to use the GPU in this process
+            if theta >= free:
+                raise ValueError(
+                    f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy or host, or more --tensor_parallel"
+                )
+            options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)
+        self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
+        try:
+            self.llm = vllm.LLM(
+                model=path_of(config.model),
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=self.length,
+                max_num_seqs=config.batch_size,
+                seed=config.seed % 2**31,  # greedy answers need none; vLLM wants a small one
+                worker_extension_cls="es_finetune.workers.vllm.extension.Extension",
+                **options,
+            )
+        except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"vLLM could not load {config.model}: {first_line(error)}; what it said stands above") from error
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[dict[str, list[int]]]:
+        tokens = tokenize(self.tokenizer, prompts)
+        refuse_unanswerable(tokens, self.max_new_tokens, self.length, self.vocabulary)
+        return [{"prompt_token_ids": ids} for ids in tokens]
+
+    def generate(self, encoded: list[dict[str, list[int]]]) -> list[Answer]:
+        tokens = [list(found.outputs[0].token_ids) for found in self.llm.generate(encoded, self.params, use_tqdm=False)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class RemoteWeights:
+    """weights.Weights of all of an engine's workers at once. After each change vLLM forgets what it has computed: its cache of prefixes
+    would give the answers of the weights before."""
+
+    def __init__(self, llm, config: TrainConfig, shapes: dict[str, list[int]]):
+        self.llm = llm
+        built = self._rpc("es_build", dataclasses.asdict(config), shapes)
+        self.backend = built[0]["backend"]
+        covered: dict[str, int] = {}
+        for of_worker in built:
+            for name, count in of_worker["covered"].items():
+                covered[name] = covered.get(name, 0) + count
+        wrong = {name: covered.get(name, 0) for name, shape in shapes.items() if covered.get(name, 0) != math.prod(shape)}
+        if wrong:
+            name, count = next(iter(wrong.items()))
+            raise ValueError(
+                f"{len(wrong)} tensor(s) of the checkpoint are not wholly in vLLM's parameters, e.g. {name}: {count} of {math.prod(shapes[name])} elements; "
+                "use --engine hf for this model"
+            )
+        self.shapes = shapes
+
+    def start(self) -> dict[str, Any]:
+        found = self._call("start")
+        proofs = {key: f"{sum(int(of[key], 16) for of in found) % 2**64:016x}" for key in ("base_fingerprint", "theta", "live")}
+        return {**found[0], **proofs}
+
+    def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
+        if len(generations):
+            self._change("fast_forward", list(generations), snapshots)
+
+    def perturb(self, member: int) -> None:
+        self._change("perturb", member)
+
+    def restore(self) -> None:
+        self._change("restore")
+
+    def look_at_member(self) -> None:
+        self._call("look_at_member")
+
+    def apply(self, update: Sequence, looking: bool = False) -> dict[str, Any]:
+        generation, mean, scored, z = update
+        found = self._change("apply", [generation, mean, scored, None if z is None else list(z)], looking)
+        proofs = {key: sum(of[key] for of in found) % 2**64 for key in ("theta", "live")}
+        return {**found[0], **proofs, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in found)}
+
+    def save_snapshot(self, folder: str) -> None:
+        self._call("save_snapshot", folder)
+
+    def filled(self, model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+        """The model, so far empty, with the live weights of the workers as its own, in the CPU's memory."""
+        from safetensors import safe_open
+
+        state = {name: torch.empty(shape, dtype=dtype) for name, shape in self.shapes.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            for path in self._rpc("es_write", folder):
+                with safe_open(path, "pt") as file:
+                    for number, (name, first, index_stride) in json.loads(file.metadata()["places"]).items():
+                        part = file.get_tensor(number)
+                        torch.as_strided(state[name], part.shape, (index_stride, 1), first).copy_(part)
+        model.load_state_dict(state, assign=True, strict=False)
+        model.tie_weights()
+        return model
+
+    def _change(self, method: str, *arguments: Any) -> list[Any]:
+        try:
+            return self._call(method, *arguments)
+        finally:
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError(
+                    "vLLM did not give up its prefix cache, which holds what the weights before have computed: requests are still running"
+                )
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return [found["result"] for found in self._rpc("es_call", method, *arguments)]
+
+    def _rpc(self, method: str, *arguments: Any) -> list[Any]:
+        found = self.llm.collective_rpc(method, args=arguments)
+        for rank, of_worker in enumerate(found):
+            if isinstance(of_worker, dict) and "error" in of_worker:
+                where = f"vLLM's worker {rank}: " if len(found) > 1 else ""
+                raise ValueError(f"{where}{of_worker['error']}")
+        return found
+
+
+def _refuse(config: TrainConfig) -> None:
+    """What goes with transformers only, or not with weights in other processes."""
+    if config.base == "none":
+        raise ValueError("base 'none' is for engine hf: over vLLM choose fp32, copy or host")
+    if config.lora_rank:
+        raise ValueError(
+            "vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out lora_rank, or use --engine hf"
+        )
+    if config.tensor_parallel > 1 and config.snapshot_every:
+        raise ValueError("snapshots are of whole weights, which no worker of --tensor_parallel has: leave out snapshot_every, the log is enough")
+
+
+def _vllm():
+    try:
+        import vllm
+    except ImportError:
+        raise ValueError("engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md") from None
+    return vllm

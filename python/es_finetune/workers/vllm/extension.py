@@ -1,0 +1,213 @@
+"""What runs inside vLLM's own worker processes, beside each of its replicas' shards: the run's weights over vLLM's parameters, under the names of the
+checkpoint.
+
+vLLM fuses q, k, v and gate, up into one tensor, pads the vocabulary and cuts tensors over GPUs. The noise of an element is that of its place in the
+checkpoint's tensor, so each parameter here becomes the checkpoint's tensors again: views of rows, and segments where a tensor is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
+
+import es_kernels
+from es_finetune.config import TrainConfig
+from es_finetune.workers.weights import Weights
+
+if current_platform.is_cpu():
+    # On a CPU vLLM packs the weight of each linear layer for its own matrix product and leaves an empty one behind: a change in place would reach 8 % of
+    # a model. This module is imported before the model is loaded.
+    def _plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = _plain
+
+
+class Part(NamedTuple):
+    """The part of one of the checkpoint's tensors that this process holds."""
+
+    name: str
+    tensor: torch.Tensor  # a view of vLLM's parameter
+    first: int  # row-major index in the checkpoint's tensor of the view's first element
+    index_stride: int  # from one row of the view to the next
+    counted: bool  # by this process; not where another one holds the same
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As rows and columns."""
+        return (math.prod(self.tensor.shape[:-1]), self.tensor.shape[-1])
+
+    @property
+    def segment(self) -> es_kernels.Segment:
+        rows, cols = self.shape
+        return es_kernels.Segment(
+            self.name,
+            rows,
+            cols,
+            row_stride=self.tensor.stride(0) if self.tensor.ndim > 1 else cols,
+            first=self.first,
+            index_stride=self.index_stride,
+        )
+
+
+def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
+    """Every parameter of a vLLM model as parts of the checkpoint's tensors. ValueError for a layer whose layout is not known here."""
+    fused = getattr(model, "packed_modules_mapping", {})
+    seen: set[int] = set()
+    for prefix, layer in model.named_modules():
+        for kind, parameter in layer.named_parameters(recurse=False):
+            name = f"{prefix}.{kind}" if prefix else kind
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if not parameter.numel():
+                raise ValueError(
+                    f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be perturbed: turn that off"
+                )
+            if parameter.dtype not in es_kernels.table.DTYPES:
+                raise ValueError(
+                    f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of bfloat16, float16 or float32"
+                )
+            yield from _parts(layer, prefix, kind, parameter.data, fused, rank)
+
+
+def _parts(layer, prefix: str, kind: str, tensor: torch.Tensor, fused: dict[str, list[str]], rank: int) -> Iterator[Part]:
+    whole = f"{prefix}.{kind}" if prefix else kind
+    cols = tensor.shape[-1] if tensor.ndim > 1 else 1
+
+    def rows(name: str, start: int, count: int, first: int, counted: bool = True) -> Part:
+        """`count` rows from `start` on, which are those from `first` on in the checkpoint's tensor."""
+        return Part(name, tensor[start : start + count], first * cols, cols if tensor.ndim > 1 else count, counted)
+
+    if isinstance(layer, LinearBase):
+        if not isinstance(layer.quant_method, UnquantizedLinearMethod):
+            raise ValueError(
+                f"{prefix} is quantised ({type(layer.quant_method).__name__}), and such weights cannot be perturbed: give the unquantised model"
+            )
+        expected = {"weight": 2, "bias": 1}
+        if kind not in expected or tensor.ndim != expected[kind]:
+            raise ValueError(f"{whole} has a layout of vLLM's own ({type(layer).__name__}, shape {tuple(tensor.shape)}), which cannot be perturbed")
+    parent, _, module = prefix.rpartition(".")
+    names = [f"{parent}.{part}.{kind}" if parent else f"{part}.{kind}" for part in fused.get(module, [module])]
+    if isinstance(layer, QKVParallelLinear):
+        heads, kv = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
+        v = layer.num_kv_heads * layer.v_head_size
+        place, once = divmod(layer.tp_rank, layer.num_kv_head_replicas)
+        yield rows(names[0], 0, heads, layer.tp_rank * heads)
+        yield rows(names[1], heads, kv, place * kv, counted=not once)
+        yield rows(names[2], heads + kv, v, place * v, counted=not once)
+    elif isinstance(layer, MergedColumnParallelLinear) and len(names) == len(layer.output_sizes):
+        start = 0
+        for name, size in zip(names, layer.output_sizes):
+            mine = size // layer.tp_size
+            yield rows(name, start, mine, layer.tp_rank * mine)
+            start += mine
+    elif type(layer) is ColumnParallelLinear:
+        yield rows(whole, 0, len(tensor), layer.tp_rank * len(tensor))
+    elif type(layer) is RowParallelLinear and kind == "weight":
+        yield Part(whole, tensor, layer.tp_rank * cols, cols * layer.tp_size, True)
+    elif isinstance(layer, VocabParallelEmbedding):
+        found = layer.shard_indices
+        if found.num_added_elements:
+            raise ValueError(f"{prefix} has tokens added by vLLM, which the checkpoint does not have: load the model without them")
+        yield rows(whole, 0, found.num_org_elements, found.org_vocab_start_index)
+    elif isinstance(layer, LinearBase) and not isinstance(layer, (ReplicatedLinear, RowParallelLinear)) or "expert" in whole:
+        raise ValueError(f"how vLLM lays out {whole} ({type(layer).__name__}) is not known here: use --engine hf for this model")
+    else:
+        view = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
+        yield Part(whole, view, 0, tensor.shape[-1] if tensor.ndim else 1, rank == 0)
+
+
+class Extension:
+    """Methods that vLLM adds to its workers (worker_extension_cls); the driver calls them by collective_rpc."""
+
+    def es_build(self, config: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
+        """Makes the run's weights over this worker's part of the model. `shapes`: of the checkpoint's tensors. Returns how many elements of
+        each this worker counts, or {"error": why the model is refused}; nothing is changed."""
+        try:
+            rank = self.rank
+            self.es_parts = list(parts_of(self.get_model(), rank))
+            for part in self.es_parts:
+                if part.name not in shapes:
+                    raise ValueError(f"vLLM has a parameter {part.name} that the checkpoint has not: use --engine hf for this model")
+                last = part.first + (part.shape[0] - 1) * part.index_stride + part.shape[1]
+                if last > math.prod(shapes[part.name]):
+                    raise ValueError(f"{part.name} has {tuple(part.tensor.shape)} elements in vLLM, and {shapes[part.name]} in the checkpoint")
+            entries = [_entry(part, shapes[part.name]) for part in self.es_parts]
+            self.es_weights = _Sharded(entries, TrainConfig(**config), [part.counted for part in self.es_parts])
+        except (ValueError, TypeError) as error:
+            return {"error": str(error)}
+        covered: dict[str, int] = {}
+        for part in self.es_parts:
+            covered[part.name] = covered.get(part.name, 0) + part.counted * math.prod(part.shape)
+        return {"covered": covered, "backend": es_kernels.active_backend(self.es_parts[0].tensor.device)}
+
+    def es_call(self, method: str, *arguments: Any) -> Any:
+        """A method of weights.Weights."""
+        try:
+            result = getattr(self.es_weights, method)(*arguments)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # whichever stream vLLM computes on next
+            return {"result": result}
+        except (ValueError, OSError, RuntimeError) as error:  # as text, for vLLM's wire keeps no types of errors
+            return {"error": str(error)}
+
+    def es_write(self, folder: str) -> str:
+        """This worker's part of the live weights, as a file in the folder: safetensors of the parts that it counts, with their places as
+        metadata. Returns its path."""
+        from safetensors.torch import save_file
+
+        counted = [part for part in self.es_parts if part.counted]
+        places = {str(number): [part.name, part.first, part.index_stride] for number, part in enumerate(counted)}
+        tensors = {str(number): part.tensor.reshape(part.shape).to("cpu", copy=True).contiguous() for number, part in enumerate(counted)}
+        path = Path(folder) / f"part-{self.rank}.safetensors"
+        save_file(tensors, path, metadata={"places": json.dumps(places)})
+        return str(path)
+
+
+def _entry(part: Part, shape: list[int]) -> tuple:
+    """As named_segments gives them: without segments where the view is all of the checkpoint's tensor."""
+    tensor = part.tensor.detach().requires_grad_()
+    if part.first == 0 and list(tensor.shape) == shape:
+        return part.name, tensor
+    return part.name, tensor, [part.segment]
+
+
+class _Sharded(Weights):
+    """Weights of which this process has a part; the fingerprints are of what it counts, so that those of all processes add up to the model's."""
+
+    def __init__(self, entries: list[tuple], config: TrainConfig, counted: list[bool]):
+        super().__init__(entries, config)
+        if all(counted):
+            return
+        self.entries = [entry for entry, once in zip(entries, counted) if once]
+        names = {entry[0] for entry in self.entries}
+
+        def fingerprint(of: str = "theta") -> int:
+            tables = [getattr(weights, of) for weights in self.optimizer.tables]
+            kept = [
+                (name, tensor, segments)
+                for table in tables
+                for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments)
+                if name in names
+            ]
+            return es_kernels.fingerprint(es_kernels.ParamTable(kept))
+
+        self.optimizer.fingerprint = fingerprint

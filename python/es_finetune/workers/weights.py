@@ -1,0 +1,78 @@
+"""A model's weights, by the few things that a run does to them: what a worker calls, here or over a wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from es_finetune.config import TrainConfig
+from es_finetune.monitor.health import Health
+from es_finetune.monitor.rows import peak_memory
+from es_finetune.optim.evolution_strategy import Update
+from es_finetune.runs.log import Generation
+from es_finetune.runs.replay import fast_forward, start_of
+from es_finetune.runs.schedules import make_optimizer, set_schedules
+from es_finetune.runs.snapshot import save_snapshot
+
+
+class Weights:
+    """The optimizer of a run over the parameters of one model. Arguments and results are plain numbers, texts, lists and dicts, so that
+    all of it can be called in another process, where an engine keeps the model.
+
+    entries: of all parameters, as segments.named_segments gives them; those that require grad are tuned.
+    """
+
+    def __init__(self, entries: Sequence[tuple], config: TrainConfig):
+        self.entries, self.config = entries, config
+        self.optimizer = make_optimizer(entries, config)
+        self.health = Health(self.optimizer) if config.health_every else None  # before any update: it counts the drift from here
+        self._kernels = 0.0
+        device = self._device()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of an earlier run of this process
+
+    def start(self) -> dict[str, Any]:
+        """What the log's header says of the weights (replay.start_of); asked before the first update."""
+        return start_of(self.entries, self.optimizer)
+
+    def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
+        """Repeat logged updates from where these weights are; `generations`: lines of the log, the first of them the next to be done. Faster
+        from a snapshot in that folder, for weights at their start. ValueError at the first whose fingerprints differ."""
+        fast_forward(self.optimizer, [Generation.from_json(line) for line in generations], snapshots=None if snapshots is None else Path(snapshots))
+
+    def perturb(self, member: int) -> None:
+        """Put this member of the present generation in place."""
+        set_schedules(self.optimizer, self.config)
+        self.optimizer.perturb(member)
+
+    def restore(self) -> None:
+        """Put theta in place."""
+        self.optimizer.restore()
+
+    def look_at_member(self) -> None:
+        """A part of the health that `apply` returns when it looks too: of the member in place."""
+        self.health.look_at_member()
+
+    def apply(self, update: Sequence, looking: bool = False) -> dict[str, Any]:
+        """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr and sigma of each
+        param_group, the seconds in kernels since the update before, peak memory, and if `looking` its health."""
+        set_schedules(self.optimizer, self.config)
+        groups = self.optimizer.param_groups
+        lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
+        if looking:
+            self.health.look_before_update()
+        generation, mean, scored, z = update
+        self.optimizer.apply(Update(generation, mean, scored, None if z is None else tuple(z)))
+        found = {"theta": self.optimizer.fingerprint("theta"), "live": self.optimizer.fingerprint("live"), "lr": lr, "sigma": sigma}
+        before, self._kernels = self._kernels, self.optimizer.kernel_seconds
+        found |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
+        return found | ({"health": self.health.look_after_update()} if looking else {})
+
+    def save_snapshot(self, folder: str) -> None:
+        save_snapshot(Path(folder), self.optimizer)
+
+    def _device(self) -> torch.device:
+        return self.optimizer.tables[0].live.tensors[0].device

@@ -1,0 +1,373 @@
+"""Contract under test: the engine over a transformers model, in each of its ways of decoding.
+
+- An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the decoding or what was
+  generated before (no KV block survives a weight change). It is greedy, or sampled from the model's own distribution, whatever sampling
+  options the checkpoint carries; sampled answers repeat, and torch's generators stay as they were.
+- A model for which padding or the prompts beside one matter is found, and asked one prompt at a time.
+- An answer's ids end with its first end token; text leaves special tokens out.
+- Prompts are text as it is, or chats as the tokenizer's template writes them, with special tokens once. What cannot be asked is refused
+  before any work.
+- A model that cannot generate, or not by the decoding asked for, is refused before any work, in one line; no error and a wrong answer is worse.
+- log_probs are those of the model at temperature 1, whatever the batches.
+"""
+
+import copy
+import sys
+import threading
+import types
+from pathlib import Path
+
+import es_finetune.models
+import pytest
+import torch
+import transformers
+from es_finetune import EvolutionStrategy
+from es_finetune.engines import Answer, hf
+from es_finetune.engines.hf import DECODINGS, HFEngine
+from es_finetune.engines.prompts import tokenize
+from es_finetune.tasks import load_task
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "embedded"
+PROMPTS = [item.prompt for item in load_task("countdown-char").test[:40]]
+all_decodings = pytest.mark.parametrize("decoding", DECODINGS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+@pytest.fixture
+def model():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval()
+
+
+@pytest.fixture
+def long_model(build_model):
+    """Random weights, large enough that each change of them changes what is written; positions for prompts of several cache blocks."""
+    return build_model("llama", vocab_size=22, max_position_embeddings=1024, initializer_range=0.5)
+
+
+@pytest.fixture
+def chat_tokenizer():
+    """One token per character, <s> put in front by the tokenizer itself and also by its chat template."""
+    names = ["<pad>", "<s>", "</s>", "<user>", "<model>", *"abcdef "]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": ["<user>", "<model>"]})
+    made.chat_template = (
+        "<s>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+    )
+    return made
+
+
+def generate(model, tokenizer, prompts=PROMPTS, batch_size=16, new=12, **options):
+    engine = HFEngine(model, tokenizer, new, batch_size, **options)
+    return engine.generate(engine.encode(prompts))
+
+
+# --- what an answer depends on
+
+
+@all_decodings
+def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches_and_the_path(model, tokenizer, decoding):
+    assert len({len(prompt) for prompt in PROMPTS}) > 1  # so batches are padded
+    expected = generate(model, tokenizer, batch_size=1)
+    assert len({answer.text for answer in expected}) > 20
+    assert generate(model, tokenizer, decoding=decoding) == expected
+    assert generate(model, tokenizer, PROMPTS[::-1], decoding=decoding) == expected[::-1]
+
+
+def test_rows_are_left_padded_and_the_longest_prompts_come_first(model, tokenizer):
+    batches = HFEngine(model, tokenizer, 12, 8).encode(PROMPTS)
+    assert sorted(i for rows, _ in batches for i in rows) == list(range(len(PROMPTS)))
+    lengths = [inputs["attention_mask"].sum(1) for _, inputs in batches]
+    assert torch.equal(torch.cat(lengths), torch.cat(lengths).sort(descending=True).values)
+    for rows, inputs in batches:
+        assert inputs["attention_mask"][:, -1].all()
+        assert [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*inputs.values())] == [PROMPTS[i] for i in rows]
+
+
+@all_decodings
+def test_nothing_survives_a_weight_change(long_model, tokenizer, decoding):
+    common = "123456789+" * 60  # of more than two blocks of 256 positions, the size that prefix caches share
+    prompts = [common + tail for tail in ("1=", "2+3=", "4,5,6:")]
+    engine = HFEngine(long_model, tokenizer, 12, 64, decoding=decoding)
+    encoded = engine.encode(prompts)
+    before = engine.generate(encoded)
+    opt = EvolutionStrategy(long_model.named_parameters(), sigma=0.1, population=2)
+    with opt.perturbed(0):
+        inside = engine.generate(encoded)
+        assert inside == generate(long_model, tokenizer, prompts)
+        assert all(a != b for a, b in zip(inside, before))
+    assert engine.generate(encoded) == before
+
+
+@all_decodings
+def test_calls_leave_nothing_behind(model, tokenizer, decoding):
+    model.set_attn_implementation("eager")  # continuous batching computes with another one
+    theirs, names = model.generation_config, set(vars(model))
+    engine = HFEngine(model, tokenizer, 12, 64, decoding=decoding)
+    threads, state = set(threading.enumerate()), torch.get_rng_state()
+    encoded = engine.encode(PROMPTS[:4])
+    for _ in range(2):
+        engine.generate(encoded)
+        assert set(threading.enumerate()) <= threads and torch.equal(torch.get_rng_state(), state)
+        assert model.config._attn_implementation == "eager" and model.generation_config is theirs and set(vars(model)) == names
+
+
+def test_a_static_cache_is_kept_at_its_address_and_serves_prompts_of_any_length(long_model, tokenizer):
+    engine = HFEngine(long_model, tokenizer, 12, 2, decoding="static")
+    long, short = ["12+" * 90, "3+4" * 80, "7-1" * 70], ["1+", "2+2=", "45"]
+    expected = {tuple(prompts): generate(long_model, tokenizer, prompts) for prompts in (long, short)}
+    addresses = []
+    for prompts in (short, long, short, long):
+        assert engine.generate(engine.encode(prompts)) == expected[tuple(prompts)]
+        addresses.append(sorted(cache.layers[0].keys.data_ptr() for _, cache in engine._caches.values()))
+    assert addresses[1] == addresses[2] == addresses[3] and len(addresses[1]) == 2  # one for two rows, one for the third
+
+
+def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(model, tokenizer, monkeypatch):
+    model.set_attn_implementation("eager")
+    engine = HFEngine(model, tokenizer, 12, 4, decoding="continuous")
+    encoded, threads = engine.encode(PROMPTS[:4]), set(threading.enumerate())
+    expected = engine.generate(encoded)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the forward pass broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", broken)
+        with pytest.raises(RuntimeError, match="continuous batching"):
+            engine.generate(encoded)
+    assert set(threading.enumerate()) <= threads and model.config._attn_implementation == "eager"
+    assert engine.generate(encoded) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rwkv", "llama", "qwen2", "mixtral", "gemma", "jamba"])
+def test_a_model_that_does_not_ignore_padding_is_asked_one_prompt_at_a_time(build_model, tokenizer, kind, dtype, recwarn):
+    engine = HFEngine(build_model(kind, vocab_size=64).to(dtype), tokenizer, 4, 16)
+    options = copy.deepcopy(engine.options)
+    engine.prove()
+    said = [str(warning.message) for warning in recwarn if "padding" in str(warning.message)]
+    assert said == (["models of type rwkv do not ignore padding: they are asked one prompt at a time"] if kind == "rwkv" else [])
+    assert engine.batch_size == (1 if kind == "rwkv" else 16) and engine.options == options
+    if dtype == torch.float32:
+        together, alone = (engine.generate(engine.encode(prompts)) for prompts in (PROMPTS[:4], PROMPTS[:1]))
+        assert together[0] == alone[0]
+
+
+# --- where an answer ends
+
+
+@all_decodings
+def test_an_answer_ends_at_the_first_end_token_of_several(model, tokenizer, decoding):
+    eos, plus = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("+")
+    model.generation_config.eos_token_id = [eos, plus]
+    answers = generate(model, tokenizer, decoding=decoding)
+    last = [answer.ids[-1] for answer in answers]
+    assert last.count(eos) > 3 and last.count(plus) > 3
+    for text, ids in answers:
+        assert not set(ids[:-1]) & {eos, plus, tokenizer.pad_token_id}
+        assert text == tokenizer.decode(ids, skip_special_tokens=True) and not set(text) & set("_^$")
+
+
+@all_decodings
+def test_an_answer_without_end_has_all_its_tokens(model, tokenizer, decoding):
+    assert all(len(answer.ids) == 3 for answer in generate(model, tokenizer, new=3, decoding=decoding))
+
+
+# --- sampling
+
+
+@all_decodings
+def test_sampling_options_of_the_checkpoint_do_not_matter(model, tokenizer, decoding):
+    before = generate(model, tokenizer, decoding=decoding)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=5.0, max_new_tokens=2, suppress_tokens=[5, 6, 7]
+    )
+    assert generate(model, tokenizer, decoding=decoding) == before
+
+
+@all_decodings
+def test_sampled_answers_repeat_and_follow_the_seed(model, tokenizer, decoding):
+    engine = HFEngine(model, tokenizer, 12, 16, decoding=decoding, temperature=1.5, seed=3)
+    encoded, state = engine.encode(PROMPTS[:8]), torch.get_rng_state()
+    first = engine.generate(encoded)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert engine.generate(encoded) == first
+    assert generate(model, tokenizer, PROMPTS[:8], decoding=decoding, temperature=1.5, seed=4) != first
+    assert first != generate(model, tokenizer, PROMPTS[:8])
+
+
+def test_samples_come_from_the_whole_distribution_at_the_temperature(model, tokenizer):
+    model.generation_config.update(do_sample=True, top_k=3, top_p=0.5)
+    answers = generate(model, tokenizer, PROMPTS[:1] * 4000, batch_size=4000, new=1, temperature=2.0)
+    found = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=22) / 4000
+    logits = model(tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]).logits[0, -1]
+    expected = torch.softmax(logits / 2.0, dim=-1)
+    assert (expected > 0.01).sum() > 4  # so top_k or top_p would show
+    assert (found - expected).abs().max() < 0.03  # 4 standard errors
+
+
+def test_samples_come_from_a_large_vocabulary_too(tokenizer):
+    """transformers' own top_k is 50, more than the tokens of the model above."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
+    engine = HFEngine(model, tokenizer, 1, 4000, temperature=1.0)
+    found = model.generate(**engine.encode(PROMPTS[:1] * 4000)[0][1], generation_config=engine.options)[:, -1]
+    assert len(found.unique()) > 190
+
+
+# --- prompts
+
+
+def test_text_is_taken_as_it_is_and_chats_by_the_template_with_special_tokens_once(tiny_llama, chat_tokenizer):
+    engine = HFEngine(tiny_llama, chat_tokenizer, 4, 4)
+    chat = ({"role": "user", "content": "ab"}, {"role": "user", "content": "c"})
+    assert tokenize(engine.tokenizer, ["abc", chat, "d", list(chat)]) == [[1, 5, 6, 7], [1, 3, 5, 6, 3, 7, 4], [1, 8], [1, 3, 5, 6, 3, 7, 4]]
+    encoded = engine.encode(["abc", chat])
+    assert [rows for rows, _ in encoded] == [[1, 0]]
+    assert len(engine.generate(encoded)) == 2
+
+
+def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, chat_tokenizer):
+    engine = HFEngine(model, tokenizer, 12, 16)
+    with pytest.raises(ValueError, match="prompt 1 is a chat, but the tokenizer has no chat template"):
+        engine.encode(["1", [{"role": "user", "content": "2"}]])
+    with pytest.raises(ValueError, match=r"prompt 2 has 53 tokens, too many for 12 new ones within the model's 64 positions: shorten it, or"):
+        engine.encode(["1", "2", "3" * 53])
+    engine.encode(["3" * 52])
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        engine.encode(["1", ""])
+    with pytest.raises(ValueError, match="prompt 0 is refused by the tokenizer's chat template: no system role"):
+        HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "system", "content": "a"}]])
+    chat_tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(ValueError, match="prompt 0 is refused by the tokenizer's chat template: can only concatenate str"):
+        HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "user", "content": "a"}]])
+    tiny_llama.resize_token_embeddings(10)
+    with pytest.raises(ValueError, match="prompt 1 has token number 10, but the model embeds 10 tokens"):
+        HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode(["ab", "abf"])
+
+
+def test_a_model_without_a_limit_of_positions_takes_prompts_of_any_length(model, tokenizer):
+    for unlimited in (-1, 0):  # XLNet's config says -1
+        model.config.max_position_embeddings = unlimited
+        assert HFEngine(model, tokenizer, 12, 16).encode(["3" * 500])
+
+
+def test_options_that_cannot_be_are_refused(model):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    with pytest.raises(ValueError, match="decoding must be one of dynamic, static, continuous, not 'paged'"):
+        HFEngine(model, tokenizer, 12, 16, decoding="paged")
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        HFEngine(model, tokenizer, 12, 16, temperature=-1.0)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        HFEngine(model, tokenizer, 12, 16)
+
+
+# --- models
+
+
+NEOX = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+MAMBA = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    "family, config, refused",
+    [
+        ("GPTNeoXForCausalLM", NEOX, {"continuous": r"models of type gpt_neox cannot generate with decoding 'continuous' \(.*\)"}),
+        ("XLNetLMHeadModel", XLNET, dict.fromkeys(["continuous", "static"], "models of type xlnet do not support decoding")),
+        ("GPTNeoForCausalLM", NEO, dict.fromkeys(["continuous", "static"], "models of type gpt_neo do not support decoding")),
+        ("MambaForCausalLM", MAMBA, dict.fromkeys(["continuous", "static"], "models of type mamba do not support decoding")),
+        ("LlamaForCausalLM", NEOX, {}),
+    ],
+)
+def test_a_decoding_that_a_model_cannot_do_is_refused_in_one_line(tokenizer, capfd, family, config, refused):
+    kind = getattr(transformers, family)
+    model = kind(kind.config_class(vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config)).eval()
+    engines = {decoding: HFEngine(model, tokenizer, 4, 4, decoding=decoding) for decoding in DECODINGS}
+    capfd.readouterr()
+    for decoding, engine in engines.items():
+        if decoding in refused:
+            with pytest.raises(ValueError, match=refused[decoding] + ".*: use --decoding dynamic$") as raised:
+                engine.prove()
+            assert "\n" not in str(raised.value)
+        else:
+            engine.prove()
+            assert engine.generate(engine.encode(["1", "2+2"])) == engines["dynamic"].generate(engines["dynamic"].encode(["1", "2+2"]))
+            assert engine.options.max_new_tokens == 4
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_generate_at_all_is_refused_in_one_line(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: 1 / 0)
+    with pytest.raises(ValueError, match=r"^models of type llama cannot generate with decoding 'dynamic' \(division by zero\)$"):
+        HFEngine(model, tokenizer, 4, 4).prove()
+
+
+# --- log probabilities
+
+
+@pytest.mark.parametrize("at_once", [2**28, 1000])
+def test_log_probs_are_those_of_each_token_at_temperature_1(model, tokenizer, monkeypatch, at_once):
+    monkeypatch.setattr(hf, "_LOGITS_AT_ONCE", at_once)
+    engine = HFEngine(model, tokenizer, 12, 16, temperature=2.0)
+    answers = engine.generate(engine.encode(PROMPTS))
+    answers[3] = Answer("", ())
+    found = engine.log_probs(PROMPTS, answers)
+    assert len({len(row) for row in found}) > 3
+    for prompt, answer, log_p in zip(PROMPTS, answers, found, strict=True):
+        ids = tokenizer(prompt)["input_ids"] + list(answer.ids)
+        with torch.no_grad():
+            whole = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+        begin = len(ids) - len(answer.ids)
+        expected = torch.stack([whole[place - 1, ids[place]] for place in range(begin, len(ids))]) if answer.ids else torch.empty(0)
+        assert log_p.dtype == torch.float32 and not log_p.requires_grad
+        torch.testing.assert_close(log_p, expected, rtol=0, atol=1e-5)
+
+
+def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model, tokenizer):
+    import peft
+    base = generate(model, tokenizer)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    theirs = model.generation_config
+    adapted = generate(wrapped, tokenizer)
+    assert adapted != base and model.generation_config is theirs
+    assert adapted == generate(wrapped.merge_and_unload(), tokenizer)
+
+
+def wrapped_twice(model):
+    return torch.nn.DataParallel(torch.compile(model))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, checkpoint_wrapper, wrapped_twice])
+def test_a_wrapped_model_generates_as_itself(model, tokenizer, wrap):
+    assert generate(wrap(model), tokenizer, PROMPTS[:4]) == generate(model, tokenizer, PROMPTS[:4])
+
+
+def test_a_model_in_training_mode_answers_without_dropout(model, tokenizer):
+    expected = generate(model, tokenizer)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert generate(model, tokenizer) == expected
+
+
+def test_a_transformers_without_continuous_batching_is_refused_at_once(model, tokenizer, monkeypatch):
+    older = types.ModuleType("transformers")
+    older.__dict__.update(GenerationConfig=GenerationConfig, __version__="5.0.0")
+    monkeypatch.setitem(sys.modules, "transformers", older)
+    with pytest.raises(ValueError, match="needs a newer transformers than 5.0.0"):
+        HFEngine(model, tokenizer, 12, 16, decoding="continuous")

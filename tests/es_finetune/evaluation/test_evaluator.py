@@ -1,0 +1,101 @@
+"""Contract under test: an evaluation.
+
+Each item is scored by its own answer. Means leave out what a score does not have and do not depend on order; digests are equal where all
+answers are identical, and only there; failures are counted and the first is told.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import es_finetune.models
+import numpy as np
+import pytest
+from es_finetune.engines import Answer
+from es_finetune.engines.hf import HFEngine
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable
+from es_finetune.tasks import Item, Score, load_task
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "embedded"
+
+
+def evaluation(texts=(), scores=()):
+    return Evaluation([Answer(text, tuple(range(len(text)))) for text in texts], list(scores), 1.0, 1.0)
+
+
+def test_the_evaluator_scores_each_item_by_its_own_answer():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    task = load_task("countdown-char")
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval(), tokenizer, 12, 16)
+    items = task.test[:40]
+    found = Evaluator(engine, task, items)()
+    assert found.answers == engine.generate(engine.encode([item.prompt for item in items]))
+    assert found.scores == [task.score(item, answer.text) for item, answer in zip(items, found.answers, strict=True)]
+    assert len(set(found.scores)) > 1
+    assert found.mean("reward") == pytest.approx(0.1 * found.mean("format") + 0.9 * found.mean("exact"))
+    assert found.seconds_generate > found.seconds_score > 0
+    assert found.failed == 0 and found.error is None
+
+
+def test_a_question_that_cannot_be_asked_is_named_by_where_it_is_from():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    engine = HFEngine(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval(), tokenizer, 12, 16)
+    good, long = Item("1+1", 0, None, "a.jsonl, line 1"), "3" * 64
+    for bad, words in (
+        (Item(long, 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt has 64 tokens, too many for 12 new ones within"),
+        (Item(long, 1), r"^prompt 1, '3{57}...', has 64 tokens"),
+        (Item(({"role": "user", "content": "hi"},), 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt is a chat, but the tokenizer has no"),
+        (Item(({"role": "user", "content": "hi"},), 1), "^prompt 1, 'hi', is a chat"),
+    ):
+        with pytest.raises(Unaskable, match=words):
+            Evaluator(engine, load_task("countdown-char"), [good, bad])
+
+
+@pytest.mark.parametrize("reward, problem", [(math.nan, "the reward is nan"), (-1e200, r"reward is -1e\+200"), ("1", "of type str, not a number")])
+def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, problem):
+    class Given:
+        def encode(self, prompts):
+            return prompts
+
+        def generate(self, prompts):
+            return [Answer("a", (1,)) for _ in prompts]
+
+        def score(self, item, completion):
+            return Score(item.data, np.float32(0.5))
+
+    given = Given()
+    found = Evaluator(given, given, [Item("a", 0, np.float32(2.5)), Item("b", 1, reward)])()
+    assert found.scores[0] == (2.5, 0.5, None, None) and json.dumps(found.scores[0])
+    assert found.scores[1][:3] == (None, None, None) and re.search(problem, found.scores[1].error) and not found.all_failed
+
+
+def test_means_leave_out_what_is_missing_and_do_not_depend_on_order():
+    scores = [Score(1e16, 1.0), Score(None, error="broke"), Score(1.0, 0.0), Score(-1e16, None)]
+    for order in (scores, scores[::-1]):
+        found = evaluation(scores=order)
+        assert found.mean("reward") == 1 / 3  # a plain sum gives 0
+        assert found.mean("exact") == 0.5
+        assert found.mean("format") is None
+
+
+def test_failures_are_counted_and_the_first_is_told():
+    worth_nothing = Score(0.0, 0.0, error="took too long")  # a grader's failure
+    found = evaluation(scores=[Score(1.0), Score(None, error="KeyError: 'x'"), worth_nothing, Score(None)])
+    assert found.failed == 3 and found.error == (1, "KeyError: 'x'")
+    assert evaluation(scores=[Score(1.0), worth_nothing]).error == (1, "took too long")
+    assert evaluation(scores=[Score(None)]).error == (0, "no reward and no reason given")
+
+
+def test_equal_digests_are_identical_answers():
+    digest = evaluation(["ab", "c"]).digest
+    assert len(digest) == 16 and int(digest, 16) >= 0
+    assert evaluation(["ab", "c"]).digest == digest
+    others = [["c", "ab"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["", "ab", "c"], ["ab", "d"], ["ab\0", "c"]]
+    assert len({evaluation(texts).digest for texts in others} | {digest}) == len(others) + 1
+    assert evaluation(["\ud800"]).digest != evaluation(["?"]).digest  # any text has one
+
+
+def test_tokens_are_counted():
+    assert evaluation(["ab", "", "cde"]).tokens == 5

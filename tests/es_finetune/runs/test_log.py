@@ -1,0 +1,172 @@
+"""Contract under test: run.log and journal.
+
+What was appended is read back exactly, f32 and f64 values included. A file cut at any byte loses at most its last line and
+can be appended to again; any other damage is refused by line. A write that fails, as on a full disk, leaves the file as
+it was. Two processes never write one file.
+"""
+
+import errno
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+from es_finetune.runs.files import append_row, generation_rows, read_rows, write_atomically
+from es_finetune.runs.log import FORMAT, Generation, SealedLines, read_log, sealed
+
+
+def generation(number, n=6):
+    values = np.random.default_rng(number).normal(size=n).astype(np.float32)
+    z = None if number == 1 else tuple(values.astype(float).tolist())
+    return Generation(number, z, n, math.pi * number, (1e-3 / 3, 5e-324), (0.1,), 2**64 - 1 - number, number)
+
+
+@pytest.fixture
+def path(tmp_path):
+    log = SealedLines(tmp_path / "run.log")
+    log.append({"run": FORMAT, "config": {"sigma": 1e-3}, "name": "Zürich \u2028 \U0001f600"})
+    for number in range(4):
+        log.append(generation(number).to_json())
+    log.close()
+    return tmp_path / "run.log"
+
+
+def test_what_was_appended_is_read_back_exactly(path):
+    header, generations = read_log(path)
+    assert header["config"] == {"sigma": 1e-3} and header["name"] == "Zürich \u2028 \U0001f600"
+    assert generations == [generation(number) for number in range(4)]
+
+
+def test_cut_anywhere_it_loses_the_torn_line_only_and_goes_on(path):
+    data = path.read_bytes()
+    for length in range(len(data) + 1):
+        path.write_bytes(data[:length])
+        whole = data[:length].count(b"\n")
+        log = SealedLines(path, sync=False)
+        assert len(log.lines) == whole
+        assert path.read_bytes() == b"".join(data.splitlines(keepends=True)[:whole])
+        log.append({"again": length})
+        log.close()
+        log = SealedLines(path, sync=False)
+        assert [line.get("again") for line in log.lines] == [None] * whole + [length]
+        log.close()
+
+
+def test_what_a_machine_leaves_after_its_power_failed_is_a_torn_line_too(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(300))
+    assert len(read_log(path)[1]) == 4
+
+
+def test_any_other_damage_is_refused_by_line(path):
+    """A bit anywhere but in the last newline, without which the last line is a torn one."""
+    data = bytearray(path.read_bytes())
+    lines = data.splitlines(keepends=True)
+    draws, last = random.Random(0), len(data) - len(lines[-1])
+    places = draws.sample(range(last), 60) + draws.sample(range(last, len(data) - 1), 20)
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged in line|no log of a run"):
+            read_log(path)
+        with pytest.raises(ValueError, match="is damaged in line|no log of a run"):
+            SealedLines(path)
+        assert path.read_bytes() == damaged
+    assert damaged[:place] == data[:place]
+    with pytest.raises(ValueError, match="is damaged in line 5: its CRC does not fit; remove that line, and the run goes on from the one before"):
+        read_log(path)
+    path.write_bytes(b"".join(lines[:-1]))
+    assert len(read_log(path)[1]) == 3
+    path.write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    with pytest.raises(ValueError, match="generations are not 0, 1, 2"):
+        read_log(path)
+
+
+def test_a_line_out_of_place_is_refused_by_line(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line, words in ((lines[0], "line 3, which is a second header"), (sealed({"generation": 1, "member": 0}), "line 3, which is no generation")):
+        path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
+        with pytest.raises(ValueError, match=f"run.log is damaged in {words}: remove that line"):
+            read_log(path)
+
+
+def test_what_is_no_json_is_refused_with_nothing_written(path):
+    log, before = SealedLines(path), path.read_bytes()
+    for value in (math.nan, np.int64(1), object()):
+        with pytest.raises(ValueError, match="a line of the log can only hold JSON"):
+            log.append({"value": value})
+    assert path.read_bytes() == before
+    log.close()
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    for content in (b"", b"{}\n", b"\x00" * 50):
+        (tmp_path / "run.log").write_bytes(content)
+        with pytest.raises(ValueError, match="no log of a run"):
+            read_log(tmp_path / "run.log")
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_log(tmp_path / "missing")
+
+
+def test_five_hundred_generations_of_thirty_members_take_less_than_300_kB(tmp_path):
+    log = SealedLines(tmp_path / "run.log", sync=False)
+    for number in range(2, 502):
+        log.append(generation(number, 30)._replace(lr=(5e-4 / 3,), theta=2**64 - 1, live=2**64 - 1, reward=-math.pi / 1e5).to_json())
+    assert (tmp_path / "run.log").stat().st_size < 250_000  # the header's kilobyte beside it
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
+    before = path.read_bytes()
+    log = SealedLines(path)
+    real, calls = os.write, []
+
+    def half_then_full(file, data):
+        calls.append(1)
+        if len(calls) == 1:
+            return real(file, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", half_then_full)
+    with pytest.raises(OSError, match="No space left on device: .*run.log"):
+        log.append(generation(4).to_json())
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    log.append(generation(4).to_json())
+    assert len(read_log(path)[1]) == 5
+    log.close()
+
+
+def test_a_second_writer_is_refused(path):
+    log = SealedLines(path)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        SealedLines(path)
+    log.close()
+    SealedLines(path).close()
+
+
+def test_other_files_are_whole_or_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_atomically(path, "before")
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError):
+        write_atomically(path, "after")
+    assert path.read_text() == "before" and [found.name for found in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_rows_are_read_up_to_a_torn_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    for number in range(3):
+        append_row(path, {"generation": number, "text": "\u2028"})
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [row["generation"] for row in read_rows(path)] == [0, 1]
+
+
+def test_a_row_that_does_not_say_of_which_generation_it_is_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for row in ({"generation": 0}, {"generation": None}, {"generation": 2}):
+        append_row(path, row)
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged in row 2: it does not say of which generation it is; remove that row"):
+        generation_rows(path)
