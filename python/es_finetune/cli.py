@@ -66,7 +66,7 @@ class _BrokenOff(Exception):
 
 
 def _train(arguments: list[str]) -> None:
-    from es_finetune.config import TrainConfig, asked
+    from es_finetune.config import TrainConfig, recorded_options
     from es_finetune.runs.log import read_log
 
     if arguments and not arguments[0].startswith("-"):
@@ -85,7 +85,7 @@ def _train(arguments: list[str]) -> None:
     from es_finetune.workers import torchrun
     from es_finetune.workers.protocol import WorkersDiffer
 
-    if not torchrun.leads():
+    if not torchrun.is_first_rank():
         disable_progress_bars()  # the first rank shows what is downloaded
         try:
             return follow(config)
@@ -103,9 +103,9 @@ def _train(arguments: list[str]) -> None:
         members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
         kept = f"{_counted(trainer.generation, 'generation')}{members} are kept in {config.output}"
         begun = read_log(Path(config.output) / "run.log")[0]["config"]
-        changed = _flags_of({name: value for name, value in asked(trainer.config).items() if value != begun[name]}, TrainConfig)
+        changed = _flags_of({name: value for name, value in recorded_options(trainer.config).items() if value != begun[name]}, TrainConfig)
         command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
-        how = "the same torchrun, and --resume" if torchrun.launched() else command
+        how = "the same torchrun, and --resume" if torchrun.under_torchrun() else command
         raise _BrokenOff(f"{words}. {kept}; continue with: {how}") from error
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(

@@ -142,9 +142,9 @@ class TrainConfig(Setup):
         f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else {PAPER['prompts']}"
     )
     seed: int = _flag("of the whole run", 0)
-    eval_every: int | None = _preset("eval_every", "generations between looks at the held-out prompts; 0: only first and last")
+    eval_every: int | None = _preset("eval_every", "generations between evals on the held-out prompts; 0: only first and last")
     eval_items: int = _flag("how many held-out prompts; 0: all", 0)
-    health_every: int = _flag("generations between looks at the realised noise and step and at the distance from the base model; 0: never", 10)
+    health_every: int = _flag("generations between measurements of the realised noise and step and of the distance from the base model; 0: never", 10)
     snapshot_every: int = _flag("generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough", 0)
     save_model: bool = _flag("write the tuned model at the end", True)
     report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
@@ -326,7 +326,7 @@ def one_of(config, **choices) -> None:
             raise ValueError(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, not {getattr(config, name)!r}")
 
 
-def asked(config: TrainConfig) -> dict[str, Any]:
+def recorded_options(config: TrainConfig) -> dict[str, Any]:
     """What the config asks for, wherever it runs: as log and config.json hold it."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "overwrite", "resume")}
 

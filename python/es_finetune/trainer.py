@@ -19,29 +19,29 @@ import torch
 
 import es_kernels
 from es_finetune import errors
-from es_finetune.config import TrainConfig, asked
+from es_finetune.config import TrainConfig, recorded_options
 from es_finetune.evaluation.evaluator import Unaskable
 from es_finetune.evaluation.statistics import save_answers
 from es_finetune.monitor.health import norms_note, warnings_of
 from es_finetune.monitor.plots import plot_run
 from es_finetune.monitor.progress import Progress
-from es_finetune.monitor.rows import estimate, look_row, population_row, summary, total_seconds
+from es_finetune.monitor.rows import estimate, eval_row, population_row, summary, total_seconds
 from es_finetune.monitor.trackers import Tracker, require
 from es_finetune.runs.files import append_row, generation_rows, write_atomically
-from es_finetune.runs.folder import CURVES, claim, inherit, is_ours, remove
+from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, SealedLines, parse_log, read_journals, sealed
 from es_finetune.runs.replay import check_start
 from es_finetune.tasks import Task
 from es_finetune.workers import ray_pool, torchrun
 from es_finetune.workers.protocol import Workers
-from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, missing, update_of
+from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, members_left, update_of
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
 
 def follow(config: TrainConfig, **objects) -> None:
     """What the ranks of torchrun do instead of a Trainer's work, all but the first: their share of the members. Arguments as for Trainer."""
-    config = torchrun.placed(config)
+    config = torchrun.for_this_rank(config)
     inherit(config)
     torchrun.Ranks(Worker(config, **objects)).follow()
 
@@ -61,16 +61,16 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
-        if torchrun.launched():
-            if not torchrun.leads():
+        if torchrun.under_torchrun():
+            if not torchrun.is_first_rank():
                 raise RuntimeError("under torchrun a Trainer is for the first rank, which writes the folder: call es_finetune.trainer.follow() on the others")
-            config = torchrun.placed(config)
+            config = torchrun.for_this_rank(config)
         self.config = config = copy.copy(config)
         self.folder = Path(config.output)
         errors.require("a run", "finetune", *errors.FINETUNE)
         inherit(config)
         open_prompts = config.prompts is None
-        claim(self.folder, config)
+        check_folder(self.folder, config)
         require(config.report_to)
         with self._resumable():
             self.workers = _assemble(config, model=model, tokenizer=tokenizer, task=task)
@@ -83,7 +83,7 @@ class Trainer:
         self._notes: list[str] = []
         self._scored: list[dict[str, Any]] = []  # members that an earlier process scored
         self._rows: list[dict[str, Any]] = []
-        self._looks: list[dict[str, Any]] = []
+        self._evals: list[dict[str, Any]] = []
         try:
             with self._resumable():
                 start = self._proof = self.workers.start()  # a pool's workers load model and task only now: still nothing has been written
@@ -113,14 +113,14 @@ class Trainer:
         if self.log.lines and not config.overwrite:
             raise ValueError(f"output {folder} holds a run that another process has begun meanwhile: give another folder")
         versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
-        header = {"run": FORMAT, "es_finetune": es_kernels.__version__, "config": asked(config), **start, "versions": versions}
+        header = {"run": FORMAT, "es_finetune": es_kernels.__version__, "config": recorded_options(config), **start, "versions": versions}
         sealed(header)
         # Older curves step aside until the trackers have started: one that refuses shall leave the old run as it was.
         curves = [folder / name for name in CURVES if (folder / name).exists()]
         for path in curves:
             path.rename(f"{path}.old")
         try:
-            self.tracker = Tracker(config.report_to, folder, asked(config))
+            self.tracker = Tracker(config.report_to, folder, recorded_options(config))
         except BaseException:
             remove(folder / name for name in CURVES)
             for path in curves:
@@ -130,7 +130,7 @@ class Trainer:
         self.log.clear()
         self.journal.clear()
         remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES))
-        write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
+        write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
         self.log.append(header)
         self.workers.fast_forward([])
 
@@ -144,14 +144,14 @@ class Trainer:
         self.workers.fast_forward(self.log.lines[1:], folder / "snapshots")
         self.generation = len(generations)
         self._proof = self.log.lines[-1]  # the header, where there is no generation
-        for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._looks, "evals.jsonl", 1)):
+        for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._evals, "evals.jsonl", 1)):
             rows += [row for row in generation_rows(folder / name) if row["generation"] < len(generations) + least]
-        for rows, name in ((self._rows, "metrics.jsonl"), (self._looks, "evals.jsonl")):
+        for rows, name in ((self._rows, "metrics.jsonl"), (self._evals, "evals.jsonl")):
             write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-        self.tracker = Tracker(config.report_to, folder, asked(config), done=len(generations))
+        self.tracker = Tracker(config.report_to, folder, recorded_options(config), done=len(generations))
         if len(generations) < config.generations:
             remove([folder / "summary.json"])  # it says that a run is complete
-        write_atomically(folder / "config.json", json.dumps(asked(config), indent=2) + "\n")
+        write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
 
     def _refuse_other_task(self, header: dict[str, Any], start: dict[str, Any]) -> None:
         """ValueError unless the log's questions are asked and answers scored as they were. Of scoring older logs say nothing."""
@@ -217,20 +217,20 @@ class Trainer:
         progress.note(f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts")
         while True:
             done = self.generation
-            if not self._looks or done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
-                self._look_at_held_out(progress)
+            if not self._evals or done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
+                self._evaluate_held_out(progress)
             if done >= config.generations:
                 return
             row = self._generation(progress)
             self.tracker.log(row, self.generation)
             if len(self._rows) == 1:
-                whole = estimate(row["seconds"], self._looks[0], config.generations, config.eval_every)
+                whole = estimate(row["seconds"], self._evals[0], config.generations, config.eval_every)
                 progress.note(f"estimate: {whole}; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB")
             if (note := norms_note(self._rows)) is not None:
                 progress.note(note)
             for warning in row["warnings"]:
                 progress.note(f"generation {row['generation'] + 1}: {warning}")
-            progress.update(row, self._looks[-1][self.task.metric], total_seconds(self._rows, self._looks))
+            progress.update(row, self._evals[-1][self.task.metric], total_seconds(self._rows, self._evals))
 
     def _generation(self, progress: Progress) -> dict[str, Any]:
         """One generation: score the members that the journal does not hold, update, log. Returns its row of metrics.jsonl."""
@@ -242,7 +242,7 @@ class Trainer:
         if not known:
             self.journal.clear()
         # Members are handed out in this order, so that of several workers a member's place says how far all of them are.
-        places = {member: place for place, member in enumerate(missing(config, known), 1)}
+        places = {member: place for place, member in enumerate(members_left(config, known), 1)}
         new = 0
 
         def keep(line: dict[str, Any]) -> None:
@@ -251,13 +251,13 @@ class Trainer:
             place, new = places[line["member"]], new + 1
             seconds = (time.perf_counter() - begin) / max(place, min(self.workers.count, len(places))) * config.population
             if new == 1 and not self._rows:
-                progress.note(f"estimate after the first member: {estimate(seconds, self._looks[0], config.generations, config.eval_every)}")
+                progress.note(f"estimate after the first member: {estimate(seconds, self._evals[0], config.generations, config.eval_every)}")
             progress.member(len(known) + place, config.population, seconds)
 
-        looking = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
-        members, dropped = self.workers.evaluate(generation, known, keep, looking)
+        with_health = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
+        members, dropped = self.workers.evaluate(generation, known, keep, with_health)
         update, by_prompt = update_of(self.task, config, generation, members, dropped)
-        found = self.workers.update(update, looking)
+        found = self.workers.update(update, with_health)
         row = {
             "generation": generation,
             "sigma": found["sigma"][0],
@@ -270,7 +270,7 @@ class Trainer:
             **({"health": found["health"]} if "health" in found else {}),
             **({"dropped": dropped} if dropped else {}),
         }
-        row["warnings"] = warnings_of([*self._rows, row], config, self._looks[-1])
+        row["warnings"] = warnings_of([*self._rows, row], config, self._evals[-1])
         append_row(self.folder / "metrics.jsonl", row)
         self._proof = line_of(update, found, dropped)
         self.log.append(self._proof)
@@ -281,10 +281,10 @@ class Trainer:
             self.workers.save_snapshot(self.folder / "snapshots")
         return row
 
-    def _look_at_held_out(self, progress: Progress) -> None:
+    def _evaluate_held_out(self, progress: Progress) -> None:
         """Answer the held-out prompts with theta, unless that is already in evals.jsonl."""
         done = self.generation
-        if any(look["generation"] == done for look in self._looks):
+        if any(look["generation"] == done for look in self._evals):
             return
         progress.now(f"answering {len(held_out_items(self.task, self.config)):,} held-out prompts")
         begin = time.perf_counter()
@@ -297,11 +297,11 @@ class Trainer:
             if self.config.on_reward_error == "stop" and any(score.reward is None for score in evaluation.scores):
                 raise RewardFailed(failure)
             progress.note(failure)
-        look = look_row(self.task, evaluation, done, time.perf_counter() - begin)
+        look = eval_row(self.task, evaluation, done, time.perf_counter() - begin)
         (self.folder / "answers").mkdir(exist_ok=True)
         save_answers(self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"), held_out_items(self.task, self.config), evaluation.answers, evaluation.scores)
         append_row(self.folder / "evals.jsonl", look)
-        self._looks.append(look)
+        self._evals.append(look)
         self.tracker.log(look, done, prefix="held_out")
 
     def _finish(self) -> dict[str, Any]:
@@ -310,7 +310,7 @@ class Trainer:
         found = {
             "task": config.task,
             "model": config.model,
-            **summary(self.task.metric, self._rows, self._looks),
+            **summary(self.task.metric, self._rows, self._evals),
             "generations": self.generation,
             "backend": self.workers.backend,
             "noise_version": es_kernels.noise.VERSION,
@@ -321,17 +321,17 @@ class Trainer:
         }
         if config.save_model:
             self.workers.save_model(self.folder / "model")
-        plot_run(self.folder / "reward.png", f"Evolution strategies on {config.task}", self.task.metric, self._rows, self._looks)
+        plot_run(self.folder / "reward.png", f"Evolution strategies on {config.task}", self.task.metric, self._rows, self._evals)
         write_atomically(self.folder / "summary.json", json.dumps(found, indent=2) + "\n")
         return found
 
 
 def _assemble(config: TrainConfig, **objects) -> Workers:
     if config.workers == "ray":
-        if torchrun.launched():
+        if torchrun.under_torchrun():
             raise ValueError("torchrun and workers 'ray' are two ways to the same end: use one of them")
         if any(given is not None for given in objects.values()):
             raise ValueError("with workers 'ray' every worker loads model and task by itself: name them in the config")
         return ray_pool.RayPool(config)
     worker = Worker(config, **objects)
-    return torchrun.Ranks(worker) if torchrun.launched() else worker
+    return torchrun.Ranks(worker) if torchrun.under_torchrun() else worker

@@ -14,7 +14,7 @@ from es_finetune.workers import torchrun
 
 options = json.load(open(sys.argv[1]))
 notes = options["output"]
-if not torchrun.leads():
+if not torchrun.is_first_rank():
     options["output"] = os.environ.get("ELSEWHERE", options["output"])
 config = TrainConfig(**options)
 append = SealedLines.append
@@ -32,8 +32,8 @@ def audited(self, line):
 SealedLines.append = audited
 with open(f"{notes}.pids", "a") as file:
     file.write(f"{os.getpid()} {os.environ.get('RANK', 0)}\n")
-if torchrun.leads():
-    if not torchrun.launched() and os.path.exists(os.path.join(config.output, "run.log")):
+if torchrun.is_first_rank():
+    if not torchrun.under_torchrun() and os.path.exists(os.path.join(config.output, "run.log")):
         config.resume = True
     Trainer(config).train()
 else:

@@ -96,7 +96,7 @@ class Stopped:
     """An actor's worker of this pool that sleeps, as one whose machine hangs."""
 
     def __init__(self, pool, number):
-        self.pid = ray.get(pool.places[number].actor.__ray_call__.remote(lambda actor: os.getpid()))
+        self.pid = ray.get(pool.slots[number].actor.__ray_call__.remote(lambda actor: os.getpid()))
 
     def __enter__(self):
         os.kill(self.pid, signal.SIGSTOP)
@@ -151,7 +151,7 @@ def test_an_actor_with_other_weights_is_named(cluster, tmp_path, monkeypatch):
             optimizer.tables[0].live.tensors[3].data[0].add_(1)
             optimizer.adopt_live()
 
-        ray.get(pool.places[1].actor.__ray_call__.remote(change))
+        ray.get(pool.slots[1].actor.__ray_call__.remote(change))
         pool.fast_forward([])
         lines, _ = pool.evaluate(0, {}, lambda line: None)
         from es_finetune.workers.worker import update_of
@@ -168,7 +168,7 @@ def test_and_one_that_starts_with_them(cluster, tmp_path):
         pool.start()
         pool._start = {**pool._start, "base_fingerprint": "0" * 16}
         pool.fast_forward([])
-        ray.kill(pool.places[0].actor)
+        ray.kill(pool.slots[0].actor)
         with pytest.raises(WorkersDiffer, match="worker 0 on .* is not on the same run as the others: its base_fingerprint is"):
             for _ in range(100):  # until the new actor has started
                 pool.evaluate(0, {}, lambda line: time.sleep(0.1))

@@ -151,16 +151,16 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="base 'none' rounds the weights at every member"):
-        torchrun.placed(TrainConfig(output=str(tmp_path / "run"), base="none"))
+        torchrun.for_this_rank(TrainConfig(output=str(tmp_path / "run"), base="none"))
     (tmp_path / "run").mkdir()
     config = TrainConfig(output=str(tmp_path / "run"), overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert torchrun.placed(config).overwrite  # nothing had begun
+    assert torchrun.for_this_rank(config).overwrite  # nothing had begun
 
 
 def test_a_restart_goes_on_even_where_the_first_start_replaced_a_run(tmp_path, monkeypatch, alone):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1", "LOCAL_RANK": "0", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     config = TrainConfig(output=str(alone.folder), overwrite=True)
-    placed = torchrun.placed(config)
+    placed = torchrun.for_this_rank(config)
     assert placed.resume and not placed.overwrite and config.overwrite

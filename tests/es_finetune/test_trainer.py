@@ -14,7 +14,7 @@ import pytest
 import torch
 from es_finetune import TrainConfig, Trainer
 from es_finetune.commands.evaluate import assess
-from es_finetune.config import EvalConfig, asked
+from es_finetune.config import EvalConfig, recorded_options
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
 from es_finetune.runs.schedules import scale
@@ -405,7 +405,7 @@ def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
 def test_a_config_holds_plain_values_whatever_it_was_given():
     given = {"model": pathlib.Path("some/model"), "task": "countdown", "output": pathlib.Path("out")}
     config = TrainConfig(**given, population=np.int64(4), sigma=np.float32(0.5), seed=np.uint64(2**64 - 1), antithetic=np.True_, freeze=("*norm*",))
-    assert asked(config) == json.loads(json.dumps(asked(config), allow_nan=False))
+    assert recorded_options(config) == json.loads(json.dumps(recorded_options(config), allow_nan=False))
     assert (config.model, config.output, config.population, config.sigma, config.seed) == ("some/model", "out", 4, 0.5, 2**64 - 1)
     assert (config.antithetic, config.freeze) == (True, ["*norm*"])
     for wrong, words in (
@@ -454,7 +454,7 @@ def test_the_whole_run_is_estimated_after_its_first_member(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     after_member, after_generation = (i for i, line in enumerate(lines) if line.startswith("estimate"))
     assert lines[after_member].startswith("estimate after the first member: ") and after_generation == after_member + 1
-    assert all("for 2 generations of" in lines[i] and "and 2 looks at the held-out prompts" in lines[i] for i in (after_member, after_generation))
+    assert all("for 2 generations of" in lines[i] and "and 2 evals on the held-out prompts" in lines[i] for i in (after_member, after_generation))
     train(tmp_path / "run", resume=True, generations=3)
     assert "\nestimate" not in capsys.readouterr().out
 

@@ -92,7 +92,7 @@ def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
             lines = [worker.evaluate(generation, {}, lambda line: None)[0] for worker in pair]
             assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
             assert len({line["digest"] for line in lines[0]}) > 1  # a stale cache would answer alike
-            found = [worker.update(Update(generation, 0.0, 4, z), looking=False) for worker in pair]
+            found = [worker.update(Update(generation, 0.0, 4, z), with_health=False) for worker in pair]
             assert found[0]["theta"] == found[1]["theta"] and found[0]["live"] == found[1]["live"]
             generation += 1
         assert looks[0].digest != ours.answer_held_out().digest

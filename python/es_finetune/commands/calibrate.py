@@ -118,7 +118,7 @@ def measure_sigma(sigma: float, base_rewards: Sequence[float], optimizer: Evolut
 
     def answer(member: int) -> Evaluation:
         if member == 0:
-            arrived.update(health.look_at_member())
+            arrived.update(health.measure_member())
         return evaluator()
 
     members = optimizer.evaluate(answer)

@@ -51,8 +51,8 @@ class _Chunk(NamedTuple):
 
 
 class Health:
-    """Looks at an optimizer's weights, in this order: `look_at_member` while a member is in place, `look_before_update` and
-    `look_after_update` around `tell`. Changes nothing.
+    """Looks at an optimizer's weights, in this order: `measure_member` while a member is in place, `measure_before_update` and
+    `measure_after_update` around `tell`. Changes nothing.
 
     Make it before the first update: drift is counted from the weights of then. It keeps a chunk of up to `samples` elements
     of each tensor, four times in f32. A look waits for a GPU once or twice.
@@ -81,16 +81,16 @@ class Health:
     # --- three looks ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def look_at_member(self) -> dict[str, Any]:
+    def measure_member(self) -> dict[str, Any]:
         """Compare what the member now in place does to live with the noise that it should have, sigma * eps: the first three
-        entries of what `look_after_update` returns.
+        entries of what `measure_after_update` returns.
 
         Done to live means: against live without it, round-to-nearest(theta). With base=None there is no theta as long as a
         member is in it; then it is taken out of the sample in the way the optimizer will take it out of the weights.
         """
         inside = [tables.inside for tables in self.optimizer.tables]
         if None in inside:
-            raise RuntimeError("look_at_member() was called without a member in the weights: call it in the closure of evaluate(), or in perturbed()")
+            raise RuntimeError("measure_member() was called without a member in the weights: call it in the closure of evaluate(), or in perturbed()")
         live = self._read("live")
         if self.optimizer.base is None:
             self._scratch.copy_(live)
@@ -120,11 +120,11 @@ class Health:
         return self._noise
 
     @torch.no_grad()
-    def look_before_update(self) -> None:
+    def measure_before_update(self) -> None:
         self._before = self._read("live"), self._read("theta")
 
     @torch.no_grad()
-    def look_after_update(self) -> dict[str, Any]:
+    def measure_after_update(self) -> dict[str, Any]:
         """What metrics.jsonl holds as a generation's health. Over all tuned weights, each tensor's chunk standing for the tensor:
 
         correlation         name -> [correlation of realised and intended noise, rms of realised / rms of intended noise], of
@@ -138,7 +138,7 @@ class Health:
         drift               rms of theta - theta at construction; drift_relative: divided by the rms of the latter
         """
         if self._before is None:
-            raise RuntimeError("look_after_update() was called without look_before_update()")
+            raise RuntimeError("measure_after_update() was called without measure_before_update()")
         (live, theta), self._before = self._before, None
         self._scratch.copy_(theta)
         steps = [tables.step for tables in self.optimizer.tables]

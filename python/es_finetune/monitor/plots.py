@@ -1,6 +1,6 @@
 """The pictures of a run: reward.png, and the same axes as inline SVG for report.html.
 
-Rows are those of metrics.jsonl, looks those of evals.jsonl. Generations are counted from 1 on the axes: a row's place is the
+Rows are those of metrics.jsonl, evals those of evals.jsonl. Generations are counted from 1 on the axes: a row's place is the
 number of updates done after it, so both kinds share one axis.
 """
 
@@ -22,8 +22,8 @@ _NAMES = {INK: "ink", BAND: "band", ACCENT: "accent", SCORE: "score", REST: "res
 Row = dict[str, Any]
 
 
-def plot_run(path: Path, title: str, metric: str, rows: list[Row], looks: list[Row]) -> None:
-    """Write reward.png, two panels: the population's rewards of `rows`, and `metric` on held-out items of `looks`.
+def plot_run(path: Path, title: str, metric: str, rows: list[Row], evals: list[Row]) -> None:
+    """Write reward.png, two panels: the population's rewards of `rows`, and `metric` on held-out items of `evals`.
 
     Either list may be empty; its panel then says so.
     """
@@ -36,10 +36,10 @@ def plot_run(path: Path, title: str, metric: str, rows: list[Row], looks: list[R
     rewards, held_out = figure.subplots(1, 2)
     for axes, name, draw in (
         (rewards, "Reward of the population, training prompts", lambda axes: draw_rewards(axes, rows)),
-        (held_out, f"Held-out {metric}, 95% intervals", lambda axes: draw_held_out(axes, metric, looks)),
+        (held_out, f"Held-out {metric}, 95% intervals", lambda axes: draw_held_out(axes, metric, evals)),
     ):
         _dress(axes)
-        if rows if axes is rewards else looks:
+        if rows if axes is rewards else evals:
             draw(axes)
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", color=TEXT)
@@ -89,11 +89,11 @@ def draw_rewards(axes: Any, rows: list[Row]) -> None:
     _legend(axes)
 
 
-def draw_held_out(axes: Any, metric: str, looks: list[Row]) -> None:
-    """Each look at the held-out items with its 95 % interval; a dotted line where the base model stands."""
-    x, y = [row["generation"] for row in looks], _series(looks, metric)
+def draw_held_out(axes: Any, metric: str, evals: list[Row]) -> None:
+    """Each eval on the held-out items with its 95 % interval; a dotted line where the base model stands."""
+    x, y = [row["generation"] for row in evals], _series(evals, metric)
     axes.axhline(y[0], color=TEXT, linewidth=1, linestyle=":")
-    ends = [[v if row.get(end) is None else row[end] for row, v in zip(looks, y)] for end in ("low", "high")]
+    ends = [[v if row.get(end) is None else row[end] for row, v in zip(evals, y)] for end in ("low", "high")]
     axes.errorbar(
         x,
         y,

@@ -55,7 +55,7 @@ class Progress:
         self.bar.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays: a warning, an estimate, a look at the held-out items."""
+        """A line that stays: a warning, an estimate, an eval on the held-out items."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=not self.live)  # on a terminal broken between words
 
     def now(self, text: str) -> None:

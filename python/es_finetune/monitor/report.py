@@ -48,10 +48,10 @@ def _read(folder: Path) -> dict[str, Any]:
     summary = summary or {}
     # A generation done again after a kill has two rows, of which the later counts.
     rows = list({row["generation"]: row for row in generation_rows(folder / "metrics.jsonl")}.values())
-    looks = list({row["generation"]: row for row in generation_rows(folder / "evals.jsonl")}.values())
+    evals = list({row["generation"]: row for row in generation_rows(folder / "evals.jsonl")}.values())
     header = _header(folder / "run.log")
     metric = header.get("metric", "reward")
-    looks = [row for row in looks if row.get(metric) is not None]
+    evals = [row for row in evals if row.get(metric) is not None]
     samples, counts = _samples(folder, metric)
     chance = _chance(counts["better"], counts["worse"])
     asked = summary.get("generations") or config.get("generations")
@@ -65,15 +65,15 @@ def _read(folder: Path) -> dict[str, Any]:
         "done": rows[-1]["generation"] + 1 if rows else 0,
         "asked": asked,
         "metric": metric,
-        "looks": looks,
+        "evals": evals,
         "counts": counts,
         "chance": chance,
-        "change": _change(looks, metric, chance if samples else None),
+        "change": _change(evals, metric, chance if samples else None),
         "seconds": summary.get("seconds_total") or sum(row["seconds"] for row in rows),
         "tokens": sum(row.get("tokens") or 0 for row in rows),
         "outside": _outside(rows),
         "peak": max((row.get("peak_memory_bytes") or 0 for row in rows), default=0),
-        "plots": _plots(rows, metric, looks),
+        "plots": _plots(rows, metric, evals),
         "warnings": _warnings(rows),
         "poor": _poor(rows, norms=False),
         "norms": _poor(rows, norms=True),
@@ -148,7 +148,7 @@ def _health(name: str):
     return read
 
 
-def _plots(rows: list[Row], metric: str, looks: list[Row]) -> list[dict[str, Any]]:
+def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any]]:
     """Groups of plots: {"title", "plots": [(title, what it shows, svg or None)]}."""
     from markupsafe import Markup
 
@@ -171,7 +171,7 @@ def _plots(rows: list[Row], metric: str, looks: list[Row]) -> list[dict[str, Any
         (
             "Learning",
             [
-                (f"Held-out {metric}", held_out, looks, partial(drawing.draw_held_out, metric=metric, looks=looks)),
+                (f"Held-out {metric}", held_out, evals, partial(drawing.draw_held_out, metric=metric, evals=evals)),
                 (
                     "Reward of the population",
                     "Each member's mean over the training prompts of its generation.",
@@ -259,9 +259,9 @@ def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda entry: entry["worst"])
 
 
-def _change(looks: list[Row], metric: str, chance: float | None) -> str:
+def _change(evals: list[Row], metric: str, chance: float | None) -> str:
     """"gain" or "loss", where what became of the same answers says so (`chance`), or without them intervals that do not meet; else ""."""
-    first, last = (looks[0], looks[-1]) if looks else ({}, {})
+    first, last = (evals[0], evals[-1]) if evals else ({}, {})
     before, after = first.get(metric), last.get(metric)
     if before == after:
         return ""

@@ -77,7 +77,7 @@ def _reward_interval(rewards: Sequence[float]) -> Row:
     return {"reward_low": low, "reward_high": high}
 
 
-def look_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> Row:
+def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> Row:
     """A row of evals.jsonl: what the held-out answers are worth after `done` updates, with the headline metric's 95 % interval."""
     values, rewards = headline(task, evaluation.scores), rewards_of(task, evaluation.scores)
     low, high = interval(values)
@@ -96,10 +96,10 @@ def look_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
     }
 
 
-def summary(metric: str, rows: Sequence[Row], looks: Sequence[Row]) -> Row:
+def summary(metric: str, rows: Sequence[Row], evals: Sequence[Row]) -> Row:
     """What the rows come to. Unknown is None: the base model's part, if the first look was lost, and shares of no time at all."""
-    last = looks[-1]
-    first = next((look for look in looks if look["generation"] == 0), {metric: None, "low": None, "high": None})
+    last = evals[-1]
+    first = next((look for look in evals if look["generation"] == 0), {metric: None, "low": None, "high": None})
     seconds = {f"seconds{part}": math.fsum(row[f"seconds{part}"] for row in rows) for part in ("", "_generate", "_score", "_kernels")}
     del seconds["seconds"]
     training = math.fsum(row["seconds"] * row["workers"] for row in rows)
@@ -110,25 +110,25 @@ def summary(metric: str, rows: Sequence[Row], looks: Sequence[Row]) -> Row:
         "final": last[metric],
         "final_interval": [last["low"], last["high"]],
         "held_out": last["items"],
-        "held_out_curve": [[look["generation"], look[metric]] for look in looks],
-        "seconds_total": total_seconds(rows, looks),
+        "held_out_curve": [[look["generation"], look[metric]] for look in evals],
+        "seconds_total": total_seconds(rows, evals),
         **seconds,
         "share_outside": 1 - (seconds["seconds_generate"] + seconds["seconds_score"]) / training if training else None,
         "tokens": sum(row["tokens"] for row in rows),
     }
 
 
-def total_seconds(rows: Sequence[Row], looks: Sequence[Row]) -> float:
-    return math.fsum([*(row["seconds"] for row in rows), *(look["seconds"] for look in looks)])
+def total_seconds(rows: Sequence[Row], evals: Sequence[Row]) -> float:
+    return math.fsum([*(row["seconds"] for row in rows), *(look["seconds"] for look in evals)])
 
 
 def estimate(seconds: float, look: Row, generations: int, eval_every: int) -> str:
     """How long the whole run takes, if a generation takes `seconds` and every look as long as this first one."""
     each = f"{seconds:.1f} s" if seconds < 120 else duration(seconds)
-    looks = 2 + ((generations - 1) // eval_every if eval_every else 0)
+    evals = 2 + ((generations - 1) // eval_every if eval_every else 0)
     return (
-        f"{duration(seconds * generations + look['seconds'] * looks)} for {generations} generations of {each} and {looks} "
-        f"looks at the held-out prompts of {look['seconds']:.1f} s"
+        f"{duration(seconds * generations + look['seconds'] * evals)} for {generations} generations of {each} and {evals} "
+        f"evals on the held-out prompts of {look['seconds']:.1f} s"
     )
 
 

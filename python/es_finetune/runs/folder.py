@@ -17,7 +17,7 @@ FOLDERS = ("answers", "snapshots", "model")
 CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
 
 
-def claim(folder: Path, config: TrainConfig) -> None:
+def check_folder(folder: Path, config: TrainConfig) -> None:
     """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced. Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is a file: give a folder")

@@ -33,10 +33,10 @@ class Workers(Protocol):
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None: ...
 
     def evaluate(
-        self, generation: int, known: dict[int, dict], keep: Callable[[dict], None], looking: bool = False
+        self, generation: int, known: dict[int, dict], keep: Callable[[dict], None], with_health: bool = False
     ) -> tuple[list[dict], list[int]]: ...
 
-    def update(self, update: Update, looking: bool = False) -> dict[str, Any]: ...
+    def update(self, update: Update, with_health: bool = False) -> dict[str, Any]: ...
 
     def answer_held_out(self) -> Evaluation: ...
 
@@ -47,7 +47,7 @@ class Workers(Protocol):
     def close(self) -> None: ...
 
 
-def refuse_unshared(config: TrainConfig) -> None:
+def require_shared_master(config: TrainConfig) -> None:
     """ValueError for weights that are a worker's own."""
     if config.base == "none":
         raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
@@ -57,14 +57,14 @@ class WorkersDiffer(RuntimeError):
     """Workers that should hold the same weights, or be on the same run, do not."""
 
 
-def refuse_other(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def require_same_run(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """WorkersDiffer unless a worker's start is the expected one."""
     for what, value in expected.items():
         if found[what] != value and what != "model":  # its name and form may differ: the weights are known by fingerprint
             raise WorkersDiffer(f"{name} is not on the same run as the others: its {what} is {found[what]!r}, not {value!r}")
 
 
-def together(update: Update, found: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
+def require_agreement(update: Update, found: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
     """What `update` of several workers returns: of `one`, with the seconds of all. WorkersDiffer, by name, where weights differ."""
     proofs = {name: f"theta {of['theta']:016x}, live {of['live']:016x}" for name, of in found.items()}
     (most, agree), *others = Counter(proofs.values()).most_common()

@@ -21,8 +21,8 @@ from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.setup import make_task
 from es_finetune.workers.dispatch import Dispatch
-from es_finetune.workers.protocol import WorkersDiffer, refuse_other, refuse_unshared, together
-from es_finetune.workers.worker import RewardFailed, Worker, checked, held_out_items, line_of, missing
+from es_finetune.workers.protocol import WorkersDiffer, require_agreement, require_same_run, require_shared_master
+from es_finetune.workers.worker import RewardFailed, Worker, check_task, held_out_items, line_of, members_left
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
 _DEATHS = 3
@@ -44,12 +44,12 @@ class Actor:
     def fast_forward(self, generations: Sequence[Row], snapshots: Path | None) -> None:
         self.worker.fast_forward(generations, snapshots)
 
-    def member(self, generation: int, member: int, looking: bool) -> Row:
-        (line,) = self.worker.run(generation, [member], lambda line: None, looking)
+    def member(self, generation: int, member: int, with_health: bool) -> Row:
+        (line,) = self.worker.run(generation, [member], lambda line: None, with_health)
         return line
 
-    def update(self, update: Update, looking: bool) -> dict[str, Any]:
-        return self.worker.update(update, looking)
+    def update(self, update: Update, with_health: bool) -> dict[str, Any]:
+        return self.worker.update(update, with_health)
 
     def answer_held_out(self, part: int, parts: int) -> Evaluation:
         return self.worker.answer_held_out(part, parts)
@@ -62,7 +62,7 @@ class Actor:
 
 
 @dataclasses.dataclass
-class _Place:
+class Slot:
     """One actor after the other."""
 
     number: int
@@ -89,9 +89,9 @@ class RayPool:
     model = None  # it is in the actors
 
     def __init__(self, config: TrainConfig):
-        refuse_unshared(config)
+        require_shared_master(config)
         self.ray = _ray()
-        self.config, self.task = config, checked(make_task(config), config)
+        self.config, self.task = config, check_task(make_task(config), config)
         self._own = _connect(self.ray)
         try:
             self.count, gpus = _capacity(self.ray, config)
@@ -101,10 +101,10 @@ class RayPool:
             self._snapshots: Path | None = None
             self._start: dict[str, Any] | None = None
             self._limit = config.straggler_limit or None
-            self._looker: Any = None  # the actor that has looked at a member of this generation
-            self.places = [_Place(number) for number in range(self.count)]
-            for place in self.places:
-                self._hire(place)
+            self._health_actor: Any = None  # the actor that has looked at a member of this generation
+            self.slots = [Slot(number) for number in range(self.count)]
+            for slot in self.slots:
+                self._start_actor(slot)
         except BaseException:
             self.close()
             raise
@@ -112,7 +112,7 @@ class RayPool:
     # --- what a Trainer asks -------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        while any(place.what == ("start",) for place in self.places):
+        while any(slot.what == ("start",) for slot in self.slots):
             self._wait(None)
         return self._start
 
@@ -120,43 +120,43 @@ class RayPool:
         """The actors do it when they are first asked for something: all at once, and a slow one holds nobody up."""
         self._log, self._snapshots = list(generations), None if snapshots is None else snapshots.resolve()
 
-    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
+    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False) -> tuple[list[Row], list[int]]:
         lines = dict(known)
 
         def take(member: int, line: Row) -> None:
             keep(line)
             lines[member] = line
 
-        self._looker = None
+        self._health_actor = None
 
-        def ask(place: _Place, member: int) -> Any:
-            look = looking and self._looker is None
-            if look:
-                self._looker = place.actor
-            return place.actor.member.remote(generation, member, look)
+        def ask(slot: Slot, member: int) -> Any:
+            measures = with_health and self._health_actor is None
+            if measures:
+                self._health_actor = slot.actor
+            return slot.actor.member.remote(generation, member, measures)
 
-        dispatch = Dispatch(missing(self.config, known), self._limit, self.config.on_straggler == "drop")
+        dispatch = Dispatch(members_left(self.config, known), self._limit, self.config.on_straggler == "drop")
         self._spread(dispatch, ask, take)
         return [lines[member] for member in sorted(lines)], sorted(dispatch.dropped)
 
-    def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
+    def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         found: dict[str, dict[str, Any]] = {}
         one = None
         # All that are free do it now, at the same time; who is late with a member, or new, repeats it from the log before its next work.
         while True:
-            self._tend()
-            for place in self._ready():
-                place.generation += 1
-                look = looking and place.actor == self._looker
-                self._ask(place, ("update", look), place.actor.update.remote(update, look), self._limit)
-            pending = [place for place in self.places if place.what[:1] == ("update",)]
-            if found and (not pending or (self._limit and time.monotonic() - min(place.since for place in pending) > self._limit)):
+            self._catch_up_and_replace()
+            for slot in self._ready():
+                slot.generation += 1
+                measures = with_health and slot.actor == self._health_actor
+                self._ask(slot, ("update", measures), slot.actor.update.remote(update, measures), self._limit)
+            pending = [slot for slot in self.slots if slot.what[:1] == ("update",)]
+            if found and (not pending or (self._limit and time.monotonic() - min(slot.since for slot in pending) > self._limit)):
                 break
-            for place, what, result in self._wait(self._limit):
+            for slot, what, result in self._wait(self._limit):
                 if what[0] == "update":
-                    found[place.name] = result
+                    found[slot.name] = result
                     one = result if one is None or what[1] else one
-        one = together(update, found, one)
+        one = require_agreement(update, found, one)
         self._log.append(line_of(update, one))
         return one
 
@@ -167,13 +167,13 @@ class RayPool:
         # The limit is one of a member; a part has more questions, or fewer.
         longer = max(1.0, questions / parts / (self.config.prompts or len(self.task.train)))
         dispatch = Dispatch(range(parts), self._limit and self._limit * longer)
-        self._spread(dispatch, lambda place, part: place.actor.answer_held_out.remote(part, parts), found.__setitem__)
+        self._spread(dispatch, lambda slot, part: slot.actor.answer_held_out.remote(part, parts), found.__setitem__)
         return Evaluation.joined([found[part] for part in range(parts)])
 
     def save_model(self, folder: Path) -> None:
         """Written by one of the workers: ValueError where that is not this machine and the folder is not shared."""
         folder = folder.resolve()
-        self._spread(Dispatch([0]), lambda place, _: place.actor.save_model.remote(folder), lambda *_: None)
+        self._spread(Dispatch([0]), lambda slot, _: slot.actor.save_model.remote(folder), lambda *_: None)
         if not folder.is_dir():
             raise ValueError(
                 f"the model was written to {folder} on another machine of the cluster: use a shared folder, or --save_model false and es-finetune export, "
@@ -183,107 +183,107 @@ class RayPool:
     def save_snapshot(self, folder: Path) -> None:
         folder = folder.resolve()
         self._snapshots = folder
-        self._spread(Dispatch([0]), lambda place, _: place.actor.save_snapshot.remote(folder), lambda *_: None)
+        self._spread(Dispatch([0]), lambda slot, _: slot.actor.save_snapshot.remote(folder), lambda *_: None)
 
     def close(self) -> None:
-        for place in getattr(self, "places", ()):
-            self._dismiss(place)
+        for slot in getattr(self, "slots", ()):
+            self._kill_actor(slot)
         if self._own:
             self.ray.shutdown()
 
     # --- actors ----------------------------------------------------------------------------------------------------------
 
-    def _spread(self, dispatch: Dispatch, ask: Callable[[_Place, int], Any], take: Callable[[int, Any], None]) -> None:
+    def _spread(self, dispatch: Dispatch, ask: Callable[[Slot, int], Any], take: Callable[[int, Any], None]) -> None:
         """Have every job of the dispatch done by some actor, whatever becomes of others. `take` gets the first result of each."""
         spread = object()  # results of another are too late
         while True:
-            self._tend(dispatch)
+            self._catch_up_and_replace(dispatch)
             dispatch.give_up(time.monotonic())
-            for place in self._ready():
-                job = dispatch.next(place.number, time.monotonic())
+            for slot in self._ready():
+                job = dispatch.next(slot.number, time.monotonic())
                 if job is not None:
-                    self._ask(place, ("job", spread, job), ask(place, job), dispatch.limit)
+                    self._ask(slot, ("job", spread, job), ask(slot, job), dispatch.limit)
             if dispatch.finished:
                 return
             # Who would take a member that gets late: without anyone free there is nothing to wake up for.
             due = dispatch.overdue() if dispatch.drop or self._ready() else None
-            for place, what, result in self._wait(None if due is None else due - time.monotonic(), dispatch):
+            for slot, what, result in self._wait(None if due is None else due - time.monotonic(), dispatch):
                 if what[0] == "job" and what[1] is spread and dispatch.done(what[2]):
                     take(what[2], result)
                 elif what[0] == "update":  # of one that was late with it
-                    done = self._log[place.generation - 1]
+                    done = self._log[slot.generation - 1]
                     proof = {key: int(done[key], 16) for key in ("theta", "live")}
-                    together(Update(done["generation"], 0.0, 0, None), {"the log": {**result, **proof}, place.name: result}, result)
+                    require_agreement(Update(done["generation"], 0.0, 0, None), {"the log": {**result, **proof}, slot.name: result}, result)
 
-    def _ready(self) -> list[_Place]:
+    def _ready(self) -> list[Slot]:
         """The actors that have nothing to do and all updates done."""
-        return [place for place in self.places if place.call is None and place.generation == len(self._log)]
+        return [slot for slot in self.slots if slot.call is None and slot.generation == len(self._log)]
 
-    def _ask(self, place: _Place, what: tuple, call: Any, limit: float | None = None) -> None:
-        place.call, place.what, place.since, place.limit = call, what, time.monotonic(), limit
+    def _ask(self, slot: Slot, what: tuple, call: Any, limit: float | None = None) -> None:
+        slot.call, slot.what, slot.since, slot.limit = call, what, time.monotonic(), limit
 
-    def _tend(self, dispatch: Dispatch | None = None) -> None:
+    def _catch_up_and_replace(self, dispatch: Dispatch | None = None) -> None:
         """Bring free actors to the log's end, and replace those that hang."""
-        for place in self.places:
-            if place.call is None and place.generation < len(self._log):
-                behind = self._log[place.generation :]
-                snapshots = self._snapshots if place.generation == 0 else None
-                place.generation = len(self._log)
-                self._ask(place, ("catch up",), place.actor.fast_forward.remote(behind, snapshots))
-            elif place.call is not None and place.limit and time.monotonic() - place.since > _HANGS * place.limit:
-                self._replace(place, f"it took more than {_HANGS} times the straggler limit of {place.limit:g} s", dispatch)
+        for slot in self.slots:
+            if slot.call is None and slot.generation < len(self._log):
+                behind = self._log[slot.generation :]
+                snapshots = self._snapshots if slot.generation == 0 else None
+                slot.generation = len(self._log)
+                self._ask(slot, ("catch up",), slot.actor.fast_forward.remote(behind, snapshots))
+            elif slot.call is not None and slot.limit and time.monotonic() - slot.since > _HANGS * slot.limit:
+                self._replace(slot, f"it took more than {_HANGS} times the straggler limit of {slot.limit:g} s", dispatch)
 
-    def _wait(self, timeout: float | None, dispatch: Dispatch | None = None) -> list[tuple[_Place, tuple, Any]]:
-        """What one of the actors came back with, as (place, what it was asked, result); nothing after `timeout` seconds, or where one died or
+    def _wait(self, timeout: float | None, dispatch: Dispatch | None = None) -> list[tuple[Slot, tuple, Any]]:
+        """What one of the actors came back with, as (slot, what it was asked, result); nothing after `timeout` seconds, or where one died or
         hangs."""
-        calls = {place.call: place for place in self.places if place.call is not None}
+        calls = {slot.call: slot for slot in self.slots if slot.call is not None}
         now = time.monotonic()
-        waits = [place.since + _HANGS * place.limit - now for place in calls.values() if place.limit] + ([] if timeout is None else [timeout])
+        waits = [slot.since + _HANGS * slot.limit - now for slot in calls.values() if slot.limit] + ([] if timeout is None else [timeout])
         ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=max(0.05, min(waits)) if waits else None)
         if not ready:
             return []
-        place = calls[ready[0]]
-        what, place.call, place.what = place.what, None, ()
+        slot = calls[ready[0]]
+        what, slot.call, slot.what = slot.what, None, ()
         try:
             result = self.ray.get(ready[0])
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
                 raise error.cause from None  # it would be the same on any other
-            self._replace(place, first_line(error.cause), dispatch)
+            self._replace(slot, first_line(error.cause), dispatch)
             return []
         except self.ray.exceptions.RayError as error:
-            self._replace(place, first_line(error), dispatch)
+            self._replace(slot, first_line(error), dispatch)
             return []
         if what[0] == "start":
-            self._begun(place, result)
+            self._on_started(slot, result)
         else:
-            place.deaths = 0
-        return [(place, what, result)]
+            slot.deaths = 0
+        return [(slot, what, result)]
 
-    def _hire(self, place: _Place) -> None:
-        place.actor = self.ray.remote(Actor).options(**self._options).remote(self._asked)
-        place.generation = 0
-        self._ask(place, ("start",), place.actor.start.remote())
+    def _start_actor(self, slot: Slot) -> None:
+        slot.actor = self.ray.remote(Actor).options(**self._options).remote(self._asked)
+        slot.generation = 0
+        self._ask(slot, ("start",), slot.actor.start.remote())
 
-    def _begun(self, place: _Place, found: dict[str, Any]) -> None:
-        place.host = found["host"]
+    def _on_started(self, slot: Slot, found: dict[str, Any]) -> None:
+        slot.host = found["host"]
         if self._start is None:
             self._start, self.backend, self.parameters = found["start"], found["backend"], found["parameters"]
-        refuse_other(place.name, found["start"], self._start)
+        require_same_run(slot.name, found["start"], self._start)
 
-    def _replace(self, place: _Place, why: str, dispatch: Dispatch | None) -> None:
-        place.deaths += 1
-        if place.deaths > _DEATHS:
-            raise RuntimeError(f"{place.name} died {place.deaths} times without a result in between; at last: {why}")
+    def _replace(self, slot: Slot, why: str, dispatch: Dispatch | None) -> None:
+        slot.deaths += 1
+        if slot.deaths > _DEATHS:
+            raise RuntimeError(f"{slot.name} died {slot.deaths} times without a result in between; at last: {why}")
         if dispatch is not None:
-            dispatch.lost(place.number)
-        self._dismiss(place)
-        self._hire(place)
+            dispatch.lost(slot.number)
+        self._kill_actor(slot)
+        self._start_actor(slot)
 
-    def _dismiss(self, place: _Place) -> None:
-        if place.actor is not None:
-            self.ray.kill(place.actor)
-            place.actor = place.call = None
+    def _kill_actor(self, slot: Slot) -> None:
+        if slot.actor is not None:
+            self.ray.kill(slot.actor)
+            slot.actor = slot.call = None
 
 
 def _absolute(config: TrainConfig) -> dict[str, str]:

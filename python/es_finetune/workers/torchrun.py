@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from es_finetune.config import FREE, TrainConfig, asked
+from es_finetune.config import FREE, TrainConfig, recorded_options
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.log import SealedLines, is_begun
-from es_finetune.workers.protocol import refuse_other, refuse_unshared, together
+from es_finetune.workers.protocol import require_agreement, require_same_run, require_shared_master
 from es_finetune.workers.worker import Worker, update_of
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
@@ -34,20 +34,20 @@ _OPTION = "option "
 _runs = itertools.count()
 
 
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def leads() -> bool:
+def is_first_rank() -> bool:
     """Whether this process is the one that writes the run's folder: the first rank, or alone."""
-    return not launched() or os.environ["RANK"] == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
-def placed(config: TrainConfig) -> TrainConfig:
+def for_this_rank(config: TrainConfig) -> TrainConfig:
     """The config for this rank: on a GPU of its own, and going on where there is a run if torchrun has restarted it."""
     config = copy.copy(config)
-    refuse_unshared(config)
+    require_shared_master(config)
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         rank = int(os.environ["LOCAL_RANK"])
         if rank >= torch.cuda.device_count():
@@ -86,11 +86,11 @@ class Ranks:
 
     def start(self) -> dict[str, Any]:
         """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
-        mine = {**self.worker.start(), **{f"{_OPTION}{name}": value for name, value in asked(self.config).items() if name not in FREE}}
+        mine = {**self.worker.start(), **{f"{_OPTION}{name}": value for name, value in recorded_options(self.config).items() if name not in FREE}}
         everyone = self._gathered((socket.gethostname(), mine))
         _, first = everyone[0]
         for rank, (host, other) in enumerate(everyone):
-            refuse_other(f"rank {rank} on {host}", other, first)
+            require_same_run(f"rank {rank} on {host}", other, first)
         return {key: value for key, value in mine.items() if not key.startswith(_OPTION)}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
@@ -100,7 +100,7 @@ class Ranks:
         self.generation = len(sent[0])
         self.worker.fast_forward(*sent)
 
-    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
+    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False) -> tuple[list[Row], list[int]]:
         """What is known is the first rank's to say: it has read the journals of all."""
         sent = [known]
         dist.broadcast_object_list(sent)
@@ -111,15 +111,15 @@ class Ranks:
             while (place := self._store.add(f"members of {generation}", 1) - 1) < len(left):
                 yield left[place]
 
-        new = self._gathered(self.worker.run(generation, drawn(), keep, looking))
+        new = self._gathered(self.worker.run(generation, drawn(), keep, with_health))
         lines = {**known, **{line["member"]: line for lines in new for line in lines}}
         return [lines[member] for member in sorted(lines)], []
 
-    def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
+    def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         """WorkersDiffer, naming the ranks, where the weights after it differ."""
-        mine = self.worker.update(update, looking)
+        mine = self.worker.update(update, with_health)
         everyone = self._gathered((f"rank {self.rank} on {socket.gethostname()}", mine))
-        return together(update, dict(everyone), mine)
+        return require_agreement(update, dict(everyone), mine)
 
     def follow(self) -> None:
         """What a rank does that does not lead: the same run, without its folder. Its journal is beside the first rank's."""

@@ -52,24 +52,24 @@ class Weights:
         """Put theta in place."""
         self.optimizer.restore()
 
-    def look_at_member(self) -> None:
+    def measure_member(self) -> None:
         """A part of the health that `apply` returns when it looks too: of the member in place."""
-        self.health.look_at_member()
+        self.health.measure_member()
 
-    def apply(self, update: Sequence, looking: bool = False) -> dict[str, Any]:
+    def apply(self, update: Sequence, with_health: bool = False) -> dict[str, Any]:
         """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr and sigma of each
-        param_group, the seconds in kernels since the update before, peak memory, and if `looking` its health."""
+        param_group, the seconds in kernels since the update before, peak memory, and if `with_health` its health."""
         set_schedules(self.optimizer, self.config)
         groups = self.optimizer.param_groups
         lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
-        if looking:
-            self.health.look_before_update()
+        if with_health:
+            self.health.measure_before_update()
         generation, mean, scored, z = update
         self.optimizer.apply(Update(generation, mean, scored, None if z is None else tuple(z)))
         found = {"theta": self.optimizer.fingerprint("theta"), "live": self.optimizer.fingerprint("live"), "lr": lr, "sigma": sigma}
         before, self._kernels = self._kernels, self.optimizer.kernel_seconds
         found |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
-        return found | ({"health": self.health.look_after_update()} if looking else {})
+        return found | ({"health": self.health.measure_after_update()} if with_health else {})
 
     def save_snapshot(self, folder: str) -> None:
         save_snapshot(Path(folder), self.optimizer)

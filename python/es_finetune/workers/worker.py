@@ -39,7 +39,7 @@ class Worker:
 
     def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
         self.config = config
-        self.task = checked(task or make_task(config), config)
+        self.task = check_task(task or make_task(config), config)
         self.replica = _replica(config, self.task, model, tokenizer)
         self.weights, self.model = self.replica.weights, self.replica.model
         self.backend, self.parameters = self.replica.backend, self.replica.parameters
@@ -61,24 +61,24 @@ class Worker:
         """Repeat logged updates, given as the log's lines, from the model's start. A folder of snapshots that is not there, as on another machine, holds none."""
         self.weights.fast_forward(generations, None if snapshots is None else str(snapshots))
 
-    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], looking: bool = False) -> tuple[list[Row], list[int]]:
+    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False) -> tuple[list[Row], list[int]]:
         """The lines of all members of the generation in order, those in `known` as they are; and which were dropped (none). `keep` gets every
-        new line at once. `looking`: the update after it will tell the health."""
+        new line at once. `with_health`: the update after it will tell the health."""
         # Without a base every member leaves its rounding in the weights, so that each must be put in place, whether known or not.
-        members = range(self.config.population) if self.config.base == "none" else missing(self.config, known)
-        lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, looking, known)}}
+        members = range(self.config.population) if self.config.base == "none" else members_left(self.config, known)
+        lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, with_health, known)}}
         return [lines[member] for member in sorted(lines)], []
 
     def run(
-        self, generation: int, members: Iterable[int], keep: Callable[[Row], None], looking: bool = False, known: dict[int, Row] | None = None
+        self, generation: int, members: Iterable[int], keep: Callable[[Row], None], with_health: bool = False, known: dict[int, Row] | None = None
     ) -> list[Row]:
         """The lines of these members, which are drawn one at a time."""
         training = self._training or Evaluator(self.replica.engine, self.task, self._draw(generation))
         lines = []
         try:
-            if looking:
+            if with_health:
                 self.weights.perturb(0)
-                self.weights.look_at_member()
+                self.weights.measure_member()
             for member in members:
                 self.weights.perturb(member)
                 line = (known or {}).get(member)
@@ -92,9 +92,9 @@ class Worker:
             self.weights.restore()
         return lines
 
-    def update(self, update: Update, looking: bool = False) -> dict[str, Any]:
+    def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         """Do the update; what Weights.apply returns."""
-        return self.weights.apply(list(update), looking)
+        return self.weights.apply(list(update), with_health)
 
     def answer_held_out(self, part: int = 0, parts: int = 1) -> Evaluation:
         """Answers of theta to the held-out questions, or to one of `parts` equal parts of them."""
@@ -117,7 +117,7 @@ class Worker:
         return draws.sample(list(self.task.train), self.config.prompts)
 
 
-def checked(task: Task, config: TrainConfig) -> Task:
+def check_task(task: Task, config: TrainConfig) -> Task:
     """ValueError unless the task has what the config asks for. A number of prompts that the config left open is settled here."""
     for split in ("train", "test"):
         if not getattr(task, split):
@@ -139,7 +139,7 @@ def split(items: Sequence, parts: int) -> list[Sequence]:
     return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def missing(config: TrainConfig, known: Container[int]) -> list[int]:
+def members_left(config: TrainConfig, known: Container[int]) -> list[int]:
     """The members that are not known yet."""
     return [member for member in range(config.population) if member not in known]
 

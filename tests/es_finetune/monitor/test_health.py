@@ -55,13 +55,13 @@ def generation(optimizer, health, rewards=(1.0, 0.0, 0.5, 0.25)):
 
     def closure(member):
         if member == 0:
-            health.look_at_member()
+            health.measure_member()
         return rewards[member]
 
     told = optimizer.evaluate(closure)
-    health.look_before_update()
+    health.measure_before_update()
     optimizer.tell(told)
-    return health.look_after_update()
+    return health.measure_after_update()
 
 
 @pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
@@ -72,7 +72,7 @@ def test_realised_noise_is_that_of_the_weights(base):
     health = Health(optimizer, samples=10_000)
     with optimizer.perturbed(0):
         realised = numbers(weight) - before
-        found = health.look_at_member()
+        found = health.measure_member()
     expected = correlation(realised, noise(name, weight))
     assert 0.2 < expected < 0.6
     # With base=None the noise is taken out of the sample to find the weights without it: the same statistics, not the same bits.
@@ -86,7 +86,7 @@ def test_noise_that_vanishes_has_correlation_0():
     name, weight = around_one()
     optimizer = make((name, weight), sigma=1e-6)
     with optimizer.perturbed(0):
-        found = Health(optimizer).look_at_member()
+        found = Health(optimizer).measure_member()
     assert found["correlation"] == {name: [0.0, 0.0]} and found["rms_ratio_min"] == [name, 0.0]
 
 
@@ -96,7 +96,7 @@ def test_theta_between_two_bf16_numbers_is_no_noise():
     optimizer = make((name, weight), sigma=1e-6)
     optimizer.tables[0].theta.tensors[0].add_(1e-3)
     with optimizer.perturbed(0):
-        assert Health(optimizer).look_at_member()["rms_ratio_min"][1] == pytest.approx(0, abs=1e-3)
+        assert Health(optimizer).measure_member()["rms_ratio_min"][1] == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("samples", [64, 100, 4096])
@@ -115,7 +115,7 @@ def test_every_tensor_draws_the_noise_of_its_place(base, antithetic, samples):
     optimizer = make(("qkv", fused, rows), ("strided", strided), small(), ("scalar", scalar), base=base, antithetic=antithetic)
     for member in (0, 1, 3):
         with optimizer.perturbed(member):
-            found = Health(optimizer, samples).look_at_member()
+            found = Health(optimizer, samples).measure_member()
         assert found["correlation"] == {}
         assert found["correlation_min"][1] > 0.9999 and found["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
 
@@ -123,7 +123,7 @@ def test_every_tensor_draws_the_noise_of_its_place(base, antithetic, samples):
 def test_groups_have_their_own_sigma():
     optimizer = make({"params": [small("a")], "sigma": 0.1}, {"params": [small("b")], "sigma": 1e-4})
     with optimizer.perturbed(2):
-        found = Health(optimizer).look_at_member()
+        found = Health(optimizer).measure_member()
     assert found["correlation"] == {} and found["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_a_sample_is_close_to_the_whole():
     for samples in (2000, 100_000):
         health = Health(optimizer, samples)
         with optimizer.perturbed(0):
-            found.append(health.look_at_member()["correlation"][name][0])
+            found.append(health.measure_member()["correlation"][name][0])
     assert found[0] != found[1] and found[0] == pytest.approx(found[1], abs=0.05)
 
 
@@ -177,9 +177,9 @@ def test_realised_step_in_bf16(base):
     generation(exact, Health(exact))
     told = optimizer.evaluate(lambda member: (1.0, 0.0, 0.5, 0.25)[member])
     before = numbers(weight)
-    health.look_before_update()
+    health.measure_before_update()
     optimizer.tell(told)
-    found = health.look_after_update()
+    found = health.measure_after_update()
     intended = numbers(exact.tables[0].theta.tensors[0]) - numbers(around_one()[1])
     expected = correlation(numbers(weight) - before, intended)
     assert 0.2 < expected < 0.9
@@ -215,11 +215,11 @@ def test_drift_counts_each_weight_once(base):
 @pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
 def test_looking_changes_nothing(base):
     prints = []
-    for looking in (True, False):
+    for with_health in (True, False):
         optimizer = make(around_one(), small(), base=base, weight_decay=0.1, anchored=True, momentum=0.5)
         health = Health(optimizer, samples=70)
         for _ in range(3):
-            if looking:
+            if with_health:
                 generation(optimizer, health)
             else:
                 optimizer.tell(optimizer.evaluate(lambda member: (1.0, 0.0, 0.5, 0.25)[member]))
@@ -237,9 +237,9 @@ def test_it_keeps_a_sample_only():
 def test_looks_out_of_order_are_refused():
     health = Health(make(small()))
     with pytest.raises(RuntimeError, match="without a member"):
-        health.look_at_member()
-    with pytest.raises(RuntimeError, match="without look_before_update"):
-        health.look_after_update()
+        health.measure_member()
+    with pytest.raises(RuntimeError, match="without measure_before_update"):
+        health.measure_after_update()
 
 
 # --- warnings ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 On a terminal one live line, below 80 columns in ordinary runs and cut, not wrapped, in narrower ones; in a pipe a plain line
 for the first generation, every tenth part and the last, without escape codes. The time left is what the generations since the
-first took, looks at the held-out items included. Within a generation the live line moves with every member; a pipe gets nothing of that. Notes
+first took, evals on the held-out items included. Within a generation the live line moves with every member; a pipe gets nothing of that. Notes
 stay, as they are, in both.
 """
 

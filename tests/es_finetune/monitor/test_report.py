@@ -415,19 +415,19 @@ def drawn(monkeypatch, **options):
 
 def test_reward_png_draws_the_rows_and_the_intervals(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", 75)
-    rows, looks = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
-    rewards, held_out = drawn(monkeypatch, path=tmp_path / "reward.png", title=r"ES on $\nosuch$ and more", metric="exact", rows=rows, looks=looks)
+    rows, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
+    rewards, held_out = drawn(monkeypatch, path=tmp_path / "reward.png", title=r"ES on $\nosuch$ and more", metric="exact", rows=rows, evals=evals)
     assert rewards.lines[0].get_ydata().tolist() == [row["reward_mean"] for row in rows]
     container = held_out.containers[0]
     assert container[0].get_xdata().tolist() == [0, 25, 50, 75]
     bars = [segment[:, 1].tolist() for segment in container[2][0].get_segments()]
-    assert bars == [pytest.approx([look["low"], look["high"]]) for look in looks]
+    assert bars == [pytest.approx([look["low"], look["high"]]) for look in evals]
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("generations, looks", [(0, 0), (1, 1), (3, 0)])
-def test_reward_png_of_next_to_nothing(tmp_path, generations, looks):
+@pytest.mark.parametrize("generations, evals", [(0, 0), (1, 1), (3, 0)])
+def test_reward_png_of_next_to_nothing(tmp_path, generations, evals):
     folder = make_run(tmp_path / "run", 3)
     rows, found = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
-    plots.plot_run(tmp_path / "reward.png", "ES", "exact", rows[:generations], found[:looks])
+    plots.plot_run(tmp_path / "reward.png", "ES", "exact", rows[:generations], found[:evals])
     assert (tmp_path / "reward.png").stat().st_size > 10_000
