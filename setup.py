@@ -1,8 +1,9 @@
 """Builds the two libraries of the C ABI, if the compilers are there. Needs neither torch nor Python headers.
 
-g++ (or CXX) makes libes_cpu.so on x86-64, nvcc libes_cuda.so; without a compiler the wheel is pure and the reference and Triton backends serve.
-ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found and can, never, or else fail. ES_KERNELS_CUDA_ARCHS="80 90": for these architectures;
-by default for those of CUDA_ARCHS that nvcc knows. PTX of the oldest and of the newest comes along, so every GPU from the oldest on is served.
+g++ (or CXX) makes libes_cpu.so on x86-64, nvcc libes_cuda.so; without a compiler the wheel is pure and the reference
+and Triton backends serve. ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found and can, never, or else
+fail. ES_KERNELS_CUDA_ARCHS="80 90": for these architectures; by default for those of CUDA_ARCHS that nvcc knows. PTX of
+the oldest and of the newest comes along, so every GPU from the oldest on is served.
 """
 
 import os
@@ -34,7 +35,14 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma"],
     "baseline": [],
 }
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-cudart=static",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--threads=0",
+]
 CUDA_ARCHS = ["80", "90", "100", "120"]
 
 
@@ -49,11 +57,19 @@ def nvcc():
 
 
 def nvcc_archs():
-    """The architectures to build for. Raises RuntimeError if nvcc knows none of CUDA_ARCHS; one asked for that it does not know ends the build."""
-    known = re.findall(r"^sm_(\d+)\s*$", subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout, re.MULTILINE)
+    """The architectures to build for. Raises RuntimeError if nvcc knows none of CUDA_ARCHS; one asked for that it does
+    not know ends the build."""
+    known = re.findall(
+        r"^sm_(\d+)\s*$",
+        subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout,
+        re.MULTILINE,
+    )
     asked = os.environ.get("ES_KERNELS_CUDA_ARCHS", "").split()
     if not all(arch.isdigit() for arch in asked):
-        sys.exit(f"ES_KERNELS_CUDA_ARCHS={' '.join(asked)!r}: give plain numbers, as 90; what is built for 90a no other GPU runs, its PTX neither")
+        sys.exit(
+            f"ES_KERNELS_CUDA_ARCHS={' '.join(asked)!r}: give plain numbers, as 90; what is built for 90a no other GPU "
+            "runs, its PTX neither"
+        )
     unknown = [arch for arch in asked or CUDA_ARCHS if arch not in known]
     if unknown:
         words = f"{nvcc()} knows no {', '.join(f'sm_{arch}' for arch in unknown)}, only {', '.join(f'sm_{arch}' for arch in known) or 'none'}"
@@ -79,7 +95,10 @@ def wanted_extensions():
         sys.exit("ES_KERNELS_CUDA=1, but nvcc needs a C++ compiler, and none was found: install g++ or set CXX")
     x86 = platform.machine() in ("x86_64", "AMD64")
     names = (["cpu"] if x86 and cxx() else []) + (["cuda"] if choice != "0" and cxx() and nvcc() else [])
-    missing = {"cpu": "no C++ compiler (g++ or CXX) was found" if x86 else f"it is for x86-64, not {platform.machine()}", "cuda": "nvcc was not found"}
+    missing = {
+        "cpu": "no C++ compiler (g++ or CXX) was found" if x86 else f"it is for x86-64, not {platform.machine()}",
+        "cuda": "nvcc was not found",
+    }
     if choice == "0":
         missing["cuda"] = "ES_KERNELS_CUDA=0"
     for name in missing:
@@ -101,7 +120,10 @@ class Build(build_ext):
     def go_on_without(self, ext, error):
         """One library less; of an older build none stays in place, where it would pass for this one."""
         why = f"{error.cmd[0]} failed, as it says above" if isinstance(error, subprocess.CalledProcessError) else error
-        print(f"es_kernels: WARNING: no libes_cuda.so was built: {why}. The triton backend serves GPUs without it. ES_KERNELS_CUDA=1 makes this an error.")
+        print(
+            f"es_kernels: WARNING: no libes_cuda.so was built: {why}. The triton backend serves GPUs without it. "
+            "ES_KERNELS_CUDA=1 makes this an error."
+        )
         self.extensions.remove(ext)
         pathlib.Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         if self.in_place:
@@ -122,17 +144,27 @@ class Build(build_ext):
         (self.build_cpu if ext.name.endswith("cpu") else self.build_cuda)(target, temp)
 
     def build_cpu(self, target, temp):
-        objects = {temp / f"{isa}.o": [*flags, f"-DES_ISA={isa}", str(CSRC / "cpu_simd.cpp")] for isa, flags in ISAS.items()}
+        objects = {
+            temp / f"{isa}.o": [*flags, f"-DES_ISA={isa}", str(CSRC / "cpu_simd.cpp")] for isa, flags in ISAS.items()
+        }
         objects |= {temp / f"{name}.o": [str(CSRC / f"{name}.cpp")] for name in ("cpu", "tensors")}
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda item: self.run_tool([cxx(), *CXX_FLAGS, "-c", *item[1], "-o", str(item[0])]), objects.items()))
-        self.run_tool([cxx(), "-shared", "-static-libgcc", "-static-libstdc++", *map(str, objects), "-o", str(target), "-pthread"])
+            list(
+                pool.map(
+                    lambda item: self.run_tool([cxx(), *CXX_FLAGS, "-c", *item[1], "-o", str(item[0])]), objects.items()
+                )
+            )
+        self.run_tool(
+            [cxx(), "-shared", "-static-libgcc", "-static-libstdc++", *map(str, objects), "-o", str(target), "-pthread"]
+        )
 
     def build_cuda(self, target, temp):
         archs = nvcc_archs()
         ptx = {a: f"[sm_{a},compute_{a}]" for a in (archs[0], archs[-1])}
         code = [f"-gencode=arch=compute_{a},code={ptx.get(a, f'sm_{a}')}" for a in archs]
-        self.run_tool([nvcc(), *NVCC_FLAGS, *code, "-shared", "-ccbin", cxx(), str(CSRC / "cuda.cu"), "-o", str(target)])
+        self.run_tool(
+            [nvcc(), *NVCC_FLAGS, *code, "-shared", "-ccbin", cxx(), str(CSRC / "cuda.cu"), "-o", str(target)]
+        )
 
     def run_tool(self, command):
         print(" ".join(command), flush=True)
@@ -154,7 +186,8 @@ class Dist(Distribution):
         return bool(self.ext_modules)
 
     def parse_config_files(self, *args, **kwargs):
-        # `setup.py build_ext` (make build) needs nothing of pyproject.toml, whose license field a setuptools before 77 refuses.
+        # `setup.py build_ext` (make build) needs nothing of pyproject.toml, whose license field a setuptools before 77
+        # refuses.
         if "build_ext" in self.script_args:
             self.packages = []  # none are looked for
         else:

@@ -1,7 +1,9 @@
-"""The answers of one member: models of real shapes that nobody has trained, the workloads of an ES run, and how long answers take.
+"""The answers of one member: models of real shapes that nobody has trained, the workloads of an ES run, and how long
+answers take.
 
-Answers too long to wait for are extrapolated from one batch of prompts at shorter lengths, by the parabola through the last three: a step costs more
-the longer the cache. The line through 1 and 17 tokens says 10 s for 1024 tokens of the embedded model, which take 76 (generation-cpu.json).
+Answers too long to wait for are extrapolated from one batch of prompts at shorter lengths, by the parabola through the
+last three: a step costs more the longer the cache. The line through 1 and 17 tokens says 10 s for 1024 tokens of the
+embedded model, which take 76 (generation-cpu.json).
 """
 
 import functools
@@ -26,7 +28,8 @@ class Workload(NamedTuple):
     name: str
     prompts: int
     prompt_tokens: int
-    tokens: int  # of an answer; 0: none is generated, the reward is the log-probability of the last tokens of the prompt
+    # Of an answer; 0: none is generated, the reward is the log-probability of the last tokens of the prompt
+    tokens: int
     population: int = 30
     update_seeds: int = 30
 
@@ -44,8 +47,8 @@ class Numbers:
 
 
 def load(name, device):
-    """A model of these shapes that nobody has trained; the embedded one as it is. bf16 on a GPU, f32 on a CPU: without bf16 instructions 25 prompts
-    take nine times as long in bf16."""
+    """A model of these shapes that nobody has trained; the embedded one as it is. bf16 on a GPU, f32 on a CPU: without
+    bf16 instructions 25 prompts take nine times as long in bf16."""
     if name == "embedded":
         model, _, _ = load_model("embedded", device=device)
         model.config.max_position_embeddings = 2048  # its positions are rotary: only speed is asked for
@@ -53,7 +56,9 @@ def load(name, device):
         from transformers import AutoModelForCausalLM
 
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(shapes.config(name), dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                shapes.config(name), dtype=torch.bfloat16 if device == "cuda" else torch.float32
+            )
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -72,7 +77,8 @@ def timed(run, device):
 
 
 def samples(runs, device, rounds=3):
-    """{name: function} -> {name: [seconds]}: all in turn, until LIMIT. The first round warms up and counts only if it was the only one."""
+    """{name: function} -> {name: [seconds]}: all in turn, until LIMIT. The first round warms up and counts only if it
+    was the only one."""
     found, begin = {name: [] for name in runs}, time.monotonic()
     for _ in range(rounds + 1):
         for name, run in runs.items():
@@ -127,8 +133,11 @@ class Answers:
         if work.tokens == 0:
             return functools.partial(log_probability, self.model, torch.tensor(prompts, device=self.device))
         if work[1:4] not in self.engines:
-            engine = HFEngine(self.model, Numbers(), work.tokens, min(work.prompts, ROWS[self.device]), decoding=self.decoding)
-            self.engines = {work[1:4]: (engine, engine.encode([" ".join(map(str, ids)) for ids in prompts]))}  # one: "static" keeps its caches
+            engine = HFEngine(
+                self.model, Numbers(), work.tokens, min(work.prompts, ROWS[self.device]), decoding=self.decoding
+            )
+            # One: "static" keeps its caches
+            self.engines = {work[1:4]: (engine, engine.encode([" ".join(map(str, ids)) for ids in prompts]))}
             for _ in range(3 if self.decoding == "static" else 0):  # to compile, to warm up, to capture
                 self._generate(work, 4)
         return functools.partial(self._generate, work, tokens or work.tokens)
@@ -143,14 +152,16 @@ class Answers:
 
 @torch.no_grad()
 def log_probability(model, ids, target=8):
-    """The mean log-probability of the last `target` tokens of each row of ids i64 [prompts, tokens], as MeZO's reward."""
+    """The mean log-probability of the last `target` tokens of each row of ids i64 [prompts, tokens], as MeZO's
+    reward."""
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=target + 1).logits[:, :-1].float()
     return torch.log_softmax(logits, -1).gather(2, ids[:, -target:, None]).mean().item()
 
 
 def extrapolated(points, tokens):
-    """Seconds of a batch of answers of so many tokens, from {tokens: seconds}. Between points the line; beyond, the parabola through the last three,
-    or the line through the last two if it would bend down, since a longer cache is no faster."""
+    """Seconds of a batch of answers of so many tokens, from {tokens: seconds}. Between points the line; beyond, the
+    parabola through the last three, or the line through the last two if it would bend down, since a longer cache is no
+    faster."""
     known = sorted(points.items())
     after = next((k for k in range(1, len(known) - 1) if known[k][0] >= tokens), len(known) - 1)
     (a, at_a), (b, at_b) = known[after - 1 : after + 1]

@@ -2,10 +2,12 @@
 
     python -m pytest bench/calls.py --benchmark-json FILE
 
-test_host takes the CPU time of the calling thread instead, which a busy machine changes less: what the call costs where nobody waits for the kernel.
+test_host takes the CPU time of the calling thread instead, which a busy machine changes less: what the call costs where
+nobody waits for the kernel.
 
-By pytest-benchmark, whose JSON (and `pytest-benchmark compare`) keep the figures over time. How fast a kernel is beside a copy and beside others
-is kernels.py's question: there variants are interleaved, and a GPU's time is taken without the call's.
+By pytest-benchmark, whose JSON (and `pytest-benchmark compare`) keep the figures over time. How fast a kernel is beside
+a copy and beside others is kernels.py's question: there variants are interleaved, and a GPU's time is taken without the
+call's.
 """
 
 import math
@@ -68,7 +70,9 @@ def test_call(benchmark, copy_bandwidth, operation, elements, backend):
     with es_kernels.backend(backend):
         assert right(operation, DEVICE, backend), "wrong bits: not measured"
         run = waiting(operation.on(ParamTable({"w": out}), master, DEVICE))
-        benchmark.pedantic(run, warmup_rounds=1, rounds=max(3, min(30, round(1e9 / (elements * max(1, operation.seeds))))))
+        benchmark.pedantic(
+            run, warmup_rounds=1, rounds=max(3, min(30, round(1e9 / (elements * max(1, operation.seeds)))))
+        )
     median = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "backend": backend,
@@ -96,7 +100,9 @@ FORMS = {
     "a bare tensor": _bare,
     "a ParamTable of 290 tensors": _table,
     "a dict of 290 tensors": lambda tensors: lambda: add_noise_(tensors, 1, 1e-3),
-    "290 bare tensors": lambda tensors: lambda: [add_noise_(tensor, 1, 1e-3, name=name) for name, tensor in tensors.items()],
+    "290 bare tensors": lambda tensors: (
+        lambda: [add_noise_(tensor, 1, 1e-3, name=name) for name, tensor in tensors.items()]
+    ),
 }
 
 
@@ -118,7 +124,8 @@ def test_form(benchmark, form, backend):
 @pytest.mark.parametrize("base", (False, True), ids=("in place", "from a base"))
 @pytest.mark.parametrize("tensors", (300, 2000))
 def test_host(benchmark, monkeypatch, tensors, base, backend):
-    """A call on ParamTables of so many tensors of 8 elements, in microseconds of its thread: with the launch (on a CPU the kernel), and before it."""
+    """A call on ParamTables of so many tensors of 8 elements, in microseconds of its thread: with the launch (on a CPU
+    the kernel), and before it."""
     benchmark.group = "host"
     live = {f"layers.{i}.weight": torch.zeros(8, dtype=torch.bfloat16, device=DEVICE) for i in range(tensors)}
     table, master = ParamTable(live), ParamTable({name: t.float() for name, t in live.items()}) if base else None
@@ -128,7 +135,13 @@ def test_host(benchmark, monkeypatch, tensors, base, backend):
         with_kernel = thread_microseconds(call)
         monkeypatch.setattr(es_kernels.backends.choose(torch.device(DEVICE)), "add_noise_", lambda *arguments: None)
         before_it = thread_microseconds(call)
-    benchmark.extra_info |= {"backend": backend, "tensors": tensors, "base": base, "thread_us": with_kernel, "thread_us_before_kernel": before_it}
+    benchmark.extra_info |= {
+        "backend": backend,
+        "tensors": tensors,
+        "base": base,
+        "thread_us": with_kernel,
+        "thread_us_before_kernel": before_it,
+    }
 
 
 def thread_microseconds(call):

@@ -1,11 +1,13 @@
-"""Pre-trains a small language model on the paper's Countdown (numbers 1..99, think and answer tags), for ES to go on from.
+"""Pre-trains a small language model on the paper's Countdown (numbers 1..99, think and answer tags), for ES to go on
+from.
 
     python bench/countdown_model.py --output FOLDER [--seconds 150] [--hidden 640 --layers 4 ...]
 
-A Llama of 21 million parameters learns, by ordinary gradient descent, from questions that are neither in the task's train nor in its test set, to try
-expressions step by step between think tags until one is right. As the embedded model it learns two styles: the task's, and a sloppy one that leaves out the
-answer tags and so scores nothing, more often where the target ends in 4 to 9. So there is something that ES can find, and arithmetic that it can
-improve. Stops when its time is over, so another machine makes another model; the run's log knows it by its fingerprint.
+A Llama of 21 million parameters learns, by ordinary gradient descent, from questions that are neither in the task's
+train nor in its test set, to try expressions step by step between think tags until one is right. As the embedded model
+it learns two styles: the task's, and a sloppy one that leaves out the answer tags and so scores nothing, more often
+where the target ends in 4 to 9. So there is something that ES can find, and arithmetic that it can improve. Stops when
+its time is over, so another machine makes another model; the run's log knows it by its fingerprint.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def expression(draws, numbers):
         sign = "+-*/"[int(draws.random() * 4)]
         if sign == "/" and (b[0] == 0 or a[0] % b[0]):
             return None
-        value = a[0] + b[0] if sign == "+" else a[0] - b[0] if sign == "-" else a[0] * b[0] if sign == "*" else a[0] // b[0]
+        value = (
+            a[0] + b[0] if sign == "+" else a[0] - b[0] if sign == "-" else a[0] * b[0] if sign == "*" else a[0] // b[0]
+        )
         steps.append(f"{a[0]}{sign}{b[0]}={value}")
         values.append((value, f"({a[1]}{sign}{b[1]})"))
     return values[0][0], values[0][1][1:-1], steps
@@ -72,7 +76,8 @@ def held_out():
 
 
 class Examples(IterableDataset):
-    """Batches of token ids without end, padded on the right: (input_ids, labels), i64 [batch, longest]; labels are -100 outside the completion."""
+    """Batches of token ids without end, padded on the right: (input_ids, labels), i64 [batch, longest]; labels are -100
+    outside the completion."""
 
     def __init__(self, tokenizer, batch):
         self.tokenizer, self.batch, self.known = tokenizer, batch, held_out()
@@ -81,7 +86,9 @@ class Examples(IterableDataset):
         draws = random.Random(f"practice {get_worker_info().id if get_worker_info() else 0}")
         while True:
             pairs = [example(draws, self.known) for _ in range(self.batch)]
-            asked, whole = (self.tokenizer(texts)["input_ids"] for texts in ([p for p, _ in pairs], [p + c for p, c in pairs]))
+            asked, whole = (
+                self.tokenizer(texts)["input_ids"] for texts in ([p for p, _ in pairs], [p + c for p, c in pairs])
+            )
             longest = max(map(len, whole))
             ids = torch.full((self.batch, longest), self.tokenizer.pad_token_id)
             labels = torch.full((self.batch, longest), -100)
@@ -95,12 +102,23 @@ def make_tokenizer():
     """A token for every word of the prompt, every digit, tag and sign."""
     splits = Regex(r"</?think>|</?answer>|<end>|<pad>| ?[A-Za-z]+|[0-9]|\n|.")
     words = {" yes", " no", "yes", "no", *"0123456789+-*/=() \n<>[],.", "<think>", "</think>", "<answer>", "</answer>"}
-    words |= {piece for piece, _ in pre_tokenizers.Split(splits, "isolated").pre_tokenize_str(countdown.prompt([1, 2, 3], 4))}
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([PAD, END, "<unknown>", *sorted(words)])}, unk_token="<unknown>"))
+    words |= {
+        piece for piece, _ in pre_tokenizers.Split(splits, "isolated").pre_tokenize_str(countdown.prompt([1, 2, 3], 4))
+    }
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate([PAD, END, "<unknown>", *sorted(words)])}, unk_token="<unknown>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(splits, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token="<unknown>", padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token="<unknown>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -127,8 +145,17 @@ def train(options):
         )
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    workers = options.workers if options.workers is not None else torch.get_num_threads() - 1 if device.type == "cuda" else 0
-    batches = iter(DataLoader(Examples(tokenizer, options.batch), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+    workers = (
+        options.workers if options.workers is not None else torch.get_num_threads() - 1 if device.type == "cuda" else 0
+    )
+    batches = iter(
+        DataLoader(
+            Examples(tokenizer, options.batch),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )
+    )
     begin, tokens, step, loss = time.monotonic(), 0, 0, float("nan")
     while (part := (time.monotonic() - begin) / options.seconds) < 1:
         for group in optimizer.param_groups:
@@ -167,7 +194,9 @@ def main():
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--workers", type=int, help="processes that make texts; left out: one a core on a GPU, none on a CPU")
+    parser.add_argument(
+        "--workers", type=int, help="processes that make texts; left out: one a core on a GPU, none on a CPU"
+    )
     train(parser.parse_args())
 
 

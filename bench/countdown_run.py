@@ -1,17 +1,19 @@
-"""A whole learning run on the paper's Countdown, from nothing: a base model, a sigma for it, ES by the command line, and its replay elsewhere.
+"""A whole learning run on the paper's Countdown, from nothing: a base model, a sigma for it, ES by the command line,
+and its replay elsewhere.
 
     python bench/countdown_run.py --out FOLDER [--seconds 480]
 
-Pre-trains a model of 21 million parameters (countdown_model.py), asks `calibrate` for a sigma, trains with the task's own questions (200 to train on, all
-answered by each of 30 members; 500 held out) until the time is over, stops the run as a user would (Ctrl-C), finishes it with --resume, and
-replays its log on the same device and on the CPU. Leaves in FOLDER
+Pre-trains a model of 21 million parameters (countdown_model.py), asks `calibrate` for a sigma, trains with the task's
+own questions (200 to train on, all answered by each of 30 members; 500 held out) until the time is over, stops the run
+as a user would (Ctrl-C), finishes it with --resume, and replays its log on the same device and on the CPU. Leaves in
+FOLDER
 
     countdown-MACHINE.json    settings, curve, shares of the time, fingerprints of run and replays
     countdown-MACHINE/        run.log, metrics.jsonl, evals.jsonl, reward.png
     work/                     the base model and the whole run
 
-It takes about 8 minutes by default. It shows that the whole path learns there, and where its time goes; not that ES teaches a small model to reason: most of the
-gain is the style in which it answers (see countdown_model.py).
+It takes about 8 minutes by default. It shows that the whole path learns there, and where its time goes; not that ES
+teaches a small model to reason: most of the gain is the style in which it answers (see countdown_model.py).
 """
 
 import argparse
@@ -42,7 +44,8 @@ SHARE_OF_PRETRAINING = 0.25
 
 
 def es_finetune(*arguments, stop=lambda: False):
-    """Runs a command; Ctrl-C as soon as stop() says so, and where that does not help, the end. Returns (exit code, what it printed)."""
+    """Runs a command; Ctrl-C as soon as stop() says so, and where that does not help, the end. Returns (exit code, what
+    it printed)."""
     print("$ es-finetune " + " ".join(map(str, arguments)), flush=True)
     # A shell ignores Ctrl-C for what it runs in the background, and a child would inherit that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -64,8 +67,8 @@ def es_finetune(*arguments, stop=lambda: False):
 
 
 def trained(run, flags, decodings, seconds):
-    """Trains until the time is over and there are LEAST generations, then finishes the run. The first decoding with which a generation is made in
-    time serves; returns it and its command."""
+    """Trains until the time is over and there are LEAST generations, then finishes the run. The first decoding with
+    which a generation is made in time serves; returns it and its command."""
     begin = time.monotonic()
     for decoding in decodings:
         started, last = time.monotonic(), decoding == decodings[-1]
@@ -108,14 +111,20 @@ def replayed(run, device):
 
 
 def of_generations(run):
-    """What metrics.jsonl tells: the members' mean reward in the first generation and in the last; and of the generations after the first, which
-    compiles, {part: share of the time} and seconds of one, or None where there are none."""
+    """What metrics.jsonl tells: the members' mean reward in the first generation and in the last; and of the
+    generations after the first, which compiles, {part: share of the time} and seconds of one, or None where there are
+    none."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {"reward": [rows[0]["reward_mean"], rows[-1]["reward_mean"]], "shares": None, "seconds_a_generation": None}
     total = sum(row["seconds"] for row in rows[1:])
     if total:
-        shares = {part: sum(row[f"seconds_{part}"] for row in rows[1:]) / total for part in ("generate", "score", "kernels")}
-        found |= {"shares": shares | {"outside generation": 1 - shares["generate"]}, "seconds_a_generation": total / len(rows[1:])}
+        shares = {
+            part: sum(row[f"seconds_{part}"] for row in rows[1:]) / total for part in ("generate", "score", "kernels")
+        }
+        found |= {
+            "shares": shares | {"outside generation": 1 - shares["generate"]},
+            "seconds_a_generation": total / len(rows[1:]),
+        }
     return found
 
 
@@ -123,9 +132,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="of everything, about")
-    parser.add_argument("--decoding", nargs="+", default=["static", "dynamic"] if torch.cuda.is_available() else ["dynamic"])
-    parser.add_argument("--model", nargs="+", default=[], metavar="FLAG", help="of countdown_model.py, without their dashes: hidden=64 layers=2")
-    parser.add_argument("--train", nargs="+", default=[], metavar="FLAG", help="of es-finetune train, likewise: population=8 eval_items=50")
+    parser.add_argument(
+        "--decoding", nargs="+", default=["static", "dynamic"] if torch.cuda.is_available() else ["dynamic"]
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="FLAG",
+        help="of countdown_model.py, without their dashes: hidden=64 layers=2",
+    )
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        default=[],
+        metavar="FLAG",
+        help="of es-finetune train, likewise: population=8 eval_items=50",
+    )
     parser.add_argument("--sigma", type=float, help="left out: what calibrate finds")
     args = parser.parse_args()
     begin, work = time.monotonic(), args.out / "work"
@@ -136,10 +159,25 @@ def main():
     base = work / "base"
     seconds = ["--seconds", str(SHARE_OF_PRETRAINING * args.seconds)]
     subprocess.run(
-        [sys.executable, pathlib.Path(__file__).with_name("countdown_model.py"), "--output", base, *seconds, *_flags(args.model)], check=True
+        [
+            sys.executable,
+            pathlib.Path(__file__).with_name("countdown_model.py"),
+            "--output",
+            base,
+            *seconds,
+            *_flags(args.model),
+        ],
+        check=True,
     )
     sigma = args.sigma or _calibrated(base)
-    settings = [f"model={base}", "task=countdown", f"max_new_tokens={MAX_NEW_TOKENS}", "batch_size=200", f"sigma={sigma}", f"lr={sigma}"]
+    settings = [
+        f"model={base}",
+        "task=countdown",
+        f"max_new_tokens={MAX_NEW_TOKENS}",
+        "batch_size=200",
+        f"sigma={sigma}",
+        f"lr={sigma}",
+    ]
     flags = _flags([*settings, "eval_every=25", "eval_items=500", "report_to=none", *args.train])
     run = work / "run"
     decoding, command = trained(run, flags, args.decoding, max(10.0, args.seconds - AFTER - (time.monotonic() - begin)))
@@ -164,18 +202,34 @@ def main():
     write_atomically(args.out / f"{name}.json", json.dumps(report, indent=1) + "\n")
     print(
         json.dumps(
-            {key: report[key] for key in ("sigma", "decoding", "reward", "shares", "seconds_a_generation", "replays", "replays_equal_the_run")},
+            {
+                key: report[key]
+                for key in (
+                    "sigma",
+                    "decoding",
+                    "reward",
+                    "shares",
+                    "seconds_a_generation",
+                    "replays",
+                    "replays_equal_the_run",
+                )
+            },
             indent=1,
         )
     )
-    print(f"held-out exact {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations; {time.monotonic() - begin:.0f} s")
+    print(
+        f"held-out exact {summary['base']:.3f} -> {summary['final']:.3f} in {summary['generations']} generations; "
+        f"{time.monotonic() - begin:.0f} s"
+    )
     sys.exit(not report["replays_equal_the_run"])
 
 
 def _calibrated(base):
     """The sigma that calibrate recommends; where it finds none, the paper's."""
     try:
-        found = calibrate(CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200))
+        found = calibrate(
+            CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200)
+        )
     except ValueError as error:  # it answers too few questions
         print(error)
         return PAPER["sigma"]

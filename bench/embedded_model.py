@@ -3,10 +3,10 @@
     python bench/embedded_model.py [--output DIR]
 
 A 108,000-parameter Llama learns by ordinary gradient descent, from questions that are not held out and answers of two
-styles: the plain one, and one spoiled by a prefix ("hm,3+4+7") that the task's format refuses. Where the target ends in 0
-to 3 the prefix stands before 35% of the answers, else before 65%, so greedy answers are spoiled for 6 targets in 10 and the
-model knows the arithmetic far better than they show. That gap is what the demo's ES run closes. Fixed seed, one thread,
-about two minutes.
+styles: the plain one, and one spoiled by a prefix ("hm,3+4+7") that the task's format refuses. Where the target ends in
+0 to 3 the prefix stands before 35% of the answers, else before 65%, so greedy answers are spoiled for 6 targets in 10
+and the model knows the arithmetic far better than they show. That gap is what the demo's ES run closes. Fixed seed, one
+thread, about two minutes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def practice() -> list[tuple[str, str, int]]:
     ]
 
 
-def make_batch(draws: random.Random, examples: list[tuple[str, str, int]], tokenizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_batch(
+    draws: random.Random, examples: list[tuple[str, str, int]], tokenizer
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids, attention_mask, labels, each i64 [BATCH, longest]; labels are -100 outside the answer."""
     texts, prompt_lengths = [], []
     for question, answer, target in draws.choices(examples, k=BATCH):

@@ -1,16 +1,21 @@
-"""Does exactness matter for learning? ES on bf16 weights where a step is about as large as their resolution, as at the paper's setting.
+"""Does exactness matter for learning? ES on bf16 weights where a step is about as large as their resolution, as at the
+paper's setting.
 
-    python bench/exactness.py [--seeds 6] [--generations 200] [--processes 2] [--runs FOLDER] [--json bench/results/exactness.json]
+    python bench/exactness.py [--seeds 6] [--generations 200] [--processes 2] [--runs FOLDER] [--json
+    bench/results/exactness.json]
 
-arXiv:2509.24372 moves a weight by lr / sqrt(N) = 9.1e-5 a generation (rms), with sigma = 2 lr; bf16 resolves 1.2e-4 at 0.02, a usual weight: step /
-ulp = 0.75. The embedded model at sigma 0.002 and lr 0.001 has a median step / ulp of 0.75 too (quartiles 0.37 and 3.0). One generation of adding and
-subtracting leaves 43% of its weights changed, by 1.06 of a step's rms; at the paper's setting and weights N(0, 0.02) 48% and 0.81.
+arXiv:2509.24372 moves a weight by lr / sqrt(N) = 9.1e-5 a generation (rms), with sigma = 2 lr; bf16 resolves 1.2e-4 at
+0.02, a usual weight: step / ulp = 0.75. The embedded model at sigma 0.002 and lr 0.001 has a median step / ulp of 0.75
+too (quartiles 0.37 and 3.0). One generation of adding and subtracting leaves 43% of its weights changed, by 1.06 of a
+step's rms; at the paper's setting and weights N(0, 0.02) 48% and 0.81.
 
-So small a sigma hardly changes what a model of this size answers. So the reward is the mean log-probability of 64 questions' answers, in plain
-style: one forward pass, and hundreds of generations take minutes. Looked at are the 269 held-out questions: the share whose greedy answer is right
-(0.42 at first, mostly because the model spoils its style: what is learnt is mostly style), and their mean log-probability, which does not saturate.
-Every way of keeping the weights starts from the same weights and sees the same seeds, so the same noise and questions; errors are over seeds, and
-differences are paired by seed. base="host" is left out: it has the bits of "fp32" (tests/es_finetune/optim/test_evolution_strategy.py).
+So small a sigma hardly changes what a model of this size answers. So the reward is the mean log-probability of 64
+questions' answers, in plain style: one forward pass, and hundreds of generations take minutes. Looked at are the 269
+held-out questions: the share whose greedy answer is right (0.42 at first, mostly because the model spoils its style:
+what is learnt is mostly style), and their mean log-probability, which does not saturate. Every way of keeping the
+weights starts from the same weights and sees the same seeds, so the same noise and questions; errors are over seeds,
+and differences are paired by seed. base="host" is left out: it has the bits of "fp32"
+(tests/es_finetune/optim/test_evolution_strategy.py).
 """
 
 import argparse
@@ -44,16 +49,27 @@ REFERENCE = "bf16, base fp32"
 
 
 class AddThenSubtract:
-    """What the paper's code does, with our noise: p += sigma * eps in the weights' dtype, score, p -= sigma * eps; the update adds up in f32 and is
-    cast to the weights' dtype before it is added."""
+    """What the paper's code does, with our noise: p += sigma * eps in the weights' dtype, score, p -= sigma * eps; the
+    update adds up in f32 and is cast to the weights' dtype before it is added."""
 
     def __init__(self, weights, *, sigma, lr, population, seed):
-        self.weights, self.sigma, self.lr, self.population, self.seed, self.generation = weights, sigma, lr, population, seed, 0
-        self.zeros, self.eps = (es_kernels.ParamTable({name: torch.zeros_like(p) for name, p in weights.items()}) for _ in range(2))
+        self.weights, self.sigma, self.lr, self.population, self.seed, self.generation = (
+            weights,
+            sigma,
+            lr,
+            population,
+            seed,
+            0,
+        )
+        self.zeros, self.eps = (
+            es_kernels.ParamTable({name: torch.zeros_like(p) for name, p in weights.items()}) for _ in range(2)
+        )
 
     def noise(self, member):
         """(weight, eps) of every tensor; eps until the next call."""
-        es_kernels.add_noise_(self.eps, member_seed(self.seed, self.generation, member, MEMBER_NOISE), 1.0, base=self.zeros)
+        es_kernels.add_noise_(
+            self.eps, member_seed(self.seed, self.generation, member, MEMBER_NOISE), 1.0, base=self.zeros
+        )
         return list(zip(self.weights.values(), self.eps.tensors))
 
     @torch.no_grad()
@@ -79,15 +95,24 @@ class AddThenSubtract:
 
 
 class Questions:
-    """Questions with answers in plain style, as tokens. For the reward one answer each, the one with the prompt's order of numbers; to look at
-    with all right ones: what the model says greedily is one of them if each of its tokens is the most likely one after those before it."""
+    """Questions with answers in plain style, as tokens. For the reward one answer each, the one with the prompt's order
+    of numbers; to look at with all right ones: what the model says greedily is one of them if each of its tokens is the
+    most likely one after those before it."""
 
     def __init__(self, items, tokenizer, all_answers=False):
         from es_finetune.tasks.countdown_char import prompt, solutions
 
         found = solutions()
-        right = [found[item.key] if all_answers else [next(a for a in found[item.key] if prompt(a, item.key[1]) == item.prompt)] for item in items]
-        tokens = [[(tokenizer(item.prompt)["input_ids"], tokenizer(answer + "$")["input_ids"]) for answer in of] for item, of in zip(items, right)]
+        right = [
+            found[item.key]
+            if all_answers
+            else [next(a for a in found[item.key] if prompt(a, item.key[1]) == item.prompt)]
+            for item in items
+        ]
+        tokens = [
+            [(tokenizer(item.prompt)["input_ids"], tokenizer(answer + "$")["input_ids"]) for answer in of]
+            for item, of in zip(items, right)
+        ]
         self.question = torch.tensor([number for number, of in enumerate(tokens) for _ in of])  # of each row
         tokens = [pair for of in tokens for pair in of]
         longest = max(len(question) + len(answer) for question, answer in tokens)
@@ -132,7 +157,8 @@ def optimizer(way, weights, seed):
 
 
 def embedded(dtype):
-    """The embedded model in f32, its tokenizer, and its weights, to bf16 precision in every dtype, so that all ways start from the same."""
+    """The embedded model in f32, its tokenizer, and its weights, to bf16 precision in every dtype, so that all ways
+    start from the same."""
     from es_finetune.models.load import load_model
 
     model, tokenizer, _ = load_model("embedded", device="cpu", dtype="float32")
@@ -140,14 +166,19 @@ def embedded(dtype):
 
 
 def run(way, seed, generations):
-    """Held-out share and log-probability every LOOK_EVERY generations, from the untouched model on. The weights are kept as the way says; what
-    computes with them is f32, which this CPU does six times faster than bf16, so that nothing but the weights differs."""
+    """Held-out share and log-probability every LOOK_EVERY generations, from the untouched model on. The weights are
+    kept as the way says; what computes with them is f32, which this CPU does six times faster than bf16, so that
+    nothing but the weights differs."""
     from es_finetune.tasks.countdown_char import CountdownChar
 
     torch.set_num_threads(1)
     model, tokenizer, weights = embedded(WAYS[way][0])
     task = CountdownChar()
-    train, test, all_answers = Questions(task.train, tokenizer), Questions(task.test, tokenizer), Questions(task.test, tokenizer, all_answers=True)
+    train, test, all_answers = (
+        Questions(task.train, tokenizer),
+        Questions(task.test, tokenizer),
+        Questions(task.test, tokenizer, all_answers=True),
+    )
     es = optimizer(way, weights, seed)
 
     @torch.no_grad()
@@ -162,7 +193,9 @@ def run(way, seed, generations):
             curve.append(round(all_answers.right(loaded()), 4))
             log_p.append(round(test.reward(model), 4))
         if generation < generations:
-            rows = torch.from_numpy(np.random.default_rng((seed, generation)).choice(len(task.train), QUESTIONS, replace=False))
+            rows = torch.from_numpy(
+                np.random.default_rng((seed, generation)).choice(len(task.train), QUESTIONS, replace=False)
+            )
             es.step(lambda rows=rows: train.reward(loaded(), rows))
     return {"way": way, "seed": seed, "curve": curve, "log_p": log_p}
 
@@ -179,19 +212,28 @@ def kept(folder, way, seed, generations):
 
 
 def left_behind(way):
-    """What one generation that learns nothing does to the weights: the share of them changed, and the rms of that over the rms of a step."""
+    """What one generation that learns nothing does to the weights: the share of them changed, and the rms of that over
+    the rms of a step."""
     _, _, weights = embedded(WAYS[way][0])
     before = _flat(weights)
     optimizer(way, weights, 0).step(lambda: 0.0)
     error = _flat(weights) - before
-    return {"changed": (error != 0).double().mean().item(), "error_over_step": error.square().mean().sqrt().item() / STEP}
+    return {
+        "changed": (error != 0).double().mean().item(),
+        "error_over_step": error.square().mean().sqrt().item() / STEP,
+    }
 
 
 def quantiles():
     """Of step / ulp over the weights."""
     weights = _flat(embedded(torch.bfloat16)[2])
     shares = [0.1, 0.25, 0.5, 0.75, 0.9]
-    return dict(zip(map(str, shares), step_over_ulp(weights[weights != 0], STEP).quantile(torch.tensor(shares, dtype=torch.double)).tolist()))
+    return dict(
+        zip(
+            map(str, shares),
+            step_over_ulp(weights[weights != 0], STEP).quantile(torch.tensor(shares, dtype=torch.double)).tolist(),
+        )
+    )
 
 
 def _flat(weights):
@@ -199,10 +241,12 @@ def _flat(weights):
 
 
 def summary(runs):
-    """One row a way: the mean curve and its standard errors, and after MIDWAY generations and at the end the difference to REFERENCE, paired by
-    seed; of the share answered right, and in "log_p" of the log-probability."""
+    """One row a way: the mean curve and its standard errors, and after MIDWAY generations and at the end the difference
+    to REFERENCE, paired by seed; of the share answered right, and in "log_p" of the log-probability."""
     runs = sorted(runs, key=lambda r: r["seed"])
-    curves = {key: {way: np.array([r[key] for r in runs if r["way"] == way]) for way in WAYS} for key in ("curve", "log_p")}
+    curves = {
+        key: {way: np.array([r[key] for r in runs if r["way"] == way]) for way in WAYS} for key in ("curve", "log_p")
+    }
     rows = []
     for way in WAYS:
         share, log_p = (_compared(of[way], of[REFERENCE]) for of in curves.values())
@@ -230,17 +274,32 @@ def main():
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--generations", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--runs", type=pathlib.Path, metavar="FOLDER", help="keeps each run that ended: a call after an interruption goes on")
+    parser.add_argument(
+        "--runs",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="keeps each run that ended: a call after an interruption goes on",
+    )
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results/exactness.json")
     args = parser.parse_args()
-    setting = {"sigma": SIGMA, "lr": LR, "population": POPULATION, "questions": QUESTIONS, "look_every": LOOK_EVERY, "midway": MIDWAY}
+    setting = {
+        "sigma": SIGMA,
+        "lr": LR,
+        "population": POPULATION,
+        "questions": QUESTIONS,
+        "look_every": LOOK_EVERY,
+        "midway": MIDWAY,
+    }
     setting |= {"reference": REFERENCE, "seeds": args.seeds, "generations": args.generations}
     runs = []
     with concurrent.futures.ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(kept, args.runs, way, seed, args.generations) for seed in range(args.seeds) for way in WAYS]
         for job in concurrent.futures.as_completed(jobs):
             runs.append(r := job.result())
-            print(f"{len(runs)}/{len(jobs)}  {r['way']}, seed {r['seed']}: {r['curve'][-1]:.3f} {r['log_p'][-1]:.4f}", flush=True)
+            print(
+                f"{len(runs)}/{len(jobs)}  {r['way']}, seed {r['seed']}: {r['curve'][-1]:.3f} {r['log_p'][-1]:.4f}",
+                flush=True,
+            )
     runs.sort(key=lambda r: (list(WAYS).index(r["way"]), r["seed"]))
     drift = {
         "add_then_subtract": {"step_over_ulp": quantiles(), **left_behind("bf16, add then subtract")},
@@ -250,7 +309,8 @@ def main():
     for row in report["rows"]:
         for what, found in (("right", row), ("log p", row["log_p"])):
             texts = (
-                f"{at} {found[at]['mean']:.4f} +- {found[at]['error']:.4f} ({found[at]['difference']:+.4f} +- {found[at]['difference_error']:.4f})"
+                f"{at} {found[at]['mean']:.4f} +- {found[at]['error']:.4f} ({found[at]['difference']:+.4f} +- "
+                f"{found[at]['difference_error']:.4f})"
                 for at in ("midway", "end")
             )
             print(f"{row['way']:36} {what}  ", *texts, sep="  ")

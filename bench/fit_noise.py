@@ -1,14 +1,16 @@
 """Derives the polynomial constants of the noise, and measures the distribution that they give.
 
     python bench/fit_noise.py                  the quality of the shipped constants, by enumeration (seconds)
-    python bench/fit_noise.py --fit --polish   derive them anew (half an hour; needs scipy) and print them with their quality
+    python bench/fit_noise.py --fit --polish   derive them anew (half an hour; needs scipy) and print them with their
+    quality
 
-What is fitted is not log, sqrt, sin and cos but the quantity that matters: the error of the distribution function of the normals,
-over a grid that is log-spaced toward 0, where the angle lattice shows. It is nearly linear in the coefficients, so a linear program
-minimises its maximum, with variance and kurtosis of both outputs as equalities and -log2(u) kept positive as u -> 1; the
-linearisation is repeated until it stands still. The starts differ in the phase between the octaves of -log2(u) and those of the
-rsqrt seed, which a linearisation does not cross. Fitting low-degree polynomials this way works because their errors oscillate and
-average out over the other variable: cubic log2 alone is off by 1.3e-3, the distribution function by 4e-5.
+What is fitted is not log, sqrt, sin and cos but the quantity that matters: the error of the distribution function of
+the normals, over a grid that is log-spaced toward 0, where the angle lattice shows. It is nearly linear in the
+coefficients, so a linear program minimises its maximum, with variance and kurtosis of both outputs as equalities and
+-log2(u) kept positive as u -> 1; the linearisation is repeated until it stands still. The starts differ in the phase
+between the octaves of -log2(u) and those of the rsqrt seed, which a linearisation does not cross. Fitting low-degree
+polynomials this way works because their errors oscillate and average out over the other variable: cubic log2 alone is
+off by 1.3e-3, the distribution function by 4e-5.
 """
 
 import argparse
@@ -21,15 +23,20 @@ import numpy as np
 from es_kernels import noise
 
 RADII, ANGLES = 2**18, 2**13
-# Log-spaced toward 0, and dense where u = 2^-k ends a piece of the log: r = sqrt(2 k ln 2), where |x| <= r has a square-root singularity.
+# Log-spaced toward 0, and dense where u = 2^-k ends a piece of the log: r = sqrt(2 k ln 2), where |x| <= r has a
+# square-root singularity.
 _ENDS = [math.sqrt(2 * k * math.log(2)) * (1 + np.linspace(-0.016, 0.016, 41)) for k in (1, 2, 3, 4)]
 GRID = np.unique(np.concatenate([np.geomspace(1e-4, 0.3, 90), np.linspace(0.3, 4.9, 200), *_ENDS]))
-FINE_GRID = np.unique(np.concatenate([np.geomspace(1e-4, 0.2, 120), np.linspace(0.2, 1.2, 500), np.linspace(1.2, 5, 300), *_ENDS]))
+FINE_GRID = np.unique(
+    np.concatenate([np.geomspace(1e-4, 0.2, 120), np.linspace(0.2, 1.2, 500), np.linspace(1.2, 5, 300), *_ENDS])
+)
 
 
 def enumerate_factors():
-    """The 2^18 radii r and 2^13 angles (x / r, y / r) of the shipped noise, as float64: every x and y is one product of two of these."""
-    r_word = (np.arange(RADII, dtype=np.uint32) << 14) | np.uint32(4096 << 1)  # t = +1: y/r is tiny and x/r is COS[0] to the last bit
+    """The 2^18 radii r and 2^13 angles (x / r, y / r) of the shipped noise, as float64: every x and y is one product of
+    two of these."""
+    # T = +1: y/r is tiny and x/r is COS[0] to the last bit
+    r_word = (np.arange(RADII, dtype=np.uint32) << 14) | np.uint32(4096 << 1)
     x, _ = noise.box_muller(r_word)
     a_word = (np.arange(ANGLES, dtype=np.uint32) << 1) | np.uint32(0x8000 << 14)
     ax, ay = noise.box_muller(a_word)
@@ -165,9 +172,17 @@ def constants(p, slope):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fit", action="store_true", help="derive the constants anew instead of measuring the shipped ones")
+    parser.add_argument(
+        "--fit", action="store_true", help="derive the constants anew instead of measuring the shipped ones"
+    )
     parser.add_argument("--polish", action="store_true", help="improve the shipped constants on a finer grid")
-    parser.add_argument("--slopes", type=float, nargs="+", default=list(np.geomspace(1, 4, 17)[:-1]), help="phases to start from; 4 is 1 again")
+    parser.add_argument(
+        "--slopes",
+        type=float,
+        nargs="+",
+        default=list(np.geomspace(1, 4, 17)[:-1]),
+        help="phases to start from; 4 is 1 again",
+    )
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results/noise.json")
     args = parser.parse_args()
@@ -186,7 +201,9 @@ def main():
         _, slope, p = min(results, key=lambda r: r[0])
         for name, value in constants(p, slope).items():
             setattr(noise, name, value)
-            print(f"{name} = {hex(value) if isinstance(value, int) else ', '.join(str(v) for v in np.atleast_1d(value))}")
+            print(
+                f"{name} = {hex(value) if isinstance(value, int) else ', '.join(str(v) for v in np.atleast_1d(value))}"
+            )
     figures = quality()
     for key, value in figures.items():
         print(f"{key}: {value:.3e}")

@@ -1,19 +1,23 @@
-"""One whole generation of ES on models of real shapes with random weights: where the time goes, ours beside what people do today.
+"""One whole generation of ES on models of real shapes with random weights: where the time goes, ours beside what people
+do today.
 
     python bench/generation.py [--device cpu|cuda] [--out bench/results] [--models NAME ...] [--seconds 900]
 
-What is so, first: answers take nearly all of the time. With the 1024 tokens of the paper's Countdown the reference's own handling of weights is
-about one percent of a generation by README's arithmetic for a GPU, and less on a CPU, so nobody gains there from faster kernels. They count where
-answers are short (one token, log-probabilities of given ones, the 100 tokens of two questions of conciseness) and in memory, which is KV cache. Large
-populations make updates long, but answers as well: the shares stay.
+What is so, first: answers take nearly all of the time. With the 1024 tokens of the paper's Countdown the reference's
+own handling of weights is about one percent of a generation by README's arithmetic for a GPU, and less on a CPU, so
+nobody gains there from faster kernels. They count where answers are short (one token, log-probabilities of given ones,
+the 100 tokens of two questions of conciseness) and in memory, which is KV cache. Large populations make updates long,
+but answers as well: the shares stay.
 
-A generation of N members takes N * (weights + answers + rewards) + update. Where answers take less than two seconds whole members are timed, the
-ways of handling weights in turn; else weights in turn and answers by themselves, the same for every way. What there is no time to wait for is
-extrapolated, and its row says from what: answers from one batch of prompts at shorter lengths (the parabola through the last three: a step costs
-more the longer the cache), updates of many seeds from those of 1 and 30. Break-even: the number of tokens at which handling weights takes a tenth,
-or a hundredth, of the generation.
+A generation of N members takes N * (weights + answers + rewards) + update. Where answers take less than two seconds
+whole members are timed, the ways of handling weights in turn; else weights in turn and answers by themselves, the same
+for every way. What there is no time to wait for is extrapolated, and its row says from what: answers from one batch of
+prompts at shorter lengths (the parabola through the last three: a step costs more the longer the cache), updates of
+many seeds from those of 1 and 30. Break-even: the number of tokens at which handling weights takes a tenth, or a
+hundredth, of the generation.
 
-Writes generation-cpu.json or generation-GPU.json, anew after every workload. An error there (no memory) costs its own workload alone.
+Writes generation-cpu.json or generation-GPU.json, anew after every workload. An error there (no memory) costs its own
+workload alone.
 """
 
 import argparse
@@ -45,7 +49,8 @@ THEIRS = (REFERENCE, "es-at-scale, without waste")
 MODELS = {"cpu": ["embedded", "50M"], "cuda": ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-1.5B"]}
 BASES = {"fp32": 4, "copy": 2, "None": 0}  # bytes of theta a bf16 parameter
 SHORT = 2  # seconds of answers below which whole members are timed
-DECODINGS = ("dynamic", "static", "continuous")  # in this order: the first does every workload, the others the long answers
+# In this order: the first does every workload, the others the long answers
+DECODINGS = ("dynamic", "static", "continuous")
 COMPILING = 60  # seconds that "static" decoding may take before its first token
 
 
@@ -58,7 +63,8 @@ WORKLOADS = [
     Workload("countdown, 256 tokens", 200, 150, 256),
     Workload("countdown, 1024 tokens", 200, 150, 1024),
 ]
-# MeZO walks +sigma, -2 sigma, +sigma: three passes for its two members, where perturbing and restoring each would be four.
+# MeZO walks +sigma, -2 sigma, +sigma: three passes for its two members, where perturbing and restoring each would be
+# four.
 MEZO, MEZO_PASSES = "MeZO", 3 / 4
 
 
@@ -66,7 +72,8 @@ MEZO, MEZO_PASSES = "MeZO", 3 / 4
 
 
 class Weights:
-    """Seconds and temporary bytes of each way to handle a model's weights; and the ways, for as long as they are needed."""
+    """Seconds and temporary bytes of each way to handle a model's weights; and the ways, for as long as they are
+    needed."""
 
     def __init__(self, model, device):
         self.ways = ways({name: p.detach() for name, p in model.named_parameters()}, (*THEIRS, MEZO))
@@ -77,7 +84,10 @@ class Weights:
             self._update(n)
         for name, way in self.ways.items():
             update = functools.partial(way.update, *coefficients(2))  # no rival's memory depends on the number of seeds
-            self.extra[name] = {"member": timing.peak_extra_bytes(way.member, device), "update": timing.peak_extra_bytes(update, device)}
+            self.extra[name] = {
+                "member": timing.peak_extra_bytes(way.member, device),
+                "update": timing.peak_extra_bytes(update, device),
+            }
 
     def update(self, n):
         """({way: seconds} of an update by n seeds, measured or not)."""
@@ -91,22 +101,34 @@ class Weights:
 
     def _update(self, n):
         wanted = [name for name in self.ways if name != MEZO or n == 1]
-        self.updates[n] = self._medians({name: functools.partial(self.ways[name].update, *coefficients(n)) for name in wanted})
+        self.updates[n] = self._medians(
+            {name: functools.partial(self.ways[name].update, *coefficients(n)) for name in wanted}
+        )
 
     def _medians(self, runs):
         """In turn, but for those that empty the allocator's cache: the next to allocate would pay."""
         quiet = {name: run for name, run in runs.items() if name not in self.apart}
-        return medians(quiet, self.device) | medians({name: runs[name] for name in runs.keys() - quiet.keys()}, self.device)
+        return medians(quiet, self.device) | medians(
+            {name: runs[name] for name in runs.keys() - quiet.keys()}, self.device
+        )
 
     def with_answers(self, work, answer):
-        """({way: seconds of weights}, {way: seconds of answers}): whole members of each way in turn. Answers are the same work for all, so their
-        samples are one heap, but for those of a way that empties the allocator's cache: the answers after it must allocate anew."""
+        """({way: seconds of weights}, {way: seconds of answers}): whole members of each way in turn. Answers are the
+        same work for all, so their samples are one heap, but for those of a way that empties the allocator's cache: the
+        answers after it must allocate anew."""
         if work[1:4] not in self.in_turn:
             found = samples(
-                {(what, name): run for name, way in self.ways.items() for what, run in (("weights", way.member), ("answers", answer))}, self.device
+                {
+                    (what, name): run
+                    for name, way in self.ways.items()
+                    for what, run in (("weights", way.member), ("answers", answer))
+                },
+                self.device,
             )
             heap = statistics.median(s for name in self.ways if name not in self.apart for s in found["answers", name])
-            answers = {name: statistics.median(found["answers", name]) if name in self.apart else heap for name in self.ways}
+            answers = {
+                name: statistics.median(found["answers", name]) if name in self.apart else heap for name in self.ways
+            }
             self.in_turn[work[1:4]] = {name: statistics.median(found["weights", name]) for name in self.ways}, answers
         return self.in_turn[work[1:4]]
 
@@ -120,7 +142,8 @@ def seconds_of_rewards(work):
         return 0.0
     task = _countdown()
     items = [task.train[i % len(task.train)] for i in range(work.prompts)]
-    text = ("1 + 2 " * work.tokens)[: 4 * work.tokens] + "</think>\n<answer>(1 + 2) * 3</answer>"  # four characters a token
+    # Four characters a token
+    text = ("1 + 2 " * work.tokens)[: 4 * work.tokens] + "</think>\n<answer>(1 + 2) * 3</answer>"
     start = time.perf_counter()
     for item in items:
         task.score(item, text)
@@ -132,14 +155,20 @@ def seconds_of_rewards(work):
 
 def generation(population, weights, answers, rewards, update):
     """Seconds of a generation and of its parts, from those of one member and of the update."""
-    parts = {"weights": population * weights, "answers": population * answers, "rewards": population * rewards, "update": update}
+    parts = {
+        "weights": population * weights,
+        "answers": population * answers,
+        "rewards": population * rewards,
+        "update": update,
+    }
     total = sum(parts.values())
     return parts | {"total": total, "share_of_weights": (parts["weights"] + update) / total}
 
 
 def break_even(share, weights, update, population, answers):
-    """The least number of tokens with which handling weights (updating included) is at most `share` of a generation, 1 if it never is more;
-    answers: tokens -> seconds of one member. Rewards are left out: scoring 200 answers takes milliseconds."""
+    """The least number of tokens with which handling weights (updating included) is at most `share` of a generation, 1
+    if it never is more; answers: tokens -> seconds of one member. Rewards are left out: scoring 200 answers takes
+    milliseconds."""
     needed = (weights + update / population) * (1 / share - 1)
     most = 1
     while answers(most) < needed and most < 1 << 30:
@@ -152,8 +181,9 @@ def break_even(share, weights, update, population, answers):
 
 
 def memory(name, gpu_bytes=None):
-    """Bytes of theta by base and of the reference's temporaries, what KV cache in bf16 they displace, and their share of a GPU. Arithmetic:
-    in an update es-at-scale holds a sum in f32 and noise in bf16 of the largest tensor, on a CPU more (f32 noise)."""
+    """Bytes of theta by base and of the reference's temporaries, what KV cache in bf16 they displace, and their share
+    of a GPU. Arithmetic: in an update es-at-scale holds a sum in f32 and noise in bf16 of the largest tensor, on a CPU
+    more (f32 noise)."""
     m, sizes = shapes.MODELS[name], [math.prod(shape) for shape in shapes.parameter_shapes(name).values()]
     a_token = 2 * m.layers * m.kv_heads * (m.hidden // m.heads) * 2
     held = {base: n * sum(sizes) for base, n in BASES.items()} | {REFERENCE: RIVALS[REFERENCE].update_bytes(sizes)}
@@ -167,8 +197,10 @@ def memory(name, gpu_bytes=None):
 
 
 def measure(report, name, device, decoding, known, end):
-    """All workloads, the handling of weights included; with a model whose weights are `known` from before long answers only, decoded otherwise."""
-    if device == "cuda" and 1.15 * HELD([memory(name)["parameters"]]) > torch.cuda.mem_get_info()[0]:  # live weights and two bases
+    """All workloads, the handling of weights included; with a model whose weights are `known` from before long answers
+    only, decoded otherwise."""
+    # Live weights and two bases
+    if device == "cuda" and 1.15 * HELD([memory(name)["parameters"]]) > torch.cuda.mem_get_info()[0]:
         report["left_out"].append(f"{name}: too little memory for weights and bases")
         return
     again = name in known
@@ -180,7 +212,12 @@ def measure(report, name, device, decoding, known, end):
         _failed(report, name, decoding, "weights", error)
         return
     weights, clock = known[name], Answers(model, device, decoding, end)
-    about = {"model": name, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype)[6:], "decoding": decoding}
+    about = {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype)[6:],
+        "decoding": decoding,
+    }
     for work in WORKLOADS:
         if again and work.tokens < LONG:
             continue
@@ -233,21 +270,42 @@ def _add_break_even(report, name, decoding, weights, clock):
     def answers(tokens):
         return batches * extrapolated(clock.points, tokens)
 
-    by_tokens = {"longest_measured": max(clock.points), "seconds_answers": {str(2**i): answers(2**i) for i in range(12)}}
+    by_tokens = {
+        "longest_measured": max(clock.points),
+        "seconds_answers": {str(2**i): answers(2**i) for i in range(12)},
+    }
     for way in weights.updates[30]:
         parts = {
             "seconds_member": weights.members[way],
             "seconds_update": weights.updates[30][way],
             "seconds_a_token": (answers(129) - answers(1)) / 128,
         }
-        tokens = {str(share): break_even(share, weights.members[way], weights.updates[30][way], 30, answers) for share in (0.1, 0.01)}
-        row = {"model": name, "decoding": decoding, "way": way, "prompts": long.prompts, "prompt_tokens": long.prompt_tokens}
-        report["break_even"].append(row | parts | by_tokens | {"tokens": tokens, "peak_extra_bytes": weights.extra[way]})
+        tokens = {
+            str(share): break_even(share, weights.members[way], weights.updates[30][way], 30, answers)
+            for share in (0.1, 0.01)
+        }
+        row = {
+            "model": name,
+            "decoding": decoding,
+            "way": way,
+            "prompts": long.prompts,
+            "prompt_tokens": long.prompt_tokens,
+        }
+        report["break_even"].append(
+            row | parts | by_tokens | {"tokens": tokens, "peak_extra_bytes": weights.extra[way]}
+        )
 
 
 def _failed(report, name, decoding, what, error):
     kind = "out of memory" if isinstance(error, torch.cuda.OutOfMemoryError) else type(error).__name__
-    report["errors"].append({"model": name, "decoding": decoding, "workload": what, "error": f"{kind}: {(str(error).splitlines() or [''])[0]}"})
+    report["errors"].append(
+        {
+            "model": name,
+            "decoding": decoding,
+            "workload": what,
+            "error": f"{kind}: {(str(error).splitlines() or [''])[0]}",
+        }
+    )
     print(f"{name:14} {decoding:8} {what:28} {report['errors'][-1]['error']}", file=sys.stderr, flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -255,11 +313,16 @@ def _failed(report, name, decoding, what, error):
 
 
 def _keep_faster(report, rows):
-    """Adds a workload's rows, and drops those of the other decoding if it was slower; or these. What was measured is not dropped for what was not."""
+    """Adds a workload's rows, and drops those of the other decoding if it was slower; or these. What was measured is
+    not dropped for what was not."""
     key = ("model", "workload")
-    report["decodings"].append({k: rows[0][k] for k in ("model", "workload", "decoding", "answers", "answers_measured")})
+    report["decodings"].append(
+        {k: rows[0][k] for k in ("model", "workload", "decoding", "answers", "answers_measured")}
+    )
     others = [row for row in report["generations"] if all(row[k] == rows[0][k] for k in key)]
-    if not others or (rows[0]["answers"] < others[0]["answers"] and rows[0]["answers_measured"] >= others[0]["answers_measured"]):
+    if not others or (
+        rows[0]["answers"] < others[0]["answers"] and rows[0]["answers_measured"] >= others[0]["answers_measured"]
+    ):
         report["generations"] = [row for row in report["generations"] if row not in others] + rows
     print(_line(rows), flush=True)
 
@@ -267,9 +330,14 @@ def _keep_faster(report, rows):
 def _line(rows):
     found = {row["way"]: row for row in rows}
     ours, theirs = found[YARDSTICK], found[REFERENCE]
-    both = [f"{who} {row['total']:9.2f} s, of it weights {row['share_of_weights']:6.2%}" for who, row in (("theirs", theirs), ("ours", ours))]
+    both = [
+        f"{who} {row['total']:9.2f} s, of it weights {row['share_of_weights']:6.2%}"
+        for who, row in (("theirs", theirs), ("ours", ours))
+    ]
     guessed = " and ".join(what for what in ("answers", "update") if not ours[f"{what}_measured"])
-    return f"{ours['model']:14} {ours['decoding']:8} {ours['workload']:28} {'; '.join(both)}" + (f" ({guessed} extrapolated)" if guessed else "")
+    return f"{ours['model']:14} {ours['decoding']:8} {ours['workload']:28} {'; '.join(both)}" + (
+        f" ({guessed} extrapolated)" if guessed else ""
+    )
 
 
 def _save(report):
@@ -280,15 +348,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--models", nargs="+", choices=["embedded", *shapes.MODELS], help="default: what the device can do")
+    parser.add_argument(
+        "--models", nargs="+", choices=["embedded", *shapes.MODELS], help="default: what the device can do"
+    )
     parser.add_argument("--seconds", type=float, default=900, help="begin nothing further after so long")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     facts = machine.describe(args.device)
     report = {"path": args.out / f"generation-{machine.slug(facts)}.json", "machine": facts}
-    report |= {"memory": [memory(name, facts.get("memory_bytes")) for name in shapes.MODELS], "generations": [], "break_even": []}
+    report |= {
+        "memory": [memory(name, facts.get("memory_bytes")) for name in shapes.MODELS],
+        "generations": [],
+        "break_even": [],
+    }
     report |= {"decodings": [], "left_out": [], "errors": []}
-    print("Answers take nearly all of a generation: with 1024 tokens nobody gains from faster handling of weights. Measured:", flush=True)
+    print(
+        "Answers take nearly all of a generation: with 1024 tokens nobody gains from faster handling of weights. "
+        "Measured:",
+        flush=True,
+    )
     end, names, known = time.monotonic() + args.seconds, args.models or MODELS[args.device], {}
     plan = [(name, decoding) for decoding in (DECODINGS if args.device == "cuda" else ("dynamic",)) for name in names]
     for number, (name, decoding) in enumerate(plan):

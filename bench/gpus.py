@@ -1,7 +1,8 @@
-"""What kernels of counted cost can reach on GPUs of published rates: a prediction, and beside it what was measured, if anything was.
+"""What kernels of counted cost can reach on GPUs of published rates: a prediction, and beside it what was measured, if
+anything was.
 
-Each resource of a GPU needs some time for a value; the one that needs most binds. With perfect overlap, no tail of the launch and the boost clock
-held nothing is faster than that, so every figure here is an upper bound:
+Each resource of a GPU needs some time for a value; the one that needs most binds. With perfect overlap, no tail of the
+launch and the boost clock held nothing is faster than that, so every figure here is an upper bound:
 
     memory   bytes moved / (bandwidth * COPY_SHARE)
     issue    instructions / (SMs * 128 * clock)            4 warps of 32 lanes a cycle
@@ -26,9 +27,10 @@ class GPU(NamedTuple):
     assumed: tuple = ()  # what is not published
 
 
-# CUDA C++ Programming Guide, table "Throughput of Native Arithmetic Instructions": 32-bit floating-point multiply-add; integer add, compare, logic and
-# shift (ALU); integer multiply-add (IMAD.WIDE); type conversions (16 on cc 8.0, where I2F runs; from 9.0 on it is I2FP of the ALU). FMA is shared:
-# integer multiply-adds run there too. LSU: 32 load / store units an SM (the architectures' white papers).
+# CUDA C++ Programming Guide, table "Throughput of Native Arithmetic Instructions": 32-bit floating-point multiply-add;
+# integer add, compare, logic and shift (ALU); integer multiply-add (IMAD.WIDE); type conversions (16 on cc 8.0, where
+# I2F runs; from 9.0 on it is I2FP of the ALU). FMA is shared: integer multiply-adds run there too. LSU: 32 load / store
+# units an SM (the architectures' white papers).
 _CC_80 = {"FMA": 64, "ALU": 64, "IMAD.WIDE": 64, "MUFU": 16, "LSU": 32}
 _CC_90 = {"FMA": 128, "ALU": 64, "IMAD.WIDE": 64, "MUFU": 16, "LSU": 32}
 
@@ -37,15 +39,16 @@ GPUS = {
     "A100 80GB SXM": GPU("sm_80", 108, 1.41, 2039, _CC_80),
     "H100 SXM": GPU("sm_90", 132, 1.98, 3350, _CC_90),
     "H200 SXM": GPU("sm_90", 132, 1.98, 4800, _CC_90),
-    # Of the B200 NVIDIA publishes the bandwidth; the rest is as others read it off the device, the integer rates are those of cc 9.0.
+    # Of the B200 NVIDIA publishes the bandwidth; the rest is as others read it off the device, the integer rates are
+    # those of cc 9.0.
     "B200": GPU("sm_100", 148, 1.965, 8000, _CC_90, ("SMs", "clock", "rates of ALU, IMAD.WIDE, MUFU and LSU")),
 }
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
 def predict(row, gpu):
-    """What binds a row of static_analysis.py on a GPU: {share_of_copy, binds, busy: share of its time that each resource works}. An update with
-    many seeds moves next to nothing: its figure is normals_per_s."""
+    """What binds a row of static_analysis.py on a GPU: {share_of_copy, binds, busy: share of its time that each
+    resource works}. An update with many seeds moves next to nothing: its figure is normals_per_s."""
     g = GPUS[gpu]
     cycles = {"issue": row["instructions_per_value"] / 128}
     pipes = row["per_value"]
@@ -56,9 +59,15 @@ def predict(row, gpu):
     if moved:
         seconds["memory"] = moved / (g.gb_per_s * 1e9 * COPY_SHARE)
     binds = max(seconds, key=seconds.get)
-    found = {"binds": binds, "busy": {name: round(s / seconds[binds], 3) for name, s in seconds.items()}, "assumed": list(g.assumed)}
+    found = {
+        "binds": binds,
+        "busy": {name: round(s / seconds[binds], 3) for name, s in seconds.items()},
+        "assumed": list(g.assumed),
+    }
     return found | (
-        {"share_of_copy": round(seconds["memory"] / seconds[binds], 3)} if moved else {"normals_per_s": float(f"{1 / seconds[binds]:.3g}")}
+        {"share_of_copy": round(seconds["memory"] / seconds[binds], 3)}
+        if moved
+        else {"normals_per_s": float(f"{1 / seconds[binds]:.3g}")}
     )
 
 
@@ -89,7 +98,9 @@ def predictions(rows, folder):
             if g.arch != row["arch"]:
                 continue
             prediction = {"gpu": gpu, "kernel": row["kernel"], "predicted": predict(row, gpu)}
-            beside = next((r for (name, kernel), r in known.items() if kernel == row["kernel"] and gpu.split()[0] in name), None)
+            beside = next(
+                (r for (name, kernel), r in known.items() if kernel == row["kernel"] and gpu.split()[0] in name), None
+            )
             if beside:
                 key = "share_of_copy" if bytes_per_value(row["kernel"]) else "normals_per_s"
                 prediction["measured"] = {key: beside[key], "elements": beside["elements"]}

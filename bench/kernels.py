@@ -2,17 +2,21 @@
 
     python bench/kernels.py [--device cpu|cuda] [--out bench/results] [--seconds 3000]
 
-Writes kernels-cpu.json or kernels-GPU.json, anew with every row, so that what was measured stays when time runs out or a group fails; `left_out` says
-what was not, and why: no time, or a need of memory that is counted before (sizes times bytes a value). Three lists of rows:
+Writes kernels-cpu.json or kernels-GPU.json, anew with every row, so that what was measured stays when time runs out or
+a group fails; `left_out` says what was not, and why: no time, or a need of memory that is counted before (sizes times
+bytes a value). Three lists of rows:
 
-calls    one flat tensor: every operation, dtype, rounding, backend and size. Beside the time: bytes, share of the bandwidth of a copy of the same
-         tensor in the same rounds (the floor), normals made, and on a GPU the share of the instructions it can issue at the clock that was read.
+calls    one flat tensor: every operation, dtype, rounding, backend and size. Beside the time: bytes, share of the
+bandwidth of a copy of the same
+         tensor in the same rounds (the floor), normals made, and on a GPU the share of the instructions it can issue at
+         the clock that was read.
 tables   the true shapes of real models in one launch, against one flat tensor of their size.
-rivals   what one member and one update of a generation cost, ours against what people do today (rivals.py), with peak extra memory.
+rivals   what one member and one update of a generation cost, ours against what people do today (rivals.py), with peak
+extra memory.
 
-Variants are interleaved, medians of rounds with 20th and 80th percentile. On a GPU all that is timed is in its queue before it begins (timing.py):
-calls and tables as captured graphs, rivals eagerly, whose rows give the host's seconds beside the GPU's. A kernel whose bits are not the reference's
-gets no row.
+Variants are interleaved, medians of rounds with 20th and 80th percentile. On a GPU all that is timed is in its queue
+before it begins (timing.py): calls and tables as captured graphs, rivals eagerly, whose rows give the host's seconds
+beside the GPU's. A kernel whose bits are not the reference's gets no row.
 """
 
 import argparse
@@ -45,11 +49,17 @@ from es_kernels import ParamTable
 from es_kernels.backends import cpu
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]  # the first is that of a large weight: the size of the tables in README
+# The first is that of a large weight: the size of the tables in README
+SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]
 MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
-# Model -> members of the update against rivals, 0 for none: on a CPU 30 of them are minutes of random numbers for each rival.
-MODELS = {"cpu": {"50M": 8, "Qwen2.5-0.5B": 0}, "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0}}
-# Of what is free, at most: what is counted lacks only what the allocator rounds up. On a CPU pages that files hold may be had too, or not.
+# Model -> members of the update against rivals, 0 for none: on a CPU 30 of them are minutes of random numbers for each
+# rival.
+MODELS = {
+    "cpu": {"50M": 8, "Qwen2.5-0.5B": 0},
+    "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0},
+}
+# Of what is free, at most: what is counted lacks only what the allocator rounds up. On a CPU pages that files hold may
+# be had too, or not.
 MEMORY_SHARE = {"cpu": 0.6, "cuda": 0.95}
 
 
@@ -67,7 +77,8 @@ class Place(NamedTuple):
 
 
 def places(device):
-    """Groups of places that can be interleaved with each other; of a CPU each is alone, since threads and instruction set are the process's."""
+    """Groups of places that can be interleaved with each other; of a CPU each is alone, since threads and instruction
+    set are the process's."""
     if device == "cuda":
         why = {name: es_kernels.backends.unavailable(name, torch.device(device)) for name in ("cuda", "triton")}
         for name, reason in why.items():
@@ -94,7 +105,8 @@ class Report:
         self.content[kind].append(row)
         name = row.get("operation") or f"{row['who']}: {row['what']}"
         print(
-            f"{kind:7} {row.get('backend', ''):8} {row.get('model', ''):14} {name:40} {row['seconds'] * 1e3:10.3f} ms  {row.get('gb_per_s', 0):8.1f} GB/s",
+            f"{kind:7} {row.get('backend', ''):8} {row.get('model', ''):14} {name:40} {row['seconds'] * 1e3:10.3f} ms  "
+            f"{row.get('gb_per_s', 0):8.1f} GB/s",
             flush=True,
         )
         self.save()
@@ -119,9 +131,13 @@ class Report:
         """The gate; `out` and `base`: on these tensors too. What does not pass is told, and makes main() fail."""
         if (place, operation) not in self.right:
             self.right[place, operation] = right(operation, self.device, place.backend)
-        if self.right[place, operation] and (out is None or right_at_size(operation, out, base, self.device, place.backend)):
+        if self.right[place, operation] and (
+            out is None or right_at_size(operation, out, base, self.device, place.backend)
+        ):
             return True
-        what = " ".join(map(str, (*filter(None, place), operation.label, *([] if out is None else [f"{out.numel()} elements"]))))
+        what = " ".join(
+            map(str, (*filter(None, place), operation.label, *([] if out is None else [f"{out.numel()} elements"])))
+        )
         print(f"WRONG BITS, not measured: {what}", file=sys.stderr)
         self.content.setdefault("wrong", []).append(what)
         return False
@@ -160,7 +176,9 @@ def measure_calls(report, group, dtype, elements, wanted):
     masters = [ParamTable({f"w{k}": base}) for k, base in enumerate(bases)]
     variants = {"copy": Variant(lambda k: others[k].copy_(outs[k]), copies)}
     if elements == SIZES[0]:
-        variants["torch"] = Variant(lambda k: outs[k].add_(SIGMA * torch.randn_like(outs[k])), copies, capture=device == "cuda")
+        variants["torch"] = Variant(
+            lambda k: outs[k].add_(SIGMA * torch.randn_like(outs[k])), copies, capture=device == "cuda"
+        )
     timed = {}
     for place in group:
         place.enter()
@@ -179,9 +197,16 @@ def measure_calls(report, group, dtype, elements, wanted):
     about = {"dtype": dtype, "elements": elements, "copies": copies, **group[0]._asdict()}
     for name in (n for n in _TORCH if n in timings):
         row = about | {"backend": "torch", "operation": _TORCH[name]}
-        report.add("calls", _call_row(report, row, timings[name], 2 * size * elements, elements * (name == "torch"), floor))
+        report.add(
+            "calls", _call_row(report, row, timings[name], 2 * size * elements, elements * (name == "torch"), floor)
+        )
     for name, (place, operation) in timed.items():
-        row = about | {"backend": place.backend, "operation": operation.label, "kernel": operation.kernel, "seeds": operation.seeds}
+        row = about | {
+            "backend": place.backend,
+            "operation": operation.label,
+            "kernel": operation.kernel,
+            "seeds": operation.seeds,
+        }
         normals = 0 if operation.what == "fingerprint" else elements * operation.seeds
         row = _call_row(report, row, timings[name], operation.bytes_per_value * elements, normals, floor)
         if "torch" in timings and normals:
@@ -200,7 +225,11 @@ def _with(backend, call):
 
 
 def _call_row(report, row, seconds, moved, normals, floor):
-    row |= _timed(seconds) | {"bytes": moved, "gb_per_s": moved / seconds.median / 1e9, "share_of_copy": moved / seconds.median / floor}
+    row |= _timed(seconds) | {
+        "bytes": moved,
+        "gb_per_s": moved / seconds.median / 1e9,
+        "share_of_copy": moved / seconds.median / floor,
+    }
     if normals:
         row["normals_per_s"] = normals / seconds.median
     kernel = row.get("kernel", "")
@@ -229,7 +258,10 @@ OURS += [Operation("update", "f32", None, 30), Operation("update", "bf16", None,
 
 
 def _weights(model, device):
-    return {name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02) for name, shape in shapes.parameter_shapes(model).items()}
+    return {
+        name: torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+        for name, shape in shapes.parameter_shapes(model).items()
+    }
 
 
 def _sizes(model):
@@ -237,12 +269,15 @@ def _sizes(model):
 
 
 def _table_and_flat(model, dtype, device):
-    """The weights of a model as views of one memory, and as many values of it as one tensor: half the memory of two. Each tensor starts at a multiple of
-    512 bytes, as torch's allocator would have it."""
+    """The weights of a model as views of one memory, and as many values of it as one tensor: half the memory of two.
+    Each tensor starts at a multiple of 512 bytes, as torch's allocator would have it."""
     aligned = 512 // dtype.itemsize
     starts = list(itertools.accumulate((-(-n // aligned) * aligned for n in _sizes(model)), initial=0))
     memory = torch.empty(starts[-1], dtype=dtype, device=device).normal_(0, 0.02)
-    table = {name: memory[at : at + math.prod(shape)].view(shape) for at, (name, shape) in zip(starts, shapes.parameter_shapes(model).items())}
+    table = {
+        name: memory[at : at + math.prod(shape)].view(shape)
+        for at, (name, shape) in zip(starts, shapes.parameter_shapes(model).items())
+    }
     return table, {"whole": memory[: sum(_sizes(model))]}
 
 
@@ -270,33 +305,58 @@ def measure_table(report, group, model):
     timings = interleave(variants, device, rounds=5)
     for (form, place, operation), name in timed.items():
         if form == "table":
-            row = {"model": model, "tensors": len(live), "elements": values, **place._asdict(), "operation": operation.label, **_timed(timings[name])}
+            row = {
+                "model": model,
+                "tensors": len(live),
+                "elements": values,
+                **place._asdict(),
+                "operation": operation.label,
+                **_timed(timings[name]),
+            }
             moved = operation.bytes_per_value * values
             report.add(
                 "tables",
-                row | {"bytes": moved, "gb_per_s": moved / row["seconds"] / 1e9, "times_flat": row["seconds"] / timings[f"flat {name[6:]}"].median},
+                row
+                | {
+                    "bytes": moved,
+                    "gb_per_s": moved / row["seconds"] / 1e9,
+                    "times_flat": row["seconds"] / timings[f"flat {name[6:]}"].median,
+                },
             )
 
 
 def measure_rivals(report, group, model, seeds):
-    """`member`: what one member's weights cost, until the next may begin (rivals perturb and restore). `update`: of `seeds` members, until live
-    weights are ready. seeds = 0: no update."""
+    """`member`: what one member's weights cost, until the next may begin (rivals perturb and restore). `update`: of
+    `seeds` members, until live weights are ready. seeds = 0: no update."""
     device, place, sizes = report.device, group[0], _sizes(model)
     place.enter()
-    if not report.fits(HELD(sizes), "rivals", model=model) or not all([report.passes(place, operation) for operation in OURS]):
+    if not report.fits(HELD(sizes), "rivals", model=model) or not all(
+        [report.passes(place, operation) for operation in OURS]
+    ):
         return
     live = _weights(model, device)
     all_ways = ways(live)
     for what in ("member", "update") if seeds else ("member",):
         counted = {name: getattr(way, f"{what}_bytes")(sizes) for name, way in all_ways.items()}
-        fitting = {name: all_ways[name] for name, needed in counted.items() if report.fits(needed, "rivals", model=model, who=name, what=what)}
+        fitting = {
+            name: all_ways[name]
+            for name, needed in counted.items()
+            if report.fits(needed, "rivals", model=model, who=name, what=what)
+        }
 
         def work(n_seeds, fitting=fitting, what=what):
-            return {name: way.member if what == "member" else functools.partial(way.update, *coefficients(n_seeds)) for name, way in fitting.items()}
+            return {
+                name: way.member if what == "member" else functools.partial(way.update, *coefficients(n_seeds))
+                for name, way in fitting.items()
+            }
 
         # Eagerly, as rivals must: a generator's seed cannot be captured. Ours is one launch, or two.
         variants = {name: Variant(lambda k, run=run: run(), capture=False) for name, run in work(seeds).items()}
-        apart = {name: v for name, v in variants.items() if name == YARDSTICK or name in rivals.RIVALS and rivals.RIVALS[name].empties_cache}
+        apart = {
+            name: v
+            for name, v in variants.items()
+            if name == YARDSTICK or name in rivals.RIVALS and rivals.RIVALS[name].empties_cache
+        }
         timings, ratios = {}, {}
         for together in ({name: v for name, v in variants.items() if name == YARDSTICK or name not in apart}, apart):
             found = interleave(together, device, rounds=3)
@@ -332,9 +392,15 @@ def main():
     report = Report(args.device, args.out, args.seconds)
     best = groups[0]
     every = {dtype: operations(dtype) for dtype in ("bf16", "f32", "f16")}
-    main_ones = {dtype: [o for o in every[dtype] if o.seeds in (1, 30) and not o.stochastic] for dtype in ("bf16", "f32")}
+    main_ones = {
+        dtype: [o for o in every[dtype] if o.seeds in (1, 30) and not o.stochastic] for dtype in ("bf16", "f32")
+    }
     plan = [("calls", measure_calls, best, dtype, SIZES[0], wanted) for dtype, wanted in every.items()]
-    plan += [("calls", measure_calls, group, dtype, SIZES[0], wanted) for dtype, wanted in main_ones.items() for group in groups[1:]]
+    plan += [
+        ("calls", measure_calls, group, dtype, SIZES[0], wanted)
+        for dtype, wanted in main_ones.items()
+        for group in groups[1:]
+    ]
     plan += [("rivals", measure_rivals, best, model, seeds) for model, seeds in MODELS[args.device].items()]
     plan += [("tables", measure_table, best, model) for model in MODELS[args.device]]
     plan += [("calls", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]
@@ -347,7 +413,9 @@ def main():
             if report.out_of_time():
                 raise RuntimeError("no time")
             function(report, group, *arguments)
-        except RuntimeError as error:  # of a GPU: out of memory, a launch that failed. The other groups may still be measured
+        except (
+            RuntimeError
+        ) as error:  # of a GPU: out of memory, a launch that failed. The other groups may still be measured
             complete = False
             report.leave_out((str(error).splitlines() or [type(error).__name__])[0], kind, **about)
         gc.collect()

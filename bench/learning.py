@@ -2,10 +2,10 @@
 
     python bench/learning.py [--seeds 6] [--processes 2] [--json bench/results/learning.json]
 
-All runs cost the same number of evaluations: population 30, 30 generations, 128 prompts for each member. Held-out exact answers
-after the last update, over 269 questions, have a standard error of 0.02 of their own; the error bars given are over seeds, of
-the difference paired by seed, since a seed decides noise and prompts alike for all options. So small differences stay unknown. The bases
-"fp32" and "host" give the same bits, so that their rows are one measurement.
+All runs cost the same number of evaluations: population 30, 30 generations, 128 prompts for each member. Held-out exact
+answers after the last update, over 269 questions, have a standard error of 0.02 of their own; the error bars given are
+over seeds, of the difference paired by seed, since a seed decides noise and prompts alike for all options. So small
+differences stay unknown. The bases "fp32" and "host" give the same bits, so that their rows are one measurement.
 """
 
 import argparse
@@ -31,7 +31,8 @@ OPTIONS = {
     "bf16, base none": {"dtype": "bfloat16", "base": "none"},
 }
 
-REFERENCE = {name: "bf16, base fp32" if "bf16" in name else "z-scores" for name in OPTIONS}  # what each is compared with
+# What each is compared with
+REFERENCE = {name: "bf16, base fp32" if "bf16" in name else "z-scores" for name in OPTIONS}
 
 
 def run(name, seed):
@@ -39,9 +40,18 @@ def run(name, seed):
     from es_finetune import TrainConfig, Trainer
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        config = TrainConfig(output=f"{folder}/run", seed=seed, report_to=["none"], save_model=False, health_every=0, **OPTIONS[name])
+        config = TrainConfig(
+            output=f"{folder}/run", seed=seed, report_to=["none"], save_model=False, health_every=0, **OPTIONS[name]
+        )
         summary = Trainer(config).train()
-    return {"option": name, "seed": seed, "base": summary["base"], "final": summary["final"], "curve": summary["held_out_curve"], "live": summary["live"]}
+    return {
+        "option": name,
+        "seed": seed,
+        "base": summary["base"],
+        "final": summary["final"],
+        "curve": summary["held_out_curve"],
+        "live": summary["live"],
+    }
 
 
 def table(runs):
@@ -53,7 +63,16 @@ def table(runs):
         values = [final[name, seed] for seed in seeds]
         differences = [final[name, seed] - final[REFERENCE[name], seed] for seed in seeds]
         error, paired = (statistics.stdev(v) / math.sqrt(len(v)) for v in (values, differences))
-        rows.append({"option": name, "reference": REFERENCE[name], "final": statistics.mean(values), "error": error, "difference": statistics.mean(differences), "difference_error": paired})
+        rows.append(
+            {
+                "option": name,
+                "reference": REFERENCE[name],
+                "final": statistics.mean(values),
+                "error": error,
+                "difference": statistics.mean(differences),
+                "difference_error": paired,
+            }
+        )
     return rows
 
 
@@ -68,11 +87,17 @@ def main():
         jobs = [pool.submit(run, name, seed) for seed in range(args.seeds) for name in OPTIONS]
         for job in concurrent.futures.as_completed(jobs):
             runs.append(job.result())
-            print(f"{len(runs)}/{len(jobs)}  {runs[-1]['option']}, seed {runs[-1]['seed']}: {runs[-1]['final']:.3f}", flush=True)
+            print(
+                f"{len(runs)}/{len(jobs)}  {runs[-1]['option']}, seed {runs[-1]['seed']}: {runs[-1]['final']:.3f}",
+                flush=True,
+            )
     runs.sort(key=lambda r: (list(OPTIONS).index(r["option"]), r["seed"]))
     rows = table(runs)
     for row in rows:
-        print(f"{row['option']:28s} {row['final']:.3f} +- {row['error']:.3f}   difference {row['difference']:+.3f} +- {row['difference_error']:.3f}")
+        print(
+            f"{row['option']:28s} {row['final']:.3f} +- {row['error']:.3f}   difference {row['difference']:+.3f} +- "
+            f"{row['difference_error']:.3f}"
+        )
     pathlib.Path(args.json).write_text(json.dumps({"seeds": args.seeds, "rows": rows, "runs": runs}, indent=1) + "\n")
 
 

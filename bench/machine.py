@@ -19,8 +19,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 def describe(device):
     """Facts about machine, versions and commit, as JSON: a figure means nothing without them. None is unknown."""
     with open("/proc/cpuinfo") as f:
-        processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.processor())
-    facts = {"processor": processor, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "torch": torch.__version__}
+        processor = next(
+            (line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.processor()
+        )
+    facts = {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     facts |= {"es_kernels": es_kernels.__version__, "commit": _commit()}
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -45,8 +52,17 @@ def _triton():
 
 
 def _commit():
-    """The commit measured, with a + if files differ from it; None without git, or in sources that are no repository (though in a folder that is one)."""
-    command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    """The commit measured, with a + if files differ from it; None without git, or in sources that are no repository
+    (though in a folder that is one)."""
+    command = [
+        "git",
+        f"--git-dir={ROOT / '.git'}",
+        f"--work-tree={ROOT}",
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--dirty=+",
+    ]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
     except OSError:
@@ -54,7 +70,8 @@ def _commit():
 
 
 class Sensors:
-    """Clocks, power and energy of a GPU by NVML; without nvidia-ml-py (or with a driver that keeps them to itself) every reading is None."""
+    """Clocks, power and energy of a GPU by NVML; without nvidia-ml-py (or with a driver that keeps them to itself)
+    every reading is None."""
 
     def __init__(self, device):
         self.nvml = self.handle = None
@@ -75,7 +92,11 @@ class Sensors:
 
     def limits(self):
         driver, watts = self._driver(), self._read("nvmlDeviceGetEnforcedPowerLimit")
-        return {"driver": driver, "max_sm_mhz": self._read("nvmlDeviceGetMaxClockInfo", 1), "power_limit_watts": watts and watts / 1000}
+        return {
+            "driver": driver,
+            "max_sm_mhz": self._read("nvmlDeviceGetMaxClockInfo", 1),
+            "power_limit_watts": watts and watts / 1000,
+        }
 
     def _driver(self):
         try:

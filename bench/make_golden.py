@@ -1,6 +1,7 @@
 """Writes the golden vectors and the numbers of the specification page, from the reference backend.
 
-    python bench/make_golden.py             writes es_kernels/golden.json and the generated blocks of es_kernels/NOISE.md
+    python bench/make_golden.py             writes es_kernels/golden.json and the generated blocks of
+    es_kernels/NOISE.md
     python bench/make_golden.py --check     writes nothing; exit code 1 if one of the two would change
 
 Integers of more than 32 bits do not survive every JSON reader, so all integers stand as hexadecimal strings.
@@ -31,7 +32,19 @@ _RANDOM123 = (
 )
 # NaN with a payload, infinities, zeros, smallest and largest subnormals, largest normals, and ordinary weights.
 HARD = {
-    "f32": (0x7FC12345, 0xFF800001, 0x7F800000, 0xFF800000, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F7FFFFF, 0x3F800000, 0xBDCCCCCD, 0x33000001),
+    "f32": (
+        0x7FC12345,
+        0xFF800001,
+        0x7F800000,
+        0xFF800000,
+        0x80000000,
+        0x00000001,
+        0x807FFFFF,
+        0x7F7FFFFF,
+        0x3F800000,
+        0xBDCCCCCD,
+        0x33000001,
+    ),
     "bf16": (0x7FC1, 0xFF81, 0x7F80, 0xFF80, 0x8000, 0x0001, 0x807F, 0x7F7F, 0x3F80, 0xBDCD, 0x3301),
     "f16": (0x7E01, 0xFC01, 0x7C00, 0xFC00, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0x3C00, 0xAE66, 0x0042),
 }
@@ -54,7 +67,12 @@ def _hex(values, digits=0):
 def _philox():
     calls = [(counter, key, rounds) for rounds in (7, 10) for counter, key in _RANDOM123]
     return [
-        {"counter": _hex(counter), "key": _hex(key), "rounds": rounds, "words": _hex(noise.philox4x32(counter, key, rounds), 8)}
+        {
+            "counter": _hex(counter),
+            "key": _hex(key),
+            "rounds": rounds,
+            "words": _hex(noise.philox4x32(counter, key, rounds), 8),
+        }
         for counter, key, rounds in calls
     ]
 
@@ -125,7 +143,13 @@ def _fingerprints():
 
 def golden():
     """All golden vectors, as JSON types."""
-    members = [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (42, 3, 29, 1), (0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 3)]
+    members = [
+        (0, 0, 0, 0),
+        (0, 0, 1, 0),
+        (0, 1, 0, 0),
+        (42, 3, 29, 1),
+        (0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 3),
+    ]
     names = ("", "w", "lm_head.weight", "model.embed_tokens.weight", "größe.weight")
     with es_kernels.backend("reference"):
         return {
@@ -133,7 +157,14 @@ def golden():
             "philox4x32": _philox(),
             "stream_id": {name: f"0x{noise.stream_id(name):016x}" for name in names},
             "member_seed": [
-                {"run_seed": hex(r), "generation": g, "member": m, "purpose": p, "seed": f"0x{noise.member_seed(r, g, m, p):016x}"} for r, g, m, p in members
+                {
+                    "run_seed": hex(r),
+                    "generation": g,
+                    "member": m,
+                    "purpose": p,
+                    "seed": f"0x{noise.member_seed(r, g, m, p):016x}",
+                }
+                for r, g, m, p in members
             ],
             "normal": list(_normals()),
             "add_noise": list(_add_noise()),
@@ -172,36 +203,55 @@ def _constants():
 
 def _quality():
     figures = fit_noise.quality()
-    return "\n".join(["| over all 2^32 words, the worse of x and y | |", "| --- | --- |", *(f"| {name} | {value:.3g} |" for name, value in figures.items())])
+    return "\n".join(
+        [
+            "| over all 2^32 words, the worse of x and y | |",
+            "| --- | --- |",
+            *(f"| {name} | {value:.3g} |" for name, value in figures.items()),
+        ]
+    )
 
 
 def _vectors(vectors):
     lines = ["```"]
-    lines += [f"philox4x32 {v['rounds']:2} {' '.join(v['counter'])} | {' '.join(v['key'])} -> {' '.join(v['words'])}" for v in vectors["philox4x32"][3:]]
-    lines += [f"stream_id {json.dumps(name, ensure_ascii=False)} -> {value}" for name, value in vectors["stream_id"].items()]
     lines += [
-        f"member_seed {v['run_seed']}, generation {v['generation']}, member {v['member']}, purpose {v['purpose']} -> {v['seed']}"
+        f"philox4x32 {v['rounds']:2} {' '.join(v['counter'])} | {' '.join(v['key'])} -> {' '.join(v['words'])}"
+        for v in vectors["philox4x32"][3:]
+    ]
+    lines += [
+        f"stream_id {json.dumps(name, ensure_ascii=False)} -> {value}" for name, value in vectors["stream_id"].items()
+    ]
+    lines += [
+        f"member_seed {v['run_seed']}, generation {v['generation']}, member {v['member']}, purpose {v['purpose']} -> "
+        f"{v['seed']}"
         for v in vectors["member_seed"]
     ]
     for v in vectors["normal"]:
         values = np.array([int(b, 16) for b in v["bits"][:4]], np.uint32).view(np.float32)
-        lines.append(f"normal seed {v['seed']}, stream {v['stream']}, index {v['first']} and on -> {' '.join(v['bits'][:4])} ({' '.join(map(str, values))})")
+        lines.append(
+            f"normal seed {v['seed']}, stream {v['stream']}, index {v['first']} and on -> {' '.join(v['bits'][:4])} "
+            f"({' '.join(map(str, values))})"
+        )
     for v in vectors["add_noise"]:
         if v["base"][0] == "f32" and len(v["seeds"]) == 3 and not v["anchor"]:
             lines.append(
-                f"add_noise \"w\" {v['first']} seeds {' '.join(v['seeds'])} coefs {' '.join(v['coefs'])} rounding_seed {v['rounding_seed']}"
+                f'add_noise "w" {v["first"]} seeds {" ".join(v["seeds"])} coefs {" ".join(v["coefs"])} rounding_seed {v["rounding_seed"]}'
                 f" base f32 {v['base'][1][8]} at {hex(int(v['first'], 16) + 8)} -> {v['out'][0]} {v['out'][1][8]}"
             )
     for v in vectors["fingerprint"]:
         if v["first"] == "0x5":
-            lines.append(f"fingerprint \"w\" {v['first']} {v['tensor'][0]} {' '.join(v['tensor'][1])} -> {v['fingerprint']}")
+            lines.append(
+                f'fingerprint "w" {v["first"]} {v["tensor"][0]} {" ".join(v["tensor"][1])} -> {v["fingerprint"]}'
+            )
     return "\n".join([*lines, "```"])
 
 
 def page(text, vectors):
     """NOISE.md with its generated blocks, each between `<!-- NAME -->` and `<!-- end -->`, made anew."""
     for name, block in (("constants", _constants()), ("quality", _quality()), ("vectors", _vectors(vectors))):
-        text, count = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + block + m[2], text, flags=re.S)  # noqa: B023
+        text, count = re.subn(
+            f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + block + m[2], text, flags=re.S
+        )  # noqa: B023
         assert count == 1, f"NOISE.md has {count} blocks named {name}"
     return text
 

@@ -1,13 +1,18 @@
-"""Statistics of the noise: its words through dieharder, and 1e9 normals of the CPU kernel against the exact law of the transform.
+"""Statistics of the noise: its words through dieharder, and 1e9 normals of the CPU kernel against the exact law of the
+transform.
 
-    python bench/noise_stats.py [--values 1000000000] [--json bench/results/noise_stats.json]        minutes on two cores
+    python bench/noise_stats.py [--values 1000000000] [--json bench/results/noise_stats.json]        minutes on two
+    cores
 
-The normals are not compared with N(0, 1): at 1e9 values the transform's CDF error of 4.91e-5 (bench/fit_noise.py) is within reach, and
-so known. They are compared with the law that an enumeration of all 2^32 words gives, whose own distance to N(0, 1) is that figure.
-In one thing the law differs from exact Box-Muller: x^2 and y^2 of a pair correlate by -0.0024 instead of 0, because the polynomials for
-cos and sin were fitted to x and to y, not to cos^2 + sin^2 = 1. Everything is a function of RUN_SEED, so a second run prints the same p-values. Exit code 1 if a p-value is below 1e-6 after Bonferroni.
+The normals are not compared with N(0, 1): at 1e9 values the transform's CDF error of 4.91e-5 (bench/fit_noise.py) is
+within reach, and so known. They are compared with the law that an enumeration of all 2^32 words gives, whose own
+distance to N(0, 1) is that figure. In one thing the law differs from exact Box-Muller: x^2 and y^2 of a pair correlate
+by -0.0024 instead of 0, because the polynomials for cos and sin were fitted to x and to y, not to cos^2 + sin^2 = 1.
+Everything is a function of RUN_SEED, so a second run prints the same p-values. Exit code 1 if a p-value is below 1e-6
+after Bonferroni.
 
-dieharder: `apt install dieharder`. (PractRand is neither in Debian nor on PyPI.) Without it the words are reported as not run.
+dieharder: `apt install dieharder`. (PractRand is neither in Debian nor on PyPI.) Without it the words are reported as
+not run.
 """
 
 import argparse
@@ -59,9 +64,13 @@ def z_of_chi2(chi2, freedom):
 BATCH = 2**14  # blocks made at once: fits a cache
 STREAMS, MEMBERS = 256, 4096  # so many streams or members take turns at a block
 
-# dieharder's own reliability is "good" for all of these. Left out: 5, 6, 7 ("suspect"), 14 ("do not use"), and for their time 10, 17, 201.
-DIEHARDER = [(d, None) for d in (0, 1, 2, 3, 4, 8, 9, 11, 12, 13, 15, 16, 100, 101, 102, 202, 204, 205, 206, 207, 208, 209)]
-DIEHARDER += [(200, n) for n in (2, 4, 8)] + [(203, n) for n in (3, 7)]  # tuples of bits; sums of every 4th and 8th word
+# dieharder's own reliability is "good" for all of these. Left out: 5, 6, 7 ("suspect"), 14 ("do not use"), and for
+# their time 10, 17, 201.
+DIEHARDER = [
+    (d, None) for d in (0, 1, 2, 3, 4, 8, 9, 11, 12, 13, 15, 16, 100, 101, 102, 202, 204, 205, 206, 207, 208, 209)
+]
+# Tuples of bits; sums of every 4th and 8th word
+DIEHARDER += [(200, n) for n in (2, 4, 8)] + [(203, n) for n in (3, 7)]
 
 
 def member_seeds(members):
@@ -72,9 +81,12 @@ def member_seeds(members):
 
 
 def words(order, first):
-    """Endless arrays of u32, from block `first` on, in one of three orders: what a tensor reads; the same block of one stream after
-    another; the same block of one member after another."""
-    keys, streams = member_seeds(MEMBERS), [noise.stream_id(f"model.layers.{i}.mlp.down_proj.weight") for i in range(STREAMS)]
+    """Endless arrays of u32, from block `first` on, in one of three orders: what a tensor reads; the same block of one
+    stream after another; the same block of one member after another."""
+    keys, streams = (
+        member_seeds(MEMBERS),
+        [noise.stream_id(f"model.layers.{i}.mlp.down_proj.weight") for i in range(STREAMS)],
+    )
     if order == "one stream":
         keys, streams = keys[:1], streams[:1]
     elif order == "streams in turn":
@@ -99,7 +111,9 @@ def dieharder(order, place, test, ntuple):
     command += [] if ntuple is None else ["-n", str(ntuple)]
     for column in ("test_name", "ntuple", "tsamples", "psamples", "pvalues"):
         command += ["-D", column]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
     fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, 1 << 20)
     eaten = 0
     try:
@@ -116,7 +130,15 @@ def dieharder(order, place, test, ntuple):
     for line in out.splitlines():
         fields = [f.strip() for f in line.split(",")]
         if len(fields) >= 5 and fields[2].isdigit():
-            rows.append({"order": order, "test": fields[0], "ntuple": int(fields[1]), "tsamples": int(fields[2]), "psamples": int(fields[3])})
+            rows.append(
+                {
+                    "order": order,
+                    "test": fields[0],
+                    "ntuple": int(fields[1]),
+                    "tsamples": int(fields[2]),
+                    "psamples": int(fields[3]),
+                }
+            )
             rows[-1] |= {"p": float(fields[4]), "words": eaten // 4}
     if process.wait() or not rows:
         raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}, no p-value in {out!r} {err!r}")
@@ -134,7 +156,10 @@ def run_dieharder():
         for place, (test, ntuple) in enumerate(DIEHARDER, 1):
             rows += dieharder(order, place, test, ntuple)
         p = [r["p"] for r in rows if r["order"] == order]
-        print(f"dieharder, {order}: {len(p)} p-values, {min(p):.2g} .. {max(p):.6f}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"dieharder, {order}: {len(p)} p-values, {min(p):.2g} .. {max(p):.6f}, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     return rows, version
 
 
@@ -159,7 +184,10 @@ class Law:
         power = lambda k: (r**k).mean()  # noqa: E731
         joint = lambda i, j: power(i + j) * (cx**i * cy**j).mean()  # E x^i y^j, i + j even  # noqa: E731
         self.moments = {k: 0.0 if k % 2 else (joint(k, 0) + joint(0, k)) / 2 for k in range(1, 7)}
-        self.error = {k: math.sqrt((joint(2 * k, 0) + joint(0, 2 * k) + 2 * joint(k, k)) / 4 - self.moments[k] ** 2) for k in range(1, 7)}
+        self.error = {
+            k: math.sqrt((joint(2 * k, 0) + joint(0, 2 * k) + 2 * joint(k, k)) / 4 - self.moments[k] ** 2)
+            for k in range(1, 7)
+        }
         self.square_variance = joint(4, 0) / 2 + joint(0, 4) / 2 - self.moments[2] ** 2
         self.pair_covariance = {1: joint(1, 1), 2: joint(2, 2) - joint(2, 0) * joint(0, 2)}  # of x, y and of x^2, y^2
         self.pair_correlation_of_squares = self.pair_covariance[2] / self.square_variance  # 0 in exact Box-Muller
@@ -183,13 +211,16 @@ class Law:
 
 
 def chunks(values):
-    """At least `values` normals as float32 [16, CHUNK], one buffer: SEQUENCES, consecutive elements from 0 on, by the CPU kernel."""
+    """At least `values` normals as float32 [16, CHUNK], one buffer: SEQUENCES, consecutive elements from 0 on, by the
+    CPU kernel."""
     out = torch.empty(len(SEQUENCES), CHUNK)
     seeds = [noise.member_seed(RUN_SEED, 0, member) for member in range(4)]
     for k in range(math.ceil(values / out.numel())):
         out.zero_()
         for member, rows in enumerate(out.split(len(NAMES))):
-            table = es_kernels.ParamTable([(n, row, [es_kernels.Segment(n, 1, CHUNK, first=k * CHUNK)]) for n, row in zip(NAMES, rows)])
+            table = es_kernels.ParamTable(
+                [(n, row, [es_kernels.Segment(n, 1, CHUNK, first=k * CHUNK)]) for n, row in zip(NAMES, rows)]
+            )
             es_kernels.add_noise_(table, seeds[member], 1.0)
         yield out
 
@@ -202,7 +233,8 @@ class Statistics:
         self.law, self.labels, self.values, self.chunks = law, labels, 0, 0
         self.powers = dict.fromkeys(range(1, 7), 0.0)
         self.histogram = np.zeros((2, len(law.edges) - 1), np.int64)
-        # Of x (1) and of x^2 - E x^2 (2): products within and across rows of 64, at long lags, and of two sequences at the same place.
+        # Of x (1) and of x^2 - E x^2 (2): products within and across rows of 64, at long lags, and of two sequences at
+        # the same place.
         self.within, self.across, self.long, self.cross = ({1: 0.0, 2: 0.0} for _ in range(4))
         self.long_lags = LONG_LAGS
 
@@ -214,7 +246,8 @@ class Statistics:
         for k in self.powers:
             self.powers[k] += power.sum().item()
             power = power * wide
-        bins = (x * self.law.bins_per_unit).floor_().to(torch.int32).numpy() + np.int32(len(self.law.edges) // 2)  # exact: a power of two
+        # Exact: a power of two
+        bins = (x * self.law.bins_per_unit).floor_().to(torch.int32).numpy() + np.int32(len(self.law.edges) // 2)
         for lane in (0, 1):
             self.histogram[lane] += np.bincount(bins[:, lane::2].ravel(), minlength=self.histogram.shape[1])
         for k, z in ((1, x), (2, (wide * wide).sub_(self.law.moments[2]).float())):
@@ -225,21 +258,51 @@ class Statistics:
             self.cross[k] += (z @ z.T).double().numpy()
 
     def rows(self):
-        """Every statistic with value, expectation, standard error, z and p. `independent` ones have uncorrelated errors."""
+        """Every statistic with value, expectation, standard error, z and p. `independent` ones have uncorrelated
+        errors."""
         law, out = self.law, []
 
         def row(group, name, n, value, expected, error, independent=False):
             z = (value - expected) / error
-            out.append(dict(group=group, name=name, n=int(n), value=value, expected=expected, error=error, z=z, p=p_of_z(z), independent=independent))
+            out.append(
+                dict(
+                    group=group,
+                    name=name,
+                    n=int(n),
+                    value=value,
+                    expected=expected,
+                    error=error,
+                    z=z,
+                    p=p_of_z(z),
+                    independent=independent,
+                )
+            )
 
         for k, total in self.powers.items():
-            row("moments", f"E x^{k}", self.values, total / self.values, law.moments[k], law.error[k] / math.sqrt(self.values / 2))
+            row(
+                "moments",
+                f"E x^{k}",
+                self.values,
+                total / self.values,
+                law.moments[k],
+                law.error[k] / math.sqrt(self.values / 2),
+            )
 
         for lane, which in enumerate(("x", "y")):
             counts, p, n = self.histogram[lane], law.probabilities[lane], self.values // 2
             distance = np.abs(np.concatenate([[0], np.cumsum(counts)]) / n - law.cdf[lane]).max()
             to_normal = np.abs(np.concatenate([[0], np.cumsum(counts)]) / n - law.ideal).max()
-            out.append(dict(group="distribution", name=f"KS distance of {which}", n=n, value=float(distance), expected=None, error=None, z=None))
+            out.append(
+                dict(
+                    group="distribution",
+                    name=f"KS distance of {which}",
+                    n=n,
+                    value=float(distance),
+                    expected=None,
+                    error=None,
+                    z=None,
+                )
+            )
             out[-1] |= dict(p=p_of_ks(distance, n), independent=False, distance_to_normal=float(to_normal))
             full = p * n >= 50  # the rest, beyond, in two bins
             middle = np.flatnonzero(full)[[0, -1]] + [0, 1]
@@ -256,7 +319,15 @@ class Statistics:
             within, across, pair = self.within[k], self.across[k], law.pair_covariance[k] / variance
 
             def correlation(group, name, total, count, expected=0.0, independent=True, what=what, variance=variance):
-                row(f"{group}, {what}", name, count, float(total) / (count * variance), expected, 1 / math.sqrt(count), independent)
+                row(
+                    f"{group}, {what}",
+                    name,
+                    count,
+                    float(total) / (count * variance),
+                    expected,
+                    1 / math.sqrt(count),
+                    independent,
+                )
 
             for lag in LAGS:
                 total = np.trace(within, lag) + np.trace(across, lag - 64)
@@ -266,7 +337,14 @@ class Statistics:
             blocks = within.reshape(8, 8, 8, 8)  # block, lane, block, lane
             for i, j in itertools.combinations(range(8), 2):
                 total = sum(blocks[b, i, b, j] for b in range(8))
-                correlation("lanes", f"lanes {i}, {j} of a block", total, parts * n / 8, pair if j == i + 1 and i % 2 == 0 else 0.0, False)
+                correlation(
+                    "lanes",
+                    f"lanes {i}, {j} of a block",
+                    total,
+                    parts * n / 8,
+                    pair if j == i + 1 and i % 2 == 0 else 0.0,
+                    False,
+                )
             for i, j in itertools.product(range(8), range(8)):
                 total = sum(blocks[b, i, b + 1, j] for b in range(7)) + across[56 + i, j]
                 correlation("lanes", f"lane {i}, lane {j} of the next block", total, parts * (n / 8 - 1), 0.0, False)
@@ -278,7 +356,17 @@ class Statistics:
         p = np.sort([r["p"] for r in out if r["independent"]])
         steps = np.arange(len(p) + 1) / len(p)
         distance = float(max((steps[1:] - p).max(), (p - steps[:-1]).max()))
-        out.append(dict(group="all", name="KS of the independent p-values to uniform", n=len(p), value=distance, expected=None, error=None, z=None))
+        out.append(
+            dict(
+                group="all",
+                name="KS of the independent p-values to uniform",
+                n=len(p),
+                value=distance,
+                expected=None,
+                error=None,
+                z=None,
+            )
+        )
         out[-1] |= dict(p=p_of_ks(distance, len(p)), independent=False)
         return out
 
@@ -322,9 +410,15 @@ def main():
         statistics.add(x)
     rows = statistics.rows()
     seconds = time.perf_counter() - start
-    print(f"{statistics.values} normals, {seconds:.0f} s. Distance of their exact law to N(0, 1): {law.distance_to_normal:.3g}; x^2, y^2 of a pair correlate {law.pair_correlation_of_squares:.2g}")
+    print(
+        f"{statistics.values} normals, {seconds:.0f} s. Distance of their exact law to N(0, 1): "
+        f"{law.distance_to_normal:.3g}; x^2, y^2 of a pair correlate {law.pair_correlation_of_squares:.2g}"
+    )
     for group, figures in summary(rows).items():
-        print(f"{group:26} {figures['statistics']:4} statistics   largest |z| {figures['largest |z|']:5.2f}   smallest p {figures['smallest p']:.2g}")
+        print(
+            f"{group:26} {figures['statistics']:4} statistics   largest |z| {figures['largest |z|']:5.2f}   smallest p "
+            f"{figures['smallest p']:.2g}"
+        )
     for r in rows:
         if r["group"] in ("moments", "distribution", "all") or r["name"] == "lanes 0, 1 of a block":
             z = "" if r["z"] is None else f"z {r['z']:5.2f}"
@@ -343,13 +437,41 @@ def main():
     for what, p in gates.items():
         print(f"{what}: smallest p-value after Bonferroni {min(p, 1):.2g}: {'FAILED' if p < GATE else 'passed'}")
 
-    versions = {"es_kernels": es_kernels.__version__, "noise": noise.VERSION, "torch": torch.__version__, "numpy": np.__version__}
+    versions = {
+        "es_kernels": es_kernels.__version__,
+        "noise": noise.VERSION,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     versions |= {"python": platform.python_version(), "dieharder": dieharder_version if word_rows else None}
-    report = {"values": statistics.values, "run_seed": RUN_SEED, "versions": versions, "cores": os.cpu_count(), "seconds": {"normals": seconds, "words": word_seconds}}
-    report |= {"law": {"distance_to_normal": law.distance_to_normal, "moments": law.moments, "pair_correlation_of_squares": law.pair_correlation_of_squares}}
-    report |= {"bonferroni": gates, "summary": summary(rows), "words": dieharder_version if word_rows is None else word_rows, "normals": rows}
+    report = {
+        "values": statistics.values,
+        "run_seed": RUN_SEED,
+        "versions": versions,
+        "cores": os.cpu_count(),
+        "seconds": {"normals": seconds, "words": word_seconds},
+    }
+    report |= {
+        "law": {
+            "distance_to_normal": law.distance_to_normal,
+            "moments": law.moments,
+            "pair_correlation_of_squares": law.pair_correlation_of_squares,
+        }
+    }
+    report |= {
+        "bonferroni": gates,
+        "summary": summary(rows),
+        "words": dieharder_version if word_rows is None else word_rows,
+        "normals": rows,
+    }
     lines = ",\n".join(
-        f' "{key}": ' + ("[\n  " + ",\n  ".join(json.dumps(r) for r in value) + "\n ]" if isinstance(value, list) else json.dumps(value)) for key, value in report.items()
+        f' "{key}": '
+        + (
+            "[\n  " + ",\n  ".join(json.dumps(r) for r in value) + "\n ]"
+            if isinstance(value, list)
+            else json.dumps(value)
+        )
+        for key, value in report.items()
     )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text("{\n" + lines + "\n}\n")

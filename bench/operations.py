@@ -1,4 +1,5 @@
-"""The calls that are timed, what each moves and makes, and the gate before them: a kernel whose bits are not the reference's gets no row."""
+"""The calls that are timed, what each moves and makes, and the gate before them: a kernel whose bits are not the
+reference's gets no row."""
 
 from typing import NamedTuple
 
@@ -44,15 +45,19 @@ class Operation(NamedTuple):
         return _SIZE[self.out] if self.what == "fingerprint" else _SIZE[self.out] + _SIZE[self.base or self.out]
 
     def on(self, out, base, device):
-        """The call on two ParamTables, ready to run again and again. The Triton backend uploads seeds given as numbers, which cannot be captured
-        in a graph: it gets tensors."""
+        """The call on two ParamTables, ready to run again and again. The Triton backend uploads seeds given as numbers,
+        which cannot be captured in a graph: it gets tensors."""
         if self.what == "fingerprint":
             tensors, layout = out.tensors, out.layout.key
-            return lambda: torch.ops.es_kernels.fingerprint(tensors, layout)  # without the public function's wait for the number
+            # Without the public function's wait for the number
+            return lambda: torch.ops.es_kernels.fingerprint(tensors, layout)
         seeds, coefs = list(range(1, self.seeds + 1)), [1e-3 * (-1) ** i for i in range(self.seeds)]
         rounding = {"rounding": "stochastic", "rounding_seed": 7} if self.stochastic else {}
         if es_kernels.active_backend(device) == "triton":
-            seeds, coefs = torch.tensor(seeds, dtype=torch.int64, device=device), torch.tensor(coefs, dtype=torch.float32, device=device)
+            seeds, coefs = (
+                torch.tensor(seeds, dtype=torch.int64, device=device),
+                torch.tensor(coefs, dtype=torch.float32, device=device),
+            )
             if rounding:
                 rounding["rounding_seed"] = torch.tensor(7, device=device)
         base = None if self.base is None else base
@@ -63,12 +68,15 @@ def operations(dtype):
     """All that is timed for weights of one dtype."""
     roundings = [False] if dtype == "f32" else [False, True]
     found = [Operation("perturb", dtype, base, 1, stochastic) for base in (None, "f32") for stochastic in roundings]
-    found += [Operation("swap" if n == 2 else "update", dtype, None, n, stochastic) for n in SEEDS for stochastic in roundings]
+    found += [
+        Operation("swap" if n == 2 else "update", dtype, None, n, stochastic) for n in SEEDS for stochastic in roundings
+    ]
     return found + [Operation("restore", dtype, "f32", 0), Operation("fingerprint", dtype)]
 
 
 def right(operation, device, backend):
-    """The gate, on a small tensor: lengths that fill no block, an unaligned start, NaNs and infinities; against the reference's bits."""
+    """The gate, on a small tensor: lengths that fill no block, an unaligned start, NaNs and infinities; against the
+    reference's bits."""
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 65519.0, 3.3895e38])
     values = torch.cat([torch.randn(10_000, generator=torch.Generator().manual_seed(0)), special])
     found = []
@@ -84,7 +92,8 @@ def right(operation, device, backend):
 
 
 def right_at_size(operation, out, base, device, backend):
-    """The gate, on the very tensors that are timed, flat ones named "w": their first, middle and last values, which sizes past 2^31 would tell."""
+    """The gate, on the very tensors that are timed, flat ones named "w": their first, middle and last values, which
+    sizes past 2^31 would tell."""
     if operation.what == "fingerprint":
         return True
     n = out.numel()

@@ -1,8 +1,9 @@
-"""What people do today instead of the fused operation, written from its description: noise by torch's generators, tensor by tensor.
+"""What people do today instead of the fused operation, written from its description: noise by torch's generators,
+tensor by tensor.
 
-Every rival is three functions over {name: parameter}: `perturb(params, seed, sigma)`, `restore(params, seed, sigma)` (what undoes it: the
-same noise once more, subtracted) and `update(params, seeds, coefs)` (params += sum_i coefs[i] * noise(seeds[i])). They draw other noise
-than es_kernels and than each other; what they share is the work.
+Every rival is three functions over {name: parameter}: `perturb(params, seed, sigma)`, `restore(params, seed, sigma)`
+(what undoes it: the same noise once more, subtracted) and `update(params, seeds, coefs)` (params += sum_i coefs[i] *
+noise(seeds[i])). They draw other noise than es_kernels and than each other; what they share is the work.
 """
 
 from collections.abc import Callable
@@ -42,12 +43,15 @@ def _generator(params, seed):
     return torch.Generator(device=next(iter(params.values())).device).manual_seed(seed)
 
 
-# ---- es-at-scale's worker: a generator, a temporary and the cache emptied for every tensor; the update adds up in float32 ----
+# ---- es-at-scale's worker: a generator, a temporary and the cache emptied for every tensor; the update adds up in
+# float32 ----
 
 
 def _at_scale_add(params, seed, scale):
     for p in params.values():
-        noise = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=torch.Generator(device=p.device).manual_seed(seed))
+        noise = torch.randn(
+            p.shape, dtype=p.dtype, device=p.device, generator=torch.Generator(device=p.device).manual_seed(seed)
+        )
         p.add_(scale * noise)
         del noise
     if p.is_cuda:
@@ -59,7 +63,9 @@ def _at_scale_update(params, seeds, coefs):
     for p in params.values():
         total = torch.zeros_like(p, dtype=torch.float32)
         for seed, coef in zip(seeds, coefs):
-            noise = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=torch.Generator(device=p.device).manual_seed(seed))
+            noise = torch.randn(
+                p.shape, dtype=p.dtype, device=p.device, generator=torch.Generator(device=p.device).manual_seed(seed)
+            )
             total.add_(noise, alpha=coef)
             del noise
         p.add_(total.to(p.dtype))
@@ -69,7 +75,8 @@ def _at_scale_update(params, seeds, coefs):
         torch.cuda.empty_cache()
 
 
-# ---- the same without its waste: one generator a member, one scratch tensor of the largest size, nothing synchronised ----
+# ---- the same without its waste: one generator a member, one scratch tensor of the largest size, nothing synchronised
+# ----
 
 
 def _scratch(params, dtype=None):
@@ -113,7 +120,9 @@ def _foreach_update(params, seeds, coefs):
     torch._foreach_add_(list(params.values()), total)
 
 
-# ---- torch.compile of the expression: Inductor makes the random numbers inside the fused kernel (its own Philox on a GPU) ----
+# ---- torch.compile of the expression: Inductor makes the random numbers inside the fused kernel (its own Philox on a
+# GPU) ----
+
 
 @torch.compile(dynamic=True)
 def _compiled_add_one(p, scale):
@@ -133,7 +142,8 @@ def _compiled_add(params, seed, scale):
 
 
 def _compiled_update(params, seeds, coefs):
-    """Accumulates the whole model: a global generator gives a tensor its noise only after that of all tensors before it."""
+    """Accumulates the whole model: a global generator gives a tensor its noise only after that of all tensors before
+    it."""
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
     for seed, coef in zip(seeds, coefs):
         torch.manual_seed(seed)
@@ -149,7 +159,8 @@ if triton:
 
     @triton.jit(do_not_specialize=["tensor"])
     def _randn_add(p, n, tensor, seeds, coefs, n_seeds, BLOCK: tl.constexpr):
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # int32: with 64 bits tl.randn would turn to the slower Philox4x64
+        # Int32: with 64 bits tl.randn would turn to the slower Philox4x64
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(p + at, mask=at < n).to(tl.float32)
         for i in range(n_seeds):
             x += tl.load(coefs + i) * tl.randn(tl.load(seeds + i) + tensor, at)
@@ -190,11 +201,19 @@ RIVALS = {
     "torch.compile": _rival(_compiled_add, _compiled_update, Bytes(), Bytes(4)),
     "MeZO": _rival(_mezo_add, _mezo_update, Bytes(0, 6), Bytes(0, 6)),
     "Triton tl.randn": _rival(
-        lambda params, seed, scale: _randn_update(params, [seed], [scale]), _randn_update, Bytes(), Bytes(), only_on="cuda"
+        lambda params, seed, scale: _randn_update(params, [seed], [scale]),
+        _randn_update,
+        Bytes(),
+        Bytes(),
+        only_on="cuda",
     ),
 }
 
 
 def available(device):
     """The rivals that run on a device type."""
-    return {name: rival for name, rival in RIVALS.items() if rival.only_on in (None, device) and (triton or "Triton" not in name)}
+    return {
+        name: rival
+        for name, rival in RIVALS.items()
+        if rival.only_on in (None, device) and (triton or "Triton" not in name)
+    }

@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 
-# The pipes of an SM; how many instructions each takes a cycle is in gpus.py. "uniform": computed once a warp, beside the others.
+# The pipes of an SM; how many instructions each takes a cycle is in gpus.py. "uniform": computed once a warp, beside
+# the others.
 PIPES = {
     "FMA": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|HSET2|IMAD(?!\.WIDE|\.HI)",
     "IMAD.WIDE": r"IMAD\.(WIDE|HI)",
@@ -40,8 +41,14 @@ def tool(name):
 
 def functions(binary, arch):
     """{demangled name: [Instruction]} of a cubin or of a shared library's code for `arch` ("sm_90")."""
-    dump = subprocess.run([tool("cuobjdump"), "-sass", "-arch", arch, str(binary)], capture_output=True, text=True, check=True).stdout
-    names = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout if shutil.which("c++filt") else dump
+    dump = subprocess.run(
+        [tool("cuobjdump"), "-sass", "-arch", arch, str(binary)], capture_output=True, text=True, check=True
+    ).stdout
+    names = (
+        subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
+        if shutil.which("c++filt")
+        else dump
+    )
     found, current = {}, None
     for line in names.splitlines():
         if "Function :" in line:
@@ -52,10 +59,17 @@ def functions(binary, arch):
 
 
 def resources(binary, arch=None):
-    """{demangled name: registers and spilled bytes of a thread} of a cubin, or of a shared library's code for `arch`."""
+    """{demangled name: registers and spilled bytes of a thread} of a cubin, or of a shared library's code for
+    `arch`."""
     only = ["-arch", arch] if arch else []
-    dump = subprocess.run([tool("cuobjdump"), "-res-usage", *only, str(binary)], capture_output=True, text=True, check=True).stdout
-    dump = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout if shutil.which("c++filt") else dump
+    dump = subprocess.run(
+        [tool("cuobjdump"), "-res-usage", *only, str(binary)], capture_output=True, text=True, check=True
+    ).stdout
+    dump = (
+        subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
+        if shutil.which("c++filt")
+        else dump
+    )
     found = {}
     for name, usage in re.findall(r"Function (.+?):\n\s+(REG:.*)", dump):
         numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -64,7 +78,8 @@ def resources(binary, arch=None):
 
 
 def loops(code):
-    """Innermost loops as lists of instructions that one trip executes. Of several paths the shortest counts: the others handle NaNs."""
+    """Innermost loops as lists of instructions that one trip executes. Of several paths the shortest counts: the others
+    handle NaNs."""
     index = {i.address: k for k, i in enumerate(code)}
     back = []
     for k, i in enumerate(code):
@@ -91,7 +106,11 @@ def _shortest_trip(code, index, start, end):
                 path.append(came[path[-1]])
             return [code[p] for p in reversed(path)]
         target = _target(code[k])
-        following = [] if target is not None and not code[k].predicate and not re.search(r"BRA.*\bU?P", code[k].text) else [k + 1]
+        following = (
+            []
+            if target is not None and not code[k].predicate and not re.search(r"BRA.*\bU?P", code[k].text)
+            else [k + 1]
+        )
         if re.match(r"EXIT|RET", code[k].text) and not code[k].predicate:
             following = []
         if target in index:
@@ -116,7 +135,13 @@ def normals(instructions):
 
 
 def cost(trip, values):
-    """Instructions a value, in all and by pipe, and the widths of global accesses, of one trip through a loop over so many values."""
+    """Instructions a value, in all and by pipe, and the widths of global accesses, of one trip through a loop over so
+    many values."""
     accesses = collections.Counter(m[0] for i in trip if (m := re.match(r"(LDG|STG)\S*", i.text)))
     per_value = {pipe: round(count / values, 3) for pipe, count in sorted(by_pipe(trip).items())}
-    return {"values": values, "instructions_per_value": round(len(trip) / values, 2), "per_value": per_value, "accesses": dict(accesses)}
+    return {
+        "values": values,
+        "instructions_per_value": round(len(trip) / values, 2),
+        "per_value": per_value,
+        "accesses": dict(accesses),
+    }

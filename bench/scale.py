@@ -1,20 +1,23 @@
-"""Many workers on paper and in simulation: bytes on the wire, update time, memory; and what stragglers and failures cost.
+"""Many workers on paper and in simulation: bytes on the wire, update time, memory; and what stragglers and failures
+cost.
 
     python bench/scale.py [--json bench/results/scale.json]
 
-On the wire (a generation's bytes, counted on objects that are really built and pickled): a member's line of QUESTIONS questions and answers, as
-torchrun's ranks gather it from each other and as a Ray actor returns it to the driver; the N coefficients that the driver sends to every worker.
-Beside them what es-at-scale sends: all weights, 2 bytes a parameter, to every worker. LINK, the speed at which a worker receives them, is an
-ASSUMPTION: one port of 200 Gb/s each, nothing shared.
+On the wire (a generation's bytes, counted on objects that are really built and pickled): a member's line of QUESTIONS
+questions and answers, as torchrun's ranks gather it from each other and as a Ray actor returns it to the driver; the N
+coefficients that the driver sends to every worker. Beside them what es-at-scale sends: all weights, 2 bytes a
+parameter, to every worker. LINK, the speed at which a worker receives them, is an ASSUMPTION: one port of 200 Gb/s
+each, nothing shared.
 
-Update times are N normals a parameter, at two unit costs: of a CPU as measured (kernels-cpu.json), and of an H200 as PREDICTED from counted
-instructions (static_analysis.json by gpus.py). No GPU has been measured. A worker of T GPUs that split every tensor evenly takes 1 / T of it.
-Memory is that of live weights in bf16 and theta. N is 30 or, beyond that, MEMBERS (or 1) a worker.
+Update times are N normals a parameter, at two unit costs: of a CPU as measured (kernels-cpu.json), and of an H200 as
+PREDICTED from counted instructions (static_analysis.json by gpus.py). No GPU has been measured. A worker of T GPUs that
+split every tensor evenly takes 1 / T of it. Memory is that of live weights in bf16 and theta. N is 30 or, beyond that,
+MEMBERS (or 1) a worker.
 
-The simulation is of discrete events around workers.dispatch.Dispatch, the very class that hands out members in a run. What it ASSUMES is in
-SIMULATED. A straggler is a member on a machine that is slow for once: elsewhere the same member takes its usual time (against answers that are
-long in themselves nothing helps). That a pool replaces a worker three limits late is left out. It says how policies compare under these
-assumptions, not how long a run takes.
+The simulation is of discrete events around workers.dispatch.Dispatch, the very class that hands out members in a run.
+What it ASSUMES is in SIMULATED. A straggler is a member on a machine that is slow for once: elsewhere the same member
+takes its usual time (against answers that are long in themselves nothing helps). That a pool replaces a worker three
+limits late is left out. It says how policies compare under these assumptions, not how long a run takes.
 """
 
 import argparse
@@ -74,7 +77,8 @@ def population(workers, members=MEMBERS):
     return max(POPULATION, members * workers)
 
 
-# --- on paper -------------------------------------------------------------------------------------------------------------
+# --- on paper
+# -------------------------------------------------------------------------------------------------------------
 
 
 def line(member=0):
@@ -86,8 +90,8 @@ def line(member=0):
 
 
 def wire(workers, members):
-    """One generation's bytes. torchrun: what each rank receives, the lists of lines of all others, which the gather pads to the longest. Ray: what
-    the driver receives, and what each worker does."""
+    """One generation's bytes. torchrun: what each rank receives, the lists of lines of all others, which the gather
+    pads to the longest. Ray: what the driver receives, and what each worker does."""
     n = population(workers, members)
     lines = list(map(line, range(-(-n // workers))))
     update = Update(123, 0.123456789, n, tuple(random.Random(0).gauss(0, 1) for _ in range(n)))
@@ -123,7 +127,8 @@ def unit_costs():
 
 
 def on_paper(model):
-    """Memory, an update's seconds for every population of the tables, and what sending the weights instead would take."""
+    """Memory, an update's seconds for every population of the tables, and what sending the weights instead would
+    take."""
     costs, values = unit_costs(), parameters(model)
     populations = sorted({population(workers, members) for workers in WORKERS for members in (1, MEMBERS)})
     return {
@@ -133,16 +138,19 @@ def on_paper(model):
         "weights_bytes": 2 * values,
         "weights_seconds": 2 * values / LINK,
         "update_seconds_cpu": {n: values * n * costs["cpu"] for n in populations},
-        "update_seconds_h200_predicted": {shards: {n: values * n * costs["h200_predicted"] / shards for n in populations} for shards in SHARDS},
+        "update_seconds_h200_predicted": {
+            shards: {n: values * n * costs["h200_predicted"] / shards for n in populations} for shards in SHARDS
+        },
     }
 
 
-# --- in simulation --------------------------------------------------------------------------------------------------------
+# --- in simulation
+# --------------------------------------------------------------------------------------------------------
 
 
 class Waves(Dispatch):
-    """What the reference does: as many members at once as there are workers, and the next ones when the slowest is done. Kinder than the reference to
-    those of a worker that dies: they go out with the next wave."""
+    """What the reference does: as many members at once as there are workers, and the next ones when the slowest is
+    done. Kinder than the reference to those of a worker that dies: they go out with the next wave."""
 
     began = None
 
@@ -160,16 +168,18 @@ def handing_out(policy, members, limit):
 
 def drawn(draws, members, s):
     """(usual seconds, whether it straggles when it first goes out) of each member of a generation."""
-    return [(s["seconds"] * math.exp(draws.gauss(0, s["spread"])), draws.random() < s["stragglers"]) for _ in range(members)]
+    return [
+        (s["seconds"] * math.exp(draws.gauss(0, s["spread"])), draws.random() < s["stragglers"]) for _ in range(members)
+    ]
 
 
 def simulate(policy, workers, members, update, seed=0, **changed):
-    """What becomes of a run whose update takes `update` seconds, as shares of all workers' time: `efficiency`, the usual time of the members that
-    counted; `wasted`, work of which no result counted. And how many members were dropped, handed out more than once, how many workers died; `wall`
-    seconds.
+    """What becomes of a run whose update takes `update` seconds, as shares of all workers' time: `efficiency`, the
+    usual time of the members that counted; `wasted`, work of which no result counted. And how many members were
+    dropped, handed out more than once, how many workers died; `wall` seconds.
 
-    A generation ends with an update by all who are free. Who is late with a member, or new, repeats the updates it has missed before its next
-    member."""
+    A generation ends with an update by all who are free. Who is late with a member, or new, repeats the updates it has
+    missed before its next member."""
     s = SIMULATED | changed
     draws = random.Random(f"{seed} {workers} {members}")  # the same members for every policy
     lives = [random.Random(f"{seed} worker {worker}") for worker in range(workers)]
@@ -180,7 +190,8 @@ def simulate(policy, workers, members, update, seed=0, **changed):
     jobs = [None] * workers  # (generation, member, since, its usual seconds)
     done = [0] * workers  # updates
     incarnation = [0] * workers
-    events, order = [], itertools.count()  # (when, order, worker that is free then, its incarnation); worker None: a member is late
+    # (when, order, worker that is free then, its incarnation); worker None: a member is late
+    events, order = [], itertools.count()
     now = useful = wasted = 0.0
     dropped = repeated = 0
 
@@ -242,7 +253,13 @@ def simulate(policy, workers, members, update, seed=0, **changed):
             done[worker] = generation + 1
         now += update
     total = workers * now
-    found = {"efficiency": useful / total, "wasted": wasted / total, "dropped": dropped, "repeated": repeated, "deaths": sum(incarnation)}
+    found = {
+        "efficiency": useful / total,
+        "wasted": wasted / total,
+        "dropped": dropped,
+        "repeated": repeated,
+        "deaths": sum(incarnation),
+    }
     return {"policy": policy, "workers": workers, "population": members, "update": update, **found, "wall": now}
 
 
@@ -257,7 +274,11 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS / "scale.json")
     args = parser.parse_args()
     rows = [simulated(policy, workers) for workers in WORKERS if workers > 1 for policy in POLICIES]
-    varied = [{"what": what, **simulated(policy, VARIED, members, **changed)} for what, members, changed in VARIATIONS for policy in POLICIES]
+    varied = [
+        {"what": what, **simulated(policy, VARIED, members, **changed)}
+        for what, members, changed in VARIATIONS
+        for policy in POLICIES
+    ]
     for row in rows + varied:
         shares = f"efficiency {row['efficiency']:.3f}, wasted {row['wasted']:.3f}"
         print(f"{row['workers']:5} {row['population']:5} {row['policy']:15} {shares} {row.get('what', '')}")

@@ -1,4 +1,5 @@
-"""Shapes of real models, written down: weights that nobody has to download, for benchmarks that shall meet the sizes people use."""
+"""Shapes of real models, written down: weights that nobody has to download, for benchmarks that shall meet the sizes
+people use."""
 
 from typing import NamedTuple
 

@@ -1,15 +1,21 @@
-"""Times variants of one piece of work against each other: interleaved, so that what the machine does meanwhile meets all of them alike.
+"""Times variants of one piece of work against each other: interleaved, so that what the machine does meanwhile meets
+all of them alike.
 
-On a GPU what is measured is the GPU's time between two events, never the time that it takes to ask for the work. Two ways:
+On a GPU what is measured is the GPU's time between two events, never the time that it takes to ask for the work. Two
+ways:
 
-    captured     as a CUDA graph over buffer sets that together exceed the L2 cache three times: for calls of a few microseconds, of which Python could
-                 not queue enough. Rotating over sets rather than flushing the cache: a flush would leave dirty lines for the timed kernel to evict.
-    eager        what cannot be captured (a generator's seed) or is long enough, on whole models, which exceed the cache by themselves.
+    captured     as a CUDA graph over buffer sets that together exceed the L2 cache three times: for calls of a few
+    microseconds, of which Python could
+                 not queue enough. Rotating over sets rather than flushing the cache: a flush would leave dirty lines
+                 for the timed kernel to evict.
+    eager        what cannot be captured (a generator's seed) or is long enough, on whole models, which exceed the cache
+    by themselves.
 
-Before either a kernel spins (torch.cuda._sleep), twice as long as the host needed to ask for all of it the last time: so the whole sample is in the
-queue when its first kernel begins. Whether it was, each sample says: the first event must not have happened yet when the last request was made
-(`queued`). What waits for the GPU itself (es-at-scale empties the allocator's cache) cannot be queued, nor all of what asks for more than a stream's
-queue holds: its gaps count, as they do for whoever runs it.
+Before either a kernel spins (torch.cuda._sleep), twice as long as the host needed to ask for all of it the last time:
+so the whole sample is in the queue when its first kernel begins. Whether it was, each sample says: the first event must
+not have happened yet when the last request was made (`queued`). What waits for the GPU itself (es-at-scale empties the
+allocator's cache) cannot be queued, nor all of what asks for more than a stream's queue holds: its gaps count, as they
+do for whoever runs it.
 """
 
 import ctypes
@@ -34,8 +40,9 @@ class Variant(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Of one run, in seconds; and the medians of the sensors' readings while it ran (None: not known). On a GPU: whether every sample was queued before
-    it began; and of what ran eagerly the median of the host's seconds to ask for a run, or to wait for one that cannot be queued."""
+    """Of one run, in seconds; and the medians of the sensors' readings while it ran (None: not known). On a GPU:
+    whether every sample was queued before it began; and of what ran eagerly the median of the host's seconds to ask for
+    a run, or to wait for one that cannot be queued."""
 
     median: float
     p20: float
@@ -73,7 +80,12 @@ def _timing(samples):
     """Of samples with `seconds`, and whatever else was known of each."""
     others = {key: [sample[key] for sample in samples] for key in samples[0] if key != "seconds"}
     queued = all(others.pop("queued")) if "queued" in others else None
-    return Timing(*percentiles([sample["seconds"] for sample in samples]), len(samples), queued, **{key: _median(each) for key, each in others.items()})
+    return Timing(
+        *percentiles([sample["seconds"] for sample in samples]),
+        len(samples),
+        queued,
+        **{key: _median(each) for key, each in others.items()},
+    )
 
 
 def percentiles(samples):
@@ -133,7 +145,11 @@ def _on_gpu(variant, device):
         if queued:  # else it waited for the GPU, or for a place in a full queue
             host = max(host, host_of_all / repeats)
         runs = repeats * variant.copies
-        return {"seconds": seconds / runs, "queued": queued, "host_seconds": None if variant.capture else host_of_all / runs} | reading
+        return {
+            "seconds": seconds / runs,
+            "queued": queued,
+            "host_seconds": None if variant.capture else host_of_all / runs,
+        } | reading
 
     return sample
 
@@ -159,7 +175,8 @@ def prepared(variant, device):
 
 
 def joules(variant, device, seconds=0.4):
-    """Energy of one run on a GPU, of the whole board, over so long a time that its counter (which moves every 100 ms) resolves it; None: not known."""
+    """Energy of one run on a GPU, of the whole board, over so long a time that its counter (which moves every 100 ms)
+    resolves it; None: not known."""
     sensors, run_all = Sensors(device), prepared(variant, device)
     torch.cuda.synchronize(device)
     before, start, runs = sensors.joules(), time.perf_counter(), 0
@@ -172,7 +189,8 @@ def joules(variant, device, seconds=0.4):
 
 
 def peak_extra_bytes(run, device):
-    """The most memory that run() holds beyond what is held before it: of the allocator on a GPU, of the process on a CPU (resident pages)."""
+    """The most memory that run() holds beyond what is held before it: of the allocator on a GPU, of the process on a
+    CPU (resident pages)."""
     run()  # what is kept for good (tables, compiled code) is no part of it
     gc.collect()
     if torch.device(device).type == "cuda":

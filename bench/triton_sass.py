@@ -13,7 +13,8 @@ _VARIANTS = {"": {}, " stochastic": {"stochastic": True}, "update": {"n_seeds": 
 
 
 def rows(arch):
-    """Of the 128-bit path over contiguous tensors: one row per storage format of out and base, and one for the loop over seeds."""
+    """Of the 128-bit path over contiguous tensors: one row per storage format of out and base, and one for the loop
+    over seeds."""
     found = {}
     for variant, options in _VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -25,7 +26,8 @@ def rows(arch):
             label = _label(trip, variant)
             if label:
                 row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip, sass.normals(trip)), **resources}
-                # The loop over several rows, which divides, has the same formats: the cheaper one is that of a contiguous tensor.
+                # The loop over several rows, which divides, has the same formats: the cheaper one is that of a
+                # contiguous tensor.
                 if label not in found or row["instructions_per_value"] < found[label]["instructions_per_value"]:
                     found[label] = row
     return list(found.values())
@@ -67,7 +69,13 @@ def _label(trip, variant):
     if values < 16 or len(stores) not in (values // 8, values // 4) or not all(".128" in t for t in stores):
         return None  # not vectors, or the way around the last stores
     unpacked = sum("0xffff0000" in t and t.startswith("LOP3") for t in text)
-    base = "f16" if sum(t.startswith("HADD2.F32") for t in text) >= values else "bf16" if unpacked >= values // 2 else "f32"
+    base = (
+        "f16"
+        if sum(t.startswith("HADD2.F32") for t in text) >= values
+        else "bf16"
+        if unpacked >= values // 2
+        else "f32"
+    )
     f16 = any(t.startswith("F2FP.F16") for t in text) or any("0x38800000" in t for t in text)
     out = "f32" if len(stores) == values // 4 else "f16" if f16 else "bf16"
     return f"perturb{variant} {out} <- {base}"

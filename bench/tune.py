@@ -1,12 +1,13 @@
 """Every variant of the kernels (variants.py) against what ships, one change at a time.
 
-    python bench/tune.py                          without a GPU: instructions, registers and spills on sm_90 -> bench/results/variants.json
+    python bench/tune.py                          without a GPU: instructions, registers and spills on sm_90 ->
+    bench/results/variants.json
     python bench/tune.py --device cuda --out DIR  on one: time as well -> DIR/variants-GPU.json, in about 4 minutes
     python bench/tune.py --only "no noise" "evict-first stores + whole sectors a store"
 
-Each is built for the GPU's architecture, must give the bits of what ships (but for the floors, which make no noise), and is timed in turn with it and
-with a copy, on tensors that fill the GPU: so a ratio is of the same minutes of the same machine. What wins is written into csrc/ by hand, and what lost
-into FACTS.md.
+Each is built for the GPU's architecture, must give the bits of what ships (but for the floors, which make no noise),
+and is timed in turn with it and with a copy, on tensors that fill the GPU: so a ratio is of the same minutes of the
+same machine. What wins is written into csrc/ by hand, and what lost into FACTS.md.
 """
 
 import argparse
@@ -54,7 +55,11 @@ SHIPPED = "as shipped"
 def nvcc_flags():
     """Those of setup.py, which cannot be imported."""
     tree = ast.parse((variants.ROOT / "setup.py").read_text())
-    return next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "NVCC_FLAGS")
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "NVCC_FLAGS"
+    )
 
 
 def build_all(names, arch, folder):
@@ -77,18 +82,22 @@ def counts(name, library, arch):
 
 @contextlib.contextmanager
 def using(library=None, constants=()):
-    """Calls of the cuda backend go to another build; those of the triton backend take other constants ("maxnreg" is an option of its launches)."""
+    """Calls of the cuda backend go to another build; those of the triton backend take other constants ("maxnreg" is an
+    option of its launches)."""
     constants = dict(constants)
     options = {key: constants.pop(key) for key in list(constants) if key not in _KEYS}
     with contextlib.ExitStack() as stack:
         if library is not None:
             stack.enter_context(mock.patch.object(cuda, "_library", lambda: library))
         stack.enter_context(mock.patch.multiple(triton, **constants) if constants else contextlib.nullcontext())
-        stack.enter_context(mock.patch.object(triton, "_OPTIONS", triton._OPTIONS | {"num_warps": triton._WARPS} | options))
+        stack.enter_context(
+            mock.patch.object(triton, "_OPTIONS", triton._OPTIONS | {"num_warps": triton._WARPS} | options)
+        )
         yield
 
 
-_KEYS = ("_UNITS", "_WARPS", "_PROGRAMS")  # of Triton's constants; what else a variant names is an option of its launches
+# Of Triton's constants; what else a variant names is an option of its launches
+_KEYS = ("_UNITS", "_WARPS", "_PROGRAMS")
 
 
 class Tensors:
@@ -96,13 +105,21 @@ class Tensors:
 
     def __init__(self, elements, device):
         self.device = device
-        self.start = {name: torch.empty(elements, dtype=dtype, device=device).normal_(0, 0.02) for name, dtype in DTYPES.items() if name != "f16"}
+        self.start = {
+            name: torch.empty(elements, dtype=dtype, device=device).normal_(0, 0.02)
+            for name, dtype in DTYPES.items()
+            if name != "f16"
+        }
         self.out = {name: t.clone() for name, t in self.start.items()}
         self.base = self.start["f32"].flip(0)
 
     def call(self, operation):
         """The operation, ready to run under the backend in force."""
-        return operation.on(ParamTable({"w": self.out[operation.out]}), ParamTable({"w": self.base}) if operation.base else None, self.device)
+        return operation.on(
+            ParamTable({"w": self.out[operation.out]}),
+            ParamTable({"w": self.base}) if operation.base else None,
+            self.device,
+        )
 
     def bits(self, operation, call):
         """A fingerprint, by what ships, of what one call makes of the weights as they were drawn."""
@@ -124,7 +141,12 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
                     call = tensors.call(operation)
                     found = tensors.bits(operation, call)
             except RuntimeError as error:  # a launch that asks for too much
-                yield {"backend": backend, "variant": name, "operation": operation.label, "error": str(error).splitlines()[0]}
+                yield {
+                    "backend": backend,
+                    "variant": name,
+                    "operation": operation.label,
+                    "error": str(error).splitlines()[0],
+                }
                 continue
             expected = found if name == SHIPPED else expected
             if same_bits(name) and not (small and found == expected):
@@ -134,7 +156,11 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
         if SHIPPED not in timed:  # nothing to compare with
             continue
         out = tensors.out[operation.out]
-        timings = interleave({"copy": Variant(lambda k, out=out: out.copy_(tensors.start[operation.out])), **timed}, tensors.device, rounds)
+        timings = interleave(
+            {"copy": Variant(lambda k, out=out: out.copy_(tensors.start[operation.out])), **timed},
+            tensors.device,
+            rounds,
+        )
         copy = 2 * out.numel() * out.element_size() / timings["copy"].median
         shipped = timings[SHIPPED].median
         for name in timed:
@@ -162,7 +188,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["none", "cuda"], default="cuda" if torch.cuda.is_available() else "none")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help='variants, of CUDA or of Triton; "A + B" applies both')
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help='variants, of CUDA or of Triton; "A + B" applies both'
+    )
     parser.add_argument("--elements", type=int, default=ELEMENTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -190,11 +218,19 @@ def main():
         else:
             report["rows"] = []
             tensors = Tensors(args.elements, "cuda")
-            loaded = {name: {"library": cuda.declared(ctypes.CDLL(str(library)))} for name, library in libraries.items()}
+            loaded = {
+                name: {"library": cuda.declared(ctypes.CDLL(str(library)))} for name, library in libraries.items()
+            }
             constants = {SHIPPED: {}} | {name: {"constants": _joined(name)} for name in of_triton}
             for backend, settings, same_bits, touches in (
-                ("cuda", loaded, lambda name: name == SHIPPED or all(v.same_bits for v in variants.parts(name, variants.CUDA)), _touches),
-                # Of Triton each variant is compiled anew for every operation, seconds each: only those with something to gain.
+                (
+                    "cuda",
+                    loaded,
+                    lambda name: name == SHIPPED or all(v.same_bits for v in variants.parts(name, variants.CUDA)),
+                    _touches,
+                ),
+                # Of Triton each variant is compiled anew for every operation, seconds each: only those with something
+                # to gain.
                 ("triton", constants, lambda name: True, lambda name: (variants.PERTURB, variants.UPDATE)),
             ):
                 why = es_kernels.backends.unavailable(backend, torch.device("cuda"))
@@ -204,12 +240,16 @@ def main():
                 for row in measure(backend, settings, same_bits, touches, tensors):
                     print(_line(row), flush=True)
                     report["rows"].append(row)
-                    write_atomically(path, json.dumps(report, indent=1) + "\n")  # what was measured stays if the rest is cut off
+                    # What was measured stays if the rest is cut off
+                    write_atomically(path, json.dumps(report, indent=1) + "\n")
     write_atomically(path, json.dumps(report, indent=1) + "\n")
 
 
 def _line(row):
-    about = row.get("error") or f"{row['seconds'] * 1e3:8.3f} ms  {row['times_shipped']:6.3f} x  {row['share_of_copy']:.1%} of a copy"
+    about = (
+        row.get("error")
+        or f"{row['seconds'] * 1e3:8.3f} ms  {row['times_shipped']:6.3f} x  {row['share_of_copy']:.1%} of a copy"
+    )
     return f"{row['backend']:7} {row['operation']:32} {row['variant']:48} {about}"
 
 

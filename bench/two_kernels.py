@@ -1,4 +1,5 @@
-"""The two main kernels at a size that fills a GPU, twice, for a profiler: f32 base -> bf16 with one seed, and an f32 update with 30."""
+"""The two main kernels at a size that fills a GPU, twice, for a profiler: f32 base -> bf16 with one seed, and an f32
+update with 30."""
 
 import torch
 

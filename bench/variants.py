@@ -1,7 +1,8 @@
 """The kernels, each with one thing changed: what tune.py builds, counts and times against what ships.
 
-A variant is an exact replacement in csrc/ (CUDA) or of the backend's constants (Triton), and what it is expected to do, written before it was
-measured. Names joined by " + " apply together. A test applies every one, so that they follow the sources.
+A variant is an exact replacement in csrc/ (CUDA) or of the backend's constants (Triton), and what it is expected to do,
+written before it was measured. Names joined by " + " apply together. A test applies every one, so that they follow the
+sources.
 """
 
 import pathlib
@@ -32,7 +33,8 @@ def _stores(modifier):
 _F32_STORES = """    store_global(p + 1, bits_of(v[4]), bits_of(v[5]), bits_of(v[6]), bits_of(v[7]));
     for (int i = 0; i < 4; i++) w[i] = bits_of(v[i]);
 """
-# Neighbours exchange halves, so that one store of the warp fills whole sectors of 32 bytes: first those of its even threads, then of its odd ones.
+# Neighbours exchange halves, so that one store of the warp fills whole sectors of 32 bytes: first those of its even
+# threads, then of its odd ones.
 _WHOLE_SECTORS = """    if (__activemask() == 0xFFFFFFFFu) {
       const bool odd = threadIdx.x & 1;
       for (int i = 0; i < 4; i++) {
@@ -48,7 +50,8 @@ _WHOLE_SECTORS = """    if (__activemask() == 0xFFFFFFFFu) {
 
 CUDA = {
     "no noise": Variant(
-        "the floor: the same reads and writes; what ships is to reach 95 % of it with f32 weights or base, its swap 70 % of a copy",
+        "the floor: the same reads and writes; what ships is to reach 95 % of it with f32 weights or base, its swap 70 "
+        "% of a copy",
         (PERTURB, FEW),
         (
             (
@@ -62,22 +65,42 @@ CUDA = {
     "no keys": Variant(
         "the floor of the fingerprint: it reads and adds up; what ships is to reach 90 % of it",
         (FINGERPRINT,),
-        (("fingerprint.h", "    m[j] = w[j] | 1u, m[j + 4] = ((w[j] << 16) | (w[j] >> 16)) | 1u;", "    k[j] = k[j + 4] = 0, m[j] = m[j + 4] = 1;"),),
+        (
+            (
+                "fingerprint.h",
+                "    m[j] = w[j] | 1u, m[j + 4] = ((w[j] << 16) | (w[j] >> 16)) | 1u;",
+                "    k[j] = k[j + 4] = 0, m[j] = m[j + 4] = 1;",
+            ),
+        ),
         same_bits=False,
     ),
-    "evict-first stores": Variant("nothing reads the result soon, but the L2 is small beside it either way: within 1 %", EVERY[:3], (_stores("cs"),)),
+    "evict-first stores": Variant(
+        "nothing reads the result soon, but the L2 is small beside it either way: within 1 %",
+        EVERY[:3],
+        (_stores("cs"),),
+    ),
     "evict-first loads": Variant("as above", EVERY, (_loads("cs"),)),
-    "evict-first loads and stores": Variant("as above, 1 % where both streams share the L2", EVERY, (_loads("cs"), _stores("cs"))),
-    "loads past L1": Variant("bf16: none; f32: slower, the second half of a sector then comes from the L2", EVERY, (_loads("L1::no_allocate"),)),
+    "evict-first loads and stores": Variant(
+        "as above, 1 % where both streams share the L2", EVERY, (_loads("cs"), _stores("cs"))
+    ),
+    "loads past L1": Variant(
+        "bf16: none; f32: slower, the second half of a sector then comes from the L2",
+        EVERY,
+        (_loads("L1::no_allocate"),),
+    ),
     "whole sectors a store": Variant(
         "f32 only: half as many partial writes to the L2 for 2 instructions a value; up to 5 % if its write port binds",
         (PERTURB, UPDATE, FEW),
         (("cuda.cu", _F32_STORES, _WHOLE_SECTORS + _F32_STORES),),
     ),
     "a tile of 2048 units": Variant(
-        "four times the walks over segments; a shorter tail, so faster below 2^24 values only", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 2048"),)
+        "four times the walks over segments; a shorter tail, so faster below 2^24 values only",
+        EVERY,
+        (("cuda.cu", "kTile = 8192", "kTile = 2048"),),
     ),
-    "a tile of 32768 units": Variant("fewer walks, a longer tail: slower below 2^27 values", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 32768"),)),
+    "a tile of 32768 units": Variant(
+        "fewer walks, a longer tail: slower below 2^27 values", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 32768"),)
+    ),
     "no persistent grid": Variant(
         "each block of threads searches its segment once: 2 % slower on tables, no tail of unequal rounds",
         EVERY,
@@ -105,31 +128,47 @@ CUDA = {
         (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 1 : 4;"),),
     ),
     "perturb: 3 blocks a thread": Variant(
-        "fewer loop instructions for more registers (spills?)", (PERTURB,), (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 3 : 4;"),)
+        "fewer loop instructions for more registers (spills?)",
+        (PERTURB,),
+        (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 3 : 4;"),),
     ),
     "perturb: 4 blocks a thread, 64 registers": Variant(
         "64 bytes a thread in flight, 4 blocks of threads instead of 5",
         (PERTURB,),
-        (("cuda.cu", "seeds == 1 ? 2 : 4;", "4;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;")),
+        (
+            ("cuda.cu", "seeds == 1 ? 2 : 4;", "4;"),
+            ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;"),
+        ),
     ),
     "perturb: 64 registers": Variant(
-        "a fifth fewer warps: slower if latency binds", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;"),)
+        "a fifth fewer warps: slower if latency binds",
+        (PERTURB, FEW),
+        (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 4;"),),
     ),
     "perturb: 40 registers": Variant(
-        "a fifth more warps for 0.4 instructions a value", (PERTURB, FEW), (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 6;"),)
+        "a fifth more warps for 0.4 instructions a value",
+        (PERTURB, FEW),
+        (("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 2 : 6;"),),
     ),
     "swap and restore: 3 blocks a thread, 80 registers": Variant(
         "half as many warps more for 0.6 instructions a value: faster if latency binds",
         (FEW,),
-        (("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 2 : 3;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 3 : 5;")),
+        (
+            ("cuda.cu", "seeds == 1 ? 2 : 4;", "seeds == 1 ? 2 : 3;"),
+            ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 3 : 5;"),
+        ),
     ),
     "swap and restore: 2 blocks a thread, 64 registers": Variant(
         "twice the warps for 2.6 instructions a value: slower",
         (FEW,),
-        (("cuda.cu", "seeds == 1 ? 2 : 4;", "2;"), ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 4 : 5;")),
+        (
+            ("cuda.cu", "seeds == 1 ? 2 : 4;", "2;"),
+            ("cuda.cu", "return SEEDS == 2 ? 2 : 5;", "return SEEDS == 2 ? 4 : 5;"),
+        ),
     ),
     "update: 2 blocks a thread, 80 registers": Variant(
-        "half as many warps more, twice the loads of keys: 19.4 instructions a normal, so 2 % slower unless latency binds",
+        "half as many warps more, twice the loads of keys: 19.4 instructions a normal, so 2 % slower unless latency "
+        "binds",
         (UPDATE,),
         (
             ("cuda.cu", "kUpdateBlocks = 4;", "kUpdateBlocks = 2;"),
@@ -180,7 +219,8 @@ class TritonVariant(NamedTuple):
 
 TRITON = {
     "256 units, 8 warps": TritonVariant(
-        "a unit a thread: half the bytes in flight, 26.4 instead of 23.6 instructions on a prototype; slower", {"_WARPS": 8}
+        "a unit a thread: half the bytes in flight, 26.4 instead of 23.6 instructions on a prototype; slower",
+        {"_WARPS": 8},
     ),
     "512 units": TritonVariant("four units a thread: more in flight, spills likely", {"_UNITS": 512}),
     "128 units": TritonVariant("a unit a thread in blocks of 128: slower", {"_UNITS": 128}),
@@ -188,7 +228,10 @@ TRITON = {
     "512 units, 8 warps": TritonVariant("what ships in larger programs: within 1 %", {"_UNITS": 512, "_WARPS": 8}),
     "16 programs a processor": TritonVariant("a longer tail", {"_PROGRAMS": 16}),
     "256 programs a processor": TritonVariant("more searches, a shorter tail: within 1 %", {"_PROGRAMS": 256}),
-    "64 registers": TritonVariant("a third more warps to hide the loads that ptxas moved behind the noise: faster unless it spills", {"maxnreg": 64}),
+    "64 registers": TritonVariant(
+        "a third more warps to hide the loads that ptxas moved behind the noise: faster unless it spills",
+        {"maxnreg": 64},
+    ),
     "96 registers": TritonVariant("more room, fewer warps: slower", {"maxnreg": 96}),
 }
 
@@ -202,14 +245,18 @@ def parts(name, variants):
 
 
 def sources(name, folder):
-    """Writes csrc with a variant's edits into a folder. ValueError if a text that it replaces is not there exactly once."""
+    """Writes csrc with a variant's edits into a folder. ValueError if a text that it replaces is not there exactly
+    once."""
     shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
     for variant in parts(name, CUDA) if name else ():
         for file, text, replacement in variant.edits:
             path = folder / file
             content = path.read_text()
             if content.count(text) != 1:
-                raise ValueError(f"variant {name!r}: {text!r} stands {content.count(text)} times in {file}: it must follow the sources")
+                raise ValueError(
+                    f"variant {name!r}: {text!r} stands {content.count(text)} times in {file}: it must follow the "
+                    "sources"
+                )
             path.write_text(content.replace(text, replacement))
 
 

@@ -13,8 +13,8 @@ YARDSTICK = "es_kernels, base fp32"  # the default
 
 
 class Way(NamedTuple):
-    """member(): from one member's weights to the next one's; rivals perturb and restore, so a generation ends on unperturbed weights with either.
-    update(seeds, coefs): the step, until live weights are ready."""
+    """member(): from one member's weights to the next one's; rivals perturb and restore, so a generation ends on
+    unperturbed weights with either. update(seeds, coefs): the step, until live weights are ready."""
 
     member: Callable
     update: Callable
@@ -26,15 +26,23 @@ HELD = rivals.Bytes(2 + 4 + 2)  # by ways(): live bf16 weights, our base in floa
 
 
 def ways(live, wanted=None):
-    """{name: Way} over {name: parameter}, of all (or those wanted) that run on the device. Ours bring their bases along (HELD)."""
+    """{name: Way} over {name: parameter}, of all (or those wanted) that run on the device. Ours bring their bases along
+    (HELD)."""
     device = next(iter(live.values())).device.type
-    found = {name: _theirs(live, rival) for name, rival in rivals.available(device).items() if wanted is None or name in wanted}
+    found = {
+        name: _theirs(live, rival)
+        for name, rival in rivals.available(device).items()
+        if wanted is None or name in wanted
+    }
     return _ours(live) | found
 
 
 def _ours(live):
     table = ParamTable(live)
-    master, copy = (ParamTable({name: p.to(dtype or p.dtype, copy=True) for name, p in live.items()}) for dtype in (torch.float32, None))
+    master, copy = (
+        ParamTable({name: p.to(dtype or p.dtype, copy=True) for name, p in live.items()})
+        for dtype in (torch.float32, None)
+    )
 
     def update(theta, seeds, coefs, **rounding):
         add_noise_(theta, seeds, coefs, **rounding)
@@ -47,9 +55,12 @@ def _ours(live):
     return {
         YARDSTICK: Way(lambda: add_noise_(table, 1, SIGMA, master), lambda seeds, coefs: update(master, seeds, coefs)),
         "es_kernels, base copy": Way(
-            lambda: add_noise_(table, 1, SIGMA, copy), lambda seeds, coefs: update(copy, seeds, coefs, rounding="stochastic", rounding_seed=7)
+            lambda: add_noise_(table, 1, SIGMA, copy),
+            lambda seeds, coefs: update(copy, seeds, coefs, rounding="stochastic", rounding_seed=7),
         ),
-        "es_kernels, base None": Way(swap, lambda seeds, coefs: add_noise_(table, seeds, coefs, rounding="stochastic", rounding_seed=7)),
+        "es_kernels, base None": Way(
+            swap, lambda seeds, coefs: add_noise_(table, seeds, coefs, rounding="stochastic", rounding_seed=7)
+        ),
     }
 
 

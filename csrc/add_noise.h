@@ -1,4 +1,5 @@
-// The operation on one block of 8 elements, in the contract's order (es_kernels.h). `b`, `acc` and `noise` hold lane 0..7 of the block.
+// The operation on one block of 8 elements, in the contract's order (es_kernels.h). `b`, `acc` and `noise` hold lane
+// 0..7 of the block.
 #pragma once
 #include "noise.h"
 #include "storage.h"

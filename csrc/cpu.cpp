@@ -27,8 +27,9 @@ struct Isa {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
-      {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vl"),
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
        avx512::add_noise, avx512::fingerprint},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::add_noise, avx2::fingerprint},
       {"baseline", true, baseline::add_noise, baseline::fingerprint},
@@ -39,7 +40,8 @@ const std::vector<Isa>& isas() {
 const Isa& find_isa(const char* name) {
   for (const Isa& isa : isas())
     if (isa.supported && (!name || !std::strcmp(name, isa.name))) return isa;
-  throw std::invalid_argument(std::string("this processor has no instruction set named ") + name + "; it has " + es_cpu_isas());
+  throw std::invalid_argument(std::string("this processor has no instruction set named ") + name + "; it has " +
+                              es_cpu_isas());
 }
 
 // Round to nearest, no flush to zero, no denormals-are-zero, all exceptions masked, whatever the host program has set.
@@ -56,13 +58,15 @@ constexpr int64_t kWorkPerThread = 1 << 15;  // units times seeds
 template <class Work>
 void parallel(const Segment* segments, int64_t n_segments, int64_t n_seeds, int threads, Work work) {
   const int64_t total = n_segments ? segments[n_segments - 1].unit_end : 0;
-  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, total * std::max<int64_t>(1, n_seeds) / kWorkPerThread));
+  threads =
+      (int)std::max<int64_t>(1, std::min<int64_t>(threads, total * std::max<int64_t>(1, n_seeds) / kWorkPerThread));
   auto run = [&](int t) {
     IeeeState state;
     // Cuts at multiples of 16 units keep whole vectors together.
     auto cut = [&](int k) { return k == threads ? total : (int64_t)((__int128)total * k / threads) & ~int64_t(15); };
     int64_t unit = cut(t), end = cut(t + 1);
-    const Segment* s = std::upper_bound(segments, segments + n_segments, unit, [](int64_t u, const Segment& x) { return u < x.unit_end; });
+    const Segment* s = std::upper_bound(segments, segments + n_segments, unit,
+                                        [](int64_t u, const Segment& x) { return u < x.unit_end; });
     for (; unit < end; s++) {
       const int64_t start = s == segments ? 0 : s[-1].unit_end, stop = std::min(end, s->unit_end);
       if (stop > unit) work(*s, unit - start, stop - start, t);
@@ -98,7 +102,8 @@ void check_segments(const Segment* segments, int64_t n_segments) {
     auto bad = [&](const char* what) { throw std::invalid_argument("segment " + std::to_string(i) + ": " + what); };
     for (int32_t dtype : {s.out_dtype, s.base_dtype, s.anchor_dtype})
       if (dtype < kF32 || dtype > kF16) bad("unknown dtype");
-    if (s.rows < 1 || s.cols < 1 || s.units_per_row < 1 || s.unit_end - end != s.rows * s.units_per_row) bad("rows, cols and units do not fit");
+    if (s.rows < 1 || s.cols < 1 || s.units_per_row < 1 || s.unit_end - end != s.rows * s.units_per_row)
+      bad("rows, cols and units do not fit");
     if (!s.out || !s.base) bad("null address");
     end = s.unit_end;
   }
@@ -122,8 +127,8 @@ const char* es_cpu_isas(void) {
   return names.c_str();
 }
 
-int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs, int64_t n_seeds, float decay,
-                     const uint64_t* rounding_seed, int threads, const char* isa_name) {
+int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
+                     int64_t n_seeds, float decay, const uint64_t* rounding_seed, int threads, const char* isa_name) {
   return guarded([&] {
     const Isa& isa = find_isa(isa_name);
     const Segment* s = (const Segment*)segments;
@@ -133,7 +138,8 @@ int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* s
     for (int64_t i = 0; i < n_seeds; i++) keys[i] = RoundKeys<10>(seeds[i]);
     RoundKeys<10> rounding(rounding_seed ? *rounding_seed : 0);
     const Operation op = {keys.data(), coefs, n_seeds, decay, rounding_seed ? &rounding : nullptr};
-    parallel(s, n_segments, n_seeds, threads, [&](const Segment& s, int64_t unit, int64_t end, int) { isa.add_noise(s, op, unit, end); });
+    parallel(s, n_segments, n_seeds, threads,
+             [&](const Segment& s, int64_t unit, int64_t end, int) { isa.add_noise(s, op, unit, end); });
   });
 }
 

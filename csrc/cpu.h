@@ -14,10 +14,10 @@ struct Operation {
   const RoundKeys<10>* rounding_keys;  // nullptr: to nearest
 };
 
-#define ES_DECLARE_ISA(isa)                                                                     \
-  namespace isa {                                                                               \
-  void add_noise(const Segment& s, const Operation& op, int64_t unit, int64_t unit_end);        \
-  uint64_t fingerprint(const Segment& s, int64_t unit, int64_t unit_end);                       \
+#define ES_DECLARE_ISA(isa)                                                              \
+  namespace isa {                                                                        \
+  void add_noise(const Segment& s, const Operation& op, int64_t unit, int64_t unit_end); \
+  uint64_t fingerprint(const Segment& s, int64_t unit, int64_t unit_end);                \
   }
 ES_DECLARE_ISA(avx512)
 ES_DECLARE_ISA(avx2)

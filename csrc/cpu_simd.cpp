@@ -1,5 +1,6 @@
-// The CPU operation over a range of units of one segment, compiled once for every instruction set (setup.py): ES_ISA names it.
-// W consecutive noise blocks lie across the W lanes; their 8 W values are transposed to memory order for the arithmetic.
+// The CPU operation over a range of units of one segment, compiled once for every instruction set (setup.py): ES_ISA
+// names it. W consecutive noise blocks lie across the W lanes; their 8 W values are transposed to memory order for the
+// arithmetic.
 #include "add_noise.h"
 #include "cpu.h"
 #include "fingerprint.h"
@@ -9,8 +10,8 @@ namespace {
 
 constexpr int W = ES_LANES;
 
-// Which of W consecutive blocks a lane holds: the order that makes the transposition cheapest (two in-register stages and one across).
-// A philox_word keeps the even lanes and the odd lanes apart.
+// Which of W consecutive blocks a lane holds: the order that makes the transposition cheapest (two in-register stages
+// and one across). A philox_word keeps the even lanes and the odd lanes apart.
 #if ES_LANES == 16
 #define ES_MM(op) _mm512_##op
 typedef __m512 floats;
@@ -52,7 +53,8 @@ ES_FN void transpose(f32 v[8]) {
   for (int k = 0; k < 4; k++) {
 #if ES_LANES == 16
     v[2 * k] = __builtin_shufflevector(q[k], q[k + 4], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    v[2 * k + 1] = __builtin_shufflevector(q[k], q[k + 4], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    v[2 * k + 1] =
+        __builtin_shufflevector(q[k], q[k + 4], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 #elif ES_LANES == 8
     v[k] = __builtin_shufflevector(q[k], q[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
     v[k + 4] = __builtin_shufflevector(q[k], q[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
@@ -104,8 +106,10 @@ ES_FN void store(void* p, int32_t dtype, const f32 v[8], const u32* r) {
   memcpy(p, h, sizeof h);
 }
 
-// The contract's arithmetic on 8 W elements in memory. The weights are loaded last, so that the noise has the registers.
-ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block, char* out, const char* base, const char* anchor) {
+// The contract's arithmetic on 8 W elements in memory. The weights are loaded last, so that the noise has the
+// registers.
+ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block, char* out, const char* base,
+                           const char* anchor) {
   BlockId id = block_id(block, s.stream, kNoise);
   f32 acc[8], noise[8], b[8];
   const int64_t last = op.n_seeds - 1;
@@ -139,8 +143,9 @@ ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block
   }
 }
 
-// Calls whole(block, element) for runs of W whole blocks of a row, and part(block, element, from, to) where only the values
-// [from, to) of the 8 W that start at `block` belong to the row; `element` is the row element that value 0 would be.
+// Calls whole(block, element) for runs of W whole blocks of a row, and part(block, element, from, to) where only the
+// values [from, to) of the 8 W that start at `block` belong to the row; `element` is the row element that value 0 would
+// be.
 template <class Whole, class Part>
 ES_FN void for_each_run(const Segment& s, int64_t unit, int64_t unit_end, Whole whole, Part part) {
   while (unit < unit_end) {
@@ -200,7 +205,9 @@ uint64_t ES_ISA::fingerprint(const Segment& s, int64_t unit, int64_t unit_end) {
   };
   for_each_run(
       s, unit, unit_end,
-      [&](uint64_t block, int64_t row, int64_t c) { add(block, (const char*)s.out + size * (row * s.out_stride + c), 0, 8 * W); },
+      [&](uint64_t block, int64_t row, int64_t c) {
+        add(block, (const char*)s.out + size * (row * s.out_stride + c), 0, 8 * W);
+      },
       [&](uint64_t block, int64_t row, int64_t c, int64_t from, int64_t to) {
         char o[32 * W] = {};
         memcpy(o + size * from, (const char*)s.out + size * (row * s.out_stride + c + from), size * (to - from));

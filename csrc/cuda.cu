@@ -1,10 +1,11 @@
 // The CUDA side of the C ABI: thin kernels over the bodies of add_noise.h and fingerprint.h.
 //
-// One launch serves the whole table. The grid is persistent: a block of threads takes every gridDim-th tile of units and walks the
-// segments that lie in it. A thread computes a noise block (8 values) at a time, several in flight. What costs: 10 Philox rounds
-// are 36 instructions a block, box_muller 25 a pair, so about 17 a value; memory traffic at full rate leaves room for about 31 (2 + 2 B
-// a value on an H200). So the inner loops count instructions: round keys sit in uniform registers (one seed) or arrive by six
-// 128-bit shared-memory loads (more), and NaNs, which are rare, are looked for once in 16 values.
+// One launch serves the whole table. The grid is persistent: a block of threads takes every gridDim-th tile of units
+// and walks the segments that lie in it. A thread computes a noise block (8 values) at a time, several in flight. What
+// costs: 10 Philox rounds are 36 instructions a block, box_muller 25 a pair, so about 17 a value; memory traffic at
+// full rate leaves room for about 31 (2 + 2 B a value on an H200). So the inner loops count instructions: round keys
+// sit in uniform registers (one seed) or arrive by six 128-bit shared-memory loads (more), and NaNs, which are rare,
+// are looked for once in 16 values.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -23,7 +24,7 @@ namespace {
 using namespace es;
 
 constexpr int kThreads = 256;
-constexpr int kTile = 8192;   // units, 65536 values: the largest tile
+constexpr int kTile = 8192;         // units, 65536 values: the largest tile
 constexpr int kSeedsAtATime = 128;  // in shared memory
 
 struct Arguments {
@@ -41,12 +42,14 @@ struct Arguments {
 
 // ---- 8 values of one dtype, to and from 128-bit registers ----
 
-// Addresses come out of memory as integers, so the compiler must be told that they are global: ld and st without a state space cost
-// a check each. (Without __CUDA_ARCH__ this file runs on the CPU: tests/es_kernels/cuda_on_cpu.)
+// Addresses come out of memory as integers, so the compiler must be told that they are global: ld and st without a
+// state space cost a check each. (Without __CUDA_ARCH__ this file runs on the CPU: tests/es_kernels/cuda_on_cpu.)
 __device__ __forceinline__ uint4 load_global(const uint4* p) {
 #ifdef __CUDA_ARCH__
   uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(p)));
   return v;
 #else
   return *p;
@@ -55,7 +58,9 @@ __device__ __forceinline__ uint4 load_global(const uint4* p) {
 
 __device__ __forceinline__ void store_global(uint4* p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x), "r"(y), "r"(z),
+               "r"(w)
+               : "memory");
 #else
   *p = {x, y, z, w};
 #endif
@@ -78,8 +83,9 @@ __device__ __forceinline__ void unpack(int32_t dtype, const uint4* p, f32 v[8]) 
   }
 }
 
-// The instructions that round to nearest, and float arithmetic itself, make NaNs of their own (7FFF, 7FFFFFFF); the contract has one
-// NaN. A sum is NaN if any term is, so a sum over the values (packed, where the format allows it) tells whether to look closer.
+// The instructions that round to nearest, and float arithmetic itself, make NaNs of their own (7FFF, 7FFFFFFF); the
+// contract has one NaN. A sum is NaN if any term is, so a sum over the values (packed, where the format allows it)
+// tells whether to look closer.
 __device__ __forceinline__ bool maybe_nan(const f32 v[8]) {
   f32 s = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   return !(s == s);
@@ -104,8 +110,9 @@ __device__ __forceinline__ void pack(int32_t dtype, f32 v[8], const u32 r[8], ui
     for (int i = 0; i < 4; i++) w[i] = bits_of(v[i]);
   } else if (STOCHASTIC) {
     for (int i = 0; i < 4; i++)
-      w[i] = dtype == kBF16 ? low_halves(to_bf16_stochastic(v[2 * i], r[2 * i]), to_bf16_stochastic(v[2 * i + 1], r[2 * i + 1]))
-                            : low_halves(to_f16_stochastic(v[2 * i], r[2 * i]), to_f16_stochastic(v[2 * i + 1], r[2 * i + 1]));
+      w[i] = dtype == kBF16
+                 ? low_halves(to_bf16_stochastic(v[2 * i], r[2 * i]), to_bf16_stochastic(v[2 * i + 1], r[2 * i + 1]))
+                 : low_halves(to_f16_stochastic(v[2 * i], r[2 * i]), to_f16_stochastic(v[2 * i + 1], r[2 * i + 1]));
   } else if (dtype == kBF16) {
     for (int i = 0; i < 4; i++) {
       __nv_bfloat162 h = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
@@ -148,7 +155,8 @@ __device__ __forceinline__ BlockId block_id(uint64_t block, uint64_t stream, uin
   return {(uint32_t)block, (uint32_t)(block >> 32) | domain << 29, (uint32_t)stream, (uint32_t)(stream >> 32)};
 }
 
-__device__ __forceinline__ void load_unit(const Segment& s, const Unit& unit, uint64_t address, int64_t stride, int32_t dtype, f32 v[8]) {
+__device__ __forceinline__ void load_unit(const Segment& s, const Unit& unit, uint64_t address, int64_t stride,
+                                          int32_t dtype, f32 v[8]) {
   const int size = dtype_size(dtype);
   const char* p = (const char*)address + (unit.row * stride + unit.col) * size;
   if (s.vector_path) {
@@ -176,7 +184,8 @@ __device__ __forceinline__ void store_unit(const Segment& s, const Unit& unit, f
   for (int j = 0; j < 8; j++) {
     if (j < unit.from || j >= unit.to) continue;
     if (s.out_dtype == kF32) ((uint32_t*)p)[j] = to_f32(v[j]);
-    else if (s.out_dtype == kBF16) ((uint16_t*)p)[j] = STOCHASTIC ? to_bf16_stochastic(v[j], r[j]) : to_bf16_nearest(v[j]);
+    else if (s.out_dtype == kBF16)
+      ((uint16_t*)p)[j] = STOCHASTIC ? to_bf16_stochastic(v[j], r[j]) : to_bf16_nearest(v[j]);
     else ((uint16_t*)p)[j] = STOCHASTIC ? to_f16_stochastic(v[j], r[j]) : to_f16_nearest(v[j]);
   }
 }
@@ -185,7 +194,8 @@ __device__ __forceinline__ void store_unit(const Segment& s, const Unit& unit, f
 
 // Calls body(segment, lo, hi) with the units [lo, hi) of each segment that this block of threads has to do.
 template <class Body>
-__device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t n_segments, int64_t n_units, int32_t tile_units, Body body) {
+__device__ __forceinline__ void for_each_piece(const Segment* segments, int64_t n_segments, int64_t n_units,
+                                               int32_t tile_units, Body body) {
   int64_t i = 0;
   for (int64_t tile = (int64_t)blockIdx.x * tile_units; tile < n_units; tile += (int64_t)gridDim.x * tile_units) {
     const int64_t tile_end = tile + tile_units < n_units ? tile + tile_units : n_units;
@@ -227,11 +237,13 @@ class OneRow {
   static constexpr bool kOneRow = true;
   __device__ __forceinline__ OneRow(const Segment& s, int64_t lo) : place{block_id(s.first >> 3, s.stream, DOMAIN)} {
     place.id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
-    place.base = (const uint4*)s.base + (lo + threadIdx.x) * vectors(BASE), place.out = (uint4*)s.out + (lo + threadIdx.x) * vectors(OUT);
+    place.base = (const uint4*)s.base + (lo + threadIdx.x) * vectors(BASE),
+    place.out = (uint4*)s.out + (lo + threadIdx.x) * vectors(OUT);
   }
   __device__ __forceinline__ Place at(int k) const {
     return {{place.id.low + k * kThreads, place.id.high, place.id.stream_low, place.id.stream_high},
-            place.base + k * kThreads * vectors(BASE), place.out + k * kThreads * vectors(OUT)};
+            place.base + k * kThreads * vectors(BASE),
+            place.out + k * kThreads * vectors(OUT)};
   }
   __device__ __forceinline__ void advance(int n) { place = at(n); }
 };
@@ -241,7 +253,8 @@ __device__ __forceinline__ bool fits_rows(const Segment& s) {
   return s.index_stride < 1ull << 35 && s.base_stride < 1 << 30 && s.out_stride < 1 << 30;
 }
 
-// Over several it counts row and unit on from those of its first block: a division each would cost 10 instructions a value.
+// Over several it counts row and unit on from those of its first block: a division each would cost 10 instructions a
+// value.
 template <uint32_t DOMAIN, int32_t OUT, int32_t BASE>
 class Rows {
   uint64_t block, base, out, stream;               // where the piece's first row begins
@@ -304,7 +317,8 @@ __device__ __forceinline__ void in_blocks(int64_t units, Some some) {
 
 // Units [lo, hi) of a segment of whole, aligned blocks: loads first.
 template <bool STOCHASTIC, int SEEDS, int32_t OUT, int32_t BASE, template <uint32_t, int32_t, int32_t> class Walk>
-__device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds, const RoundKeys<10>& rounding_keys) {
+__device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds,
+                                                const RoundKeys<10>& rounding_keys) {
   Walk<kNoise, OUT, BASE> walk(s, lo);
   auto some = [&](auto count) {
     constexpr int n = decltype(count)::value;
@@ -332,13 +346,15 @@ __device__ __forceinline__ void perturb_vectors(const Segment& s, int64_t lo, in
     }
     walk.advance(n);
   };
-  in_blocks<walk.kOneRow ? perturb_blocks(SEEDS) : 1>(hi - lo, some);  // with two blocks at once Rows spills in the kernel for one seed
+  // With two blocks at once Rows spills in the kernel for one seed.
+  in_blocks<walk.kOneRow ? perturb_blocks(SEEDS) : 1>(hi - lo, some);
 }
 
-// The same for the segment's dtypes; false if there is no such kernel: all pairs for restore, swap and Rows would double the library, so those have
-// the pairs that models and their bases have.
+// The same for the segment's dtypes; false if there is no such kernel: all pairs for restore, swap and Rows would
+// double the library, so those have the pairs that models and their bases have.
 template <bool STOCHASTIC, int SEEDS, template <uint32_t, int32_t, int32_t> class Walk>
-__device__ __forceinline__ bool perturb_of_dtypes(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds, const RoundKeys<10>& rounding_keys) {
+__device__ __forceinline__ bool perturb_of_dtypes(const Segment& s, int64_t lo, int64_t hi, const Seed* seeds,
+                                                  const RoundKeys<10>& rounding_keys) {
   constexpr bool all_pairs = SEEDS == 1 && Walk<kNoise, kF32, kF32>::kOneRow;
   switch (s.out_dtype * 3 + s.base_dtype) {
 #define ES_CASE(OUT, BASE)                                                                               \
@@ -346,15 +362,17 @@ __device__ __forceinline__ bool perturb_of_dtypes(const Segment& s, int64_t lo, 
     if constexpr (all_pairs || BASE == OUT || BASE == kF32)                                              \
       return perturb_vectors<STOCHASTIC, SEEDS, OUT, BASE, Walk>(s, lo, hi, seeds, rounding_keys), true; \
     break;
+    // clang-format off
     ES_CASE(kF32, kF32) ES_CASE(kF32, kBF16) ES_CASE(kF32, kF16) ES_CASE(kBF16, kF32) ES_CASE(kBF16, kBF16)
     ES_CASE(kBF16, kF16) ES_CASE(kF16, kF32) ES_CASE(kF16, kBF16) ES_CASE(kF16, kF16)
+    // clang-format on
 #undef ES_CASE
   }
   return false;
 }
 
-// Blocks of threads that a multiprocessor shall hold. One seed: 48 registers on sm_80 and sm_90, where the round keys fit the uniform registers;
-// sm_100 and sm_120 would spill, and get 64.
+// Blocks of threads that a multiprocessor shall hold. One seed: 48 registers on sm_80 and sm_90, where the round keys
+// fit the uniform registers; sm_100 and sm_120 would spill, and get 64.
 template <int SEEDS>
 constexpr int perturb_residents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
@@ -372,12 +390,16 @@ __global__ void __launch_bounds__(kThreads, perturb_residents<SEEDS>()) perturb(
   const Seed* seeds = SEEDS == 1 ? &one : shared;
   if constexpr (SEEDS == 1) one.keys = RoundKeys<10>(a.host_seeds[0]), one.coef = a.host_coefs[0];
   if constexpr (SEEDS == 2) {
-    if (threadIdx.x < 2) shared[threadIdx.x].keys = RoundKeys<10>(a.host_seeds[threadIdx.x]), shared[threadIdx.x].coef = a.host_coefs[threadIdx.x];
+    if (threadIdx.x < 2)
+      shared[threadIdx.x].keys = RoundKeys<10>(a.host_seeds[threadIdx.x]),
+      shared[threadIdx.x].coef = a.host_coefs[threadIdx.x];
     __syncthreads();
   }
   for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
-    if (s.vector_path && s.rows == 1 && perturb_of_dtypes<STOCHASTIC, SEEDS, OneRow>(s, lo, hi, seeds, rounding_keys)) return;
-    if (s.vector_path && fits_rows(s) && perturb_of_dtypes<STOCHASTIC, SEEDS, Rows>(s, lo, hi, seeds, rounding_keys)) return;
+    if (s.vector_path && s.rows == 1 && perturb_of_dtypes<STOCHASTIC, SEEDS, OneRow>(s, lo, hi, seeds, rounding_keys))
+      return;
+    if (s.vector_path && fits_rows(s) && perturb_of_dtypes<STOCHASTIC, SEEDS, Rows>(s, lo, hi, seeds, rounding_keys))
+      return;
 #pragma unroll 1
     for (int64_t u = lo + threadIdx.x; u < hi; u += kThreads) {
       const Unit unit = locate(s, u);
@@ -474,7 +496,8 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
 
 // What 8 elements add, of 2 x 16 bytes (f32) or one.
 template <bool WIDE>
-__device__ __forceinline__ uint64_t fingerprint_block(const BlockId& id, const RoundKeys<kFingerprintRounds>& keys, const uint4 words[1 + WIDE]) {
+__device__ __forceinline__ uint64_t fingerprint_block(const BlockId& id, const RoundKeys<kFingerprintRounds>& keys,
+                                                      const uint4 words[1 + WIDE]) {
   u32 bits[8], k[8], m[8];
   for (int i = 0; i <= WIDE; i++) {
     const uint32_t w[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
@@ -492,7 +515,8 @@ constexpr int kFingerprintBlocks = 4;  // a thread's in flight, 64 bytes; of f32
 
 // Units [lo, hi) of a segment of whole, aligned blocks.
 template <int32_t OUT, template <uint32_t, int32_t, int32_t> class Walk>
-__device__ __forceinline__ uint64_t fingerprint_vectors(const Segment& s, int64_t lo, int64_t hi, const RoundKeys<kFingerprintRounds>& keys) {
+__device__ __forceinline__ uint64_t fingerprint_vectors(const Segment& s, int64_t lo, int64_t hi,
+                                                        const RoundKeys<kFingerprintRounds>& keys) {
   constexpr int kVectors = vectors(OUT);
   Walk<kFingerprint, OUT, OUT> walk(s, lo);
   uint64_t sum = 0;
@@ -510,17 +534,19 @@ __device__ __forceinline__ uint64_t fingerprint_vectors(const Segment& s, int64_
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, int32_t tile,
-                                                            unsigned long long* result) {
+__global__ void __launch_bounds__(kThreads, 5) fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units,
+                                                           int32_t tile, unsigned long long* result) {
   uint64_t sum = 0;
   for_each_piece(segments, n_segments, n_units, tile, [&](const Segment& s, int64_t lo, int64_t hi) {
     const RoundKeys<kFingerprintRounds> keys(s.out_dtype);
     if (s.vector_path && s.rows == 1) {
-      sum += s.out_dtype == kF32 ? fingerprint_vectors<kF32, OneRow>(s, lo, hi, keys) : fingerprint_vectors<kBF16, OneRow>(s, lo, hi, keys);
+      sum += s.out_dtype == kF32 ? fingerprint_vectors<kF32, OneRow>(s, lo, hi, keys)
+                                 : fingerprint_vectors<kBF16, OneRow>(s, lo, hi, keys);
       return;
     }
     if (s.vector_path && fits_rows(s)) {
-      sum += s.out_dtype == kF32 ? fingerprint_vectors<kF32, Rows>(s, lo, hi, keys) : fingerprint_vectors<kBF16, Rows>(s, lo, hi, keys);
+      sum += s.out_dtype == kF32 ? fingerprint_vectors<kF32, Rows>(s, lo, hi, keys)
+                                 : fingerprint_vectors<kBF16, Rows>(s, lo, hi, keys);
       return;
     }
     const int size = dtype_size(s.out_dtype);
@@ -557,8 +583,8 @@ int refused(const std::string& why) {
   return (int)cudaErrorInvalidValue;
 }
 
-// Makes `device` current for one scope. cudaSetDevice makes a context where there is none, of some 500 MB: so it is called only to change the
-// device, and to change it back.
+// Makes `device` current for one scope. cudaSetDevice makes a context where there is none, of some 500 MB: so it is
+// called only to change the device, and to change it back.
 struct OnDevice {
   int previous = -1;
   cudaError_t status;
@@ -574,9 +600,10 @@ struct OnDevice {
   }
 };
 
-// `grid` blocks of threads, at most as many as the device holds at once, take the tiles in turn. A small table has small tiles, each block of
-// threads its share in whole rounds of a thread's `blocks` in flight, so that it fills the device too: at 2^20 values tiles of 65536 would keep
-// 16 of an H100's 132 multiprocessors busy. From kTile a block of threads on (43 million values for one seed there) tiles grow no further.
+// `grid` blocks of threads, at most as many as the device holds at once, take the tiles in turn. A small table has
+// small tiles, each block of threads its share in whole rounds of a thread's `blocks` in flight, so that it fills the
+// device too: at 2^20 values tiles of 65536 would keep 16 of an H100's 132 multiprocessors busy. From kTile a block of
+// threads on (43 million values for one seed there) tiles grow no further.
 struct Launch {
   int32_t tile;
   unsigned grid;
@@ -615,9 +642,9 @@ int es_cuda_capability(void) {
   return archs[0] / 10;
 }
 
-int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds, int seeds_on_device, const float* coefs,
-                      int coefs_on_device, int64_t n_seeds, float decay, const uint64_t* rounding_seed, int rounding_seed_on_device, int device,
-                      void* stream) {
+int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
+                      int seeds_on_device, const float* coefs, int coefs_on_device, int64_t n_seeds, float decay,
+                      const uint64_t* rounding_seed, int rounding_seed_on_device, int device, void* stream) {
   if (n_segments < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
   if (n_units && !segments) return refused("segments are missing");
   if (n_seeds && (!seeds || !coefs)) return refused("seeds or coefs are missing");
@@ -625,7 +652,8 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
     return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
   if (!n_units) return 0;
   Arguments a = {};
-  a.segments = (const Segment*)segments, a.n_segments = n_segments, a.n_units = n_units, a.n_seeds = n_seeds, a.decay = decay;
+  a.segments = (const Segment*)segments, a.n_segments = n_segments, a.n_units = n_units, a.n_seeds = n_seeds,
+  a.decay = decay;
   if (seeds_on_device) a.seeds = seeds;
   else std::copy(seeds, seeds + n_seeds, a.host_seeds);
   if (coefs_on_device) a.coefs = coefs;
@@ -652,7 +680,8 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 
-int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device, void* stream) {
+int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
+                        void* stream) {
   if (n_segments < 0 || n_units < 0) return refused("a count is negative");
   if (n_units && !segments) return refused("segments are missing");
   if (!result) return refused("the result has no address");

@@ -1,17 +1,18 @@
 /* es_kernels: the C ABI. This page is the manual for a caller from C, C++, Rust or JAX; NOISE.md defines the numbers.
  *
- * Two libraries export it: libes_cpu.so (es_cpu_*) and libes_cuda.so (es_cuda_*). Neither needs Python or torch. Every function
- * that can fail returns 0, or an error code whose text es_*_error() gives (thread-local, valid until the next call of the thread).
- * Nothing is written when an argument is refused.
+ * Two libraries export it: libes_cpu.so (es_cpu_*) and libes_cuda.so (es_cuda_*). Neither needs Python or torch. Every
+ * function that can fail returns 0, or an error code whose text es_*_error() gives (thread-local, valid until the next
+ * call of the thread). Nothing is written when an argument is refused.
  *
  * The operation, for every element of every segment:
  *
  *     b = base;                       if decay != 0:  b = fma(-decay, b - (anchor or +0), b)
- *     acc = +0;                       for i < n_seeds - 1:  acc = fma(coefs[i], noise(seeds[i]), acc);   if n_seeds > 1: b = b + acc
- *     out = round(fma(coefs[n_seeds - 1], noise(seeds[n_seeds - 1]), b))       (n_seeds == 0: out = round(b))
+ *     acc = +0;                       for i < n_seeds - 1:  acc = fma(coefs[i], noise(seeds[i]), acc);   if n_seeds >
+ * 1: b = b + acc out = round(fma(coefs[n_seeds - 1], noise(seeds[n_seeds - 1]), b))       (n_seeds == 0: out =
+ * round(b))
  *
- * all in float32, rounded to nearest even, or stochastically when rounding_seed is not NULL. Any NaN is stored as 7FC00000 / 7FC0 / 7E00.
- * `segments` is an array of es::Segment (segments.h); units are defined there.
+ * all in float32, rounded to nearest even, or stochastically when rounding_seed is not NULL. Any NaN is stored as
+ * 7FC00000 / 7FC0 / 7E00. `segments` is an array of es::Segment (segments.h); units are defined there.
  */
 #ifndef ES_KERNELS_H
 #define ES_KERNELS_H
@@ -32,14 +33,15 @@ ES_API int es_cpu_abi(void);
 ES_API const char* es_cpu_error(void);
 /* The instruction sets that this processor can run, best first, separated by spaces: "avx512 avx2 baseline". */
 ES_API const char* es_cpu_isas(void);
-/* Segments and all arrays in host memory. At most `threads` threads; isa NULL: the best one. The calling thread's floating-point
- * state (rounding mode, flush-to-zero) is saved, set to IEEE, and restored. */
-ES_API int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs, int64_t n_seeds, float decay,
-                            const uint64_t* rounding_seed, int threads, const char* isa);
+/* Segments and all arrays in host memory. At most `threads` threads; isa NULL: the best one. The calling thread's
+ * floating-point state (rounding mode, flush-to-zero) is saved, set to IEEE, and restored. */
+ES_API int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
+                            int64_t n_seeds, float decay, const uint64_t* rounding_seed, int threads, const char* isa);
 /* *result = sum mod 2^64 over the elements of `out` (NOISE.md, "The fingerprint"). */
 ES_API int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* result, int threads, const char* isa);
 
-/* Getters of a tensor, by its handle, as torch's own C ABI has them: aoti_torch_get_* of torch/csrc/inductor/aoti_torch/c/shim.h. 0: all is well. */
+/* Getters of a tensor, by its handle, as torch's own C ABI has them: aoti_torch_get_* of
+ * torch/csrc/inductor/aoti_torch/c/shim.h. 0: all is well. */
 typedef struct {
   int32_t (*data_ptr)(void* tensor, void** address);
   int32_t (*dtype)(void* tensor, int32_t* dtype);
@@ -47,27 +49,30 @@ typedef struct {
   int32_t (*sizes)(void* tensor, int64_t** sizes);
   int32_t (*strides)(void* tensor, int64_t** strides);
 } EsTensorGetters;
-/* The first of n tensors of which address, dtype, sizes or strides are not those in `words`; n if there is none. A tensor takes 3 + 2 dim words;
- * record != 0 writes them instead of comparing. */
-ES_API int64_t es_cpu_first_changed(const EsTensorGetters* get, void* const* tensors, int64_t n, int64_t* words, int record);
+/* The first of n tensors of which address, dtype, sizes or strides are not those in `words`; n if there is none. A
+ * tensor takes 3 + 2 dim words; record != 0 writes them instead of comparing. */
+ES_API int64_t es_cpu_first_changed(const EsTensorGetters* get, void* const* tensors, int64_t n, int64_t* words,
+                                    int record);
 
 /* ---- CUDA ---- */
 ES_API int es_cuda_abi(void);
 ES_API const char* es_cuda_error(void);
-/* Fills driver and runtime version (CUDA's numbers, 13000 for 13.0; driver 0: none installed) and the number of devices. */
+/* Fills driver and runtime version (CUDA's numbers, 13000 for 13.0; driver 0: none installed) and the number of
+ * devices. */
 ES_API int es_cuda_versions(int* driver, int* runtime, int* devices);
 /* The least compute capability that is served, 80 for 8.0: machine code or PTX is there for every GPU from it on. */
 ES_API int es_cuda_capability(void);
-/* One launch, asynchronous on `stream`, on the device `device`, which is made current for the call if another one is. (Going back makes a
- * context on that other one if it has none yet: make `device` current yourself where that matters.) `segments` is in device memory,
- * n_units the unit_end of the last.
- * seeds and coefs: in device memory if seeds_on_device / coefs_on_device, else in host memory, read before the call returns, and then
- * at most ES_CUDA_HOST_SEEDS; rounding_seed NULL: nearest. */
-ES_API int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds, int seeds_on_device,
-                             const float* coefs, int coefs_on_device, int64_t n_seeds, float decay, const uint64_t* rounding_seed,
-                             int rounding_seed_on_device, int device, void* stream);
+/* One launch, asynchronous on `stream`, on the device `device`, which is made current for the call if another one is.
+ * (Going back makes a context on that other one if it has none yet: make `device` current yourself where that matters.)
+ * `segments` is in device memory, n_units the unit_end of the last. seeds and coefs: in device memory if
+ * seeds_on_device / coefs_on_device, else in host memory, read before the call returns, and then at most
+ * ES_CUDA_HOST_SEEDS; rounding_seed NULL: nearest. */
+ES_API int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
+                             int seeds_on_device, const float* coefs, int coefs_on_device, int64_t n_seeds, float decay,
+                             const uint64_t* rounding_seed, int rounding_seed_on_device, int device, void* stream);
 /* *result, in device memory, is increased by the fingerprint: zero it before. */
-ES_API int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device, void* stream);
+ES_API int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
+                               void* stream);
 
 #ifdef __cplusplus
 }

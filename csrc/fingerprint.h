@@ -1,5 +1,6 @@
-// The fingerprint: a sum over elements, so any order and any sharding give the same value. One Philox call makes the keys of a block;
-// an element costs one 32 x 32 -> 64 product. One changed element always changes the sum (a multiplier is odd, so not 0 mod 2^64).
+// The fingerprint: a sum over elements, so any order and any sharding give the same value. One Philox call makes the
+// keys of a block; an element costs one 32 x 32 -> 64 product. One changed element always changes the sum (a multiplier
+// is odd, so not 0 mod 2^64).
 #pragma once
 #include "noise.h"
 

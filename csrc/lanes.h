@@ -1,6 +1,7 @@
-// The few primitive operations that the bodies in noise.h, storage.h, add_noise.h and fingerprint.h are written in, for one lane
-// (a CUDA thread) and for W lanes (a SIMD register). A body is a template over these types, so there is one text of it, and the
-// CPU and the GPU cannot drift apart. Every float operation here is one IEEE 754 operation; contraction is off in every build.
+// The few primitive operations that the bodies in noise.h, storage.h, add_noise.h and fingerprint.h are written in, for
+// one lane (a CUDA thread) and for W lanes (a SIMD register). A body is a template over these types, so there is one
+// text of it, and the CPU and the GPU cannot drift apart. Every float operation here is one IEEE 754 operation;
+// contraction is off in every build.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -21,8 +22,16 @@ typedef uint32_t u32;
 typedef float f32;
 typedef uint32_t philox_word;
 
-ES_FN u32 bits_of(f32 x) { u32 u; memcpy(&u, &x, 4); return u; }
-ES_FN f32 float_of(u32 u) { f32 x; memcpy(&x, &u, 4); return x; }
+ES_FN u32 bits_of(f32 x) {
+  u32 u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+ES_FN f32 float_of(u32 u) {
+  f32 x;
+  memcpy(&x, &u, 4);
+  return x;
+}
 ES_FN f32 unsigned_to_float(u32 u) { return (f32)u; }
 ES_FN f32 signed_to_float(u32 u) { return (f32)(int32_t)u; }
 ES_FN f32 fma(f32 a, f32 b, f32 c) {
@@ -35,8 +44,8 @@ ES_FN f32 fma(f32 a, f32 b, f32 c) {
 ES_FN u32 truncate_to_unsigned(f32 x) { return (u32)x; }
 ES_FN u32 select(bool condition, u32 yes, u32 no) { return condition ? yes : no; }
 
-// (w & mask) | set in one LOP3. From the plain expression with two immediates ptxas makes two, since an instruction holds one:
-// inline, it keeps the other in a register.
+// (w & mask) | set in one LOP3. From the plain expression with two immediates ptxas makes two, since an instruction
+// holds one: inline, it keeps the other in a register.
 ES_FN u32 and_or(u32 w, u32 mask, u32 set) {
 #ifdef __CUDA_ARCH__
   u32 d;
@@ -76,8 +85,9 @@ typedef int32_t i32 __attribute__((vector_size(4 * ES_LANES)));
 typedef float f32 __attribute__((vector_size(4 * ES_LANES)));
 typedef uint64_t u64_half __attribute__((vector_size(4 * ES_LANES)));  // W / 2 lanes of 64 bits
 
-// Philox multiplies 32 x 32 -> 64 bits, which SIMD does on the even lanes only. So a word of W blocks is held as two registers of
-// W / 2 64-bit lanes; the upper halves are garbage that the multiplication ignores. Blocks 0, 2, 4 ... are in `even`.
+// Philox multiplies 32 x 32 -> 64 bits, which SIMD does on the even lanes only. So a word of W blocks is held as two
+// registers of W / 2 64-bit lanes; the upper halves are garbage that the multiplication ignores. Blocks 0, 2, 4 ... are
+// in `even`.
 struct philox_word {
   u64_half even, odd;
 };
@@ -93,7 +103,7 @@ ES_FN f32 unsigned_to_float(u32 u) {
   return signed_to_float(u >> 16) * 65536.0f + signed_to_float(u & 0xFFFF);
 #endif
 }
-ES_FN u32 truncate_to_unsigned(f32 x) { return (u32)__builtin_convertvector(x, i32); }  // x < 2^31
+ES_FN u32 truncate_to_unsigned(f32 x) { return (u32) __builtin_convertvector(x, i32); }  // x < 2^31
 ES_FN u32 select(i32 condition, u32 yes, u32 no) { return ((u32)condition & yes) | (~(u32)condition & no); }
 
 #if defined(__AVX512F__)
@@ -101,9 +111,10 @@ ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m
 #elif defined(__FMA__)
 ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
-// No FMA: the product is exact in double; the sum is rounded there, and once more by the cast. The two roundings differ from one only
-// where the sum lands on a tie of float32: 29 zeros after a one, or anywhere below 2^-126, where ties are elsewhere. Those, one in 2^29,
-// are rounded to odd first, so that the cast sees on which side of the tie the exact value lies (Boldo & Melquiond 2008).
+// No FMA: the product is exact in double; the sum is rounded there, and once more by the cast. The two roundings differ
+// from one only where the sum lands on a tie of float32: 29 zeros after a one, or anywhere below 2^-126, where ties are
+// elsewhere. Those, one in 2^29, are rounded to odd first, so that the cast sees on which side of the tie the exact
+// value lies (Boldo & Melquiond 2008).
 struct doubles2 {
   __m128d low, high;  // of lanes 0, 1 and 2, 3
 };
@@ -120,9 +131,11 @@ ES_FN __m128d sum_to_odd(__m128d p, __m128d c) {
 ES_FN f32 fma(f32 a, f32 b, f32 c) {
   doubles2 x = widen(a), y = widen(b), z = widen(c);
   doubles2 p = {x.low * y.low, x.high * y.high}, s = {p.low + z.low, p.high + z.high};
-  i32 low = (i32)_mm_shuffle_ps((__m128)s.low, (__m128)s.high, 0x88), high = (i32)_mm_shuffle_ps((__m128)s.low, (__m128)s.high, 0xDD);
+  i32 low = (i32)_mm_shuffle_ps((__m128)s.low, (__m128)s.high, 0x88),
+      high = (i32)_mm_shuffle_ps((__m128)s.low, (__m128)s.high, 0xDD);
   i32 doubtful = ((low & 0x1FFFFFFF) == 0x10000000) | ((high & 0x7FF00000) < 0x38100000);
-  if (__builtin_expect(_mm_movemask_ps((__m128)doubtful), 0)) s = {sum_to_odd(p.low, z.low), sum_to_odd(p.high, z.high)};
+  if (__builtin_expect(_mm_movemask_ps((__m128)doubtful), 0))
+    s = {sum_to_odd(p.low, z.low), sum_to_odd(p.high, z.high)};
   return (f32)_mm_movelh_ps(_mm_cvtpd_ps(s.low), _mm_cvtpd_ps(s.high));
 }
 #endif

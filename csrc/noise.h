@@ -1,4 +1,5 @@
-// The noise, version 1. Line by line the same as es_kernels/noise.py, which defines it; NOISE.md is the page to re-implement it from.
+// The noise, version 1. Line by line the same as es_kernels/noise.py, which defines it; NOISE.md is the page to
+// re-implement it from.
 #pragma once
 #include "lanes.h"
 
@@ -42,10 +43,11 @@ ES_FN void philox4x32(philox_word c[4], const RoundKeys<ROUNDS>& keys) {
   }
 }
 
-// The four random words of a noise block. `low` and `high` are the halves of the block number, `high` with the domain on top.
+// The four random words of a noise block. `low` and `high` are the halves of the block number, `high` with the domain
+// on top.
 template <int ROUNDS>
-ES_FN void random_words(philox_word low, philox_word high, philox_word stream_low, philox_word stream_high, const RoundKeys<ROUNDS>& keys,
-                        u32 words[4]) {
+ES_FN void random_words(philox_word low, philox_word high, philox_word stream_low, philox_word stream_high,
+                        const RoundKeys<ROUNDS>& keys, u32 words[4]) {
   philox_word c[4] = {low, high, stream_low, stream_high};
   philox4x32(c, keys);
   for (int i = 0; i < 4; i++) words[i] = lanes_of(c[i]);
@@ -53,13 +55,15 @@ ES_FN void random_words(philox_word low, philox_word high, philox_word stream_lo
 
 // One random word -> a pair of normals. Bits 31..14: radius; 13..1: angle over the half circle; 0: sign of the pair.
 ES_FN void box_muller(u32 w, f32& x, f32& y) {
-  // u in (0, 1) as a float whose value is 2^32 u; its exponent and fraction, together one integer, are log2 u up to 0.09.
+  // u in (0, 1) as a float whose value is 2^32 u; its exponent and fraction, together one integer, are log2 u up to
+  // 0.09.
   u32 f = bits_of(unsigned_to_float(and_or(w, 0xFFFFC000u, 0x2000u)));
   f32 log = signed_to_float(f - 0x4F800000u);
   f32 m = float_of(and_or(f, 0x007FFFFFu, 0x3F800000u));
   f32 v = fma(fma(fma(kLog[3], m, kLog[2]), m, kLog[1]), m, kLog[0]);
   v = fma(log, kLogSlope, v);  // -log2 u > 0, up to a factor
-  // r = sqrt(2 ln 2 v), up to a factor that kCos and kSin carry: the bit-trick seed of 1 / sqrt(v), then one Newton-like step.
+  // r = sqrt(2 ln 2 v), up to a factor that kCos and kSin carry: the bit-trick seed of 1 / sqrt(v), then one
+  // Newton-like step.
   f32 s = float_of(kRsqrtSeed - funnel_right_1(w, bits_of(v)));
   f32 a = v * s;
   f32 r = a * fma(-a, s, kRsqrt);

@@ -6,10 +6,11 @@ namespace es {
 
 enum Dtype : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-// rows x cols elements in memory that are the elements first + row * index_stride + col of one stream. Strides count elements.
-// Work is counted in units: a unit is the part of one row that lies in one noise block (8 indices that agree above bit 3). Unit u of
-// a segment is block u % units_per_row of row u / units_per_row; it may be empty where a row touches fewer blocks than the most.
-// In a segment of one row no block number crosses a multiple of 2^32 (the table builder splits it there).
+// rows x cols elements in memory that are the elements first + row * index_stride + col of one stream. Strides count
+// elements. Work is counted in units: a unit is the part of one row that lies in one noise block (8 indices that agree
+// above bit 3). Unit u of a segment is block u % units_per_row of row u / units_per_row; it may be empty where a row
+// touches fewer blocks than the most. In a segment of one row no block number crosses a multiple of 2^32 (the table
+// builder splits it there).
 struct Segment {
   uint64_t out, base, anchor;  // addresses of the first element; base == out in place, anchor 0: none
   int64_t rows, cols;
@@ -26,8 +27,7 @@ inline
 #ifdef __CUDACC__
     __host__ __device__
 #endif
-    int
-    dtype_size(int32_t dtype) {
+    int dtype_size(int32_t dtype) {
   return dtype == kF32 ? 4 : 2;
 }
 

@@ -1,5 +1,6 @@
-// float32 from and to the storage formats, to nearest even and stochastically, on the bits. 16-bit formats sit in the low half of a
-// u32 lane. The GPU has instructions for rounding to nearest and uses them (cuda.cu); these bodies serve the rest.
+// float32 from and to the storage formats, to nearest even and stochastically, on the bits. 16-bit formats sit in the
+// low half of a u32 lane. The GPU has instructions for rounding to nearest and uses them (cuda.cu); these bodies serve
+// the rest.
 #pragma once
 #include "lanes.h"
 

@@ -1,4 +1,5 @@
-// Whether tensors still are where and what they were, for the Python side: asked in a loop here, a tensor takes 30 ns; from Python 500.
+// Whether tensors still are where and what they were, for the Python side: asked in a loop here, a tensor takes 30 ns;
+// from Python 500.
 #include <cstdint>
 
 #include "es_kernels.h"

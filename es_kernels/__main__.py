@@ -1,7 +1,8 @@
-"""`python -m es_kernels [--json]`: what is installed, which backend serves which tensors and why, and a self-check of about a second.
+"""`python -m es_kernels [--json]`: what is installed, which backend serves which tensors and why, and a self-check of
+about a second.
 
-Exit code 0 if a backend serves CPU tensors (and CUDA tensors, where torch sees a GPU) and every available one gives the golden
-vectors' bits; 1 otherwise. Every probe is guarded: what is broken is reported, in the words of what broke.
+Exit code 0 if a backend serves CPU tensors (and CUDA tensors, where torch sees a GPU) and every available one gives the
+golden vectors' bits; 1 otherwise. Every probe is guarded: what is broken is reported, in the words of what broke.
 """
 
 import argparse
@@ -65,8 +66,13 @@ def _cuda():
         library.es_cuda_error.restype = ctypes.c_char_p
         failed = library.es_cuda_versions(*map(ctypes.byref, numbers))
         driver, runtime, count = (n.value for n in numbers)
-        why = f" ({library.es_cuda_error().decode()})" if failed and driver else ""  # without a driver CUDA says that it is too old
-        return {"cuda driver": as_text(driver) if driver else "none", "cuda runtime": as_text(runtime), "cuda devices": f"{count}{why}"}
+        # Without a driver CUDA says that it is too old
+        why = f" ({library.es_cuda_error().decode()})" if failed and driver else ""
+        return {
+            "cuda driver": as_text(driver) if driver else "none",
+            "cuda runtime": as_text(runtime),
+            "cuda devices": f"{count}{why}",
+        }
     except Exception as error:
         return {"cuda driver": f"unknown: {_words(error)}"}
 
@@ -87,7 +93,11 @@ def cpu():
     import torch
 
     asked = os.environ.get("ES_KERNELS_ISA")
-    return {"instruction sets": _probe(isas), "ES_KERNELS_ISA": asked or "not set: the first of them", "threads": _probe(torch.get_num_threads)}
+    return {
+        "instruction sets": _probe(isas),
+        "ES_KERNELS_ISA": asked or "not set: the first of them",
+        "threads": _probe(torch.get_num_threads),
+    }
 
 
 def backends():
@@ -119,7 +129,8 @@ def active(kind):
 
 
 def self_check(golden, device):
-    """Compares the backend that now serves `device` with the golden vectors. Raises RuntimeError at the first that differs."""
+    """Compares the backend that now serves `device` with the golden vectors. Raises RuntimeError at the first that
+    differs."""
     import numpy as np
     import torch
 
@@ -154,8 +165,13 @@ def self_check(golden, device):
             _require(bits(base) == bits(expected), f"add_noise vector {i}, in place: the bits differ")
     for i, v in enumerate(golden["normal"]):
         stream, first = int(v["stream"], 16), int(v["first"], 16)
-        values = es_kernels.noise.normal(int(v["seed"], 16), stream, np.uint64(first) + np.arange(len(v["bits"]), dtype=np.uint64))
-        _require(values.view(np.uint32).tolist() == [int(b, 16) for b in v["bits"]], f"normal vector {i}: the definition differs")
+        values = es_kernels.noise.normal(
+            int(v["seed"], 16), stream, np.uint64(first) + np.arange(len(v["bits"]), dtype=np.uint64)
+        )
+        _require(
+            values.view(np.uint32).tolist() == [int(b, 16) for b in v["bits"]],
+            f"normal vector {i}: the definition differs",
+        )
         if first == 0:  # a bare tensor starts at index 0; 0 + 1 * noise shows the noise itself
             out = torch.zeros(len(v["bits"]), device=device)
             es_kernels.add_noise_(out, int(v["seed"], 16), 1.0, stream=stream)
@@ -177,7 +193,8 @@ def _float(hexadecimal):
 
 
 def self_checks(available):
-    """[(backend, kind of device, instruction set or None, None or what is wrong, seconds)] of all available backends."""
+    """[(backend, kind of device, instruction set or None, None or what is wrong, seconds)] of all available
+    backends."""
     import es_kernels
 
     def check(name, kind, isa):
@@ -210,12 +227,16 @@ def report():
     known = backends()
     serves = {kind: active(kind) for kind in devices()}
     checks = self_checks(known)
-    state = {kind: "available" if kind in serves else "ready, but torch sees no such device" for kind in ("cpu", "cuda")}
+    state = {
+        kind: "available" if kind in serves else "ready, but torch sees no such device" for kind in ("cpu", "cuda")
+    }
     keys = ("backend", "device", "isa", "error", "seconds")
     return {
         "versions": versions(),
         "cpu": cpu(),
-        "backends": {name: {kind: why or state[kind] for kind, why in reasons.items()} for name, reasons in known.items()},
+        "backends": {
+            name: {kind: why or state[kind] for kind, why in reasons.items()} for name, reasons in known.items()
+        },
         "ES_KERNELS_BACKEND": os.environ.get("ES_KERNELS_BACKEND"),
         "serves": {kind: name or f"none: {why}" for kind, (name, why) in serves.items()},
         "self_check": [dict(zip(keys, c)) for c in checks],
@@ -237,12 +258,17 @@ def _print(r):
         slow = " (SLOW: 100 ns a value and seed)" if name == "reference" else ""
         print(f"serves {kind + ' tensors':18}  {name}{slow}")
     for c in r["self_check"]:
-        print(f"self-check {' '.join(filter(None, (c['backend'], c['device'], c['isa']))):22} {c['error'] or 'equal to golden.json'} ({c['seconds']:.2f} s)")
+        print(
+            f"self-check {' '.join(filter(None, (c['backend'], c['device'], c['isa']))):22} "
+            f"{c['error'] or 'equal to golden.json'} ({c['seconds']:.2f} s)"
+        )
     print("OK" if r["ok"] else "FAILED")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m es_kernels", description="What is installed, which backend serves and why, and a self-check.")
+    parser = argparse.ArgumentParser(
+        prog="python -m es_kernels", description="What is installed, which backend serves and why, and a self-check."
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     arguments = parser.parse_args(arguments)
     r = report()

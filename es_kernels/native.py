@@ -16,7 +16,10 @@ def _load(name):
     """(library, None) or (None, one line that says why not)."""
     if not path(name).exists():
         made = {"cpu": "without a C++ compiler", "cuda": "without nvcc, or nvcc failed"}[name]
-        return None, f"{path(name).name} was not built (the wheel was made {made}, or this is a source tree: run `make build`)"
+        return (
+            None,
+            f"{path(name).name} was not built (the wheel was made {made}, or this is a source tree: run `make build`)",
+        )
     try:
         library = ctypes.CDLL(str(path(name)))
         abi = getattr(library, f"es_{name}_abi")()

@@ -1,8 +1,8 @@
 """The noise, in NumPy: the definition that every other implementation equals, bit for bit.
 
 `normal(seed, stream, index)` is a pure function of three 64-bit integers. NOISE.md says the same in words; csrc/noise.h
-says it in C++, line by line the same. Everything here is integer arithmetic or a single IEEE 754 float32 operation, so there
-is nothing that a device, a compiler or a math library could do differently.
+says it in C++, line by line the same. Everything here is integer arithmetic or a single IEEE 754 float32 operation, so
+there is nothing that a device, a compiler or a math library could do differently.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING = 0, 1, 2, 3
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 
-# The polynomials of the transform, fitted by bench/fit_noise.py to the distribution function itself, not to log, sqrt, sin and cos.
-LOG = tuple(map(np.float32, (2.0364969, -3.5937726, 1.8323295, -0.27228412)))  # -(log2(m) - (m - 1)), up to a factor, ascending powers of m
+# The polynomials of the transform, fitted by bench/fit_noise.py to the distribution function itself, not to log, sqrt,
+# sin and cos. -(log2(m) - (m - 1)), up to a factor, ascending powers of m
+LOG = tuple(map(np.float32, (2.0364969, -3.5937726, 1.8323295, -0.27228412)))
 LOG_SLOPE = np.float32(-2.1457672e-07)
 RSQRT_SEED, RSQRT = 0x5EDBD221, np.float32(1.1556236)
 COS = tuple(map(np.float32, (1.8363578, -3.3855894e-08, 1.03152155e-16, -9.48053e-26)))  # ascending powers of t^2
@@ -30,7 +31,8 @@ _SIGN64 = np.uint64(0x8000000000000000)
 
 
 def u64(value):
-    """`value` as an unsigned 64-bit integer: any Python int of 64 bits, signed or unsigned, is accepted. Raises ValueError otherwise."""
+    """`value` as an unsigned 64-bit integer: any Python int of 64 bits, signed or unsigned, is accepted. Raises
+    ValueError otherwise."""
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"{value} does not fit in 64 bits")
     return value & 0xFFFFFFFFFFFFFFFF
@@ -78,8 +80,9 @@ def member_seed(run_seed, generation, member, purpose=MEMBER_NOISE):
 def fma(a, b, c):
     """float32 a * b + c with ONE rounding, as IEEE 754 defines it.
 
-    NumPy has no fma. The product of two float32 is exact in float64; the sum is then rounded to odd there, which makes the last
-    rounding, to float32, see on which side of a tie the exact value lies (Boldo & Melquiond 2008; 53 >= 2 * 24 + 2 bits).
+    NumPy has no fma. The product of two float32 is exact in float64; the sum is then rounded to odd there, which makes
+    the last rounding, to float32, see on which side of a tie the exact value lies (Boldo & Melquiond 2008; 53 >= 2 * 24
+    + 2 bits).
     """
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         p = np.asarray(a, np.float32).astype(np.float64) * np.asarray(b, np.float32).astype(np.float64)
@@ -99,17 +102,19 @@ def fma(a, b, c):
 def box_muller(w):
     """One random word u32 [...] -> a pair of normals, f32 [...] each: (r cos, r sin).
 
-    Bits 31..14 give the radius, 13..1 the angle over the half circle (an odd integer t in -8191..8191, times pi / 16384),
-    bit 0 the sign of the pair.
+    Bits 31..14 give the radius, 13..1 the angle over the half circle (an odd integer t in -8191..8191, times pi /
+    16384), bit 0 the sign of the pair.
     """
     w = np.asarray(w, np.uint32)
-    # u in (0, 1) as a float whose value is 2^32 u; its exponent and fraction, together one integer, are log2 u up to 0.09.
+    # u in (0, 1) as a float whose value is 2^32 u; its exponent and fraction, together one integer, are log2 u up to
+    # 0.09.
     f = ((w & np.uint32(0xFFFFC000)) | np.uint32(0x2000)).astype(np.float32).view(np.uint32)
     log = (f - np.uint32(0x4F800000)).view(np.int32).astype(np.float32)
     m = ((f & np.uint32(0x007FFFFF)) | np.uint32(0x3F800000)).view(np.float32)
     v = fma(fma(fma(LOG[3], m, LOG[2]), m, LOG[1]), m, LOG[0])
     v = fma(log, LOG_SLOPE, v)  # -log2 u > 0, up to a factor
-    # r = sqrt(2 ln 2 v), up to a factor that COS and SIN carry: the bit-trick seed of 1 / sqrt(v), then one Newton-like step.
+    # r = sqrt(2 ln 2 v), up to a factor that COS and SIN carry: the bit-trick seed of 1 / sqrt(v), then one Newton-like
+    # step.
     y = (np.uint32(RSQRT_SEED) - ((w << np.uint32(31)) | (v.view(np.uint32) >> np.uint32(1)))).view(np.float32)
     a = v * y
     r = a * fma(-a, y, RSQRT)
@@ -131,7 +136,9 @@ def normal(seed, stream, index):
     """noise(seed, stream, index) ~ N(0, 1): u64 seed and stream (Python ints), u64 index array [...] -> f32 [...]."""
     index = np.asarray(index, np.uint64)
     blocks, where = np.unique(index >> np.uint64(3), return_inverse=True)
-    return normal_blocks(u64(seed), u64(stream), blocks)[where.reshape(index.shape), (index & np.uint64(7)).astype(np.intp)]
+    return normal_blocks(u64(seed), u64(stream), blocks)[
+        where.reshape(index.shape), (index & np.uint64(7)).astype(np.intp)
+    ]
 
 
 def rounding_thresholds(rounding_seed, stream, block):

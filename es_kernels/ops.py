@@ -1,4 +1,5 @@
-"""The public operation. Every op schema, its fake and its registration stand on this one screen; the work is in backends/."""
+"""The public operation. Every op schema, its fake and its registration stand on this one screen; the work is in
+backends/."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from .table import Layout, ParamTable, check_tensor, distinct, match, named_tens
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 
 # ---- the ops ----
-# Seeds (int64: the bit pattern of the u64) and coefs (f32) are tensors, on the CPU for Python numbers or on the device; no
-# rounding_seed means to nearest. `layout` is Layout.key: names, streams, segments. No base: in place.
+# Seeds (int64: the bit pattern of the u64) and coefs (f32) are tensors, on the CPU for Python numbers or on the device;
+# no rounding_seed means to nearest. `layout` is Layout.key: names, streams, segments. No base: in place.
 
 _library = torch.library.Library("es_kernels", "DEF")
 _library.define(
-    "add_noise_(Tensor(a!)[] out, Tensor[] base, Tensor[] anchor, Tensor seeds, Tensor coefs, Tensor? rounding_seed, float decay, int layout) -> ()"
+    "add_noise_(Tensor(a!)[] out, Tensor[] base, Tensor[] anchor, Tensor seeds, Tensor coefs, Tensor? rounding_seed, "
+    "float decay, int layout) -> ()"
 )
 _library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
 
@@ -35,9 +37,12 @@ def _write(pack, out, seeds, coefs, rounding_seed, decay):
     decay = float(np.float32(decay))  # the contract casts first, and looks at the cast value
     for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
         if t is not None and not t.is_cpu and t.device != pack.device:
-            raise ValueError(f"{what} are on {t.device}, but the tensors on {pack.device}: move them there, or to the CPU")
+            raise ValueError(
+                f"{what} are on {t.device}, but the tensors on {pack.device}: move them there, or to the CPU"
+            )
     if coefs.is_cpu and not all(map(math.isfinite, coefs.tolist())):
-        raise ValueError(f"coefs {coefs.tolist()} are not all finite")  # on the device they are not looked at: that would wait for it
+        # On the device they are not looked at: that would wait for it
+        raise ValueError(f"coefs {coefs.tolist()} are not all finite")
     if pack.units:
         backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay)
     torch.autograd.graph.increment_version(out)  # Library.impl does not know that `out` was written; autograd must
@@ -48,34 +53,58 @@ def _fingerprint(tensors, layout):
 
 
 def _hash(pack):
-    return backends.choose(pack.device).fingerprint(pack) if pack.units else torch.zeros((), dtype=torch.int64, device="cpu")
+    return (
+        backends.choose(pack.device).fingerprint(pack)
+        if pack.units
+        else torch.zeros((), dtype=torch.int64, device="cpu")
+    )
 
 
 _library.impl("add_noise_", _add_noise_, "CompositeExplicitAutograd")
 _library.impl("fingerprint", _fingerprint, "CompositeExplicitAutograd")
 torch.library.register_fake("es_kernels::add_noise_", lambda *args: None, lib=_library)
 torch.library.register_fake(
-    "es_kernels::fingerprint", lambda tensors, layout: torch.empty((), dtype=torch.int64, device=tensors[0].device if tensors else "cpu"), lib=_library
+    "es_kernels::fingerprint",
+    lambda tensors, layout: torch.empty((), dtype=torch.int64, device=tensors[0].device if tensors else "cpu"),
+    lib=_library,
 )
 
 # ---- the functions ----
 
 
-def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.0, anchor=None, rounding="nearest", rounding_seed=None):
-    """out <- round(base + sum_i coefs[i] * noise(seeds[i])), in one pass over memory, for one tensor or a whole model. Returns `out`.
+def add_noise_(
+    out,
+    seeds,
+    coefs,
+    base=None,
+    *,
+    name=None,
+    stream=None,
+    decay=0.0,
+    anchor=None,
+    rounding="nearest",
+    rounding_seed=None,
+):
+    """out <- round(base + sum_i coefs[i] * noise(seeds[i])), in one pass over memory, for one tensor or a whole model.
+    Returns `out`.
 
-    out: a tensor with `name=` (or `stream=`, its u64 id), a mapping name -> tensor, an iterable of (name, tensor), or a `ParamTable`.
-        float32, bfloat16 or float16, mixed freely. Element i (row-major) of the tensor named s gets noise(seed, stream_id(s), i) ~ N(0, 1):
-        a function of these three integers alone, the same to the bit on every device and backend.
+    out: a tensor with `name=` (or `stream=`, its u64 id), a mapping name -> tensor, an iterable of (name, tensor), or a
+    `ParamTable`.
+        float32, bfloat16 or float16, mixed freely. Element i (row-major) of the tensor named s gets noise(seed,
+        stream_id(s), i) ~ N(0, 1): a function of these three integers alone, the same to the bit on every device and
+        backend.
     seeds: int or sequence of N ints of 64 bits, or an int64 tensor [N] (bit pattern) on the CPU or on the device.
-    coefs: float or sequence of N floats, or a float32 tensor [N]. Python numbers are cast to float32 and must be finite.
-    base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes), in memory of its own: p.clone(),
-        for p.float() of a float32 p is p itself. None: `out` itself. No seeds and a base restore: add_noise_(live, [], [], master).
-    decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0, no decay no anchor. anchor is in out's form.
-    rounding: "nearest" (even) or "stochastic" (unbiased), which needs `rounding_seed`, fresh for every call: int, or int64 tensor [] or [1].
+    coefs: float or sequence of N floats, or a float32 tensor [N]. Python numbers are cast to float32 and must be
+    finite. base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes), in
+    memory of its own: p.clone(),
+        for p.float() of a float32 p is p itself. None: `out` itself. No seeds and a base restore: add_noise_(live, [],
+        [], master).
+    decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0, no decay no anchor. anchor
+    is in out's form. rounding: "nearest" (even) or "stochastic" (unbiased), which needs `rounding_seed`, fresh for
+    every call: int, or int64 tensor [] or [1].
 
-    The order of operations, all in float32, is fixed by NOISE.md. Raises TypeError or ValueError, naming the tensor, before anything
-    is written; RuntimeError if the memory of a table moved, or with CUDA's words if a launch failed.
+    The order of operations, all in float32, is fixed by NOISE.md. Raises TypeError or ValueError, naming the tensor,
+    before anything is written; RuntimeError if the memory of a table moved, or with CUDA's words if a launch failed.
 
     Perturb:  add_noise_(live, seed, sigma, base=master)             Swap: add_noise_(live, [old, new], [-sigma, sigma])
     Update:   add_noise_(master, seeds, (lr / N * z).tolist())
@@ -91,7 +120,9 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
         return out
     if isinstance(out, torch.Tensor):
         if (name is None) == (stream is None):
-            raise ValueError("a bare tensor needs name= or stream= (one of them): it says which noise is this tensor's own")
+            raise ValueError(
+                "a bare tensor needs name= or stream= (one of them): it says which noise is this tensor's own"
+            )
         layout = _layout_key((name or "<tensor>",), None if stream is None else (noise.u64(stream),))
         tensors = [out]
         names = [name or "<tensor>"]
@@ -121,8 +152,8 @@ def add_noise_(out, seeds, coefs, base=None, *, name=None, stream=None, decay=0.
 
 
 def fingerprint(named):
-    """64 bits (int) of all elements, dtypes, names and indices of a ParamTable, a mapping or an iterable of (name, tensor) pairs:
-    a sum, so any order and any sharding give the same value. NOISE.md has the formula."""
+    """64 bits (int) of all elements, dtypes, names and indices of a ParamTable, a mapping or an iterable of (name,
+    tensor) pairs: a sum, so any order and any sharding give the same value. NOISE.md has the formula."""
     if _direct(named):
         value = _hash(named.pack())
     else:
@@ -131,8 +162,9 @@ def fingerprint(named):
     return value.item() & 0xFFFFFFFFFFFFFFFF
 
 
-# The dispatcher takes 170 ns a tensor, for tensors that a table knows already. Eager calls on tables go around it, unless somebody wants to see the op
-# pass: a tensor subclass, a mode, a transform or a trace (which are keys of the thread beyond these two), a profiler.
+# The dispatcher takes 170 ns a tensor, for tensors that a table knows already. Eager calls on tables go around it,
+# unless somebody wants to see the op pass: a tensor subclass, a mode, a transform or a trace (which are keys of the
+# thread beyond these two), a profiler.
 _UNSEEN = {torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr()}  # in inference mode
 _UNSEEN |= {bits | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr() for bits in _UNSEEN}
 
@@ -149,7 +181,8 @@ def _direct(out, *others):
 
 
 _NAMES_ITSELF = "name= and stream= are for a bare tensor; this call names its tensors itself"
-_any_requires_grad = getattr(torch._C, "_any_requires_grad", lambda *tensors: any(t.requires_grad for t in tensors))  # in C: 14 ns each, not 65
+# In C: 14 ns each, not 65
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", lambda *tensors: any(t.requires_grad for t in tensors))
 
 
 def _refuse_gradients(names, tensors):
@@ -162,7 +195,8 @@ def _layout_key(names, streams=None):
     return Layout.intern(names, streams).key
 
 
-_layout_key._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports torch._dynamo: 1.3 s of every import
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo: 1.3 s of every import
+_layout_key._dynamo_marked_constant = True
 
 
 def _tensors_and_layout(named):
@@ -173,7 +207,10 @@ def _tensors_and_layout(named):
     pairs = named_tensors(named)
     for pair in pairs:
         if not (isinstance(pair, tuple) and isinstance(pair[0], str)):
-            raise TypeError("a list of unnamed tensors would give them all the same noise: pass (name, tensor) pairs, a mapping or a ParamTable")
+            raise TypeError(
+                "a list of unnamed tensors would give them all the same noise: pass (name, tensor) pairs, a mapping or "
+                "a ParamTable"
+            )
     if not torch.compiler.is_compiling():
         names, tensors, layout, _ = distinct(pairs)
         return tensors, names, layout.key
@@ -203,7 +240,9 @@ def _numbers(seeds, coefs, rounding, rounding_seed, decay):
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding is 'nearest' or 'stochastic', not {rounding!r}")
     if (rounding == "stochastic") != (rounding_seed is not None):
-        raise ValueError("rounding='stochastic' needs a rounding_seed, fresh for every call; rounding='nearest' takes none")
+        raise ValueError(
+            "rounding='stochastic' needs a rounding_seed, fresh for every call; rounding='nearest' takes none"
+        )
     if rounding_seed is not None:
         rounding_seed = _seeds(rounding_seed, "rounding_seed")
         if rounding_seed.shape != (1,):
@@ -221,7 +260,10 @@ def _seeds(seeds, what):
     if isinstance(seeds, torch.Tensor):
         if seeds.dtype != torch.int64 or seeds.dim() > 1:
             order = _ORDER if what == "seeds" and seeds.is_floating_point() else ""
-            raise TypeError(f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} {tuple(seeds.shape)}{order}")
+            raise TypeError(
+                f"{what} as a tensor is int64 (the bit pattern of the u64) of shape [N], not {seeds.dtype} "
+                f"{tuple(seeds.shape)}{order}"
+            )
         return seeds.reshape(-1)
     seeds = [_integer(s, what) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
     for s in seeds:
@@ -248,8 +290,13 @@ def _coefs(coefs):
         if not -_F32_MAX < c < _F32_MAX:
             raise ValueError(f"coefficient {c} is not a finite float32")
     if any(0 < abs(c) < 2**-126 for c in coefs):  # torch.set_flush_denormal(True) would make the cast give 0
-        bits = [round(abs(c) * 2**149) if abs(c) < 2**-126 else struct.unpack("<I", struct.pack("<f", abs(c)))[0] for c in coefs]
-        return _on_host([b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, coefs)], torch.int32).view(torch.float32)
+        bits = [
+            round(abs(c) * 2**149) if abs(c) < 2**-126 else struct.unpack("<I", struct.pack("<f", abs(c)))[0]
+            for c in coefs
+        ]
+        return _on_host(
+            [b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, coefs)], torch.int32
+        ).view(torch.float32)
     return _on_host(coefs, torch.float32)
 
 

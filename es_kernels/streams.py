@@ -4,7 +4,8 @@ import torch
 
 
 def current(device):
-    """(the device's current stream, whether a CUDA graph is being captured on it); (None, False) where there are no streams."""
+    """(the device's current stream, whether a CUDA graph is being captured on it); (None, False) where there are no
+    streams."""
     if device.type != "cuda":
         return None, False
     with torch.cuda.device(device):  # capturing is asked of the current device
@@ -12,8 +13,9 @@ def current(device):
 
 
 def staged(device, *tensors):
-    """Seeds and coefficients on `device`, for a kernel on its current stream. Through pinned memory: a copy from other memory first waits for
-    all that is queued. RuntimeError while a CUDA graph is captured: it would copy from memory that is another call's when it is replayed."""
+    """Seeds and coefficients on `device`, for a kernel on its current stream. Through pinned memory: a copy from other
+    memory first waits for all that is queued. RuntimeError while a CUDA graph is captured: it would copy from memory
+    that is another call's when it is replayed."""
     found = []
     for t in tensors:
         if t.device != device and t.numel():

@@ -1,7 +1,7 @@
 """Named parameters -> segments: which memory draws which part of which stream.
 
-`ParamTable` is what a training loop keeps; `Layout` its part that knows no memory (names, streams, segments); `Pack` its part that
-knows addresses, as the array of structs that the kernels read.
+`ParamTable` is what a training loop keeps; `Layout` its part that knows no memory (names, streams, segments); `Pack`
+its part that knows addresses, as the array of structs that the kernels read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,29 @@ from .watch import Watch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segments.h
 _SIZES = (4, 2, 2)
 _PACKS = 8  # that a layout, or a table, remembers
-# A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused (they are compared for overlap pair by pair: 2048 take 10 s).
+# A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused (they are
+# compared for overlap pair by pair: 2048 take 10 s).
 MAX_SEGMENTS_PER_TENSOR = 1024
 
 # struct Segment of csrc/segments.h.
 SEGMENT = np.dtype(
-    [("out", "u8"), ("base", "u8"), ("anchor", "u8"), ("rows", "i8"), ("cols", "i8"), ("out_stride", "i8"), ("base_stride", "i8")]
-    + [("anchor_stride", "i8"), ("first", "u8"), ("index_stride", "u8"), ("stream", "u8"), ("units_per_row", "i8"), ("unit_end", "i8")]
+    [
+        ("out", "u8"),
+        ("base", "u8"),
+        ("anchor", "u8"),
+        ("rows", "i8"),
+        ("cols", "i8"),
+        ("out_stride", "i8"),
+        ("base_stride", "i8"),
+    ]
+    + [
+        ("anchor_stride", "i8"),
+        ("first", "u8"),
+        ("index_stride", "u8"),
+        ("stream", "u8"),
+        ("units_per_row", "i8"),
+        ("unit_end", "i8"),
+    ]
     + [("out_dtype", "i4"), ("base_dtype", "i4"), ("anchor_dtype", "i4"), ("vector_path", "i4")]
 )
 
@@ -36,8 +52,9 @@ SEGMENT = np.dtype(
 class Segment:
     """A part of a tensor's memory that is a part of one stream: a shard, or the rows of q inside a fused qkv.
 
-    The rows x cols elements that start `offset` elements after `tensor.data_ptr()`, consecutive rows `row_stride` elements apart
-    (default: cols), are the elements first + row * index_stride + col (default: cols) of the stream of `name`.
+    The rows x cols elements that start `offset` elements after `tensor.data_ptr()`, consecutive rows `row_stride`
+    elements apart (default: cols), are the elements first + row * index_stride + col (default: cols) of the stream of
+    `name`.
     """
 
     name: str
@@ -59,8 +76,8 @@ class Segment:
 
 
 class Layout:
-    """Names and streams of a list of tensors, and their explicit segments. Interned: equal layouts are one object with one `key`,
-    which is a hash of the content, so that a compiled graph may keep it as a constant."""
+    """Names and streams of a list of tensors, and their explicit segments. Interned: equal layouts are one object with
+    one `key`, which is a hash of the content, so that a compiled graph may keep it as a constant."""
 
     _known: dict[int, Layout] = {}
 
@@ -71,7 +88,8 @@ class Layout:
 
     @classmethod
     def intern(cls, names, streams=None, segments=None):
-        """`streams` defaults to the ids of the names; `segments[i]` is None (all of the tensor) or a tuple of Segment."""
+        """`streams` defaults to the ids of the names; `segments[i]` is None (all of the tensor) or a tuple of
+        Segment."""
         streams = tuple(map(noise.stream_id, names)) if streams is None else streams
         segments = (None,) * len(names) if segments is None else segments
         digest = hashlib.blake2b(repr((names, streams, segments)).encode(), digest_size=7).digest()
@@ -85,12 +103,17 @@ class Layout:
         try:
             return cls._known[key]
         except KeyError:
-            raise RuntimeError("this process does not know the parameter layout of a graph that another one compiled: build its ParamTable first") from None
+            raise RuntimeError(
+                "this process does not know the parameter layout of a graph that another one compiled: build its "
+                "ParamTable first"
+            ) from None
 
     def pack(self, out, base=(), anchor=()):
         """The Pack of these tensors: checked, or found among the last that were."""
         try:
-            key = tuple((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)) + (len(base), len(anchor))
+            key = tuple(
+                (t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)
+            ) + (len(base), len(anchor))
             # An address that was pinned may be given to memory that is not.
             key += tuple(_is_pinned(t) for t in itertools.chain(base, anchor) if t.device != out[0].device)
         except (RuntimeError, NotImplementedError):  # a tensor without strides or memory, such as a sparse one
@@ -110,8 +133,8 @@ def _remembered(packs, key, make):
 
 
 class Pack:
-    """The segments of one call, with addresses: `segments`, an array of SEGMENT, and `device`. Its construction checks every
-    tensor and raises before anything is written."""
+    """The segments of one call, with addresses: `segments`, an array of SEGMENT, and `device`. Its construction checks
+    every tensor and raises before anything is written."""
 
     def __init__(self, layout, out, base, anchor):
         names = layout.names
@@ -124,12 +147,22 @@ class Pack:
         self.device = out[0].device if out else torch.device("cpu")
         for what, tensors in (("out", out), ("base", base), ("anchor", anchor)):
             for name, tensor, target in zip(names, tensors, out):
-                if tensor.device != self.device and not (what != "out" and _is_pinned(tensor) and self.device.type == "cuda"):
-                    raise ValueError(f"{name!r}: {what} is on {tensor.device}, but {names[0]!r} is on {self.device}: move it there")
-                if tensor.numel() and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + _reach(tensor)) * tensor.element_size():
+                if tensor.device != self.device and not (
+                    what != "out" and _is_pinned(tensor) and self.device.type == "cuda"
+                ):
+                    raise ValueError(
+                        f"{name!r}: {what} is on {tensor.device}, but {names[0]!r} is on {self.device}: move it there"
+                    )
+                if (
+                    tensor.numel()
+                    and tensor.untyped_storage().nbytes()
+                    < (tensor.storage_offset() + _reach(tensor)) * tensor.element_size()
+                ):
                     raise ValueError(f"{name!r}: {what} has no memory: its storage was freed")
                 if tensor.shape != target.shape:
-                    raise ValueError(f"{name!r}: {what} has shape {tuple(tensor.shape)}, but out has {tuple(target.shape)}")
+                    raise ValueError(
+                        f"{name!r}: {what} has shape {tuple(tensor.shape)}, but out has {tuple(target.shape)}"
+                    )
         rows = []
         self.owners = []  # name of each segment, for messages
         for i, name in enumerate(names):
@@ -149,16 +182,21 @@ class Pack:
         return int(self.segments["unit_end"][-1]) if len(self.segments) else 0
 
     def on_device(self):
-        """The segments as int64 words for a kernel on the device's current stream, the same for every backend: uploaded at the first use, kept
-        for as long as a captured graph, or a kernel that is queued, may read them."""
+        """The segments as int64 words for a kernel on the device's current stream, the same for every backend: uploaded
+        at the first use, kept for as long as a captured graph, or a kernel that is queued, may read them."""
         stream, capturing = streams.current(self.device)
         if self._on_device is None:
             if capturing:
-                raise RuntimeError("make one call with these tensors before capturing a CUDA graph: the first one uploads the parameter table")
-            self._on_device = torch.from_numpy(self.segments.view(np.int64).copy()).to(self.device)  # waits for the copy: any stream may read it
+                raise RuntimeError(
+                    "make one call with these tensors before capturing a CUDA graph: the first one uploads the "
+                    "parameter table"
+                )
+            # Waits for the copy: any stream may read it
+            self._on_device = torch.from_numpy(self.segments.view(np.int64).copy()).to(self.device)
             self._readers = {stream and stream.cuda_stream}
         if stream and stream.cuda_stream not in self._readers:
-            self._on_device.record_stream(stream)  # else the allocator gives an evicted table's memory away while this stream still reads it
+            # Else the allocator gives an evicted table's memory away while this stream still reads it
+            self._on_device.record_stream(stream)
             self._readers.add(stream.cuda_stream)
         if capturing and self not in self.layout.pinned:
             self.layout.pinned.append(self)
@@ -166,21 +204,38 @@ class Pack:
 
     def _check_overlap(self, has_base, has_anchor):
         s = self.segments
-        indices = [(int(r["stream"]), int(r["first"]), int(r["rows"]), int(r["cols"]), int(r["index_stride"]), i) for i, r in enumerate(s)]
+        indices = [
+            (int(r["stream"]), int(r["first"]), int(r["rows"]), int(r["cols"]), int(r["index_stride"]), i)
+            for i, r in enumerate(s)
+        ]
         clash = _find_overlap(indices)
         if clash:
             a, b = (self.owners[i] for i in clash)
-            raise ValueError(f"{a!r} and {b!r}: overlapping index ranges of one stream would draw the same noise; give them different names or ranges")
+            raise ValueError(
+                f"{a!r} and {b!r}: overlapping index ranges of one stream would draw the same noise; give them "
+                "different names or ranges"
+            )
         ranges = []
         for what in ["out"] + ["base"] * has_base + ["anchor"] * has_anchor:
             for i, r in enumerate(s):
                 size = _SIZES[r[f"{what}_dtype"]]
                 if r[what]:
-                    ranges.append((0, int(r[what]), int(r["rows"]), int(r["cols"]) * size, int(r[f"{what}_stride"]) * size, (what, i)))
+                    ranges.append(
+                        (
+                            0,
+                            int(r[what]),
+                            int(r["rows"]),
+                            int(r["cols"]) * size,
+                            int(r[f"{what}_stride"]) * size,
+                            (what, i),
+                        )
+                    )
         # Reading the same memory twice is fine: only ranges that are written, or written and read, must not meet.
         clash = _find_overlap(ranges, may_meet=lambda a, b: a[0] != "out" and b[0] != "out")
         if clash:
-            (a, name_a), (b, name_b) = sorted(((what, self.owners[i]) for what, i in clash), key=lambda c: c[0] == "out")
+            (a, name_a), (b, name_b) = sorted(
+                ((what, self.owners[i]) for what, i in clash), key=lambda c: c[0] == "out"
+            )
             both = f"{name_a!r} and {name_b!r} overlap in memory: pass tensors that do not"
             raise ValueError(both if a == "out" else shared_memory(a, name_a, name_b))
 
@@ -188,24 +243,30 @@ class Pack:
 class ParamTable:
     """Named parameters, ready for the kernels: built once, used in every call.
 
-    named: a mapping name -> tensor, or an iterable of (name, tensor) or (name, tensor, [Segment, ...]). A tensor that appears
-        again under another name (tied weights) keeps its first name; `tied` maps the others to it. All tensors are on one device;
-        float32, bfloat16 and float16 mix freely.
+    named: a mapping name -> tensor, or an iterable of (name, tensor) or (name, tensor, [Segment, ...]). A tensor that
+    appears
+        again under another name (tied weights) keeps its first name; `tied` maps the others to it. All tensors are on
+        one device; float32, bfloat16 and float16 mix freely.
 
-    The table keeps the tensors, and what they are: address, dtype, shape, strides. If one is another (`p.data = ...`, `model.to(...)`),
-    a call raises RuntimeError until `refresh()`. torch.utils.swap_tensors refuses tensors of a table, as it does all that somebody else holds
-    (`model.to` too, after torch.__future__.set_swap_module_params_on_conversion(True)): delete the table first.
+    The table keeps the tensors, and what they are: address, dtype, shape, strides. If one is another (`p.data = ...`,
+    `model.to(...)`), a call raises RuntimeError until `refresh()`. torch.utils.swap_tensors refuses tensors of a table,
+    as it does all that somebody else holds (`model.to` too, after
+    torch.__future__.set_swap_module_params_on_conversion(True)): delete the table first.
     """
 
     def __init__(self, named):
         self.names, self.tensors, self.layout, self.tied = distinct(named)
-        self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in self.tensors)  # no subclass that wants to see the op
+        # No subclass that wants to see the op
+        self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in self.tensors)
         self.layout.pack(self.tensors)  # every check now, not at the first call
         self.refresh()
 
     def __reduce_ex__(self, protocol):
         """What copy, deepcopy and pickle ask for."""
-        raise TypeError("a ParamTable cannot be copied or pickled, since it knows its tensors by their memory: build one of the other tensors")
+        raise TypeError(
+            "a ParamTable cannot be copied or pickled, since it knows its tensors by their memory: build one of the "
+            "other tensors"
+        )
 
     def refresh(self):
         """Accept the tensors as they are now."""
@@ -219,14 +280,17 @@ class ParamTable:
         changed = self._changed()
         if changed is not None:
             name = self.names[changed]
-            raise RuntimeError(f"{name!r} moved in memory, or changed its dtype or shape, since the table was built: call table.refresh()")
+            raise RuntimeError(
+                f"{name!r} moved in memory, or changed its dtype or shape, since the table was built: call "
+                "table.refresh()"
+            )
 
     def _changed(self):
         return self._watch.first_changed()
 
     def pack(self, base=None, anchor=None):
-        """The Pack of this table, with these tables as base and anchor: of every tensor only what can change between two calls is looked at,
-        names are matched once."""
+        """The Pack of this table, with these tables as base and anchor: of every tensor only what can change between
+        two calls is looked at, names are matched once."""
         self.check_unmoved()
         for table in (base, anchor):
             if table is not None:
@@ -236,19 +300,27 @@ class ParamTable:
         return _remembered(self._packs, key, lambda: self._make_pack(base, anchor))
 
     def _make_pack(self, base, anchor):
-        matched = ([] if t is None else match(what, t, self.names, self.tied) for what, t in (("base", base), ("anchor", anchor)))
+        matched = (
+            [] if t is None else match(what, t, self.names, self.tied)
+            for what, t in (("base", base), ("anchor", anchor))
+        )
         return self.layout.pack(self.tensors, *matched)
 
     def __len__(self):
         return len(self.names)
 
     def __repr__(self):
-        return f"ParamTable({len(self)} tensors, {sum(t.numel() for t in self.tensors)} elements, {len(self.tied)} tied)"
+        return (
+            f"ParamTable({len(self)} tensors, {sum(t.numel() for t in self.tensors)} elements, {len(self.tied)} tied)"
+        )
 
 
 def distinct(named):
     """(names, tensors, their Layout, other name -> name of tied ones) of what a ParamTable takes."""
-    entries = [(*entry, None)[:3] if isinstance(entry, (tuple, list)) else (entry, None, None) for entry in named_tensors(named)]
+    entries = [
+        (*entry, None)[:3] if isinstance(entry, (tuple, list)) else (entry, None, None)
+        for entry in named_tensors(named)
+    ]
     tied, seen, kept = {}, {}, []
     for name, tensor, segments in entries:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -265,7 +337,12 @@ def distinct(named):
     if len(set(names)) < len(names):
         twice = min(name for name in names if names.count(name) > 1)
         raise ValueError(f"name {twice!r} is given twice, for different tensors")
-    return names, [tensor for _, tensor, _ in kept], Layout.intern(tuple(names), None, tuple(segments for *_, segments in kept)), tied
+    return (
+        names,
+        [tensor for _, tensor, _ in kept],
+        Layout.intern(tuple(names), None, tuple(segments for *_, segments in kept)),
+        tied,
+    )
 
 
 def check_tensor(name, what, t):
@@ -274,7 +351,9 @@ def check_tensor(name, what, t):
     if t.layout != torch.strided:
         raise TypeError(f"{label} is a {t.layout} tensor: only dense, strided tensors can be perturbed")
     if t.dtype not in DTYPES:
-        raise TypeError(f"{label} has dtype {t.dtype}: only float32, bfloat16 and float16 are supported; leave it out of the table")
+        raise TypeError(
+            f"{label} has dtype {t.dtype}: only float32, bfloat16 and float16 are supported; leave it out of the table"
+        )
     if t.device.type == "meta":
         raise ValueError(f"{label} is on the meta device and has no memory: materialise it first")
     if t.is_neg():
@@ -298,13 +377,17 @@ def _reach(t):
 
 
 def _segments(name, stream, explicit, group):
-    """(addresses, row strides, rows, cols, first, index stride, stream) of one tensor and its base and anchor, `group`."""
+    """(addresses, row strides, rows, cols, first, index stride, stream) of one tensor and its base and anchor,
+    `group`."""
     if explicit is None:
         yield from _whole(name, stream, group)
         return
     for t in group[1:]:
         if t.stride() != group[0].stride():
-            raise ValueError(f"{name!r}: with explicit segments base and anchor must have the strides of out, {group[0].stride()}, not {t.stride()}")
+            raise ValueError(
+                f"{name!r}: with explicit segments base and anchor must have the strides of out, {group[0].stride()}, "
+                f"not {t.stride()}"
+            )
     reach = _reach(group[0])
     for s in explicit:
         if s.rows * s.cols == 0:
@@ -316,8 +399,9 @@ def _segments(name, stream, explicit, group):
 
 
 def _whole(name, stream, group):
-    """Row-major index over the whole tensor: neighbouring dimensions that are contiguous in every tensor of the group are merged; the
-    last becomes the columns, the one before it the rows, and each index of the others a segment of its own."""
+    """Row-major index over the whole tensor: neighbouring dimensions that are contiguous in every tensor of the group
+    are merged; the last becomes the columns, the one before it the rows, and each index of the others a segment of its
+    own."""
     shape = group[0].shape
     if group[0].numel() == 0:
         return
@@ -334,14 +418,20 @@ def _whole(name, stream, group):
         dims = [(1, [1] * len(group))]
     cols, strides = dims[-1]
     if any(s != 1 for s in strides):
-        raise ValueError(f"{name!r} of shape {tuple(shape)} and strides {group[0].stride()} is not contiguous in its last dimension: pass a contiguous tensor, or its transposed parameter")
+        raise ValueError(
+            f"{name!r} of shape {tuple(shape)} and strides {group[0].stride()} is not contiguous in its last "
+            "dimension: pass a contiguous tensor, or its transposed parameter"
+        )
     if len(dims) == 1:
         dims.insert(0, (1, [cols] * len(group)))
     rows, row_strides = dims[-2]
     outer = dims[:-2]
     count = int(np.prod([size for size, _ in outer], dtype=np.int64))
     if count > MAX_SEGMENTS_PER_TENSOR:
-        raise ValueError(f"{name!r} of shape {tuple(shape)} and strides {group[0].stride()} would need {count} segments: pass a contiguous tensor")
+        raise ValueError(
+            f"{name!r} of shape {tuple(shape)} and strides {group[0].stride()} would need {count} segments: pass a "
+            "contiguous tensor"
+        )
     first = 0
     for index in itertools.product(*(range(size) for size, _ in outer)):
         offsets = [sum(i * strides[k] for i, (_, strides) in zip(index, outer)) for k in range(len(group))]
@@ -351,7 +441,8 @@ def _whole(name, stream, group):
 
 
 def _pieces(addresses, sizes, strides, rows, cols, first, index_stride):
-    """Cuts one row into head, body and tail, so that the body is whole aligned blocks, and where a block number crosses 2^32."""
+    """Cuts one row into head, body and tail, so that the body is whole aligned blocks, and where a block number crosses
+    2^32."""
     if rows > 1 and index_stride == cols and all(s == cols for s in strides):
         rows, cols = 1, rows * cols
     cuts = [0, cols]
@@ -383,14 +474,20 @@ def _struct_array(rows, has_base, has_anchor):
         if not has_base:
             r["base"], r["base_stride"], r["base_dtype"] = r["out"], r["out_stride"], r["out_dtype"]
         units += n_rows * units_per_row
-        r["rows"], r["cols"], r["first"], r["index_stride"], r["stream"] = n_rows, cols, first % (1 << 64), index_stride, stream
+        r["rows"], r["cols"], r["first"], r["index_stride"], r["stream"] = (
+            n_rows,
+            cols,
+            first % (1 << 64),
+            index_stride,
+            stream,
+        )
         r["units_per_row"], r["unit_end"], r["vector_path"] = units_per_row, units, aligned
     return s
 
 
 def _find_overlap(ranges, may_meet=lambda a, b: False):
-    """The first two owners whose ranges meet, or None. A range is (space, start, rows, length, stride, owner): `rows` intervals
-    [start + k * stride, ... + length). A range whose own rows overlap meets itself."""
+    """The first two owners whose ranges meet, or None. A range is (space, start, rows, length, stride, owner): `rows`
+    intervals [start + k * stride, ... + length). A range whose own rows overlap meets itself."""
     active = []
     for r in sorted(ranges, key=lambda r: r[:2]):
         space, start, rows, length, stride, owner = r
@@ -422,16 +519,22 @@ def _meet(a, b):
 
 
 def match(what, value, names, tied=()):
-    """The tensors of `value` (base or anchor: named tensors in any form) in the order of `names`. It may hold `tied` names too."""
+    """The tensors of `value` (base or anchor: named tensors in any form) in the order of `names`. It may hold `tied`
+    names too."""
     entries = named_tensors(value)
     if not all(isinstance(entry, tuple) and isinstance(entry[0], str) for entry in entries):
-        raise TypeError(f"{what} must have the form of out: (name, tensor) pairs, a mapping or a ParamTable, not unnamed tensors")
+        raise TypeError(
+            f"{what} must have the form of out: (name, tensor) pairs, a mapping or a ParamTable, not unnamed tensors"
+        )
     found = {entry[0]: entry[1] for entry in entries}
     missing = [n for n in names if n not in found]
     known = {*names, *tied}
     extra = [n for n in found if n not in known]
     if missing or extra:
-        raise ValueError(f"{what} must have the names of out: " + (f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in out"))
+        raise ValueError(
+            f"{what} must have the names of out: "
+            + (f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in out")
+        )
     return [found[n] for n in names]
 
 

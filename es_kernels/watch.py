@@ -13,8 +13,8 @@ from . import native
 class Watch:
     """Remembers address, dtype, shape and strides of `tensors`, a list that nobody changes.
 
-    libes_cpu.so asks torch through the getters of torch's own C ABI (csrc/tensors.cpp): 30 ns a tensor. A method call from Python takes 75 ns,
-    and four would be needed. Without the library Python asks, 500 ns a tensor.
+    libes_cpu.so asks torch through the getters of torch's own C ABI (csrc/tensors.cpp): 30 ns a tensor. A method call
+    from Python takes 75 ns, and four would be needed. Without the library Python asks, 500 ns a tensor.
     """
 
     def __init__(self, tensors):
@@ -43,7 +43,8 @@ def _form(t):
 
 
 class _Asks:
-    """csrc/tensors.cpp on tensors. AttributeError, OSError or RuntimeError where the library, or torch's side of it, is not there."""
+    """csrc/tensors.cpp on tensors. AttributeError, OSError or RuntimeError where the library, or torch's side of it, is
+    not there."""
 
     _GETTERS = ("data_ptr", "dtype", "dim", "sizes", "strides")  # EsTensorGetters of csrc/es_kernels.h
 
@@ -60,8 +61,11 @@ class _Asks:
         self._delete = ctypes.PYFUNCTYPE(ctypes.c_int32, p)(("aoti_torch_delete_tensor_object", c))
 
     def handles(self, tensors):
-        """(addresses of handles, the function that frees them). Each holds its tensor, not what the tensor's memory is."""
-        pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+        """(addresses of handles, the function that frees them). Each holds its tensor, not what the tensor's memory
+        is."""
+        pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+            ("PyCapsule_GetPointer", ctypes.pythonapi)
+        )
         handles = [pointer(capsule, None) for capsule in self._allocate(tensors)]
         return handles, lambda handles: [self._delete(handle) for handle in handles]
 

@@ -23,8 +23,9 @@ if _before is None:
 
 @pytest.fixture
 def within():
-    """`with within(5): ...`: takes no more of this process's CPU time than five rounds of a loop of a million additions (15 ms each on a fast core). What a
-    machine does besides, or how fast it is, changes nothing: what is to be caught takes a hundred times as long."""
+    """`with within(5): ...`: takes no more of this process's CPU time than five rounds of a loop of a million additions
+    (15 ms each on a fast core). What a machine does besides, or how fast it is, changes nothing: what is to be caught
+    takes a hundred times as long."""
 
     def a_round():
         start = time.process_time()
@@ -44,8 +45,8 @@ def within():
 
 @pytest.fixture
 def exact_interpreter(monkeypatch):
-    """Replaces what Triton's interpreter computes otherwise than a GPU: fma (rounded twice up to triton 3.7) and the casts from float32 to
-    bfloat16 (3.6 to 3.9 truncate) and float16 (a signalling NaN stays one)."""
+    """Replaces what Triton's interpreter computes otherwise than a GPU: fma (rounded twice up to triton 3.7) and the
+    casts from float32 to bfloat16 (3.6 to 3.9 truncate) and float16 (a signalling NaN stays one)."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if interpreter.triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("triton 3.6 turns arrays of one element into ints, which NumPy 2.4 refuses")

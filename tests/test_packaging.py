@@ -1,6 +1,7 @@
-"""Contract: one wheel for every Python: py3-none-linux_x86_64 with the libraries where there are compilers, pure without one, and then
-the reference serves, with the same bits. The native library needs nothing but libc: no Python, torch or C++ runtime. The CUDA library is built
-for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools since 65."""
+"""Contract: one wheel for every Python: py3-none-linux_x86_64 with the libraries where there are compilers, pure
+without one, and then the reference serves, with the same bits. The native library needs nothing but libc: no Python,
+torch or C++ runtime. The CUDA library is built for what nvcc knows; where it cannot be built, the rest is. `make build`
+works with any setuptools since 65."""
 
 import os
 import pathlib
@@ -21,14 +22,25 @@ print(json.dumps([es_kernels.active_backend(), es_kernels.__file__, es_kernels.f
 
 
 def wheel(tmp_path, **environment):
-    """Builds a wheel from a copy of the sources, as a source distribution would be; returns its path and pip's output."""
+    """Builds a wheel from a copy of the sources, as a source distribution would be; returns its path and pip's
+    output."""
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for part in ("es_kernels", "csrc", "python"):
         shutil.copytree(ROOT / part, source / part, ignore=ignore)
     for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source / part)
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", str(tmp_path / "dist"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path / "dist"),
+        str(source),
+    ]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     wheels = list((tmp_path / "dist").glob("*.whl"))
     return (wheels[0] if wheels else None), run.stdout + run.stderr
@@ -39,7 +51,13 @@ def installed(built, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(built) as z:
         z.extractall(site)
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     backend, file, fingerprint = __import__("json").loads(run.stdout)
     assert pathlib.Path(file).is_relative_to(site)
@@ -62,7 +80,9 @@ def test_pure_wheel_without_a_compiler(tmp_path, expected):
     assert built and built.name.endswith("-py3-none-any.whl"), output
     names = zipfile.ZipFile(built).namelist()
     assert not [n for n in names if n.endswith(".so")]
-    assert {"es_kernels/NOISE.md", "es_kernels/golden.json", "es_finetune/models/embedded/model.safetensors"} <= set(names)
+    assert {"es_kernels/NOISE.md", "es_kernels/golden.json", "es_finetune/models/embedded/model.safetensors"} <= set(
+        names
+    )
     assert installed(built, tmp_path) == ("reference", expected)
 
 
@@ -72,7 +92,9 @@ def test_native_wheel(tmp_path, expected):
     assert built and built.name.endswith("-py3-none-linux_x86_64.whl"), output
     assert [n for n in zipfile.ZipFile(built).namelist() if n.endswith(".so")] == ["es_kernels/libes_cpu.so"]
     assert installed(built, tmp_path) == ("cpu", expected)
-    needed = subprocess.run(["objdump", "-p", str(tmp_path / "site/es_kernels/libes_cpu.so")], capture_output=True, text=True).stdout
+    needed = subprocess.run(
+        ["objdump", "-p", str(tmp_path / "site/es_kernels/libes_cpu.so")], capture_output=True, text=True
+    ).stdout
     libraries = {line.split()[1] for line in needed.splitlines() if line.strip().startswith("NEEDED")}
     assert libraries <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
 
@@ -92,7 +114,8 @@ KNOWN_TO_13_0 = "sm_75 sm_80 sm_86 sm_87 sm_88 sm_89 sm_90 sm_100 sm_110 sm_103 
 
 @pytest.fixture
 def make_build(tmp_path):
-    """Runs it in a tree with a libes_cuda.so of an earlier build; returns (exit code, output, libraries, what nvcc was asked to build)."""
+    """Runs it in a tree with a libes_cuda.so of an earlier build; returns (exit code, output, libraries, what nvcc was
+    asked to build)."""
     for part in ("setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, tmp_path / part)
     (tmp_path / "es_kernels").mkdir()
@@ -104,12 +127,22 @@ def make_build(tmp_path):
         (tmp_path / "cuda/bin" / compiler).chmod(0o755)
 
     def run(python=sys.executable, **environment):
-        env = os.environ | {"CUDA_HOME": str(tmp_path / "cuda"), "CXX": str(tmp_path / "cuda/bin/g++"), "KNOWN": KNOWN_TO_13_0}
+        env = os.environ | {
+            "CUDA_HOME": str(tmp_path / "cuda"),
+            "CXX": str(tmp_path / "cuda/bin/g++"),
+            "KNOWN": KNOWN_TO_13_0,
+        }
         for name in ("ES_KERNELS_CUDA", "ES_KERNELS_CUDA_ARCHS"):
             env.pop(name, None)
-        done = subprocess.run(["make", "build", f"PYTHON={python}"], cwd=tmp_path, env=env | environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "build", f"PYTHON={python}"], cwd=tmp_path, env=env | environment, capture_output=True, text=True
+        )
         calls = tmp_path / "cuda/bin/nvcc.calls"
-        asked = [word.removeprefix("-gencode=") for word in calls.read_text().split() if "gencode" in word] if calls.exists() else []
+        asked = (
+            [word.removeprefix("-gencode=") for word in calls.read_text().split() if "gencode" in word]
+            if calls.exists()
+            else []
+        )
         libraries = {path.name: path.read_text() for path in (tmp_path / "es_kernels").glob("*.so")}
         return done.returncode, done.stdout + done.stderr, libraries, asked
 
@@ -138,7 +171,9 @@ def test_the_oldest_and_the_newest_architecture_bring_ptx(make_build, archs, ask
 
 def test_an_architecture_asked_for_that_nvcc_does_not_know(make_build):
     code, output, libraries, _ = make_build(ES_KERNELS_CUDA_ARCHS="80 130")
-    assert code != 0 and "ES_KERNELS_CUDA_ARCHS='80 130'" in output and "nvcc knows no sm_130, only sm_75, sm_80" in output
+    assert (
+        code != 0 and "ES_KERNELS_CUDA_ARCHS='80 130'" in output and "nvcc knows no sm_130, only sm_75, sm_80" in output
+    )
     assert libraries["libes_cuda.so"] == "of an earlier build"
     code, output, _, _ = make_build(ES_KERNELS_CUDA_ARCHS="90a")
     assert code != 0 and "ES_KERNELS_CUDA_ARCHS='90a': give plain numbers, as 90" in output
@@ -146,7 +181,10 @@ def test_an_architecture_asked_for_that_nvcc_does_not_know(make_build):
 
 @pytest.mark.parametrize(
     "environment, words",
-    [({"FAILS": "unsupported GNU version"}, "nvcc failed, as it says above"), ({"KNOWN": "sm_60 sm_70"}, "nvcc knows no sm_80, sm_90, sm_100, sm_120")],
+    [
+        ({"FAILS": "unsupported GNU version"}, "nvcc failed, as it says above"),
+        ({"KNOWN": "sm_60 sm_70"}, "nvcc knows no sm_80, sm_90, sm_100, sm_120"),
+    ],
 )
 def test_a_cuda_library_that_cannot_be_built(make_build, environment, words):
     """By default the rest is built, and nothing of an earlier build passes for it; asked for, it is an error."""
@@ -164,7 +202,8 @@ def test_make_build_without_a_compiler(make_build):
 
 
 def test_make_build_with_an_old_setuptools(make_build, tmp_path):
-    """As `python -m venv` of Python 3.11 brings it: it has no bdist_wheel, and refuses pyproject.toml's license. Python 3.12 needs a newer one."""
+    """As `python -m venv` of Python 3.11 brings it: it has no bdist_wheel, and refuses pyproject.toml's license. Python
+    3.12 needs a newer one."""
     old = "65.5.0" if sys.version_info < (3, 12) else "69.5.1"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"

@@ -1,4 +1,5 @@
-"""Contract: the Python of README.md runs as it stands, for float32 and bfloat16 weights alike, and does what its comments say.
+"""Contract: the Python of README.md runs as it stands, for float32 and bfloat16 weights alike, and does what its
+comments say.
 
 The example with a Trainer needs a model on disk: tests/es_finetune/test_trainer.py runs it.
 """
@@ -38,7 +39,10 @@ def test_the_kernels_block(model, monkeypatch):
         seen.append(es_kernels.fingerprint(live) == before)
 
     monkeypatch.setattr(es_kernels, "add_noise_", watched)
-    exec(the_block_with("add_noise_"), names := {"model": model, "seed": 1, "sigma": 0.1, "seeds": [1, 2], "coefs": [0.1, -0.1]})
+    exec(
+        the_block_with("add_noise_"),
+        names := {"model": model, "seed": 1, "sigma": 0.1, "seeds": [1, 2], "coefs": [0.1, -0.1]},
+    )
     assert seen == [False, True, True], "perturbed; restored exactly; the update is in the master"
     assert not any(torch.equal(p, exact) for p, exact in zip(live.values(), names["master"].values()))
     weight = live["0.weight"]
@@ -50,5 +54,8 @@ def test_the_kernels_block(model, monkeypatch):
 def test_the_optimizers_block(model):
     before = es_kernels.fingerprint(model.named_parameters())
     rewards = iter(range(2 * 30))
-    exec(the_block_with("optimizer.step"), names := {"model": model, "generations": 2, "reward_of": lambda model: float(next(rewards))})
+    exec(
+        the_block_with("optimizer.step"),
+        names := {"model": model, "generations": 2, "reward_of": lambda model: float(next(rewards))},
+    )
     assert names["mean_reward"] == 30 + 29 / 2 and es_kernels.fingerprint(model.named_parameters()) != before

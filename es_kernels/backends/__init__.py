@@ -19,14 +19,16 @@ import torch
 from .. import native
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-# Best first. The reference serves CUDA tensors only when asked to: copying a model to the host by surprise would hide a broken install.
+# Best first. The reference serves CUDA tensors only when asked to: copying a model to the host by surprise would hide a
+# broken install.
 _ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
 _override = threading.local()
 
 
 @contextlib.contextmanager
 def backend(name):
-    """`with es_kernels.backend("reference"): ...`: that backend serves every call of this thread. ES_KERNELS_BACKEND does so for a process."""
+    """`with es_kernels.backend("reference"): ...`: that backend serves every call of this thread. ES_KERNELS_BACKEND
+    does so for a process."""
     _check_name(name, "backend")
     previous = getattr(_override, "name", None)
     _override.name = name
@@ -37,7 +39,8 @@ def backend(name):
 
 
 def choose(device):
-    """The backend module for tensors on `device`. Raises RuntimeError that says why none, or not the one asked for, can serve."""
+    """The backend module for tensors on `device`. Raises RuntimeError that says why none, or not the one asked for, can
+    serve."""
     asked = getattr(_override, "name", None) or os.environ.get("ES_KERNELS_BACKEND")
     if asked:
         _check_name(asked, "ES_KERNELS_BACKEND")
@@ -53,7 +56,9 @@ def choose(device):
                 _warn(name, device.type, tuple(reasons))
             return _module(name)
         reasons.append(f"{name}: {why}")
-    raise RuntimeError(f"no backend for tensors on {device}: " + ("; ".join(reasons) or "CPU, CUDA and ROCm devices are supported"))
+    raise RuntimeError(
+        f"no backend for tensors on {device}: " + ("; ".join(reasons) or "CPU, CUDA and ROCm devices are supported")
+    )
 
 
 @functools.cache  # once
@@ -61,7 +66,9 @@ def _warn(name, kind, reasons):
     """Says so where a slow backend serves, or another than the one whose library is there and broken."""
     if name == "reference" or (native.path(kind).exists() and native.why_not(kind)):
         slow = "SLOW, 100 ns a value and seed: " if name == "reference" else ""
-        warnings.warn(f"es_kernels: {slow}the {name} backend serves {kind} tensors, for {'; '.join(reasons)}", stacklevel=2)
+        warnings.warn(
+            f"es_kernels: {slow}the {name} backend serves {kind} tensors, for {'; '.join(reasons)}", stacklevel=2
+        )
 
 
 def active_backend(device="cpu"):

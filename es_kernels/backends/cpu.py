@@ -1,4 +1,5 @@
-"""The C++ backend, through ctypes: threads and SIMD, AVX-512, AVX2 or baseline, whichever is best here. ES_KERNELS_ISA picks another."""
+"""The C++ backend, through ctypes: threads and SIMD, AVX-512, AVX2 or baseline, whichever is best here. ES_KERNELS_ISA
+picks another."""
 
 import ctypes
 import functools
@@ -32,7 +33,9 @@ def add_noise_(pack, seeds, coefs, rounding_seed, decay):
 
 def fingerprint(pack):
     result = torch.zeros((), dtype=torch.int64, device="cpu")
-    status = _library().es_cpu_fingerprint(pack.segments.ctypes.data, len(pack.segments), result.data_ptr(), torch.get_num_threads(), _isa())
+    status = _library().es_cpu_fingerprint(
+        pack.segments.ctypes.data, len(pack.segments), result.data_ptr(), torch.get_num_threads(), _isa()
+    )
     native.check(status, _library().es_cpu_error)
     return result
 

@@ -30,14 +30,16 @@ def _driver_problem():
 
 @functools.cache
 def _capability_problem(device):
-    """A GPU older than the library's code is refused before a launch fails. Newer ones are served: it embeds PTX (setup.py)."""
+    """A GPU older than the library's code is refused before a launch fails. Newer ones are served: it embeds PTX
+    (setup.py)."""
     if not torch.cuda.is_available():  # nothing to ask: CUDA tensors cannot exist
         return None
     (major, minor), least = torch.cuda.get_device_capability(device), _library().es_cuda_capability()
     if 10 * major + minor >= least:
         return None
     return (
-        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, libes_cuda.so was built for {least // 10}.{least % 10} and newer: "
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, libes_cuda.so was built for "
+        f"{least // 10}.{least % 10} and newer: "
         f"rebuild it with ES_KERNELS_CUDA=1 ES_KERNELS_CUDA_ARCHS={major}{minor} (the triton backend serves meanwhile)"
     )
 

@@ -1,4 +1,5 @@
-"""The operation in NumPy: what the others are compared with, and what runs where there is nothing else. Slow (100 to 200 ns a value and seed)."""
+"""The operation in NumPy: what the others are compared with, and what runs where there is nothing else. Slow (100 to
+200 ns a value and seed)."""
 
 import contextlib
 import ctypes
@@ -45,7 +46,9 @@ def _add_noise_run(s, row, start, stop, seeds, coefs, rounding_seed, decay):
         b = b + acc
     if len(seeds):
         b = noise.fma(coefs[-1], next(drawn), b)
-    thresholds = None if rounding_seed is None else noise.rounding_thresholds(rounding_seed, stream, blocks).reshape(-1)[inside]
+    thresholds = (
+        None if rounding_seed is None else noise.rounding_thresholds(rounding_seed, stream, blocks).reshape(-1)[inside]
+    )
     memory(s, "out", row, start, stop)[:] = store(b, s["out_dtype"], thresholds)
 
 
@@ -57,7 +60,9 @@ def fingerprint(pack):
                 first = int(s["first"]) + row * int(s["index_stride"]) + start
                 blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
                 inside = slice(first & 7, (first & 7) + stop - start)
-                add, multiply = (k.reshape(-1)[inside] for k in _fingerprint_keys(int(s["out_dtype"]), int(s["stream"]), blocks))
+                add, multiply = (
+                    k.reshape(-1)[inside] for k in _fingerprint_keys(int(s["out_dtype"]), int(s["stream"]), blocks)
+                )
                 bits = memory(s, "out", row, start, stop).astype(np.uint32)
                 total += int(((bits + add).astype(np.uint64) * multiply).sum(dtype=np.uint64))
     total &= 0xFFFFFFFFFFFFFFFF
@@ -85,7 +90,8 @@ def load(bits, dtype):
 
 
 def store(x, dtype, thresholds=None):
-    """float32 -> bits of the storage dtype: to nearest even, or stochastically with 16-bit `thresholds` (u32). Any NaN becomes the one NaN."""
+    """float32 -> bits of the storage dtype: to nearest even, or stochastically with 16-bit `thresholds` (u32). Any NaN
+    becomes the one NaN."""
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
     nan = np.isnan(x)
     if dtype == 0:
@@ -124,7 +130,8 @@ def _chunks(s):
 
 @contextlib.contextmanager
 def on_host(pack):
-    """The segments of `pack` with host addresses: of the tensors themselves, or, for CUDA tensors, of copies that are written back."""
+    """The segments of `pack` with host addresses: of the tensors themselves, or, for CUDA tensors, of copies that are
+    written back."""
     if pack.device.type == "cpu":
         yield pack.segments
         return

@@ -1,16 +1,18 @@
-"""The Triton backend: NVIDIA GPUs without a CUDA toolkit, and AMD. One launch for the whole table, equal to the others bit for bit.
+"""The Triton backend: NVIDIA GPUs without a CUDA toolkit, and AMD. One launch for the whole table, equal to the others
+bit for bit.
 
-A program takes a range of consecutive units (a unit is 8 indices, one noise block: csrc/segments.h), finds the segment of the first by
-binary search and goes on through the next ones. Tensors are [UNITS, 8]: a thread owns whole units, so nothing is exchanged between
-threads. Memory moves as 128-bit words, [UNITS, 4] int32, which hold 4 float32 or 8 values of 16 bits.
+A program takes a range of consecutive units (a unit is 8 indices, one noise block: csrc/segments.h), finds the segment
+of the first by binary search and goes on through the next ones. Tensors are [UNITS, 8]: a thread owns whole units, so
+nothing is exchanged between threads. Memory moves as 128-bit words, [UNITS, 4] int32, which hold 4 float32 or 8 values
+of 16 bits.
 
-Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to nearest by casts, which
-are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
+Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to
+nearest by casts, which are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
 
-SASS a value, sm_90 (bench/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the update; `x != x` and what follows
-from it are 3 of them. Tried: multiplying by tl.umulhi and `*` (1.4 more: two instructions where a 64-bit product is one). ptxas moves the
-loads behind the noise, so other warps must hide their latency; a barrier moves along with them, and a branch around the noise keeps
-them in front for 2.5 more instructions and 16 registers.
+SASS a value, sm_90 (bench/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the update; `x !=
+x` and what follows from it are 3 of them. Tried: multiplying by tl.umulhi and `*` (1.4 more: two instructions where a
+64-bit product is one). ptxas moves the loads behind the noise, so other warps must hide their latency; a barrier moves
+along with them, and a branch around the noise keeps them in front for 2.5 more instructions and 16 registers.
 """
 
 import contextlib
@@ -38,7 +40,11 @@ def unavailable(device):
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         return f"triton {triton.__version__} is too old: 3.6, which torch 2.10 brings, is the oldest that it is tested with"
     if isinstance(_add_noise_kernel, triton.runtime.JITFunction):
-        return None if device.type == "cuda" else f"it serves CUDA and ROCm devices, not {device.type} (unless TRITON_INTERPRET=1 is set before the import)"
+        return (
+            None
+            if device.type == "cuda"
+            else f"it serves CUDA and ROCm devices, not {device.type} (unless TRITON_INTERPRET=1 is set before the import)"
+        )
     return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set: the interpreter serves CPU tensors only"
 
 
@@ -60,14 +66,16 @@ def fingerprint(pack):
     grid, per_program = _split(pack)
     sums = torch.empty(grid, dtype=torch.int64, device=pack.device)
     with _launching(pack.device):
-        _fingerprint_kernel[(grid,)](segments, len(pack.segments), pack.units, per_program, sums, UNITS=_UNITS, **_OPTIONS)
+        _fingerprint_kernel[(grid,)](
+            segments, len(pack.segments), pack.units, per_program, sums, UNITS=_UNITS, **_OPTIONS
+        )
     return sums.sum()  # modulo 2^64
 
 
 def compile_for(target, n_seeds=1, stochastic=False, decay=False, kernel="add_noise"):
-    """The kernel as it is launched, compiled without a GPU. target: a compute capability (80, 90, ...) or an AMD architecture ("gfx942").
-    n_seeds: 1, or None for any number. Returns triton's CompiledKernel; its `asm` holds ptx and cubin, or amdgcn and hsaco.
-    Must not run under TRITON_INTERPRET=1."""
+    """The kernel as it is launched, compiled without a GPU. target: a compute capability (80, 90, ...) or an AMD
+    architecture ("gfx942"). n_seeds: 1, or None for any number. Returns triton's CompiledKernel; its `asm` holds ptx
+    and cubin, or amdgcn and hsaco. Must not run under TRITON_INTERPRET=1."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -76,11 +84,20 @@ def compile_for(target, n_seeds=1, stochastic=False, decay=False, kernel="add_no
     constants = {"STOCHASTIC": stochastic, "DECAY": decay, "UNITS": _UNITS} | ({"n_seeds": 1} if n_seeds == 1 else {})
     constants = {name: value for name, value in constants.items() if name in fn.arg_names}
     target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
-    return triton.compile(ASTSource(fn, types | dict.fromkeys(constants, "constexpr"), constants), target=target, options=_OPTIONS)
+    return triton.compile(
+        ASTSource(fn, types | dict.fromkeys(constants, "constexpr"), constants), target=target, options=_OPTIONS
+    )
 
 
 _OPTIONS = {"num_warps": _WARPS, "num_stages": 1, "enable_fp_fusion": False}
-_TYPES = {"segments": "*i64", "n_segments": "i32", "units": "i64", "per_program": "i32", "seeds": "*i64", "coefs": "*fp32"}
+_TYPES = {
+    "segments": "*i64",
+    "n_segments": "i32",
+    "units": "i64",
+    "per_program": "i32",
+    "seeds": "*i64",
+    "coefs": "*fp32",
+}
 _TYPES |= {"n_seeds": "i32", "rounding_seed": "*i64", "minus_decay": "fp32", "sums": "*i64"}
 
 
@@ -94,7 +111,9 @@ def _table(pack):
 
 def _split(pack):
     """How many programs, and how many units each takes."""
-    processors = torch.cuda.get_device_properties(pack.device).multi_processor_count if pack.device.type == "cuda" else 1
+    processors = (
+        torch.cuda.get_device_properties(pack.device).multi_processor_count if pack.device.type == "cuda" else 1
+    )
     steps = -(-pack.units // _UNITS)
     per_program = -(-steps // (_PROGRAMS * processors)) * _UNITS
     return -(-pack.units // per_program), per_program
@@ -145,8 +164,8 @@ if triton is not None:
 
     @triton.jit
     def _box_muller(w, zero):
-        """zero: 0, unknown to the compiler. Of two constants in (w & mask) | set one takes a register: made from a variable it stays there,
-        else ptxas moves it in again each time, 1.7 instructions a value."""
+        """zero: 0, unknown to the compiler. Of two constants in (w & mask) | set one takes a register: made from a
+        variable it stays there, else ptxas moves it in again each time, 1.7 instructions a value."""
         f = ((w & (zero + 0xFFFFC000)) | 0x2000).to(tl.float32).to(tl.uint32, bitcast=True)
         log = (f - 0x4F800000).to(tl.int32, bitcast=True).to(tl.float32)
         m = ((f & (zero + 0x007FFFFF)) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -241,8 +260,8 @@ if triton is not None:
             x = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return x
 
-    # To storage: uint32 bits, and where they are to be replaced by those of the one NaN. f16 asks for NaNs in its own way: LLVM
-    # would compute what the two have in common before it branches, and run out of predicates.
+    # To storage: uint32 bits, and where they are to be replaced by those of the one NaN. f16 asks for NaNs in its own
+    # way: LLVM would compute what the two have in common before it branches, and run out of predicates.
 
     @triton.jit
     def _to_bf16(x, r, STOCHASTIC: tl.constexpr):
@@ -257,7 +276,8 @@ if triton is not None:
         u = x.to(tl.uint32, bitcast=True)
         magnitude = u & 0x7FFFFFFF
         if STOCHASTIC:
-            # The magnitude in f16 ulps is n + f: up if floor(f 2^16) + r >= 2^16. A normal has 13 bits of f, so r >> 3 decides.
+            # The magnitude in f16 ulps is n + f: up if floor(f 2^16) + r >= 2^16. A normal has 13 bits of f, so r >> 3
+            # decides.
             normal = tl.minimum(((magnitude + (r >> 3)) >> 13).to(tl.int32) - (112 << 10), 0x7C00).to(tl.uint32)
             small = tl.where(magnitude < 0x38800000, magnitude, 0).to(tl.float32, bitcast=True)
             subnormal = ((small * 1099511627776.0).to(tl.int32).to(tl.uint32) + r) >> 16  # 2^40
@@ -281,7 +301,8 @@ if triton is not None:
 
     @triton.jit
     def _load(address, dtype, at, inside, VECTOR: tl.constexpr):
-        """The bits of elements `at` (of lane 0 of each unit if VECTOR), as _unpack takes them. Nothing here waits for the memory."""
+        """The bits of elements `at` (of lane 0 of each unit if VECTOR), as _unpack takes them. Nothing here waits for
+        the memory."""
         if VECTOR:
             p = _vectors(address, dtype, at)
             low = tl.load(p, mask=inside[:, None])
@@ -350,10 +371,19 @@ if triton is not None:
 
     @triton.jit
     def _shape(segment, unit):
-        """Of struct Segment: rows, cols, first, index_stride, stream, units_per_row; and the number that unit `unit` of the table has in it."""
+        """Of struct Segment: rows, cols, first, index_stride, stream, units_per_row; and the number that unit `unit` of
+        the table has in it."""
         rows, units_per_row = tl.load(segment + 3), tl.load(segment + 11)
         start = unit - (tl.load(segment + 12) - rows * units_per_row)
-        return rows, tl.load(segment + 4), tl.load(segment + 8), tl.load(segment + 9), tl.load(segment + 10), units_per_row, start
+        return (
+            rows,
+            tl.load(segment + 4),
+            tl.load(segment + 8),
+            tl.load(segment + 9),
+            tl.load(segment + 10),
+            units_per_row,
+            start,
+        )
 
     @triton.jit
     def _dtypes(segment):
@@ -368,8 +398,11 @@ if triton is not None:
         return vector_path + (vector_path != 0).to(tl.int32) * (tl.load(segment + 3) == 1).to(tl.int32)
 
     @triton.jit
-    def _place(start, step, count, rows, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr):
-        """The units start + step ... of a segment: their block as (low, high), lane, row, column, and which are inside."""
+    def _place(
+        start, step, count, rows, cols, first, index_stride, units_per_row, UNITS: tl.constexpr, PATH: tl.constexpr
+    ):
+        """The units start + step ... of a segment: their block as (low, high), lane, row, column, and which are
+        inside."""
         if PATH == 2:
             unit = tl.arange(0, UNITS)
             number = (first.to(tl.uint64) >> 3) + start.to(tl.uint64)  # its high half is the same for the whole segment
@@ -414,12 +447,17 @@ if triton is not None:
         STEP: tl.constexpr = UNITS if VECTOR else UNITS // 8
         count = (end - begin).to(tl.int32)
         for step in range(0, count, STEP):
-            block, lane, row, col, inside = _place(start, step, count, rows, cols, first, index_stride, units_per_row, UNITS, PATH)
+            block, lane, row, col, inside = _place(
+                start, step, count, rows, cols, first, index_stride, units_per_row, UNITS, PATH
+            )
             low, high = _load(base, base_dtype, row * base_stride + col, inside, VECTOR)
             if DECAY:
-                anchor_low, anchor_high = _load(anchor, anchor_dtype, row * anchor_stride + col, _only_if(has_anchor, inside), VECTOR)
+                anchor_low, anchor_high = _load(
+                    anchor, anchor_dtype, row * anchor_stride + col, _only_if(has_anchor, inside), VECTOR
+                )
             words, halves = _unpack(low, high, VECTOR)
-            # Zero, in the layout of the vectors: tl.zeros would get one where eight threads share a unit, and keep it in the loop.
+            # Zero, in the layout of the vectors: tl.zeros would get one where eight threads share a unit, and keep it
+            # in the loop.
             acc = ((words >> 31) >> 1).to(tl.float32, bitcast=True)
             for i in range(n_seeds - 1):
                 acc = tl.fma(_normals(block, lane, stream, tl.load(seeds + i), zero, VECTOR), tl.load(coefs + i), acc)
@@ -441,9 +479,24 @@ if triton is not None:
             else:
                 r = 0
             _store(out, out_dtype, row * out_stride + col, inside, b, r, STOCHASTIC, VECTOR)
-            out, base, anchor = _advance(out, STEP, out_dtype, PATH), _advance(base, STEP, base_dtype, PATH), _advance(anchor, STEP, anchor_dtype, PATH)
+            out, base, anchor = (
+                _advance(out, STEP, out_dtype, PATH),
+                _advance(base, STEP, base_dtype, PATH),
+                _advance(anchor, STEP, anchor_dtype, PATH),
+            )
 
-    @triton.jit(do_not_specialize=["segments", "n_segments", "units", "per_program", "seeds", "coefs", "rounding_seed", "minus_decay"])
+    @triton.jit(
+        do_not_specialize=[
+            "segments",
+            "n_segments",
+            "units",
+            "per_program",
+            "seeds",
+            "coefs",
+            "rounding_seed",
+            "minus_decay",
+        ]
+    )
     def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed, minus_decay,
                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
         unit = tl.program_id(0).to(tl.int64) * per_program
@@ -457,11 +510,56 @@ if triton is not None:
             end = tl.minimum(tl.load(segment + 12), stop)
             path = _path(segment)
             if path == 2:
-                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 2)
+                _add_noise_segment(
+                    segment,
+                    unit,
+                    end,
+                    seeds,
+                    coefs,
+                    n_seeds,
+                    last_seed,
+                    last_coef,
+                    key,
+                    minus_decay,
+                    STOCHASTIC,
+                    DECAY,
+                    UNITS,
+                    2,
+                )
             elif path == 1:
-                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 1)
+                _add_noise_segment(
+                    segment,
+                    unit,
+                    end,
+                    seeds,
+                    coefs,
+                    n_seeds,
+                    last_seed,
+                    last_coef,
+                    key,
+                    minus_decay,
+                    STOCHASTIC,
+                    DECAY,
+                    UNITS,
+                    1,
+                )
             else:
-                _add_noise_segment(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay, STOCHASTIC, DECAY, UNITS, 0)
+                _add_noise_segment(
+                    segment,
+                    unit,
+                    end,
+                    seeds,
+                    coefs,
+                    n_seeds,
+                    last_seed,
+                    last_coef,
+                    key,
+                    minus_decay,
+                    STOCHASTIC,
+                    DECAY,
+                    UNITS,
+                    0,
+                )
             unit = tl.load(segment + 12)  # not `end`, whose two registers would make ptxas spill
             segment += _WORDS_A_SEGMENT
 
@@ -476,7 +574,9 @@ if triton is not None:
         total = tl.full([UNITS], 0, tl.uint64)
         count = (end - begin).to(tl.int32)
         for step in range(0, count, STEP):
-            block, lane, row, col, inside = _place(start, step, count, rows, cols, first, index_stride, units_per_row, UNITS, PATH)
+            block, lane, row, col, inside = _place(
+                start, step, count, rows, cols, first, index_stride, units_per_row, UNITS, PATH
+            )
             low, high = _load(out, dtype, row * stride + col, inside, VECTOR)
             add, multiply = _fingerprint_keys(block, lane, stream, dtype, VECTOR)
             words, halves = _unpack(low, high, VECTOR)

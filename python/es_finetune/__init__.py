@@ -10,12 +10,17 @@ if TYPE_CHECKING:
 
 __all__ = ["EvolutionStrategy", "TrainConfig", "Trainer", "Update"]
 
-_HOMES = {"EvolutionStrategy": "optim.evolution_strategy", "TrainConfig": "config", "Trainer": "trainer", "Update": "optim.evolution_strategy"}
+_HOMES = {
+    "EvolutionStrategy": "optim.evolution_strategy",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "Update": "optim.evolution_strategy",
+}
 
 
 def __getattr__(name: str):
-    # On demand: torch takes two seconds, in which Ctrl-C shall find the command line ready for it. The trainer needs the packages of the extra
-    # es-kernels[finetune]; the optimizer alone needs torch.
+    # On demand: torch takes two seconds, in which Ctrl-C shall find the command line ready for it. The trainer needs
+    # the packages of the extra es-kernels[finetune]; the optimizer alone needs torch.
     if name not in _HOMES:
         raise AttributeError(f"module 'es_finetune' has no attribute {name!r}")
     try:

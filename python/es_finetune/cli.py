@@ -49,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if arguments[0] not in commands:
-            raise ValueError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], commands) or '; the commands are ' + ', '.join(commands)}")
+            raise ValueError(
+                "unknown command "
+                f"{arguments[0]!r}{did_you_mean(arguments[0], commands) or '; the commands are ' + ', '.join(commands)}"
+            )
         require(f"es-finetune {arguments[0]}", "finetune", *FINETUNE)
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError, RewardFailed) as error:
@@ -99,18 +102,25 @@ def _train(arguments: list[str]) -> None:
             traceback.print_exc()  # nobody foresaw it
         words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
         if isinstance(error, RewardFailed) and not (trainer.generation or trainer.members):
-            raise _BrokenOff(f"{words}. Nothing is kept yet: mend the reward, and begin again with --overwrite") from error
+            raise _BrokenOff(
+                f"{words}. Nothing is kept yet: mend the reward, and begin again with --overwrite"
+            ) from error
         members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
         kept = f"{_counted(trainer.generation, 'generation')}{members} are kept in {config.output}"
         begun = read_log(Path(config.output) / "run.log")[0]["config"]
-        changed = _flags_of({name: value for name, value in recorded_options(trainer.config).items() if value != begun[name]}, TrainConfig)
+        changed = _flags_of(
+            {name: value for name, value in recorded_options(trainer.config).items() if value != begun[name]},
+            TrainConfig,
+        )
         command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
         how = "the same torchrun, and --resume" if torchrun.under_torchrun() else command
         raise _BrokenOff(f"{words}. {kept}; continue with: {how}") from error
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(
-        f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and {summary['seconds_total']:.1f} s "
-        f"({summary['share_outside'] or 0:.1%} outside generation and reward); theta {summary['fingerprint']}; {config.output}"
+        f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and "
+        f"{summary['seconds_total']:.1f} s "
+        f"({summary['share_outside'] or 0:.1%} outside generation and reward); theta {summary['fingerprint']}; "
+        f"{config.output}"
     )
 
 
@@ -136,7 +146,11 @@ def _calibrate(arguments: list[str]) -> None:
     from es_finetune.config import CalibrateConfig
 
     if arguments and not arguments[0].startswith("-"):
-        known = {name: value for name, value in _read_yaml(arguments[0]).items() if name in CalibrateConfig.__dataclass_fields__}
+        known = {
+            name: value
+            for name, value in _read_yaml(arguments[0]).items()
+            if name in CalibrateConfig.__dataclass_fields__
+        }
         arguments = _flags_of(known, CalibrateConfig) + arguments[1:]
     calibrate(_parse(CalibrateConfig, arguments, "calibrate"))
 
@@ -148,7 +162,8 @@ def _replay(arguments: list[str]) -> None:
     rebuilt = _rebuild(config)
     optimizer = rebuilt.optimizer
     print(
-        f"{config.run}: {optimizer.generation} of {len(rebuilt.generations)} generations made again, each with the fingerprints of the log; "
+        f"{config.run}: {optimizer.generation} of {len(rebuilt.generations)} generations made again, each with the "
+        "fingerprints of the log; "
         f"theta {optimizer.fingerprint('theta'):016x}, live {optimizer.fingerprint('live'):016x}"
     )
 
@@ -163,13 +178,20 @@ def _export(arguments: list[str]) -> None:
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it")
     if output.exists() and not _is_model(output):
-        raise ValueError(f"{output} is no folder of a model alone, which --overwrite could replace: give another --output")
+        raise ValueError(
+            f"{output} is no folder of a model alone, which --overwrite could replace: give another --output"
+        )
     base = config.model or read_log(Path(config.run) / "run.log")[0]["config"]["model"]
     if output.resolve() == Path(base).resolve():
-        raise ValueError(f"{output} is the base model, without which the run cannot be made again: give another --output")
+        raise ValueError(
+            f"{output} is the base model, without which the run cannot be made again: give another --output"
+        )
     rebuilt = _rebuild(config)
     save_model(rebuilt.model, rebuilt.tokenizer, output, merge_lora=config.merge_lora)
-    print(f"{output}: the model after {rebuilt.optimizer.generation} generations, live {rebuilt.optimizer.fingerprint('live'):016x}")
+    print(
+        f"{output}: the model after {rebuilt.optimizer.generation} generations, live "
+        f"{rebuilt.optimizer.fingerprint('live'):016x}"
+    )
 
 
 def _is_model(folder: Path) -> bool:
@@ -184,7 +206,9 @@ def _rebuild(config):
     from es_finetune.runs.replay import rebuild
 
     with counting(f"replaying {config.run}") as count:
-        return rebuild(config.run, model=config.model, device=config.device, generation=config.generation, on_generation=count)
+        return rebuild(
+            config.run, model=config.model, device=config.device, generation=config.generation, on_generation=count
+        )
 
 
 def _report(arguments: list[str]) -> None:
@@ -194,14 +218,22 @@ def _report(arguments: list[str]) -> None:
     print(report(Path(_parse(ReportConfig, _run_first(arguments, "report"), "report").run)))
 
 
-# --- flags --------------------------------------------------------------------------------------------------------------
+# --- flags
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _parse(kind: type, arguments: list[str], command: str) -> Any:
     from transformers import HfArgumentParser
 
     _hide_bars()
-    first = {"train": " [FILE.yaml]", "calibrate": " [FILE.yaml]", "eval": " [--run RUN]", "replay": " RUN", "export": " RUN", "report": " RUN"}.get(command, "")
+    first = {
+        "train": " [FILE.yaml]",
+        "calibrate": " [FILE.yaml]",
+        "eval": " [--run RUN]",
+        "replay": " RUN",
+        "export": " RUN",
+        "report": " RUN",
+    }.get(command, "")
     usage = f"es-finetune {command}{first} [flags]"
     parser = HfArgumentParser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
     parser.error = _refuse  # instead of the usage of fifty flags
@@ -217,8 +249,8 @@ def _parse(kind: type, arguments: list[str], command: str) -> Any:
 
 
 def _hide_bars() -> None:
-    """Those of transformers, "Loading weights" and "Writing model shards", a second each around our own. Not the hub's, of gigabytes that are
-    being downloaded, unless they are hidden already; transformers hides both."""
+    """Those of transformers, "Loading weights" and "Writing model shards", a second each around our own. Not the hub's,
+    of gigabytes that are being downloaded, unless they are hidden already; transformers hides both."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
@@ -248,7 +280,8 @@ def _run_first(arguments: list[str], command: str) -> list[str]:
 
 
 def _flag(arguments: list[str], name: str, default: str | None = None) -> str | None:
-    """The value of --name in `arguments`, before they are parsed; the last if there are several, "true" if it has none."""
+    """The value of --name in `arguments`, before they are parsed; the last if there are several, "true" if it has
+    none."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", nargs="?", const="true", default=default)
     return getattr(parser.parse_known_args(arguments)[0], name)
@@ -259,7 +292,9 @@ def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
     flags = []
     for name, value in values.items():
         if name not in kind.__dataclass_fields__:
-            raise ValueError(f"unknown option {name!r}{did_you_mean(name, kind.__dataclass_fields__) or '; --help lists them'}")
+            raise ValueError(
+                f"unknown option {name!r}{did_you_mean(name, kind.__dataclass_fields__) or '; --help lists them'}"
+            )
         if value in (None, []):
             value = _NOTHING.get(name)
         if value is not None:
@@ -282,7 +317,10 @@ def _read_yaml(name: str) -> dict[str, Any]:
         meant = f": did you mean {flag}?" if flag else did_you_mean(name, ready) or f"; ready are {', '.join(ready)}"
         raise ValueError(f"there is no file {name}, and no ready config of that name{meant}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and a file with options was expected; a run is continued with --resume --output {path}")
+        raise ValueError(
+            f"{path} is a folder, and a file with options was expected; a run is continued with --resume --output "
+            f"{path}"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -21,22 +21,25 @@ from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.optim.options import COUNT, f32_positive, finite, seed64, whole
 from es_finetune.tasks import NAMES
 
-# What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of 87
-# points of exact plain answers and 0.02 costs 14; threads=1 because a model this small gains nothing from a second one, and
-# with two a busy neighbour on either core makes every small matrix product wait (10 times slower in a trial).
+# What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of
+# 87 points of exact plain answers and 0.02 costs 14; threads=1 because a model this small gains nothing from a second
+# one, and with two a busy neighbour on either core makes every small matrix product wait (10 times slower in a trial).
 PAPER = {"sigma": 1e-3, "lr": 5e-4, "generations": 500, "prompts": 0, "eval_every": 25, "batch_size": 100, "threads": 0}
 DEMO = {"sigma": 0.01, "lr": 0.01, "generations": 30, "prompts": 128, "eval_every": 5, "batch_size": 128, "threads": 1}
 
 MAX_THREADS = 1024  # torch still runs with 4096 of them on 2 cores; with 100,000 the process crashes
-CUSTOM_PROMPTS = 128  # of a custom task that has more: 30 members give 3,840 answers a generation, however long the file is
+# Of a custom task that has more: 30 members give 3,840 answers a generation, however long the file is
+CUSTOM_PROMPTS = 128
 
 SCHEDULES = ("constant", "linear", "cosine")
 
-# Fields that may differ when a run is resumed: they decide where, how fast and how closely watched it runs, not what the log
-# holds, since equal scores give equal weights anywhere. The last four are known by fingerprint and digest.
+# Fields that may differ when a run is resumed: they decide where, how fast and how closely watched it runs, not what
+# the log holds, since equal scores give equal weights anywhere. The last four are known by fingerprint and digest.
 FREE = frozenset(
-    "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every snapshot_every "
-    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit on_straggler "
+    "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every "
+    "snapshot_every "
+    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit "
+    "on_straggler "
     "model data test_data reward".split()
 )
 
@@ -57,11 +60,22 @@ def _preset(name: str, help: str):
 class TaskConfig:
     """What is asked and how answers are scored."""
 
-    task: str | None = _flag("countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward")
-    data: str | None = _flag("training items: a .jsonl file with one object a line that has a prompt (custom), or a dataset's name or folder (math)")
-    test_data: str | None = _flag("held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)")
-    reward: str | None = _flag("your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own")
-    time_limit: float = _flag("seconds after which the scoring of one answer is stopped, where it runs in a process of its own", 5.0)
+    task: str | None = _flag(
+        "countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward"
+    )
+    data: str | None = _flag(
+        "training items: a .jsonl file with one object a line that has a prompt (custom), or a dataset's name or "
+        "folder (math)"
+    )
+    test_data: str | None = _flag(
+        "held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)"
+    )
+    reward: str | None = _flag(
+        "your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own"
+    )
+    time_limit: float = _flag(
+        "seconds after which the scoring of one answer is stopped, where it runs in a process of its own", 5.0
+    )
     max_new_tokens: int | None = _flag("length of an answer; the task's own if not given")
 
 
@@ -74,8 +88,12 @@ class ModelConfig:
     lora_rank: int = _flag("tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)
     pad_token: str | None = _flag("an existing token to pad with, for a tokenizer that has none")
     batch_size: int | None = _preset("batch_size", "prompts per call of generate")
-    decoding: str = _flag("how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)", "dynamic")
-    attn_implementation: str | None = _flag("transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given")
+    decoding: str = _flag(
+        "how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)", "dynamic"
+    )
+    attn_implementation: str | None = _flag(
+        "transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given"
+    )
     threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
     device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
@@ -92,16 +110,23 @@ class Setup(ModelConfig, TaskConfig):
         """Replace each None that has a default by it, and check. ValueError for what is missing or wrong."""
         make_plain(self)
         if self.task is None:
-            self.task = "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
+            self.task = (
+                "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
+            )
             if self.task is None:
-                raise ValueError("no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION")
+                raise ValueError(
+                    "no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION"
+                )
         if self.model is None:
             if self.task != "countdown-char":
                 meant = did_you_mean(self.task, NAMES) if self.task not in NAMES else ""
-                raise ValueError(f"task {self.task!r} needs a model{meant or ': give --model with a folder or hub name'}")
+                raise ValueError(
+                    f"task {self.task!r} needs a model{meant or ': give --model with a folder or hub name'}"
+                )
             self.model = "embedded"
         for name, value in (DEMO if self.model == "embedded" else PAPER).items():
-            if getattr(self, name, value) is None and (name, self.task) != ("prompts", "custom"):  # whose number depends on its data
+            # Whose number depends on its data
+            if getattr(self, name, value) is None and (name, self.task) != ("prompts", "custom"):
                 setattr(self, name, value)
         at_least(self, lora_rank=0, batch_size=1, threads=0)
         at_most(self, threads=MAX_THREADS)
@@ -114,18 +139,23 @@ class Setup(ModelConfig, TaskConfig):
 
 @dataclass
 class TrainConfig(Setup):
-    """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one, else
-    the paper's (arXiv:2509.24372)."""
+    """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one,
+    else the paper's (arXiv:2509.24372)."""
 
     output: str | None = _flag("folder of the run; runs/TASK-MODEL if not given")
     generations: int | None = _preset("generations", "how many updates")
     population: int = _flag("members per generation", 30)
     sigma: float | None = _preset("sigma", "scale of the noise")
     lr: float | None = _preset("lr", "scale of the update")
-    sigma_schedule: str = _flag("constant, linear or cosine: sigma falls from its value to final_scale times it", "constant")
+    sigma_schedule: str = _flag(
+        "constant, linear or cosine: sigma falls from its value to final_scale times it", "constant"
+    )
     lr_schedule: str = _flag("the same for lr", "constant")
     final_scale: float = _flag("where the schedules end", 0.1)
-    shaping: str = _flag("rewards to coefficients: zscore, ranks (centred ranks) or per_prompt (z-scores for each prompt, averaged)", "zscore")
+    shaping: str = _flag(
+        "rewards to coefficients: zscore, ranks (centred ranks) or per_prompt (z-scores for each prompt, averaged)",
+        "zscore",
+    )
     antithetic: bool = _flag("members in pairs of opposite noise", False)
     momentum: float = _flag("of past updates, 0 <= momentum < 1; kept as seeds and coefficients, not as a tensor", 0.0)
     momentum_window: int = _flag("generations that momentum remembers", 8)
@@ -133,29 +163,53 @@ class TrainConfig(Setup):
     anchored: bool = _flag("decay toward the initial weights instead of zero", False)
     base: str = _flag("where the exact weights live: fp32, copy, host or none", "fp32")
     perturb_rounding: str = _flag("nearest or stochastic, of perturbed weights", "nearest")
-    update_rounding: str | None = _flag("nearest or stochastic, of the update; stochastic with base copy and none, else nearest")
+    update_rounding: str | None = _flag(
+        "nearest or stochastic, of the update; stochastic with base copy and none, else nearest"
+    )
     tune: list[str] = _list("name patterns (as *.mlp.*) of the parameters to tune; all if not given")
     freeze: list[str] = _list("name patterns of parameters to leave out")
-    sigma_for: list[str] = _list("PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts")
+    sigma_for: list[str] = _list(
+        "PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts"
+    )
     prompts: int | None = _flag(
         "training prompts per generation, drawn anew each time, the same for all members; 0: all of them; "
-        f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else {PAPER['prompts']}"
+        f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else "
+        f"{PAPER['prompts']}"
     )
     seed: int = _flag("of the whole run", 0)
-    eval_every: int | None = _preset("eval_every", "generations between evals on the held-out prompts; 0: only first and last")
+    eval_every: int | None = _preset(
+        "eval_every", "generations between evals on the held-out prompts; 0: only first and last"
+    )
     eval_items: int = _flag("how many held-out prompts; 0: all", 0)
-    health_every: int = _flag("generations between measurements of the realised noise and step and of the distance from the base model; 0: never", 10)
-    snapshot_every: int = _flag("generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough", 0)
+    health_every: int = _flag(
+        "generations between measurements of the realised noise and step and of the distance from the base model; 0: "
+        "never",
+        10,
+    )
+    snapshot_every: int = _flag(
+        "generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough", 0
+    )
     save_model: bool = _flag("write the tuned model at the end", True)
     report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
-    on_reward_error: str = _flag("floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor")
+    on_reward_error: str = _flag(
+        "floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor"
+    )
     engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf")
     tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1)
-    workers: str = _flag("alone, or ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag", "alone")
+    workers: str = _flag(
+        "alone, or ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag",
+        "alone",
+    )
     ray_workers: int = _flag("how many actors; 0: one for each GPU of the cluster", 0)
-    straggler_limit: float = _flag("seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait", 0.0)
+    straggler_limit: float = _flag(
+        "seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait", 0.0
+    )
     on_straggler: str = _flag("reissue, or drop: then the member is left out of its generation", "reissue")
-    resume: bool = _flag("continue the run in the output folder; its config counts, and flags may only repeat it or change how it is watched", False)
+    resume: bool = _flag(
+        "continue the run in the output folder; its config counts, and flags may only repeat it or change how it is "
+        "watched",
+        False,
+    )
     overwrite: bool = _flag("replace the run in the output folder", False)
 
     def __post_init__(self):
@@ -163,13 +217,29 @@ class TrainConfig(Setup):
         if self.output is None:
             self.output = str(Path("runs") / self.label)
         at_most(self, generations=COUNT)
-        at_least(self, tensor_parallel=1, ray_workers=0, straggler_limit=0, generations=1, eval_every=0, eval_items=0, health_every=0, snapshot_every=0)
+        at_least(
+            self,
+            tensor_parallel=1,
+            ray_workers=0,
+            straggler_limit=0,
+            generations=1,
+            eval_every=0,
+            eval_items=0,
+            health_every=0,
+            snapshot_every=0,
+        )
         if self.prompts is not None:
             at_least(self, prompts=0)
         one_of(self, engine=("hf", "vllm"), workers=("alone", "ray"), on_straggler=("reissue", "drop"))
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise ValueError("tensor_parallel goes with --engine vllm")
-        one_of(self, base=("fp32", "copy", "host", "none"), sigma_schedule=SCHEDULES, lr_schedule=SCHEDULES, on_reward_error=("floor", "stop"))
+        one_of(
+            self,
+            base=("fp32", "copy", "host", "none"),
+            sigma_schedule=SCHEDULES,
+            lr_schedule=SCHEDULES,
+            on_reward_error=("floor", "stop"),
+        )
         if not 0 < self.final_scale <= 1:
             raise ValueError(f"final_scale must be in (0, 1], not {self.final_scale}")
         if not self.lr:
@@ -178,7 +248,9 @@ class TrainConfig(Setup):
         # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
         EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))
         if self.resume and self.overwrite:
-            raise ValueError("resume continues the run in the output folder and overwrite replaces it: give one of them")
+            raise ValueError(
+                "resume continues the run in the output folder and overwrite replaces it: give one of them"
+            )
 
 
 @dataclass
@@ -186,14 +258,20 @@ class EvalConfig(Setup):
     """The accuracy of a model on a task's held-out questions, by the protocol of the paper."""
 
     run: str | None = _flag("folder of a run: its model, task and settings, the tuned weights made again from its log")
-    generation: int | None = _flag("with --run: the weights after this many updates; 0: the base model; the last if not given")
+    generation: int | None = _flag(
+        "with --run: the weights after this many updates; 0: the base model; the last if not given"
+    )
     split: str = _flag("test or train", "test")
     items: int = _flag("how many questions; 0: all", 0)
-    samples: int | None = _flag("answers to each question; 1: greedy, more: sampled at temperature 1; the task's own if not given")
+    samples: int | None = _flag(
+        "answers to each question; 1: greedy, more: sampled at temperature 1; the task's own if not given"
+    )
     kl: bool = _flag("also the KL divergence to the base model: the run's, or --kl_model", False)
     kl_model: str | None = _flag("the base model of --kl")
     seed: int = _flag("of the sampling", 0)
-    output: str | None = _flag("folder for answers.jsonl and result.json; runs/eval-TASK-MODEL, or RUN/eval-GENERATION, if not given")
+    output: str | None = _flag(
+        "folder for answers.jsonl and result.json; runs/eval-TASK-MODEL, or RUN/eval-GENERATION, if not given"
+    )
 
     def __post_init__(self):
         if self.run is None and self.generation is not None:
@@ -264,8 +342,8 @@ class ReportConfig:
 
 
 def make_plain(config) -> None:
-    """Make each field the plain value of its type, as log and config.json hold it: of a Path its text, of an integer of NumPy an int. ValueError, by
-    name, for a value of another type, and for NaN and infinities."""
+    """Make each field the plain value of its type, as log and config.json hold it: of a Path its text, of an integer of
+    NumPy an int. ValueError, by name, for a value of another type, and for NaN and infinities."""
     for name, allowed in _types(type(config)).items():
         value = getattr(config, name)
         if value is None and types.NoneType in allowed:
@@ -328,7 +406,11 @@ def one_of(config, **choices) -> None:
 
 def recorded_options(config: TrainConfig) -> dict[str, Any]:
     """What the config asks for, wherever it runs: as log and config.json hold it."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "overwrite", "resume")}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("output", "overwrite", "resume")
+    }
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
@@ -352,5 +434,8 @@ def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
         except ValueError:
             pattern = ""
         if not pattern:
-            raise ValueError(f"sigma_for must be PATTERN=SIGMA with a positive sigma, not {text!r}; to leave parameters out use freeze")
+            raise ValueError(
+                f"sigma_for must be PATTERN=SIGMA with a positive sigma, not {text!r}; to leave parameters out use "
+                "freeze"
+            )
     return found

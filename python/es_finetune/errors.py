@@ -14,11 +14,15 @@ def require(what: str, extra: str, *modules: str) -> None:
     """ValueError, with the extra of es-kernels that brings them, unless these modules are installed."""
     missing = [name.replace("_", "-") for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{what} needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: pip install 'es-kernels[{extra}]'")
+        raise ValueError(
+            f"{what} needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: pip install "
+            f"'es-kernels[{extra}]'"
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """": did you mean ...?" with the nearest of the known words, up to three, each with `prefix`; nothing where none is near."""
+    """ ": did you mean ...?" with the nearest of the known words, up to three, each with `prefix`; nothing where none
+    is near."""
     forms, plain = {_plain(name): name for name in known}, _plain(word)
     begin = [form for form in forms if len(plain) > 2 and form.startswith(plain)]
     near = [plain] if plain in forms else begin or difflib.get_close_matches(plain, forms, n=1, cutoff=0.7)

@@ -34,13 +34,22 @@ from es_finetune.runs.replay import check_start
 from es_finetune.tasks import Task
 from es_finetune.workers import ray_pool, torchrun
 from es_finetune.workers.protocol import Workers
-from es_finetune.workers.worker import RewardFailed, Worker, held_out_items, known_members, line_of, members_left, update_of
+from es_finetune.workers.worker import (
+    RewardFailed,
+    Worker,
+    held_out_items,
+    known_members,
+    line_of,
+    members_left,
+    update_of,
+)
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
 
 def follow(config: TrainConfig, **objects) -> None:
-    """What the ranks of torchrun do instead of a Trainer's work, all but the first: their share of the members. Arguments as for Trainer."""
+    """What the ranks of torchrun do instead of a Trainer's work, all but the first: their share of the members.
+    Arguments as for Trainer."""
     config = torchrun.for_this_rank(config)
     inherit(config)
     torchrun.Ranks(Worker(config, **objects)).follow()
@@ -50,10 +59,11 @@ class Trainer:
     """Everything a run needs, made and checked before it starts; `train` does the work.
 
     config:            what to do. Its `model` and `task` are loaded, unless objects are given:
-    model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its tokenizer.
-                       Those that text does not pass through, as of a vision tower, are frozen. config.model is then only the
-                       name in the log.
-    task:              any object with the attributes of tasks.Task, as load_task("custom", data=[...], reward=function).
+    model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its
+                       tokenizer. Those that text does not pass through, as of a vision tower, are frozen. config.model
+                       is then only the name in the log.
+    task:              any object with the attributes of tasks.Task, as load_task("custom", data=[...],
+                       reward=function).
 
     A bad config, model, task or folder raises ValueError or OSError from the constructor, before any long work.
 
@@ -63,7 +73,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
         if torchrun.under_torchrun():
             if not torchrun.is_first_rank():
-                raise RuntimeError("under torchrun a Trainer is for the first rank, which writes the folder: call es_finetune.trainer.follow() on the others")
+                raise RuntimeError(
+                    "under torchrun a Trainer is for the first rank, which writes the folder: call "
+                    "es_finetune.trainer.follow() on the others"
+                )
             config = torchrun.for_this_rank(config)
         self.config = config = copy.copy(config)
         self.folder = Path(config.output)
@@ -86,7 +99,8 @@ class Trainer:
         self._evals: list[dict[str, Any]] = []
         try:
             with self._resumable():
-                start = self._proof = self.workers.start()  # a pool's workers load model and task only now: still nothing has been written
+                # A pool's workers load model and task only now: still nothing has been written
+                start = self._proof = self.workers.start()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log = SealedLines(self.folder / "run.log")
             self.journal = SealedLines(self.folder / "journal", sync=False)
@@ -97,13 +111,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:
-        """Within, a question that cannot be asked says what that means for a run which an older version began with it."""
+        """Within, a question that cannot be asked says what that means for a run which an older version began with
+        it."""
         try:
             yield
         except Unaskable as error:
             if not self.config.resume:
                 raise
-            raise ValueError(f"{error}. {self.folder} was begun with it and cannot go on: begin another run without it, {_FROM_THIS_ONE}") from error
+            raise ValueError(
+                f"{error}. {self.folder} was begun with it and cannot go on: begin another run without it, "
+                f"{_FROM_THIS_ONE}"
+            ) from error
 
     # --- the folder ---------------------------------------------------------------------------------------------------
 
@@ -111,9 +129,17 @@ class Trainer:
         """A new run: prove what it will write, remove what an older one left, then write."""
         config, folder = self.config, self.folder
         if self.log.lines and not config.overwrite:
-            raise ValueError(f"output {folder} holds a run that another process has begun meanwhile: give another folder")
+            raise ValueError(
+                f"output {folder} holds a run that another process has begun meanwhile: give another folder"
+            )
         versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
-        header = {"run": FORMAT, "es_finetune": es_kernels.__version__, "config": recorded_options(config), **start, "versions": versions}
+        header = {
+            "run": FORMAT,
+            "es_finetune": es_kernels.__version__,
+            "config": recorded_options(config),
+            **start,
+            "versions": versions,
+        }
         sealed(header)
         # Older curves step aside until the trackers have started: one that refuses shall leave the old run as it was.
         curves = [folder / name for name in CURVES if (folder / name).exists()]
@@ -129,7 +155,9 @@ class Trainer:
         # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
         self.log.clear()
         self.journal.clear()
-        remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES))
+        remove(
+            path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES)
+        )
         write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
         self.log.append(header)
         self.workers.fast_forward([])
@@ -154,24 +182,31 @@ class Trainer:
         write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
 
     def _refuse_other_task(self, header: dict[str, Any], start: dict[str, Any]) -> None:
-        """ValueError unless the log's questions are asked and answers scored as they were. Of scoring older logs say nothing."""
+        """ValueError unless the log's questions are asked and answers scored as they were. Of scoring older logs say
+        nothing."""
         config, folder = self.config, self.folder
         for split in ("train", "test"):
             if header[f"{split}_items"] != start[f"{split}_items"]:
-                raise ValueError(f"the {split} items of task {config.task} are not those that the run in {folder} began with")
+                raise ValueError(
+                    f"the {split} items of task {config.task} are not those that the run in {folder} began with"
+                )
         if "reward" not in header:
             done = len(self.log.lines) - 1
-            self._notes.append(f"begun by an older version: that answers are scored as in the {done} generations before is not checked")
+            self._notes.append(
+                f"begun by an older version: that answers are scored as in the {done} generations before is not checked"
+            )
             return
         for split in ("train", "test"):
             if header[f"{split}_scoring"] != start[f"{split}_scoring"]:
                 raise ValueError(
-                    f"what the {split} items of task {config.task} give the reward, as reference answers, is not what the run in {folder} "
+                    f"what the {split} items of task {config.task} give the reward, as reference answers, is not what "
+                    f"the run in {folder} "
                     f"began with: put it back as it was, or begin another run, {_FROM_THIS_ONE}"
                 )
         if header["reward"] != start["reward"]:
             raise ValueError(
-                f"the reward {config.reward or 'given'} is not the one that the run in {folder} began with, or a module beside it is not: "
+                f"the reward {config.reward or 'given'} is not the one that the run in {folder} began with, or a "
+                "module beside it is not: "
                 f"put it back as it was, or begin another run, {_FROM_THIS_ONE}"
             )
 
@@ -192,7 +227,8 @@ class Trainer:
         return len(known_members(read_journals(self.folder), self.generation, self.config))
 
     def close(self) -> None:
-        """Let go of the run's folder and the workers, for a Trainer that shall not train; `train` does so at its end."""
+        """Let go of the run's folder and the workers, for a Trainer that shall not train; `train` does so at its
+        end."""
         self.tracker.close()
         self._let_go()
 
@@ -207,17 +243,27 @@ class Trainer:
         held_out = len(held_out_items(self.task, config))
         progress.note(
             f"{self.folder}: {config.task}, {len(self.task.train)} training and {held_out} held-out prompts; "
-            f"{workers.parameters:,} parameters, backend {workers.backend}{f', {workers.count} workers' if workers.count > 1 else ''}"
+            f"{workers.parameters:,} parameters, backend "
+            f"{workers.backend}{f', {workers.count} workers' if workers.count > 1 else ''}"
         )
         for note in (*self._notes, *self.task.notes):
             progress.note(note)
         if self._by_default:
-            progress.note(f"{config.prompts} of the {len(self.task.train):,} training prompts are drawn for each generation; --prompts 0 takes all")
+            progress.note(
+                f"{config.prompts} of the {len(self.task.train):,} training prompts are drawn for each generation; "
+                "--prompts 0 takes all"
+            )
         prompts = config.prompts or len(self.task.train)
-        progress.note(f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts")
+        progress.note(
+            f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts"
+        )
         while True:
             done = self.generation
-            if not self._evals or done in (0, config.generations) or (config.eval_every and done % config.eval_every == 0):
+            if (
+                not self._evals
+                or done in (0, config.generations)
+                or (config.eval_every and done % config.eval_every == 0)
+            ):
                 self._evaluate_held_out(progress)
             if done >= config.generations:
                 return
@@ -233,15 +279,19 @@ class Trainer:
             progress.update(row, self._evals[-1][self.task.metric], total_seconds(self._rows, self._evals))
 
     def _generation(self, progress: Progress) -> dict[str, Any]:
-        """One generation: score the members that the journal does not hold, update, log. Returns its row of metrics.jsonl."""
+        """One generation: score the members that the journal does not hold, update, log. Returns its row of
+        metrics.jsonl."""
         config, generation = self.config, self.generation
         begin = time.perf_counter()
         known = known_members(self._scored, generation, config)
         # Seconds of an earlier process, which this one's clock does not hold.
-        before = math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / self.workers.count
+        before = (
+            math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / self.workers.count
+        )
         if not known:
             self.journal.clear()
-        # Members are handed out in this order, so that of several workers a member's place says how far all of them are.
+        # Members are handed out in this order, so that of several workers a member's place says how far all of them
+        # are.
         places = {member: place for place, member in enumerate(members_left(config, known), 1)}
         new = 0
 
@@ -249,12 +299,19 @@ class Trainer:
             nonlocal new
             self.journal.append(line)
             place, new = places[line["member"]], new + 1
-            seconds = (time.perf_counter() - begin) / max(place, min(self.workers.count, len(places))) * config.population
+            seconds = (
+                (time.perf_counter() - begin) / max(place, min(self.workers.count, len(places))) * config.population
+            )
             if new == 1 and not self._rows:
-                progress.note(f"estimate after the first member: {estimate(seconds, self._evals[0], config.generations, config.eval_every)}")
+                progress.note(
+                    "estimate after the first member: "
+                    f"{estimate(seconds, self._evals[0], config.generations, config.eval_every)}"
+                )
             progress.member(len(known) + place, config.population, seconds)
 
-        with_health = bool(config.health_every) and (generation % config.health_every == 0 or generation == config.generations - 1)
+        with_health = bool(config.health_every) and (
+            generation % config.health_every == 0 or generation == config.generations - 1
+        )
         members, dropped = self.workers.evaluate(generation, known, keep, with_health)
         update, by_prompt = update_of(self.task, config, generation, members, dropped)
         found = self.workers.update(update, with_health)
@@ -291,7 +348,10 @@ class Trainer:
         evaluation = self.workers.answer_held_out()
         progress.rest()
         if evaluation.all_failed and not done:
-            raise RewardFailed(f"no answer of the base model to a held-out question could be scored; the first failure: {evaluation.error[1]}")
+            raise RewardFailed(
+                "no answer of the base model to a held-out question could be scored; the first failure: "
+                f"{evaluation.error[1]}"
+            )
         if evaluation.failed:
             failure = f"held-out answers after {done} updates: scoring failed for {evaluation.failed}; prompt {evaluation.error[0]}: {evaluation.error[1]}"
             if self.config.on_reward_error == "stop" and any(score.reward is None for score in evaluation.scores):
@@ -299,7 +359,12 @@ class Trainer:
             progress.note(failure)
         look = eval_row(self.task, evaluation, done, time.perf_counter() - begin)
         (self.folder / "answers").mkdir(exist_ok=True)
-        save_answers(self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"), held_out_items(self.task, self.config), evaluation.answers, evaluation.scores)
+        save_answers(
+            self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"),
+            held_out_items(self.task, self.config),
+            evaluation.answers,
+            evaluation.scores,
+        )
         append_row(self.folder / "evals.jsonl", look)
         self._evals.append(look)
         self.tracker.log(look, done, prefix="held_out")
@@ -321,7 +386,13 @@ class Trainer:
         }
         if config.save_model:
             self.workers.save_model(self.folder / "model")
-        plot_run(self.folder / "reward.png", f"Evolution strategies on {config.task}", self.task.metric, self._rows, self._evals)
+        plot_run(
+            self.folder / "reward.png",
+            f"Evolution strategies on {config.task}",
+            self.task.metric,
+            self._rows,
+            self._evals,
+        )
         write_atomically(self.folder / "summary.json", json.dumps(found, indent=2) + "\n")
         return found
 

@@ -1,4 +1,5 @@
-"""A GPU that is played: a queue and two clocks for what is timed; for whole runs its memory is the CPU's, and the cpu backend serves it."""
+"""A GPU that is played: a queue and two clocks for what is timed; for whole runs its memory is the CPU's, and the cpu
+backend serves it."""
 
 import contextlib
 import pathlib
@@ -16,7 +17,8 @@ import timing
 
 
 class GPU:
-    """Its clock and the host's, in seconds: work begins when it was asked for and what was asked for before it has ended."""
+    """Its clock and the host's, in seconds: work begins when it was asked for and what was asked for before it has
+    ended."""
 
     def __init__(self):
         self.host = self.free = 0.0
@@ -62,7 +64,13 @@ class _OnCPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def there(argument):
-            return "cpu" if function is not torch.device and isinstance(argument, (str, torch.device)) and str(argument).startswith("cuda") else argument
+            return (
+                "cpu"
+                if function is not torch.device
+                and isinstance(argument, (str, torch.device))
+                and str(argument).startswith("cuda")
+                else argument
+            )
 
         return function(*map(there, args), **{name: there(value) for name, value in (kwargs or {}).items()})
 
@@ -71,7 +79,13 @@ class _OnCPU(TorchFunctionMode):
 def played_gpu(gpu, monkeypatch):
     """An H200 on which everything takes 10 us of GPU and 20 us of host; what is captured runs then, and not again."""
     properties = types.SimpleNamespace(
-        name="NVIDIA H200", multi_processor_count=132, L2_cache_size=10_000, major=9, minor=0, total_memory=int(150e9), uuid="0"
+        name="NVIDIA H200",
+        multi_processor_count=132,
+        L2_cache_size=10_000,
+        major=9,
+        minor=0,
+        total_memory=int(150e9),
+        uuid="0",
     )
 
     @contextlib.contextmanager
@@ -101,7 +115,12 @@ def played_gpu(gpu, monkeypatch):
         gpu.launch(10e-6, 20e-6)
         cpu.add_noise_(*arguments)
 
-    served = types.SimpleNamespace(unavailable=lambda device: None, add_noise_=add_noise_, fingerprint=cpu.fingerprint, __name__="es_kernels.backends.cuda")
+    served = types.SimpleNamespace(
+        unavailable=lambda device: None,
+        add_noise_=add_noise_,
+        fingerprint=cpu.fingerprint,
+        __name__="es_kernels.backends.cuda",
+    )
     monkeypatch.setattr(backends, "_module", lambda name: served)
     with _OnCPU():
         yield gpu

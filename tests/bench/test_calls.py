@@ -1,4 +1,5 @@
-"""Contract: bench/calls.py measures single calls by pytest-benchmark, behind the gate, and each row says what it moved."""
+"""Contract: bench/calls.py measures single calls by pytest-benchmark, behind the gate, and each row says what it
+moved."""
 
 import json
 import os
@@ -12,7 +13,9 @@ import torch
 from es_kernels import backends
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(backends.unavailable("cpu", torch.device("cpu")) is not None, reason="the CPU library was not built")
+pytestmark = pytest.mark.skipif(
+    backends.unavailable("cpu", torch.device("cpu")) is not None, reason="the CPU library was not built"
+)
 
 
 def run(tmp_path, cases):

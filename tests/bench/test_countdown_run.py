@@ -1,5 +1,6 @@
-"""Contract: the learning run's base model practises on questions that the task neither trains nor tests with, and on answers that the task's own scorer judges
-as meant; the run is stopped, finished, replayed and reported by the command line; a decoding that fails or hangs leaves the next one."""
+"""Contract: the learning run's base model practises on questions that the task neither trains nor tests with, and on
+answers that the task's own scorer judges as meant; the run is stopped, finished, replayed and reported by the command
+line; a decoding that fails or hangs leaves the next one."""
 
 import json
 import os
@@ -68,7 +69,9 @@ def test_a_batch_learns_completions_only():
     tokenizer = countdown_model.make_tokenizer()
     for row, mask in zip(ids, learnt):
         prompt = Countdown().train[0].prompt
-        assert tokenizer.decode(row[mask]).endswith(countdown_model.END) and "helpful assistant" not in tokenizer.decode(row[mask])
+        assert tokenizer.decode(row[mask]).endswith(
+            countdown_model.END
+        ) and "helpful assistant" not in tokenizer.decode(row[mask])
         assert tokenizer.decode(row).startswith(prompt[:50])
 
 
@@ -127,7 +130,9 @@ def test_a_command_is_stopped_also_where_the_shell_ignores_interrupts(monkeypatc
         lines.insert(1, "signal.signal(signal.SIGINT, signal.SIG_IGN)")
     program = "; ".join(lines)
     popen = subprocess.Popen
-    monkeypatch.setattr(countdown_run.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options))
+    monkeypatch.setattr(
+        countdown_run.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options)
+    )
     monkeypatch.setattr(countdown_run, "TO_STOP", 3)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -142,7 +147,11 @@ def test_a_whole_run(tmp_path, monkeypatch):
     flags += ["--train", "population=2", "eval_items=10", "prompts=4", "threads=1", "device=cpu"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, ROOT / "bench/countdown_run.py", "--out", tmp_path, *flags], env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, ROOT / "bench/countdown_run.py", "--out", tmp_path, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     report = json.loads((tmp_path / "countdown-cpu.json").read_text())

@@ -1,5 +1,6 @@
-"""Contract: bench/exactness.py does what the paper's code does (in its order and roundings), measures step / ulp in bf16's ulps, gives every way
-of keeping weights the same noise and questions, looks at what the task calls exact, and pairs differences by seed."""
+"""Contract: bench/exactness.py does what the paper's code does (in its order and roundings), measures step / ulp in
+bf16's ulps, gives every way of keeping weights the same noise and questions, looks at what the task calls exact, and
+pairs differences by seed."""
 
 import json
 import pathlib
@@ -48,7 +49,10 @@ def test_step_over_ulp():
 
 def test_every_way_starts_alike_and_sees_the_same_noise_and_questions(monkeypatch):
     monkeypatch.setattr(exactness, "POPULATION", 2)
-    reward, seen = exactness.Questions.reward, {way: [] for way in ("f32 weights", "bf16, base None", "bf16, add then subtract")}
+    reward, seen = (
+        exactness.Questions.reward,
+        {way: [] for way in ("f32 weights", "bf16, base None", "bf16, add then subtract")},
+    )
 
     def looked_at(self, model, rows=None):
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -92,16 +96,22 @@ def test_a_run_that_ended_is_not_made_again(monkeypatch, tmp_path):
 
 def test_differences_are_paired_by_seed(monkeypatch):
     monkeypatch.setattr(exactness, "MIDWAY", exactness.LOOK_EVERY)
-    curves = {"bf16, base fp32": [[0.4, 0.5, 0.8], [0.4, 0.6, 0.9]], "bf16, base None": [[0.4, 0.4, 0.7], [0.4, 0.5, 0.8]]}
+    curves = {
+        "bf16, base fp32": [[0.4, 0.5, 0.8], [0.4, 0.6, 0.9]],
+        "bf16, base None": [[0.4, 0.4, 0.7], [0.4, 0.5, 0.8]],
+    }
     runs = []
     for way in exactness.WAYS:
         for seed in (0, 1) if way == exactness.REFERENCE else (1, 0):
             curve = curves.get(way, [[0.4, 0.5, 0.6]] * 2)[seed]
             runs.append({"way": way, "seed": seed, "curve": curve, "log_p": [-2 * share for share in curve]})
     drifting = {row["way"]: row for row in exactness.summary(runs)}["bf16, base None"]
-    assert drifting["end"] == pytest.approx({"mean": 0.75, "error": 0.05, "difference": -0.1, "difference_error": 0})  # the same in each seed
+    # The same in each seed
+    assert drifting["end"] == pytest.approx({"mean": 0.75, "error": 0.05, "difference": -0.1, "difference_error": 0})
     assert drifting["midway"]["mean"] == pytest.approx(0.45) and drifting["mean"] == pytest.approx([0.4, 0.45, 0.75])
-    assert drifting["log_p"]["end"]["difference"] == pytest.approx(0.2) and drifting["log_p"]["error"] == pytest.approx([0, 0.1, 0.1])
+    assert drifting["log_p"]["end"]["difference"] == pytest.approx(0.2) and drifting["log_p"]["error"] == pytest.approx(
+        [0, 0.1, 0.1]
+    )
 
 
 def test_the_committed_run_is_in_the_regime_it_speaks_of():
@@ -111,4 +121,6 @@ def test_the_committed_run_is_in_the_regime_it_speaks_of():
     assert len(report["runs"]) == len(exactness.WAYS) * report["setting"]["seeds"]
     for row, again in zip(report["rows"], exactness.summary(report["runs"]), strict=True):
         for found, expected in ((row, again), (row["log_p"], again["log_p"])):
-            assert all(found[look] == pytest.approx(expected[look], abs=1e-12) for look in ("mean", "error", "midway", "end"))
+            assert all(
+                found[look] == pytest.approx(expected[look], abs=1e-12) for look in ("mean", "error", "midway", "end")
+            )

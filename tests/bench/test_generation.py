@@ -1,5 +1,6 @@
-"""Contract: a generation is the sum of its parts; break-even inverts that sum; what was extrapolated says so, and from what; every way does its
-work on every parameter; a run writes whole rows, and what fails or has no time costs nothing else."""
+"""Contract: a generation is the sum of its parts; break-even inverts that sum; what was extrapolated says so, and from
+what; every way does its work on every parameter; a run writes whole rows, and what fails or has no time costs nothing
+else."""
 
 import json
 import pathlib
@@ -21,7 +22,14 @@ OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None
 
 def test_a_generation_is_the_sum_of_its_parts():
     found = generation.generation(30, weights=0.1, answers=2.0, rewards=0.5, update=3.0)
-    assert found == {"weights": 3.0, "answers": 60.0, "rewards": 15.0, "update": 3.0, "total": 81.0, "share_of_weights": 6 / 81}
+    assert found == {
+        "weights": 3.0,
+        "answers": 60.0,
+        "rewards": 15.0,
+        "update": 3.0,
+        "total": 81.0,
+        "share_of_weights": 6 / 81,
+    }
 
 
 def test_break_even_inverts_the_sum():
@@ -33,7 +41,8 @@ def test_break_even_inverts_the_sum():
     assert tokens == 261
     assert generation.generation(30, 0.2, answers(tokens), 0.0, 3.0)["share_of_weights"] == pytest.approx(0.1)
     assert generation.break_even(0.1, weights=0.001, update=0.0, population=30, answers=answers) == 1
-    assert generation.break_even(0.1, weights=0.2, update=3.0, population=30, answers=lambda tokens: 0.1) >= 1 << 30  # ends, if a token costs nothing
+    # Ends, if a token costs nothing
+    assert generation.break_even(0.1, weights=0.2, update=3.0, population=30, answers=lambda tokens: 0.1) >= 1 << 30
 
 
 def test_longer_answers_are_extrapolated_by_what_they_cost_at_length():
@@ -45,7 +54,8 @@ def test_longer_answers_are_extrapolated_by_what_they_cost_at_length():
     assert answers.extrapolated(points, 80) == pytest.approx((parabola(32) + parabola(128)) / 2)  # 80 is half way
     assert answers.extrapolated(points, 128) == parabola(128)
     assert answers.extrapolated({1: 1.0, 3: 2.0}, 9) == pytest.approx(5.0)
-    assert answers.extrapolated({1: 0.0, 2: 10.0, 3: 11.0}, 5) == pytest.approx(13.0)  # the parabola would come down again
+    # The parabola would come down again
+    assert answers.extrapolated({1: 0.0, 2: 10.0, 3: 11.0}, 5) == pytest.approx(13.0)
 
 
 def test_bytes_and_cache_of_a_model():
@@ -53,7 +63,9 @@ def test_bytes_and_cache_of_a_model():
     found = generation.memory("Qwen2.5-7B", gpu_bytes=10**11)
     assert found["fp32"]["bytes"] == 4 * values and found["copy"]["bytes"] == 2 * values and found["None"]["bytes"] == 0
     assert found["kv_bytes_a_token"] == 2 * 28 * 4 * 128 * 2 and found["copy"]["kv_tokens"] == 2 * values // 57_344
-    assert found["es-at-scale"]["bytes"] == 6 * largest and found["fp32"]["share_of_gpu"] == pytest.approx(4 * values / 1e11)
+    assert found["es-at-scale"]["bytes"] == 6 * largest and found["fp32"]["share_of_gpu"] == pytest.approx(
+        4 * values / 1e11
+    )
     assert "share_of_gpu" not in generation.memory("Qwen2.5-7B")["fp32"]
 
 
@@ -105,8 +117,12 @@ def run(monkeypatch, tmp_path):
 
 def test_a_run_writes_whole_rows(run):
     report = run()
-    expected = {(w.name, way) for w in generation.WORKLOADS for way in (*generation.THEIRS, *OURS)} | {("a MeZO step", "MeZO")}
-    assert {(r["workload"], r["way"]) for r in report["generations"]} == expected and len(report["generations"]) == len(expected)
+    expected = {(w.name, way) for w in generation.WORKLOADS for way in (*generation.THEIRS, *OURS)} | {
+        ("a MeZO step", "MeZO")
+    }
+    assert {(r["workload"], r["way"]) for r in report["generations"]} == expected and len(report["generations"]) == len(
+        expected
+    )
     for row in report["generations"]:
         assert row["total"] == pytest.approx(row["weights"] + row["answers"] + row["rewards"] + row["update"])
         assert row["answers_measured"] and row["update_measured"] and "answers_from" not in row
@@ -148,15 +164,26 @@ def test_what_fails_is_an_error_row_and_costs_its_own_workload(run, monkeypatch)
 
 def test_answers_of_another_length_are_an_error(run, monkeypatch):
     right = answers.HFEngine._in_batches
-    monkeypatch.setattr(answers.HFEngine, "_in_batches", lambda self, batches: [ids[:-1] for ids in right(self, batches)])
+    monkeypatch.setattr(
+        answers.HFEngine, "_in_batches", lambda self, batches: [ids[:-1] for ids in right(self, batches)]
+    )
     report = run()
     assert {row["workload"] for row in report["errors"]} == {"one token", "large", "long"}
 
 
 def test_the_faster_decoding_is_kept():
     def rows(decoding, seconds, measured=True):
-        about = {"model": "m", "workload": "w", "decoding": decoding, "answers_measured": measured, "update_measured": True}
-        return [about | {"way": way, "answers": seconds, "total": seconds, "share_of_weights": 0.0} for way in (*generation.THEIRS, *OURS)]
+        about = {
+            "model": "m",
+            "workload": "w",
+            "decoding": decoding,
+            "answers_measured": measured,
+            "update_measured": True,
+        }
+        return [
+            about | {"way": way, "answers": seconds, "total": seconds, "share_of_weights": 0.0}
+            for way in (*generation.THEIRS, *OURS)
+        ]
 
     for first, second, kept in (
         (rows("dynamic", 5.0), rows("static", 3.0), "static"),
@@ -179,7 +206,10 @@ def test_every_decoding_answers_with_as_many_tokens_as_are_asked(decoding):
 
 
 def test_both_decodings_stand_in_the_table():
-    rows = [{"model": "m", "workload": "w", "decoding": d, "answers": a, "answers_measured": d == "static"} for d, a in (("dynamic", 5.0), ("static", 3.0))]
+    rows = [
+        {"model": "m", "workload": "w", "decoding": d, "answers": a, "answers_measured": d == "static"}
+        for d, a in (("dynamic", 5.0), ("static", 3.0))
+    ]
     assert "| m | w | ~5 | 3 |" in readme.decodings({"decodings": rows})
     assert readme.decodings({"decodings": rows[:1]}) == ""  # nothing to compare
 

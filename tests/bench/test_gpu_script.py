@@ -1,5 +1,6 @@
-"""Contract: bench/gpu.sh refuses to start without a GPU; a step that fails or hangs costs its own rows and nothing else, and the summary says so.
-It takes sources without git and a Triton without metadata, and compute-sanitizer is asked for what it can answer."""
+"""Contract: bench/gpu.sh refuses to start without a GPU; a step that fails or hangs costs its own rows and nothing
+else, and the summary says so. It takes sources without git and a Triton without metadata, and compute-sanitizer is
+asked for what it can answer."""
 
 import importlib.metadata
 import importlib.util
@@ -36,7 +37,8 @@ esac
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs a copy of the script, whose kernels step may take six seconds, beside no sources; returns (the process, calls, summary)."""
+    """Runs a copy of the script, whose kernels step may take six seconds, beside no sources; returns (the process,
+    calls, summary)."""
     (tmp_path / "bench").mkdir()
     text = (ROOT / "bench/gpu.sh").read_text()
     assert text.count("step kernels 160 ") == text.count("SECONDS + 510") == 1
@@ -48,7 +50,9 @@ def script(tmp_path):
     def run(*arguments, seconds=510):
         (tmp_path / "bench/gpu.sh").write_text(text.replace("SECONDS + 510", f"SECONDS + {seconds}"))
         env = os.environ | {"PYTHON": str(stub), "CALLS": str(tmp_path / "calls")}
-        done = subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            ["bash", "bench/gpu.sh", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+        )
         calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
         summary = tmp_path / "out/summary.md"
         return done, calls, summary.read_text() if summary.exists() else ""
@@ -66,7 +70,8 @@ def test_steps_that_fail_or_hang_do_not_stop_the_others(script, tmp_path):
         assert f"| {name} | ok |" in summary
     assert summary.endswith("the tables\n") and "no time" not in summary
     asked = calls.splitlines()
-    assert [call for call in asked if call != "-" and "-c" not in call.split()][0] == "bench/machine.py"  # what is there, before anything is built
+    # What is there, before anything is built
+    assert [call for call in asked if call != "-" and "-c" not in call.split()][0] == "bench/machine.py"
     assert "--benchmark-json" in calls and "calls-nvidia-stub.json" in calls
     of_tests = [call for call in asked if "tests/gpu" in call]
     assert len(of_tests) == 3 and all(" -v " in call for call in of_tests)
@@ -76,7 +81,12 @@ def test_steps_that_fail_or_hang_do_not_stop_the_others(script, tmp_path):
 def test_steps_can_be_named(script):
     done, calls, summary = script("out", "calls", "build")
     assert done.returncode == 0
-    assert "| build | ok |" in summary and "| calls | ok |" in summary and "kernels" not in summary and "kernels.py" not in calls
+    assert (
+        "| build | ok |" in summary
+        and "| calls | ok |" in summary
+        and "kernels" not in summary
+        and "kernels.py" not in calls
+    )
 
 
 def test_what_there_was_no_time_for_is_named(script):
@@ -85,7 +95,9 @@ def test_what_there_was_no_time_for_is_named(script):
     assert "Run them alone: bash bench/gpu.sh out build sanitizer" in summary
 
 
-@pytest.mark.parametrize("arguments, words", [((), "usage"), (("out", "kernel"), "there is no step kernel; there are versions build")])
+@pytest.mark.parametrize(
+    "arguments, words", [((), "usage"), (("out", "kernel"), "there is no step kernel; there are versions build")]
+)
 def test_arguments_that_make_no_sense(script, tmp_path, arguments, words):
     done, calls, _ = script(*arguments)
     assert done.returncode == 2 and words in done.stdout and not calls and not (tmp_path / "out").exists()
@@ -94,7 +106,10 @@ def test_arguments_that_make_no_sense(script, tmp_path, arguments, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_nothing_starts(tmp_path):
     done = subprocess.run(
-        ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+        ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out")],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and "torch sees no CUDA device" in done.stderr
 
@@ -105,7 +120,9 @@ def test_without_a_gpu_nothing_starts(tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     """torch as it is on a machine with a GPU, as far as machine.describe() asks."""
-    properties = types.SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, L2_cache_size=1, major=9, minor=0, total_memory=1)
+    properties = types.SimpleNamespace(
+        name="NVIDIA H200", multi_processor_count=132, L2_cache_size=1, major=9, minor=0, total_memory=1
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
@@ -116,7 +133,11 @@ def test_neither_git_nor_tritons_metadata_is_needed(gpu, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", not_registered)
     monkeypatch.setenv("PATH", "")
     facts = machine.describe("cuda")
-    assert facts["commit"] is None and facts["triton"] == getattr(rivals.triton, "__version__", None) and facts["capability"] == "sm_90"
+    assert (
+        facts["commit"] is None
+        and facts["triton"] == getattr(rivals.triton, "__version__", None)
+        and facts["capability"] == "sm_90"
+    )
 
 
 def test_an_archive_inside_another_repository_has_no_commit(monkeypatch):
@@ -128,13 +149,17 @@ def test_an_archive_inside_another_repository_has_no_commit(monkeypatch):
 
 
 def test_compute_sanitizer_is_asked_for_what_it_can_answer():
-    """initcheck must see who writes what is read: with a filter it would take what torch has written for uninitialised. CUDA calls that fail by
-    design (torch probes) are no finding. Our kernels' names are what the filter looks for."""
+    """initcheck must see who writes what is read: with a filter it would take what torch has written for uninitialised.
+    CUDA calls that fail by design (torch probes) are no finding. Our kernels' names are what the filter looks for."""
     for check in sanitizer.CHECKS:
         command = sanitizer.command("compute-sanitizer", check)
-        assert command[command.index("--tool") + 1] == check and command[command.index("--report-api-errors") + 1] == "no"
+        assert (
+            command[command.index("--tool") + 1] == check and command[command.index("--report-api-errors") + 1] == "no"
+        )
         assert ("--kernel-name" in command) == (check != "initcheck") and "--kernel-regex" not in command
-    names = "|".join(re.findall(r"__global__ void __launch_bounds__\(.*\) (\w+)\(", (ROOT / "csrc/cuda.cu").read_text()))
+    names = "|".join(
+        re.findall(r"__global__ void __launch_bounds__\(.*\) (\w+)\(", (ROOT / "csrc/cuda.cu").read_text())
+    )
     assert sanitizer.command("compute-sanitizer", "memcheck")[-4:-3] == [f"regex={names}"]
 
 

@@ -1,5 +1,5 @@
-"""Contract: bench/kernels.py writes whole rows, keeps what it has when its time is over, and gives no row to a kernel with wrong bits;
-bench/timing.py interleaves, and its percentiles are those of the samples."""
+"""Contract: bench/kernels.py writes whole rows, keeps what it has when its time is over, and gives no row to a kernel
+with wrong bits; bench/timing.py interleaves, and its percentiles are those of the samples."""
 
 import contextlib
 import json
@@ -23,7 +23,9 @@ import ways
 
 from es_kernels import backends
 
-pytestmark = pytest.mark.skipif(backends.unavailable("cpu", torch.device("cpu")) is not None, reason="the CPU library was not built")
+pytestmark = pytest.mark.skipif(
+    backends.unavailable("cpu", torch.device("cpu")) is not None, reason="the CPU library was not built"
+)
 
 TINY = shapes.Shape("qwen2", 64, 2, 96, 4, 2, 128, True)
 
@@ -62,11 +64,16 @@ def test_rows_are_whole(small):
         assert row["p20"] <= row["seconds"] <= row["p80"]
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
         floor = next(
-            r for r in content["calls"] if r["operation"].startswith("copy") and all(r[k] == row[k] for k in ("dtype", "elements", "isa", "threads"))
+            r
+            for r in content["calls"]
+            if r["operation"].startswith("copy")
+            and all(r[k] == row[k] for k in ("dtype", "elements", "isa", "threads"))
         )
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / floor["gb_per_s"])
     assert {(row["who"], row["what"]) for row in content["rivals"]} == {
-        (who, what) for who in ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None", "MeZO") for what in ("member", "update")
+        (who, what)
+        for who in ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None", "MeZO")
+        for what in ("member", "update")
     }
     assert all(row["times_ours"] > 0 and row["peak_extra_bytes"] >= 0 for row in content["rivals"])
     assert {row["operation"] for row in content["tables"]} == {
@@ -108,7 +115,8 @@ def test_a_run_that_dies_keeps_every_row_before(small, monkeypatch, tmp_path):
 
 
 def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
-    """Every step of it but the kernels: captured calls and tables, eager rivals that are queued or wait, the targets and tables made of them."""
+    """Every step of it but the kernels: captured calls and tables, eager rivals that are queued or wait, the targets
+    and tables made of them."""
     monkeypatch.setattr(kernels, "SIZES", [4096])
     monkeypatch.setattr(kernels, "MODELS", {"cuda": {"Qwen2.5-7B": 30}})
     monkeypatch.setitem(shapes.MODELS, "Qwen2.5-7B", TINY)
@@ -119,7 +127,11 @@ def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
         played_gpu.synchronize()
         played_gpu.launch(1e-3)
 
-    monkeypatch.setattr(rivals, "available", lambda device: {"es-at-scale": rivals.Rival(waits, lambda *a: None, waits, rivals.Bytes(), rivals.Bytes())})
+    monkeypatch.setattr(
+        rivals,
+        "available",
+        lambda device: {"es-at-scale": rivals.Rival(waits, lambda *a: None, waits, rivals.Bytes(), rivals.Bytes())},
+    )
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda", "--out", str(tmp_path)])
     kernels.main()
     content = json.loads((tmp_path / "kernels-nvidia-h200.json").read_text())
@@ -128,11 +140,20 @@ def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
     assert all(row["queued"] and "host_seconds" not in row for kind in ("calls", "tables") for row in content[kind])
     of_members = {row["who"]: row for row in content["rivals"] if row["what"] == "member"}
     default = of_members["es_kernels, base fp32"]
-    assert default["queued"] and default["seconds"] == pytest.approx(10e-6, rel=0.1) and default["host_seconds"] == pytest.approx(20e-6)
+    assert (
+        default["queued"]
+        and default["seconds"] == pytest.approx(10e-6, rel=0.1)
+        and default["host_seconds"] == pytest.approx(20e-6)
+    )
     assert not of_members["es-at-scale"]["queued"] and of_members["es-at-scale"]["times_ours"] > 190
-    assert re.search(r"\| es-at-scale \| 0.00\d+ \(waits\) \|", readme.of_machine(tmp_path / "kernels-nvidia-h200.json"))
+    assert re.search(
+        r"\| es-at-scale \| 0.00\d+ \(waits\) \|", readme.of_machine(tmp_path / "kernels-nvidia-h200.json")
+    )
     reached = {what for what, _, value, _ in targets.rows(targets.reports(tmp_path)["NVIDIA H200"]) if value}
-    assert {"es-at-scale over ours, a member of Qwen2.5-7B, base fp32", "one launch for Qwen2.5-7B: times a flat tensor, the slowest operation"} <= reached
+    assert {
+        "es-at-scale over ours, a member of Qwen2.5-7B, base fp32",
+        "one launch for Qwen2.5-7B: times a flat tensor, the slowest operation",
+    } <= reached
 
 
 # ---- memory: what a card can hold is measured on it ----
@@ -143,10 +164,12 @@ OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None
 
 @pytest.fixture
 def measured_on(monkeypatch, tmp_path):
-    """measured_on(card): ({(kind, who, what)} of the rows that Qwen2.5-7B gets there, what is left out). Nothing is made or timed: what is free goes down by
-    weights and bases as soon as these are there."""
+    """measured_on(card): ({(kind, who, what)} of the rows that Qwen2.5-7B gets there, what is left out). Nothing is
+    made or timed: what is free goes down by weights and bases as soon as these are there."""
     all_ways = {name: ways.Way(print, print) for name in OURS}
-    all_ways |= {name: ways.Way(print, print, rival.member_bytes, rival.update_bytes) for name, rival in rivals.RIVALS.items()}
+    all_ways |= {
+        name: ways.Way(print, print, rival.member_bytes, rival.update_bytes) for name, rival in rivals.RIVALS.items()
+    }
 
     def measured(card):
         monkeypatch.setattr(kernels, "_free_bytes", lambda device: CARDS[card])
@@ -156,7 +179,9 @@ def measured_on(monkeypatch, tmp_path):
         report.passes = lambda *operation: True
 
         def with_bases(live):
-            monkeypatch.setattr(kernels, "_free_bytes", lambda device: CARDS[card] - ways.HELD(kernels._sizes("Qwen2.5-7B")))
+            monkeypatch.setattr(
+                kernels, "_free_bytes", lambda device: CARDS[card] - ways.HELD(kernels._sizes("Qwen2.5-7B"))
+            )
             return all_ways
 
         def timed(variants, device, rounds):
@@ -166,7 +191,12 @@ def measured_on(monkeypatch, tmp_path):
             rows.add(("tables", None, None))
             raise InterruptedError
 
-        for name, stands_for in {"ways": with_bases, "interleave": timed, "_weights": lambda *arguments: {}, "_table_and_flat": made}.items():
+        for name, stands_for in {
+            "ways": with_bases,
+            "interleave": timed,
+            "_weights": lambda *arguments: {},
+            "_table_and_flat": made,
+        }.items():
             monkeypatch.setattr(kernels, name, stands_for)
         monkeypatch.setattr(timing, "peak_extra_bytes", lambda run, device: 0)
         group = [kernels.Place("cuda")]
@@ -181,7 +211,9 @@ def measured_on(monkeypatch, tmp_path):
 def test_every_row_of_a_7b_model_is_measured_on_an_h200(measured_on):
     rows, left_out = measured_on("H200")
     assert left_out == []
-    assert rows == {("rivals", who, what) for who in (*OURS, *rivals.RIVALS) for what in ("member", "update")} | {("tables", None, None)}
+    assert rows == {("rivals", who, what) for who in (*OURS, *rivals.RIVALS) for what in ("member", "update")} | {
+        ("tables", None, None)
+    }
 
 
 def test_an_h100_leaves_out_only_what_holds_a_sum_of_the_whole_model(measured_on):
@@ -227,7 +259,8 @@ def test_wrong_bits_get_no_row(small, monkeypatch, tmp_path):
 
 
 def test_the_gate_looks_at_the_end_of_a_large_tensor(monkeypatch):
-    """A kernel that stops short of the last values, as one with a 32-bit index does, is caught on the tensor that is timed."""
+    """A kernel that stops short of the last values, as one with a 32-bit index does, is caught on the tensor that is
+    timed."""
     operation, module = operations.Operation("perturb", "f32"), backends._module("cpu")
     out = torch.zeros(100_000)
     assert operations.right_at_size(operation, out, None, "cpu", "cpu")
@@ -246,7 +279,12 @@ def test_the_gate_looks_at_the_end_of_a_large_tensor(monkeypatch):
     "operation, label, kernel, moved",
     [
         (operations.Operation("perturb", "bf16"), "perturb bf16 in place", "perturb bf16 <- bf16", 4),
-        (operations.Operation("perturb", "bf16", "f32", 1, True), "perturb bf16 <- f32 stochastic", "perturb stochastic bf16 <- f32", 6),
+        (
+            operations.Operation("perturb", "bf16", "f32", 1, True),
+            "perturb bf16 <- f32 stochastic",
+            "perturb stochastic bf16 <- f32",
+            6,
+        ),
         (operations.Operation("swap", "f16", None, 2), "swap f16 in place", "swap f16 <- f16", 4),
         (operations.Operation("swap", "bf16", None, 2, True), "swap bf16 in place stochastic", "update stochastic", 4),
         (operations.Operation("update", "f32", None, 30), "update f32 in place, 30 seeds", "update", 8),

@@ -1,5 +1,5 @@
-"""Contract: bench/noise_stats.py finds planted defects in 1e6 values and passes the noise as it is; the words it tests are those of the
-kernels; the committed results are complete and passed."""
+"""Contract: bench/noise_stats.py finds planted defects in 1e6 values and passes the noise as it is; the words it tests
+are those of the kernels; the committed results are complete and passed."""
 
 import itertools
 import json
@@ -40,7 +40,11 @@ def rows(law, x):
 
 def found(rows):
     """The row with the largest deviation, if the gate fails."""
-    return max(rows, key=lambda r: abs(r["z"] or 0)) if noise_stats.worst([r["p"] for r in rows]) < noise_stats.GATE else None
+    return (
+        max(rows, key=lambda r: abs(r["z"] or 0))
+        if noise_stats.worst([r["p"] for r in rows]) < noise_stats.GATE
+        else None
+    )
 
 
 def test_clean_noise_passes(law, normals):
@@ -104,7 +108,9 @@ def test_words_are_those_of_the_kernels():
         assert batch.shape == (noise_stats.BATCH, 4)
         np.testing.assert_array_equal(batch[:3], [noise.words(*place, 0) for place in expected])
         each = {"one stream": 1, "streams in turn": noise_stats.STREAMS, "members in turn": noise_stats.MEMBERS}[order]
-        np.testing.assert_array_equal(following[0], noise.words(seeds[0], streams[0], first + noise_stats.BATCH // each, 0))
+        np.testing.assert_array_equal(
+            following[0], noise.words(seeds[0], streams[0], first + noise_stats.BATCH // each, 0)
+        )
 
 
 def test_without_dieharder_it_says_so(monkeypatch):

@@ -1,4 +1,5 @@
-"""Contract: README.md's and bench/README.md's tables and plots are those of bench/results, and the tables of a GPU's results, which are not there yet, can be made."""
+"""Contract: README.md's and bench/README.md's tables and plots are those of bench/results, and the tables of a GPU's
+results, which are not there yet, can be made."""
 
 import json
 import pathlib
@@ -41,7 +42,11 @@ def gpu_results(tmp_path):
     """A folder as gpu.sh leaves it: the CPU's rows as those of two GPU backends."""
     report = json.loads((ROOT / "bench/results/kernels-cpu.json").read_text())
     report["machine"] |= {"gpu": "NVIDIA H200", "driver": "580", "triton": "3.6.0"}
-    calls = [row | {"isa": None, "threads": None} for row in report["calls"] if row.get("threads") != 1 and row["isa"] == report["calls"][0]["isa"]]
+    calls = [
+        row | {"isa": None, "threads": None}
+        for row in report["calls"]
+        if row.get("threads") != 1 and row["isa"] == report["calls"][0]["isa"]
+    ]
     report["calls"] = [row | {"backend": b, "share_of_issue": 0.5} for row in calls for b in ("cuda", "triton")]
     (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps(report))
     generation = (ROOT / "bench/results/generation-cpu.json").read_text()
@@ -50,7 +55,9 @@ def gpu_results(tmp_path):
 
 
 def test_the_tables_of_a_gpu(gpu_results, monkeypatch):
-    run = subprocess.run([sys.executable, ROOT / "bench/readme.py", "--tables", gpu_results], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "bench/readme.py", "--tables", gpu_results], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert (
         "NVIDIA H200, driver 580" in run.stdout
@@ -63,10 +70,27 @@ def test_the_tables_of_a_gpu(gpu_results, monkeypatch):
 
 
 def test_what_a_gpu_could_not_hold_or_queue_is_said():
-    row = {"model": "m", "what": "member", "seeds": 1, "times_ours": 1.0, "peak_extra_bytes": 0, "seconds": 0.01, "host_seconds": 0.002, "queued": True}
+    row = {
+        "model": "m",
+        "what": "member",
+        "seeds": 1,
+        "times_ours": 1.0,
+        "peak_extra_bytes": 0,
+        "seconds": 0.01,
+        "host_seconds": 0.002,
+        "queued": True,
+    }
     rows = [row | {"who": who} for who in ("ours", "torch._foreach")] + [row | {"who": "es-at-scale", "queued": False}]
     rows.append(row | {"who": "ours", "what": "update", "seeds": 30})
-    why = [{"kind": "rivals", "model": "m", "who": "torch._foreach", "what": "update", "why": "needs 45.7 GB, 21.5 GB can be had"}]
+    why = [
+        {
+            "kind": "rivals",
+            "model": "m",
+            "who": "torch._foreach",
+            "what": "update",
+            "why": "needs 45.7 GB, 21.5 GB can be had",
+        }
+    ]
     lines = readme.rivals({"rivals": rows, "left_out": why}).splitlines()
     assert lines[2].startswith("| ours | 0.01 (host 0.002) |")
     assert lines[3].endswith("| needs 45.7 GB, 21.5 GB can be had |  |  |")
@@ -81,7 +105,9 @@ def test_the_plots_of_a_gpu(gpu_results, tmp_path):
 def test_the_tables_and_plots_of_a_run_that_was_cut_off(tmp_path):
     nothing = {"machine": {"gpu": "NVIDIA H200", "driver": "580"}, "calls": [], "tables": [], "rivals": []}
     (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps(nothing))
-    run = subprocess.run([sys.executable, ROOT / "bench/readme.py", "--tables", tmp_path], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "bench/readme.py", "--tables", tmp_path], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     plots.draw_folder(tmp_path, tmp_path / "one.png")
     assert (tmp_path / "one.png").exists()

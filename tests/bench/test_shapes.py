@@ -1,5 +1,5 @@
-"""Contract: the shapes that are written down are those that transformers builds from the same numbers, in its order, and have the published
-numbers of parameters."""
+"""Contract: the shapes that are written down are those that transformers builds from the same numbers, in its order,
+and have the published numbers of parameters."""
 
 import math
 import pathlib
@@ -12,7 +12,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
 import shapes
 
 PUBLISHED = {
-    "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-7B": 7_615_616_512, "Llama-3.1-8B": 8_030_261_248, "Llama-3.1-70B": 70_553_706_496,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
 }
 
 

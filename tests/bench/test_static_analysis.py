@@ -1,6 +1,6 @@
-"""Contract: on sm_90 a value costs at most the instructions that the design allows, kernels spill nothing on any architecture, and
-whole blocks are loaded and stored by 128-bit instructions; the library holds code for every GPU that it claims to serve. Counted from the
-built library (and, for Triton, an offline compilation)."""
+"""Contract: on sm_90 a value costs at most the instructions that the design allows, kernels spill nothing on any
+architecture, and whole blocks are loaded and stored by 128-bit instructions; the library holds code for every GPU that
+it claims to serve. Counted from the built library (and, for Triton, an offline compilation)."""
 
 import json
 import pathlib
@@ -67,7 +67,9 @@ def test_every_gpu_from_the_least_capability_on_finds_code():
         pytest.skip(native.why_not("cuda"))
     command = [sass.tool("cuobjdump"), "--list-elf", "--list-ptx", native.path("cuda")]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    machine_code, ptx = (sorted({int(a) for a in re.findall(rf"sm_(\d+)\w*\.{kind}", listing)}) for kind in ("cubin", "ptx"))
+    machine_code, ptx = (
+        sorted({int(a) for a in re.findall(rf"sm_(\d+)\w*\.{kind}", listing)}) for kind in ("cubin", "ptx")
+    )
     assert native.load("cuda").es_cuda_capability() == machine_code[0] and ptx == [machine_code[0], machine_code[-1]]
 
 
@@ -75,7 +77,9 @@ def test_triton_keeps_to_its_budget(tmp_path):
     pytest.importorskip("triton")
     # A process of its own: in this one Triton's kernels may be interpreted.
     script = pathlib.Path(static_analysis.__file__)
-    subprocess.run([sys.executable, script, "--archs", "90", "--json", tmp_path / "rows.json"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, script, "--archs", "90", "--json", tmp_path / "rows.json"], check=True, capture_output=True
+    )
     rows = [r for r in json.loads((tmp_path / "rows.json").read_text())["rows"] if r["kernel"].startswith("triton")]
     assert {r["kernel"] for r in rows} >= {"triton perturb bf16 <- bf16", "triton perturb bf16 <- f32", "triton update"}
     assert static_analysis.over_budget(rows) == []
@@ -92,20 +96,29 @@ COUNTED = {
 
 
 def test_a_prediction_by_hand():
-    # H200: 6 B at 0.9 * 4800 GB/s are 1.389 ps; 132 SMs at 1.98 GHz do 261.36 G cycles/s: 32 / 128 of one 0.957 ps, 12 / 64 of one 0.717 ps.
+    # H200: 6 B at 0.9 * 4800 GB/s are 1.389 ps; 132 SMs at 1.98 GHz do 261.36 G cycles/s: 32 / 128 of one 0.957 ps, 12
+    # / 64 of one 0.717 ps.
     found = gpus.predict(COUNTED, "H200 SXM")
     assert found["binds"] == "memory" and found["share_of_copy"] == 1
-    assert found["busy"]["issue"] == pytest.approx(0.957 / 1.389, abs=1e-3) and found["busy"]["ALU"] == pytest.approx(0.717 / 1.389, abs=1e-3)
-    assert found["busy"]["FMA"] == pytest.approx((8 + 4) / 128 / 0.26136 / 1.389, abs=1e-3)  # integer multiply-adds share the pipe
+    assert found["busy"]["issue"] == pytest.approx(0.957 / 1.389, abs=1e-3) and found["busy"]["ALU"] == pytest.approx(
+        0.717 / 1.389, abs=1e-3
+    )
+    # Integer multiply-adds share the pipe
+    assert found["busy"]["FMA"] == pytest.approx((8 + 4) / 128 / 0.26136 / 1.389, abs=1e-3)
     # Twice the instructions: 1.913 ps of issue slots, so 1.389 / 1.913 of a copy.
     found = gpus.predict(COUNTED | {"instructions_per_value": 64.0}, "H200 SXM")
     assert found["binds"] == "issue" and found["share_of_copy"] == pytest.approx(1.389 / 1.913, abs=1e-3)
     # An update moves nothing: 261.36e9 * 128 / 32 normals a second.
-    assert gpus.predict(COUNTED | {"kernel": "update"}, "H200 SXM")["normals_per_s"] == pytest.approx(1.045e12, rel=1e-2)
+    assert gpus.predict(COUNTED | {"kernel": "update"}, "H200 SXM")["normals_per_s"] == pytest.approx(
+        1.045e12, rel=1e-2
+    )
 
 
 def test_what_was_measured_stands_beside_what_was_predicted(tmp_path):
-    calls = [{"backend": "cuda", "kernel": "perturb bf16 <- f32", "elements": n, "share_of_copy": n / 1000} for n in (100, 900, 500)]
+    calls = [
+        {"backend": "cuda", "kernel": "perturb bf16 <- f32", "elements": n, "share_of_copy": n / 1000}
+        for n in (100, 900, 500)
+    ]
     calls.append({"backend": "triton", "kernel": "perturb bf16 <- f32", "elements": 2000, "share_of_copy": 0.5})
     (tmp_path / "kernels-nvidia-h200.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H200"}, "calls": calls}))
     (tmp_path / "kernels-cpu.json").write_text(

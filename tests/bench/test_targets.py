@@ -1,4 +1,5 @@
-"""Contract: a target is reached, missed or not measured by what the result files of one GPU say, and by nothing else."""
+"""Contract: a target is reached, missed or not measured by what the result files of one GPU say, and by nothing
+else."""
 
 import json
 import pathlib
@@ -34,21 +35,38 @@ def folder(tmp_path):
         } | found
 
     labels = [operation.label for operation in tune.OPERATIONS]
-    rows = [row(label) for label in labels] + [row(label, backend="triton", share_of_copy=0.85 * 0.9) for label in labels]
-    rows += [row(label, "no noise", times_shipped=0.95) for label in labels] + [row(label, "no keys", times_shipped=0.9) for label in labels]
+    rows = [row(label) for label in labels] + [
+        row(label, backend="triton", share_of_copy=0.85 * 0.9) for label in labels
+    ]
+    rows += [row(label, "no noise", times_shipped=0.95) for label in labels] + [
+        row(label, "no keys", times_shipped=0.9) for label in labels
+    ]
     rows.append({"backend": "cuda", "operation": labels[0], "variant": "128 threads", "error": "wrong bits"})
     ours = [("es_kernels, base fp32", 1 / 3.8, 1 / 4.5), ("es_kernels, base copy", 1 / 5.5, 1), ("es-at-scale", 1, 1)]
     of_kernels = {
         "tables": [{"model": m, "backend": "cuda", "times_flat": 1.03} for m in MODELS],
         "rivals": [
-            {"model": m, "who": who, "what": what, "seconds": seconds, "peak_extra_bytes": 0 if who != "es-at-scale" else 1 << 30}
+            {
+                "model": m,
+                "who": who,
+                "what": what,
+                "seconds": seconds,
+                "peak_extra_bytes": 0 if who != "es-at-scale" else 1 << 30,
+            }
             for m in MODELS
             for who, *both in ours
             for what, seconds in zip(("member", "update"), both)
         ],
     }
-    generations = [{"model": m, "workload": "countdown, 1024 tokens", "way": YARDSTICK, "answers": 99.5, "total": 100.0} for m in MODELS]
-    for name, content in (("kernels", of_kernels), ("variants", {"rows": rows}), ("generation", {"generations": generations})):
+    generations = [
+        {"model": m, "workload": "countdown, 1024 tokens", "way": YARDSTICK, "answers": 99.5, "total": 100.0}
+        for m in MODELS
+    ]
+    for name, content in (
+        ("kernels", of_kernels),
+        ("variants", {"rows": rows}),
+        ("generation", {"generations": generations}),
+    ):
         (tmp_path / f"{name}-nvidia-h200.json").write_text(json.dumps({"machine": GPU} | content))
     (tmp_path / "kernels-cpu.json").write_text(json.dumps({"machine": {}}))
     return tmp_path
@@ -101,7 +119,13 @@ def test_a_target_that_the_card_cannot_hold_says_so(folder):
         content["left_out"] = [{"kind": "rivals", "model": "Qwen2.5-7B", "why": needs}]
 
     edit(folder, "kernels", small)
-    edit(folder, "generation", lambda content: content.update(generations=content["generations"][:2], left_out=["Qwen2.5-7B: too little memory for weights"]))
+    edit(
+        folder,
+        "generation",
+        lambda content: content.update(
+            generations=content["generations"][:2], left_out=["Qwen2.5-7B: too little memory for weights"]
+        ),
+    )
     (of_machine,) = targets.reports(folder).values()
     unmeasured = {what: why for what, _, why, reached in targets.rows(of_machine) if reached is None}
     assert {what for what in unmeasured if unmeasured[what] == needs} == {
@@ -110,14 +134,21 @@ def test_a_target_that_the_card_cannot_hold_says_so(folder):
         "es-at-scale over ours, the update of Qwen2.5-7B by 30 seeds",
         "temporary memory of ours with Qwen2.5-7B, bytes",
     }
-    assert unmeasured.pop("outside generation, Qwen2.5-7B, 1024 tokens: share of the time") == "too little memory for weights"
-    assert len(unmeasured) == 4 and f"| {needs} |" in readme.aims(of_machine) and "not yet" not in readme.aims(of_machine)
+    assert (
+        unmeasured.pop("outside generation, Qwen2.5-7B, 1024 tokens: share of the time")
+        == "too little memory for weights"
+    )
+    assert (
+        len(unmeasured) == 4 and f"| {needs} |" in readme.aims(of_machine) and "not yet" not in readme.aims(of_machine)
+    )
 
 
 def test_what_another_rival_could_not_hold_is_no_targets_reason(folder):
     def without_updates(content):
         content["rivals"] = [row for row in content["rivals"] if row["what"] != "update"]
-        content["left_out"] = [{"kind": "rivals", "model": "Qwen2.5-7B", "who": "torch._foreach", "what": "update", "why": "needs 45.7 GB"}]
+        content["left_out"] = [
+            {"kind": "rivals", "model": "Qwen2.5-7B", "who": "torch._foreach", "what": "update", "why": "needs 45.7 GB"}
+        ]
 
     edit(folder, "kernels", without_updates)
     (of_machine,) = targets.reports(folder).values()

@@ -1,5 +1,5 @@
-"""Contract: bench/timing.py measures what a GPU needs, not what it takes to ask for it, and says where it could not: on a GPU that is played here, with a
-queue, a host that takes its time for every request, and events."""
+"""Contract: bench/timing.py measures what a GPU needs, not what it takes to ask for it, and says where it could not: on
+a GPU that is played here, with a queue, a host that takes its time for every request, and events."""
 
 import pathlib
 import sys
@@ -19,7 +19,11 @@ def measured(run, **options):
 def test_a_calls_host_time_is_hidden(gpu, host_seconds):
     """2 ms of Python for 0.46 ms of the GPU: a table of 300 tensors before its weights."""
     found = measured(lambda k: gpu.launch(0.46e-3, host_seconds), capture=False)
-    assert found.queued and found.median == pytest.approx(0.46e-3, rel=0.01) and found.host_seconds == pytest.approx(host_seconds)
+    assert (
+        found.queued
+        and found.median == pytest.approx(0.46e-3, rel=0.01)
+        and found.host_seconds == pytest.approx(host_seconds)
+    )
 
 
 def test_a_graph_of_many_nodes_is_hidden_too(gpu, monkeypatch):

@@ -1,5 +1,5 @@
-"""Contract: every variant of the kernels can be made from the sources as they are; its bits are compared with what ships before it is timed, on the same
-tensors; a floor is timed though its bits differ."""
+"""Contract: every variant of the kernels can be made from the sources as they are; its bits are compared with what
+ships before it is timed, on the same tensors; a floor is timed though its bits differ."""
 
 import contextlib
 import pathlib
@@ -21,7 +21,9 @@ from es_kernels.backends import cpu, cuda, triton
 @pytest.mark.parametrize("name", variants.CUDA)
 def test_a_variant_changes_the_sources_in_its_places(name, tmp_path):
     variants.sources(name, tmp_path / "csrc")
-    differing = {p.name for p in (tmp_path / "csrc").iterdir() if p.read_text() != (variants.ROOT / "csrc" / p.name).read_text()}
+    differing = {
+        p.name for p in (tmp_path / "csrc").iterdir() if p.read_text() != (variants.ROOT / "csrc" / p.name).read_text()
+    }
     assert differing == {file for file, *_ in variants.CUDA[name].edits}
 
 
@@ -59,36 +61,53 @@ def settings(monkeypatch):
     def using(library):
         with pytest.MonkeyPatch.context() as patch:
             if library == "wrong":
-                patch.setattr(cpu, "add_noise_", lambda pack, seeds, coefs, *rest: honest(pack, seeds, 1.5 * coefs, *rest))
+                patch.setattr(
+                    cpu, "add_noise_", lambda pack, seeds, coefs, *rest: honest(pack, seeds, 1.5 * coefs, *rest)
+                )
             if library == "fails":
-                patch.setattr(cpu, "add_noise_", lambda *arguments: native.check(1, lambda: b"too many resources\nrequested"))
+                patch.setattr(
+                    cpu, "add_noise_", lambda *arguments: native.check(1, lambda: b"too many resources\nrequested")
+                )
             yield
 
     monkeypatch.setattr(tune, "using", using)
-    return {name: {"library": name} for name in (tune.SHIPPED, "same", "wrong", "floor", "fails", "elsewhere")} | {"floor": {"library": "wrong"}}
+    return {name: {"library": name} for name in (tune.SHIPPED, "same", "wrong", "floor", "fails", "elsewhere")} | {
+        "floor": {"library": "wrong"}
+    }
 
 
 def test_only_what_has_the_bits_of_what_ships_is_timed(settings, monkeypatch):
     monkeypatch.setattr(
         tune,
         "OPERATIONS",
-        {operations.Operation("perturb", "bf16", "f32"): variants.PERTURB, operations.Operation("fingerprint", "f32"): variants.FINGERPRINT},
+        {
+            operations.Operation("perturb", "bf16", "f32"): variants.PERTURB,
+            operations.Operation("fingerprint", "f32"): variants.FINGERPRINT,
+        },
     )
     touches = lambda name: () if name == "elsewhere" else variants.EVERY  # noqa: E731
-    rows = list(tune.measure("cpu", settings, lambda name: name != "floor", touches, tune.Tensors(8192, "cpu"), rounds=2))
+    rows = list(
+        tune.measure("cpu", settings, lambda name: name != "floor", touches, tune.Tensors(8192, "cpu"), rounds=2)
+    )
     assert all(row["variant"] in tune._line(row) for row in rows)
     perturb = {row["variant"]: row for row in rows if row["operation"].startswith("perturb")}
     assert set(perturb) == {"wrong", "fails", tune.SHIPPED, "same", "floor"}
     assert perturb["wrong"]["error"] == "wrong bits" and "seconds" not in perturb["wrong"]
     assert perturb["fails"]["error"] == "too many resources"
     assert perturb[tune.SHIPPED]["times_shipped"] == 1 and perturb["same"]["share_of_copy"] > 0
-    assert {row["variant"] for row in rows if row["operation"].startswith("fingerprint")} == set(settings) - {"elsewhere"}
+    assert {row["variant"] for row in rows if row["operation"].startswith("fingerprint")} == set(settings) - {
+        "elsewhere"
+    }
 
 
 def test_without_what_ships_nothing_is_timed(settings, monkeypatch):
     monkeypatch.setattr(tune, "OPERATIONS", {operations.Operation("perturb", "bf16"): variants.PERTURB})
     settings = {tune.SHIPPED: {"library": "fails"}, "same": {"library": "same"}}
-    rows = list(tune.measure("cpu", settings, lambda name: True, lambda name: variants.EVERY, tune.Tensors(8192, "cpu"), rounds=2))
+    rows = list(
+        tune.measure(
+            "cpu", settings, lambda name: True, lambda name: variants.EVERY, tune.Tensors(8192, "cpu"), rounds=2
+        )
+    )
     assert [row["variant"] for row in rows] == [tune.SHIPPED, "same"] and all("error" in row for row in rows)
 
 
@@ -99,7 +118,8 @@ def test_the_floor_reads_and_writes_what_ships_does(tmp_path):
     except SystemExit as why:
         pytest.skip(str(why))
     library = variants.build("no noise + no keys", tmp_path, "90", tune.nvcc_flags())
-    # Without noise there are no conversions to count values by, but each access is still 128 bits wide, and nothing is left of the generator.
+    # Without noise there are no conversions to count values by, but each access is still 128 bits wide, and nothing is
+    # left of the generator.
     for name, code in sass.functions(library, "sm_90").items():
         for trip in sass.loops(code):
             wide = [i.text for i in trip if ".128" in i.text and i.text.startswith(("LDG", "STG"))]

@@ -9,7 +9,15 @@ from collections import Counter
 
 import pytest
 
-OPTIONS = {"generations": 20, "population": 8, "prompts": 16, "eval_items": 24, "eval_every": 0, "report_to": ["none"], "save_model": False}
+OPTIONS = {
+    "generations": 20,
+    "population": 8,
+    "prompts": 16,
+    "eval_items": 24,
+    "eval_every": 0,
+    "report_to": ["none"],
+    "save_model": False,
+}
 SCRIPT = pathlib.Path(__file__).parent / "run.py"
 
 
@@ -22,11 +30,32 @@ class Run:
     def start(self, ranks=0, restarts=0, environment=None):
         path = pathlib.Path(f"{self.folder}.json")
         path.write_text(json.dumps(self.options))
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--standalone"] if ranks else []
-        environment = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+        launcher = (
+            [
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(ranks),
+                "--max-restarts",
+                str(restarts),
+                "--standalone",
+            ]
+            if ranks
+            else []
+        )
+        environment = {
+            **os.environ,
+            **(environment or {}),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+        }
         with open(f"{self.folder}.out", "a") as out:
             return subprocess.Popen(
-                [sys.executable, *launcher, str(SCRIPT), str(path)], stdout=out, stderr=out, env=environment, start_new_session=True
+                [sys.executable, *launcher, str(SCRIPT), str(path)],
+                stdout=out,
+                stderr=out,
+                env=environment,
+                start_new_session=True,
             )
 
     def finish(self, process, seconds=120):
@@ -60,8 +89,8 @@ class Run:
 
     @property
     def scored(self):
-        """(generation, member) of each member that some worker finished, in the order of finishing. A worker that is killed between its line of the
-        journal and the note of it (run.py) leaves that one out."""
+        """(generation, member) of each member that some worker finished, in the order of finishing. A worker that is
+        killed between its line of the journal and the note of it (run.py) leaves that one out."""
         path = pathlib.Path(f"{self.folder}.scored")
         return [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -1,6 +1,7 @@
-"""What the tests start: one run of the embedded model, `python run.py CONFIG.json` under torchrun or alone. Beside its folder it writes down, one
-line each, which member a worker has finished (FOLDER.scored) and, process by process, who works (FOLDER.pids). SLOW_LOG=G: the first start takes a
-minute to log generation G. ELSEWHERE=FOLDER: where the ranks that do not lead have the run's folder, as on a machine that does not share it."""
+"""What the tests start: one run of the embedded model, `python run.py CONFIG.json` under torchrun or alone. Beside its
+folder it writes down, one line each, which member a worker has finished (FOLDER.scored) and, process by process, who
+works (FOLDER.pids). SLOW_LOG=G: the first start takes a minute to log generation G. ELSEWHERE=FOLDER: where the ranks
+that do not lead have the run's folder, as on a machine that does not share it."""
 
 import json
 import os
@@ -21,7 +22,12 @@ append = SealedLines.append
 
 
 def audited(self, line):
-    if "theta" in line and "run" not in line and str(line["generation"]) == os.environ.get("SLOW_LOG") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if (
+        "theta" in line
+        and "run" not in line
+        and str(line["generation"]) == os.environ.get("SLOW_LOG")
+        and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    ):
         time.sleep(60)
     append(self, line)
     if "member" in line:

@@ -1,8 +1,9 @@
 """Contract under test: a pool of Ray actors makes the run of one process.
 
-Actors that are killed at any moment are replaced, and the new ones come to the same weights; a driver that is killed leaves a run that goes on. No
-generation is lost, no finished member scored again, and the end is that of a run that nothing disturbed. A straggler's member is given to another
-worker, or dropped and recorded. A cluster that cannot be reached or has no room is refused, as are actors with other weights.
+Actors that are killed at any moment are replaced, and the new ones come to the same weights; a driver that is killed
+leaves a run that goes on. No generation is lost, no finished member scored again, and the end is that of a run that
+nothing disturbed. A straggler's member is given to another worker, or dropped and recorded. A cluster that cannot be
+reached or has no room is refused, as are actors with other weights.
 """
 
 import os
@@ -55,7 +56,9 @@ def test_killed_actors_and_drivers_lose_nothing(run, alone):
     process = killed.start()
     while actors < ACTOR_KILLS or drivers < DRIVER_KILLS:
         before = len(killed.scored)
-        if not killed.wait_until(lambda after=before + draws.randrange(1, 12): len(killed.scored) >= after, process=process):
+        if not killed.wait_until(
+            lambda after=before + draws.randrange(1, 12): len(killed.scored) >= after, process=process
+        ):
             break
         time.sleep(draws.random() / 10)
         if drivers < DRIVER_KILLS and actors >= ACTOR_KILLS * (drivers + 1) // (DRIVER_KILLS + 1):
@@ -75,7 +78,8 @@ def test_killed_actors_and_drivers_lose_nothing(run, alone):
     assert read_log(killed.folder / "run.log")[1] == read_log(alone.folder / "run.log")[1]
 
 
-# --- in this process: one cluster for what follows -------------------------------------------------------------------------
+# --- in this process: one cluster for what follows
+# -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,16 @@ def cluster():
     ray.shutdown()
 
 
-SMALL = {"generations": 3, "population": 6, "prompts": 8, "eval_items": 8, "eval_every": 0, "report_to": ["none"], "save_model": False, **POOL}
+SMALL = {
+    "generations": 3,
+    "population": 6,
+    "prompts": 8,
+    "eval_items": 8,
+    "eval_every": 0,
+    "report_to": ["none"],
+    "save_model": False,
+    **POOL,
+}
 
 
 def config(folder, **options):
@@ -169,7 +182,9 @@ def test_and_one_that_starts_with_them(cluster, tmp_path):
         pool._start = {**pool._start, "base_fingerprint": "0" * 16}
         pool.fast_forward([])
         ray.kill(pool.slots[0].actor)
-        with pytest.raises(WorkersDiffer, match="worker 0 on .* is not on the same run as the others: its base_fingerprint is"):
+        with pytest.raises(
+            WorkersDiffer, match="worker 0 on .* is not on the same run as the others: its base_fingerprint is"
+        ):
             for _ in range(100):  # until the new actor has started
                 pool.evaluate(0, {}, lambda line: time.sleep(0.1))
     finally:

@@ -1,7 +1,8 @@
 """Contract under test: torchrun with any number of ranks makes the run of one process.
 
-1, 2 and 4 ranks end with one fingerprint, whoever scored what. A rank that is killed at any moment loses no generation and no finished member, and
-the run ends as if it had lived. Ranks that hold other weights, or are on another run, are refused by name.
+1, 2 and 4 ranks end with one fingerprint, whoever scored what. A rank that is killed at any moment loses no generation
+and no finished member, and the run ends as if it had lived. Ranks that hold other weights, or are on another run, are
+refused by name.
 """
 
 import os
@@ -30,7 +31,9 @@ def test_any_number_of_ranks_is_the_run_of_one(run, alone, count):
     (_, logs), (_, expected) = (read_log(which.folder / "run.log") for which in (several, alone))
     assert logs == expected
     if count == 2:
-        took_part = {rank for rank in range(2) if (several.folder / ("journal-1" if rank else "journal")).stat().st_size}
+        took_part = {
+            rank for rank in range(2) if (several.folder / ("journal-1" if rank else "journal")).stat().st_size
+        }
         assert took_part == {0, 1}
 
 
@@ -52,7 +55,8 @@ def test_a_killed_rank_loses_nothing(run, alone):
 
 
 def test_a_rank_that_is_ahead_keeps_its_members_until_they_are_logged(run, alone):
-    """The first rank dies after the update and before its line of the log; the other one is in the next generation by then."""
+    """The first rank dies after the update and before its line of the log; the other one is in the next generation by
+    then."""
     killed = run()
     process = killed.start(ranks=2, restarts=1, environment={"SLOW_LOG": "3"})
     assert killed.wait_until(lambda: len(killed.scored) == 4 * 8, process=process)
@@ -67,7 +71,10 @@ def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):
     """What ranks have scored that are there no more counts too."""
     several = run()
     process = several.start(ranks=3)
-    several.wait_until(lambda: len(several.scored) > 20 and (several.folder / "journal-2").exists() and len(several.scored) % 8 > 4, process=process)
+    several.wait_until(
+        lambda: len(several.scored) > 20 and (several.folder / "journal-2").exists() and len(several.scored) % 8 > 4,
+        process=process,
+    )
     os.killpg(process.pid, signal.SIGKILL)
     for pid, _ in several.pids:
         try:
@@ -79,7 +86,9 @@ def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):
     assert several()["fingerprint"] == alone.summary["fingerprint"]
     several.assert_none_scored_twice(alone)
     several.options |= {"resume": False, "overwrite": True}
-    assert several(ranks=2)["fingerprint"] == alone.summary["fingerprint"] and not (several.folder / "journal-2").exists()
+    assert (
+        several(ranks=2)["fingerprint"] == alone.summary["fingerprint"] and not (several.folder / "journal-2").exists()
+    )
 
 
 def test_a_journal_of_another_run_is_not_taken_for_this_one(run, alone, tmp_path):
@@ -98,10 +107,18 @@ def test_a_journal_of_another_run_is_not_taken_for_this_one(run, alone, tmp_path
 
 def disagree(rank, folder, kind, result):
     """One of two ranks, of which the second is not on the first one's run."""
-    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": "2",
+    }
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    config = TrainConfig(output=folder, population=4, prompts=4, eval_items=4, lr=0.02 if rank and kind == "lr" else 0.01)
+    config = TrainConfig(
+        output=folder, population=4, prompts=4, eval_items=4, lr=0.02 if rank and kind == "lr" else 0.01
+    )
     worker = Worker(config)
     with torch.no_grad():
         if rank and kind == "model":
@@ -148,7 +165,12 @@ def test_a_rank_that_differs_is_named(tmp_path, monkeypatch, kind, words):
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0", "RANK": "0"}.items():
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "x",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "LOCAL_RANK": "0",
+        "RANK": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="base 'none' rounds the weights at every member"):
         torchrun.for_this_rank(TrainConfig(output=str(tmp_path / "run"), base="none"))
@@ -159,7 +181,12 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_restart_goes_on_even_where_the_first_start_replaced_a_run(tmp_path, monkeypatch, alone):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1", "LOCAL_RANK": "0", "RANK": "0"}.items():
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "x",
+        "TORCHELASTIC_RESTART_COUNT": "1",
+        "LOCAL_RANK": "0",
+        "RANK": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     config = TrainConfig(output=str(alone.folder), overwrite=True)
     placed = torchrun.for_this_rank(config)

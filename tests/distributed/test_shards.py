@@ -1,11 +1,14 @@
 """Contract under test: sharded models (es_finetune.optim.dtensor, EvolutionStrategy over DTensors).
 
-- The Segments of a shard are its place in the whole: each element of the whole once, for every way of splitting, sizes that
+- The Segments of a shard are its place in the whole: each element of the whole once, for every way of splitting, sizes
+that
   do not divide and fused tensors included. (One process that plays each rank in turn.)
-- Number of processes and layout change no bit of live and theta, perturbed or not, and no fingerprint, for every base, with
-  momentum, decay and roundings; nor does a model under parallelize_module or fully_shard, whose forward computes with the
-  perturbed weights, in whichever state FSDP left its own. (Real processes, gloo.)
-- theta in state_dict() is DTensors; torch.distributed.checkpoint loads it over other processes. What does not fit is refused
+- Number of processes and layout change no bit of live and theta, perturbed or not, and no fingerprint, for every base,
+with
+  momentum, decay and roundings; nor does a model under parallelize_module or fully_shard, whose forward computes with
+  the perturbed weights, in whichever state FSDP left its own. (Real processes, gloo.)
+- theta in state_dict() is DTensors; torch.distributed.checkpoint loads it over other processes. What does not fit is
+refused
   in one sentence, with nothing changed.
 - Without DTensors nothing is communicated, also where there is a process group.
 """
@@ -64,7 +67,8 @@ SHAPES = [(1,), (5,), (9,), (5, 6), (9, 4), (8, 8), (3, 0), (4, 3, 6), (2, 5, 7)
 
 
 def pieces(index, mesh, placements, coordinate):
-    """What process `coordinate` has of `index`, by torch.chunk: right to left where there is a _StridedShard and another split of its dimension."""
+    """What process `coordinate` has of `index`, by torch.chunk: right to left where there is a _StridedShard and
+    another split of its dimension."""
 
     def chunk(tensor, n, dim):
         chunks = list(torch.chunk(tensor, n, dim))
@@ -72,19 +76,24 @@ def pieces(index, mesh, placements, coordinate):
 
     order = list(range(len(mesh)))
     if len(mesh) > 1 and any(isinstance(p, _StridedShard) for p in placements):
-        order = [i for i in order if not isinstance(placements[i], _StridedShard)] + [i for i in order if isinstance(placements[i], _StridedShard)]
+        order = [i for i in order if not isinstance(placements[i], _StridedShard)] + [
+            i for i in order if isinstance(placements[i], _StridedShard)
+        ]
         placements = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in placements]
     for i in order:
         p = placements[i]
         if isinstance(p, _StridedShard):
-            index = torch.cat([chunk(part, mesh[i], p.dim)[coordinate[i]] for part in chunk(index, p.split_factor, p.dim)], p.dim)
+            index = torch.cat(
+                [chunk(part, mesh[i], p.dim)[coordinate[i]] for part in chunk(index, p.split_factor, p.dim)], p.dim
+            )
         elif isinstance(p, Shard):
             index = chunk(index, mesh[i], p.dim)[coordinate[i]]
     return index.contiguous()
 
 
 def fused(shape):
-    """The whole as three checkpoint tensors: rows of a column block, its other columns in two parts that end within a row."""
+    """The whole as three checkpoint tensors: rows of a column block, its other columns in two parts that end within a
+    row."""
     n, width = torch.Size(shape).numel(), max(shape[-1], 1)
     rows, left = n // width, width // 3
     if left == 0:
@@ -126,7 +135,11 @@ def as_rank():
 def dtensor(local, mesh, placements, shape, **options):
     whole = torch.empty(shape, device="meta")
     return DTensor(
-        local, DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(whole.shape, whole.stride(), local.dtype), **options), requires_grad=False
+        local,
+        DTensorSpec(
+            mesh, tuple(placements), tensor_meta=TensorMeta(whole.shape, whole.stride(), local.dtype), **options
+        ),
+        requires_grad=False,
     )
 
 
@@ -149,7 +162,11 @@ def test_a_shard_is_its_place(as_rank, mesh, placements):
             _, _, segments = local_entry("w", parameter, fused(shape))
             assert places(segments, local.numel()) == [source[i] for i in index.flatten().tolist()]
     copies = torch.Size(n for n, p in zip(mesh, placements) if p == R).numel()
-    assert all((count == copies).all() for shape, count in held.items() if all(p == R or p.dim < len(shape) for p in placements))
+    assert all(
+        (count == copies).all()
+        for shape, count in held.items()
+        if all(p == R or p.dim < len(shape) for p in placements)
+    )
 
 
 def test_an_explicit_shard_order_is_followed(as_rank):
@@ -158,13 +175,20 @@ def test_an_explicit_shard_order_is_followed(as_rank):
     for rank, (i, j) in enumerate(itertools.product(range(4), range(2))):
         index = pieces(torch.arange(9), (4, 2), [_StridedShard(0, split_factor=2), S0], (i, j))
         order = (ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
-        _, _, segments = local_entry("w", dtensor(index.float(), as_rank(rank, (4, 2)), [S0, S0], (9,), shard_order=order))
+        _, _, segments = local_entry(
+            "w", dtensor(index.float(), as_rank(rank, (4, 2)), [S0, S0], (9,), shard_order=order)
+        )
         assert [place for _, place in places(segments, len(index))] == index.tolist()
 
 
 def test_many_rows_are_few_segments(as_rank):
     mesh = as_rank(3, (2, 2))
-    for shape, placements in (((512, 64), [S0, S1]), ((8, 64, 64), [S0, S1]), ((8, 64, 64), [R, S1]), ((2000, 2, 2), [S1, S2])):
+    for shape, placements in (
+        ((512, 64), [S0, S1]),
+        ((8, 64, 64), [S0, S1]),
+        ((8, 64, 64), [R, S1]),
+        ((2000, 2, 2), [S1, S2]),
+    ):
         parameter = dtensor(pieces(torch.empty(shape), (2, 2), placements, (1, 1)), mesh, placements, shape)
         assert len(local_entry("w", parameter)[2]) == 1
     qkv = [Segment(name, 512, 16, 16 * i, 64, 0, 16) for i, name in enumerate("qkv")]
@@ -178,7 +202,14 @@ def test_a_sharded_model_has_the_segments_of_its_checkpoint(as_rank):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     # A hidden size that no other test has: torch's caches would remember which rank this process was with those.
-    sizes = dict(vocab_size=11, hidden_size=12, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = dict(
+        vocab_size=11,
+        hidden_size=12,
+        intermediate_size=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=5))
     whole = list(named_segments(model))
     assert any(len(entry) == 3 for entry in whole)
@@ -201,18 +232,24 @@ def test_what_has_no_place_is_refused(as_rank):
 
     with pytest.raises(ValueError, match="'layer.w' is placed P.* redistribute it to Shard or Replicate first"):
         optimizer(dtensor(torch.ones(4), mesh, [Partial()], (4,)))
-    with pytest.raises(ValueError, match=r"'layer.w' has \(1,\) in this process .* gives \(2,\): shard it as distribute_tensor does"):
+    with pytest.raises(
+        ValueError, match=r"'layer.w' has \(1,\) in this process .* gives \(2,\): shard it as distribute_tensor does"
+    ):
         optimizer(dtensor(torch.ones(1), mesh, [S0], (4,)))
     with pytest.raises(ValueError, match="'layer.w' is sharded and not contiguous"):
         optimizer(dtensor(torch.ones(4, 2).t(), mesh, [S0], (4, 4)))
-    with pytest.raises(ValueError, match="'layer.w', sharded .* more than 1024 pieces in a process: shard it in another dimension"):
+    with pytest.raises(
+        ValueError, match="'layer.w', sharded .* more than 1024 pieces in a process: shard it in another dimension"
+    ):
         optimizer(dtensor(torch.ones(1200, 2, 2), as_rank(0, (2, 2)), [S1, S2], (1200, 4, 4)))
     flat = torch.ones(3)
     flat._fsdp_flattened = True
     with pytest.raises(ValueError, match="shard the model with fully_shard"):
         EvolutionStrategy([("layer.w", flat.requires_grad_())])
     as_rank(3, (4,))
-    with pytest.raises(ValueError, match="'layer.w' is on a device mesh that this process is not part of: leave it out here"):
+    with pytest.raises(
+        ValueError, match="'layer.w' is on a device mesh that this process is not part of: leave it out here"
+    ):
         optimizer(dtensor(torch.ones(0), DeviceMesh("cpu", [0, 1, 2]), [S0], (4,)))
 
 
@@ -251,7 +288,10 @@ def weights():
     generator = torch.Generator().manual_seed(0)
     shapes = {"rows": (5, 8), "columns": (6, 10), "cube": (4, 3, 6), "vector": (9,), "one": (1,)}
     dtypes = itertools.cycle([torch.bfloat16, torch.float32, torch.float16])
-    return {name: (0.1 * torch.randn(shape, generator=generator)).to(dtype) for (name, shape), dtype in zip(shapes.items(), dtypes)}
+    return {
+        name: (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        for (name, shape), dtype in zip(shapes.items(), dtypes)
+    }
 
 
 def full(tensor):
@@ -267,11 +307,15 @@ def same(left, right):
 
 
 def history(opt, named, look=lambda: None):
-    """Everything there is to see of three generations: whole tensors and fingerprints, perturbed and after each update."""
+    """Everything there is to see of three generations: whole tensors and fingerprints, perturbed and after each
+    update."""
     named, seen = list(named), []
 
     def note():
-        seen.append({name: full(p) for name, p in named} | {"fingerprint": torch.tensor(list(opt.fingerprint("live").to_bytes(8, "big")))})
+        seen.append(
+            {name: full(p) for name, p in named}
+            | {"fingerprint": torch.tensor(list(opt.fingerprint("live").to_bytes(8, "big")))}
+        )
 
     for fitness in FITNESS:
         for member in opt.ask():
@@ -315,7 +359,8 @@ def check_layouts(world):
 
 
 def check_strided(world):
-    """A split that splits again what the dimension to its right has split: the data where FSDP2 would put them, in uneven sizes. And alone."""
+    """A split that splits again what the dimension to its right has split: the data where FSDP2 would put them, in
+    uneven sizes. And alone."""
     if world == 1:
         return
     parameters = sharded(init_device_mesh("cpu", (world,)), [_StridedShard(0, split_factor=3)])
@@ -324,7 +369,8 @@ def check_strided(world):
     mesh = init_device_mesh("cpu", shape)
     placements = [_StridedShard(0, split_factor=shape[1]) if shape[1] > 1 else S0, S0]
     parameters = {
-        name: nn.Parameter(dtensor(pieces(t, shape, placements, mesh.get_coordinate()), mesh, placements, t.shape)) for name, t in weights().items()
+        name: nn.Parameter(dtensor(pieces(t, shape, placements, mesh.get_coordinate()), mesh, placements, t.shape))
+        for name, t in weights().items()
     }
     same_history(history(EvolutionStrategy(parameters.items(), **OPTIONS), parameters.items()), unsharded())
 
@@ -332,7 +378,9 @@ def check_strided(world):
 def check_bases(world):
     for base in BASES[1:]:
         parameters = sharded(init_device_mesh("cpu", (world,)), [S0 if base == "copy" else S1])
-        same_history(history(EvolutionStrategy(parameters.items(), base=base, **OPTIONS), parameters.items()), unsharded(base))
+        same_history(
+            history(EvolutionStrategy(parameters.items(), base=base, **OPTIONS), parameters.items()), unsharded(base)
+        )
 
 
 def check_parts_and_groups(world):
@@ -342,12 +390,16 @@ def check_parts_and_groups(world):
     def groups(parameters):
         segments = [Segment("q", 2, 8), Segment("v", 3, 8, offset=16)]
         first = [("rows", parameters["rows"], segments), ("columns", parameters["columns"])]
-        return [{"params": first, "sigma": 0.1}, {"params": [(name, parameters[name]) for name in ("cube", "vector", "one")]}]
+        return [
+            {"params": first, "sigma": 0.1},
+            {"params": [(name, parameters[name]) for name in ("cube", "vector", "one")]},
+        ]
 
     plain = {name: nn.Parameter(t) for name, t in weights().items()}
     mixed = sharded(mesh, [S0]) | {name: nn.Parameter(weights()[name]) for name in ("columns", "one")}
     same_history(
-        history(EvolutionStrategy(groups(mixed), **OPTIONS), mixed.items()), history(EvolutionStrategy(groups(plain), **OPTIONS), plain.items())
+        history(EvolutionStrategy(groups(mixed), **OPTIONS), mixed.items()),
+        history(EvolutionStrategy(groups(plain), **OPTIONS), plain.items()),
     )
 
 
@@ -371,7 +423,11 @@ def check_fsdp(world):
 
     tokens = torch.arange(5)
     plain, expected = Tiny(), []
-    expected_history = history(EvolutionStrategy(named_segments(plain), **OPTIONS), plain.named_parameters(), lambda: expected.append(plain(tokens)))
+    expected_history = history(
+        EvolutionStrategy(named_segments(plain), **OPTIONS),
+        plain.named_parameters(),
+        lambda: expected.append(plain(tokens)),
+    )
     for per_layer, reshard in ((True, None), (False, None), (True, False)):
         model, found = Tiny(), []
         for layer in (model.up, model.down) if per_layer else ():
@@ -468,7 +524,9 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 
 def main(rank, world, store, out):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     results = {}
     for name, check in CHECKS.items():
         try:
@@ -494,7 +552,8 @@ def processes(tmp_path_factory):
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
         running = [
-            subprocess.Popen([sys.executable, __file__, str(rank), str(world), str(store), str(out)], env=environment) for rank in range(world)
+            subprocess.Popen([sys.executable, __file__, str(rank), str(world), str(store), str(out)], env=environment)
+            for rank in range(world)
         ]
         end = time.monotonic() + 150
         try:
@@ -506,7 +565,10 @@ def processes(tmp_path_factory):
             for process in running:
                 process.kill()
                 process.wait()
-        found[world] = [json.loads(Path(f"{out}.{rank}").read_text()) if Path(f"{out}.{rank}").exists() else {} for rank in range(world)]
+        found[world] = [
+            json.loads(Path(f"{out}.{rank}").read_text()) if Path(f"{out}.{rank}").exists() else {}
+            for rank in range(world)
+        ]
     return found
 
 
@@ -514,7 +576,9 @@ def processes(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS)
 def test_processes(processes, world, check):
     for rank, results in enumerate(processes[world]):
-        assert results.get(check, "not reached: another check failed, or the process hung") is None, f"process {rank}: {results.get(check)}"
+        assert results.get(check, "not reached: another check failed, or the process hung") is None, (
+            f"process {rank}: {results.get(check)}"
+        )
 
 
 if __name__ == "__main__":

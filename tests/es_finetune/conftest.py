@@ -12,7 +12,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Models of these sizes gain nothing from a second thread, and with a busy neighbour each small product waits for it."""
+    """Models of these sizes gain nothing from a second thread, and with a busy neighbour each small product waits for
+    it."""
     torch.set_num_threads(1)
 
 
@@ -39,13 +40,17 @@ def bits():
 
 @pytest.fixture
 def weights():
-    """make(dtype, ...) -> list of (name, parameter): odd sizes, one dtype per tensor in turn, always the same values."""
+    """make(dtype, ...) -> list of (name, parameter): odd sizes, one dtype per tensor in turn, always the same
+    values."""
 
     def make(*dtypes):
         generator = torch.Generator().manual_seed(0)
         shapes = [(7, 9), (33,), (16, 8), (1,)]
         return [
-            (f"layer{i}.weight", torch.nn.Parameter((0.1 * torch.randn(shape, generator=generator)).to(dtypes[i % len(dtypes)])))
+            (
+                f"layer{i}.weight",
+                torch.nn.Parameter((0.1 * torch.randn(shape, generator=generator)).to(dtypes[i % len(dtypes)])),
+            )
             for i, shape in enumerate(shapes)
         ]
 
@@ -76,10 +81,10 @@ def tiny_llama():
 def build_model():
     """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
 
-    Kinds: llama; qwen2 (tied embeddings, biases); mixtral and qwen3_moe (experts fused in memory); gemma; mixed (gemma in bfloat16
-    with norms in float32); gemma3_vision (with a tower that sees); rwkv (which does not ignore padding); zamba and jamba (state
-    spaces); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special tokens fit the
-    embedded model's tokenizer.
+    Kinds: llama; qwen2 (tied embeddings, biases); mixtral and qwen3_moe (experts fused in memory); gemma; mixed (gemma
+    in bfloat16 with norms in float32); gemma3_vision (with a tower that sees); rwkv (which does not ignore padding);
+    zamba and jamba (state spaces); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of
+    40 and special tokens fit the embedded model's tokenizer.
     """
 
     def build(kind, **config):
@@ -106,21 +111,46 @@ def build_model():
             text = build("gemma3").config.to_dict()
             vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
             vision |= {"image_size": 28, "patch_size": 14}
-            options = {"mm_tokens_per_image": 4, "image_token_index": 39, "boi_token_index": 37, "eoi_token_index": 38, "eos_token_id": 2, **config}
+            options = {
+                "mm_tokens_per_image": 4,
+                "image_token_index": 39,
+                "boi_token_index": 37,
+                "eoi_token_index": 38,
+                "eos_token_id": 2,
+                **config,
+            }
             torch.manual_seed(0)
-            return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(text_config=text, vision_config=vision, **options)).eval()
+            return transformers.Gemma3ForConditionalGeneration(
+                transformers.Gemma3Config(text_config=text, vision_config=vision, **options)
+            ).eval()
         family, options = {
             "llama": ("Llama", {}),
             "rwkv": ("Rwkv", {"attention_hidden_size": 16, "context_length": 64}),
-            "zamba": ("Zamba", {"num_hidden_layers": 6, "attention_hidden_size": 32, "attention_head_dim": 16, **STATES}),
-            "jamba": ("Jamba", {"num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "mamba_dt_rank": 2, **STATES}),
+            "zamba": (
+                "Zamba",
+                {"num_hidden_layers": 6, "attention_hidden_size": 32, "attention_head_dim": 16, **STATES},
+            ),
+            "jamba": (
+                "Jamba",
+                {"num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "mamba_dt_rank": 2, **STATES},
+            ),
             "gemma": ("Gemma", {"head_dim": 8}),
             "gemma3": ("Gemma3", {"head_dim": 8}),
             "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
             "mixtral": ("Mixtral", {"num_local_experts": 4}),
-            "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}),
+            "qwen3_moe": (
+                "Qwen3Moe",
+                {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8},
+            ),
         }[kind]
-        options = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **options}
+        options = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            **options,
+        }
         options |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2}
         options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **config}
         torch.manual_seed(0)
@@ -147,8 +177,8 @@ def tiny_lora(build_model):
 
 @pytest.fixture(scope="session")
 def save_tiny(build_model):
-    """save_tiny(folder, kind="llama", **config) -> folder, as a str: a model of `build_model` with the embedded model's tokenizer,
-    for `--model`."""
+    """save_tiny(folder, kind="llama", **config) -> folder, as a str: a model of `build_model` with the embedded model's
+    tokenizer, for `--model`."""
 
     def save(folder, kind="llama", **config):
         from es_finetune.models.load import EMBEDDED_MODEL

@@ -1,7 +1,7 @@
 """Contract under test: the command line.
 
-Bad input is one clear line on stderr and exit code 2, with nothing written. Flags override YAML files; the ready ones are
-the paper's experiments. A run that breaks off says how to go on, with exit code 1.
+Bad input is one clear line on stderr and exit code 2, with nothing written. Flags override YAML files; the ready ones
+are the paper's experiments. A run that breaks off says how to go on, with exit code 1.
 """
 
 import json
@@ -71,11 +71,17 @@ def train(output, *flags):
         (["--modle", "X", "--task", "countdown"], "unknown flag --modle: did you mean --model?"),
         (["--sigma", "1", "2"], "'2' belongs to no flag; usage: es-finetune train [FILE.yaml] [flags]"),
         (["--model", "embedded", "--task", "countdwn"], "unknown task 'countdwn': did you mean countdown?"),
-        (["--model", "embedded", "--task", "reasoning_gym:x"], "unknown task 'reasoning_gym:x': did you mean reasoning-gym:<name>?"),
+        (
+            ["--model", "embedded", "--task", "reasoning_gym:x"],
+            "unknown task 'reasoning_gym:x': did you mean reasoning-gym:<name>?",
+        ),
         (["--task", "countdown_char"], "task 'countdown_char' needs a model: did you mean countdown-char?"),
         (["--model", "./nope", "--task", "countdown"], "the model's folder ./nope does not exist"),
         (["--model", __file__, "--task", "countdown"], "test_cli.py is a file: give its folder"),
-        (["--model", f"{CONFIGS.parent}/modles", "--task", "countdown"], "/modles does not exist: did you mean models?"),
+        (
+            ["--model", f"{CONFIGS.parent}/modles", "--task", "countdown"],
+            "/modles does not exist: did you mean models?",
+        ),
         (["--pad_token", "<nosuch>"], "<nosuch>"),
         (["--lora_rank", "-1"], "lora_rank"),
         (["--seed", str(2**64)], "seed must be a whole number of 64 bits"),
@@ -93,13 +99,18 @@ def train(output, *flags):
 def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, capsys, flags, words):
     assert train(tmp_path / "run", *flags) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and any(word in lines[0] for word in words.split("|")), lines
+    assert len(lines) == 1 and lines[0].startswith("error: ") and any(word in lines[0] for word in words.split("|")), (
+        lines
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", ["eval", "calibrate"])
 def test_the_other_commands_know_the_same_limits(capsys, command):
-    for flag, value, words in (("--seed", str(2**64), "seed must be a whole number of 64 bits"), ("--threads", "100000", "threads must be at most 1024")):
+    for flag, value, words in (
+        ("--seed", str(2**64), "seed must be a whole number of 64 bits"),
+        ("--threads", "100000", "threads must be at most 1024"),
+    ):
         assert main([command, "--model", "embedded", flag, value]) == 2
         assert words in capsys.readouterr().err
     if command == "calibrate":
@@ -134,7 +145,18 @@ GOOD = "".join('{"prompt": "^%d:"}\n' % n for n in range(9))
 def test_bad_data_and_bad_rewards_too(tmp_path, capsys, data, reward, words):
     (tmp_path / "data.jsonl").write_text(data)
     (tmp_path / "r.py").write_text(REWARDS)
-    flags = ["--model", "embedded", "--data", str(tmp_path / "data.jsonl"), "--reward", str(tmp_path / reward), "--prompts", "0", "--max_new_tokens", "4"]
+    flags = [
+        "--model",
+        "embedded",
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--reward",
+        str(tmp_path / reward),
+        "--prompts",
+        "0",
+        "--max_new_tokens",
+        "4",
+    ]
     assert train(tmp_path / "run", *flags) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and any(word in lines[0] for word in words.split("|")), lines
@@ -149,7 +171,9 @@ def test_a_model_without_pad_token_says_what_to_do(tmp_path, save_tiny, capsys):
     pads = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({**pads, "padding": None}))
     assert train(tmp_path / "run", "--model", model, "--task", "countdown-char") == 2
-    assert "has no pad token" in (error := capsys.readouterr().err) and "--pad_token" in error and error.count("\n") == 1
+    assert (
+        "has no pad token" in (error := capsys.readouterr().err) and "--pad_token" in error and error.count("\n") == 1
+    )
     assert train(tmp_path / "run", "--model", model, "--task", "countdown-char", "--pad_token", pad) == 0
 
 
@@ -164,7 +188,9 @@ def test_a_decoding_that_the_model_cannot_do_leaves_an_older_run_as_it_was(tmp_p
     flags = ["--model", str(tmp_path / "model"), "--task", "countdown-char", "--decoding", "continuous", "--overwrite"]
     assert train(tmp_path / "run", *flags) == 2
     lines = capfd.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and "models of type gpt_neox" in lines[0] and lines[0].endswith("use --decoding dynamic"), lines
+    assert len(lines) == 1 and "models of type gpt_neox" in lines[0] and lines[0].endswith("use --decoding dynamic"), (
+        lines
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -182,9 +208,20 @@ def reward(completion, item):
 
 def test_a_reward_from_a_file_trains_though_it_hangs_and_raises(tmp_path, capsys):
     for name, numbers in (("train", range(6)), ("test", range(6, 9))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"^{n}:", "n": n}) + "\n" for n in numbers))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"^{n}:", "n": n}) + "\n" for n in numbers)
+        )
     (tmp_path / "r.py").write_text(REWARD)
-    flags = ["--model", "embedded", "--data", str(tmp_path / "train.jsonl"), "--test_data", str(tmp_path / "test.jsonl"), "--max_new_tokens", "4"]
+    flags = [
+        "--model",
+        "embedded",
+        "--data",
+        str(tmp_path / "train.jsonl"),
+        "--test_data",
+        str(tmp_path / "test.jsonl"),
+        "--max_new_tokens",
+        "4",
+    ]
     flags += ["--reward", f"{tmp_path / 'r.py'}:reward", "--prompts", "0", "--time_limit", "0.3", "--generations", "1"]
     assert train(tmp_path / "run", *flags) == 0
     out = capsys.readouterr().out
@@ -195,13 +232,34 @@ def test_a_reward_from_a_file_trains_though_it_hangs_and_raises(tmp_path, capsys
 
 @pytest.fixture
 def own(tmp_path):
-    """A task of one's own in files, and flags for a short run of it: data.jsonl, test.jsonl, and r.py, which imports h.py."""
+    """A task of one's own in files, and flags for a short run of it: data.jsonl, test.jsonl, and r.py, which imports
+    h.py."""
     for name, numbers in (("data", range(6)), ("test", range(6, 9))):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"^{n}:", "n": n} for n in numbers])
     (tmp_path / "h.py").write_text("def distance(a, b): return abs(a - b)\n")
-    (tmp_path / "r.py").write_text("from h import distance\ndef reward(completion, item): return -distance(len(completion), item['n'])\n")
-    flags = ["--model", "embedded", "--data", str(tmp_path / "data.jsonl"), "--test_data", str(tmp_path / "test.jsonl"), "--max_new_tokens", "4"]
-    return ["--reward", f"{tmp_path / 'r.py'}:reward", "--prompts", "2", "--generations", "1", "--no_save_model", *flags]
+    (tmp_path / "r.py").write_text(
+        "from h import distance\ndef reward(completion, item): return -distance(len(completion), item['n'])\n"
+    )
+    flags = [
+        "--model",
+        "embedded",
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--test_data",
+        str(tmp_path / "test.jsonl"),
+        "--max_new_tokens",
+        "4",
+    ]
+    return [
+        "--reward",
+        f"{tmp_path / 'r.py'}:reward",
+        "--prompts",
+        "2",
+        "--generations",
+        "1",
+        "--no_save_model",
+        *flags,
+    ]
 
 
 def write(path, rows):
@@ -227,7 +285,10 @@ def test_a_reward_is_known_by_its_content_and_not_by_its_path(tmp_path, capsys, 
         capsys.readouterr()
         assert main([*resume, "--generations", "3"]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "r.py:reward is not the one that the run in" in line and "put it back as it was, or begin another run" in line
+        assert (
+            "r.py:reward is not the one that the run in" in line
+            and "put it back as it was, or begin another run" in line
+        )
         assert contents(tmp_path / "run") == before
         (tmp_path / f"{name}.py").write_text(text)
     assert main([*resume, "--generations", "3"]) == 0
@@ -240,9 +301,13 @@ def test_other_reference_answers_are_refused_on_resume(tmp_path, capsys, own, na
     write(tmp_path / f"{name}.jsonl", [{**rows[0], "n": 99}, *rows[1:]])
     before = contents(tmp_path / "run")
     assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "2"]) == 2
-    assert f"what the {split} items of task custom give the reward, as reference answers, is not what the run" in capsys.readouterr().err
+    assert (
+        f"what the {split} items of task custom give the reward, as reference answers, is not what the run"
+        in capsys.readouterr().err
+    )
     assert contents(tmp_path / "run") == before
-    write(tmp_path / f"{name}.jsonl", [dict(reversed(row.items())) for row in rows])  # the order of a record's keys says nothing
+    # The order of a record's keys says nothing
+    write(tmp_path / f"{name}.jsonl", [dict(reversed(row.items())) for row in rows])
     assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "2"]) == 0
 
 
@@ -251,7 +316,10 @@ def test_a_reward_that_scores_nothing_of_the_base_model_ends_the_run_at_once(tmp
     (tmp_path / "r.py").write_text(good.replace("item['n']", "item['answer']"))
     assert train(tmp_path / "run", *own) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "no answer of the base model to a held-out question could be scored; the first failure: reward(): KeyError: 'answer'" in line
+    assert (
+        "no answer of the base model to a held-out question could be scored; the first failure: reward(): KeyError: "
+        "'answer'" in line
+    )
     assert line.endswith("Nothing is kept yet: mend the reward, and begin again with --overwrite")
     (tmp_path / "r.py").write_text(good)
     assert train(tmp_path / "run", *own, "--overwrite") == 0
@@ -304,7 +372,10 @@ def test_commands(capsys):
         (["train", "countdown-qwen2.5-1.5"], "no ready config of that name: did you mean countdown-qwen2.5-1.5b?"),
         (["train", "countdown"], "no ready config of that name: did you mean --task countdown?"),
         (["train", "sigma=0.1"], "no ready config of that name: did you mean --sigma=0.1?"),
-        (["train", "."], ". is a folder, and a file with options was expected; a run is continued with --resume --output ."),
+        (
+            ["train", "."],
+            ". is a folder, and a file with options was expected; a run is continued with --resume --output .",
+        ),
     ],
     ids=" ".join,
 )
@@ -317,17 +388,35 @@ def test_a_misspelt_command_line_is_one_line_with_what_was_meant(capsys, argumen
 @pytest.mark.parametrize(
     "hidden, arguments, words",
     [
-        (["transformers", "matplotlib"], ["report", "RUN"], "es-finetune report needs the packages transformers, matplotlib: pip install 'es-kernels[finetune]'"),
+        (
+            ["transformers", "matplotlib"],
+            ["report", "RUN"],
+            "es-finetune report needs the packages transformers, matplotlib: pip install 'es-kernels[finetune]'",
+        ),
         (["rich"], ["train"], "es-finetune train needs the package rich: pip install 'es-kernels[finetune]'"),
         (["peft"], ["train", "--lora_rank", "2"], "an adapter needs the package peft: pip install 'es-kernels[lora]'"),
-        (["datasets"], ["train", "--task", "math", "--model", "m"], "the task 'math' needs the package datasets: pip install 'es-kernels[tasks]'"),
+        (
+            ["datasets"],
+            ["train", "--task", "math", "--model", "m"],
+            "the task 'math' needs the package datasets: pip install 'es-kernels[tasks]'",
+        ),
         (["ray"], ["train", "--workers", "ray"], "workers 'ray' needs the package ray: pip install 'es-kernels[ray]'"),
-        (["vllm"], ["train", "--engine", "vllm"], "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md"),
-        (["tensorboard"], ["train"], "report_to names tensorboard, which is not installed: pip install tensorboard, or take it out"),
+        (
+            ["vllm"],
+            ["train", "--engine", "vllm"],
+            "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md",
+        ),
+        (
+            ["tensorboard"],
+            ["train"],
+            "report_to names tensorboard, which is not installed: pip install tensorboard, or take it out",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, capsys, monkeypatch, hidden, arguments, words):
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    tmp_path, capsys, monkeypatch, hidden, arguments, words
+):
     for name in hidden:
         monkeypatch.setitem(sys.modules, name, None)
     if "tensorboard" in hidden:
@@ -341,7 +430,9 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, capsy
 def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)  # which only the end of a run needs
-        with pytest.raises(ValueError, match=r"a run needs the package matplotlib: pip install 'es-kernels\[finetune\]'"):
+        with pytest.raises(
+            ValueError, match=r"a run needs the package matplotlib: pip install 'es-kernels\[finetune\]'"
+        ):
             es_finetune.Trainer(TrainConfig(output=str(tmp_path / "run")))
     for name in ("es_finetune.trainer", "es_finetune.monitor.progress"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -354,9 +445,17 @@ def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
 def test_ctrl_c_while_packages_are_imported_is_no_traceback(tmp_path, way):
     """A torch that interrupts its own import: it takes most of the two seconds before a command does anything."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
-    module, function = re.search(r'^es-finetune = "(.*):(.*)"', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE).groups()
+    module, function = re.search(
+        r'^es-finetune = "(.*):(.*)"', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE
+    ).groups()
     script = f"import sys; from {module} import {function}; sys.exit({function}())"  # as pip writes it
-    command = [sys.executable, *(["-m", "es_finetune"] if way == "module" else ["-c", script]), "train", "--output", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        *(["-m", "es_finetune"] if way == "module" else ["-c", script]),
+        "train",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
@@ -370,9 +469,18 @@ def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):
 
 
 def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tmp_path):
-    (tmp_path / "run.yaml").write_text("sigma: 2e-3  # a text for YAML\ngenerations: 7\nantithetic: true\nfreeze: ['*norm*', '*embed*']\n")
-    config = _parse(TrainConfig, [*_flags_of(_read_yaml(str(tmp_path / "run.yaml")), TrainConfig), "--generations", "9"], "train")
-    assert (config.sigma, config.generations, config.antithetic, config.freeze) == (2e-3, 9, True, ["*norm*", "*embed*"])
+    (tmp_path / "run.yaml").write_text(
+        "sigma: 2e-3  # a text for YAML\ngenerations: 7\nantithetic: true\nfreeze: ['*norm*', '*embed*']\n"
+    )
+    config = _parse(
+        TrainConfig, [*_flags_of(_read_yaml(str(tmp_path / "run.yaml")), TrainConfig), "--generations", "9"], "train"
+    )
+    assert (config.sigma, config.generations, config.antithetic, config.freeze) == (
+        2e-3,
+        9,
+        True,
+        ["*norm*", "*embed*"],
+    )
     (tmp_path / "bad.yaml").write_text("sigmma: 1\n")
     (tmp_path / "nothing.yaml").write_text("base: null\nreport_to: []\nresume: false\nlr:\n")
     config = _parse(TrainConfig, _flags_of(_read_yaml(str(tmp_path / "nothing.yaml")), TrainConfig), "train")
@@ -407,7 +515,13 @@ def test_each_experiment_of_the_paper_has_a_ready_config():
     for name, expected in PAPER.items():
         config = _parse(TrainConfig, _flags_of(_read_yaml(name), TrainConfig), "train")
         assert (config.model, config.task, config.prompts, config.max_new_tokens) == expected
-        assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (30, 1e-3, 5e-4, "zscore", False)
+        assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (
+            30,
+            1e-3,
+            5e-4,
+            "zscore",
+            False,
+        )
         assert bool(config.pad_token) == ("Llama" in config.model)
 
 
@@ -450,7 +564,11 @@ def test_how_to_go_on_names_what_was_changed(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "run") == 0
     monkeypatch.setattr(Trainer, "train", lambda self: (_ for _ in ()).throw(OSError("late")))
     assert main(["train", "--resume", "--output", str(tmp_path / "run"), "--generations", "8", "--threads", "2"]) == 1
-    assert capsys.readouterr().err.strip().endswith(f"train --resume --output {tmp_path / 'run'} --threads 2 --generations 8")
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"train --resume --output {tmp_path / 'run'} --threads 2 --generations 8")
+    )
 
 
 def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -466,7 +584,11 @@ def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatc
 
 
 def test_help_of_a_command_says_how_it_is_called(capsys):
-    for command, usage in (("train", "train [FILE.yaml] [flags]"), ("replay", "replay RUN [flags]"), ("eval", "eval [--run RUN] [flags]")):
+    for command, usage in (
+        ("train", "train [FILE.yaml] [flags]"),
+        ("replay", "replay RUN [flags]"),
+        ("eval", "eval [--run RUN] [flags]"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         out = capsys.readouterr().out
@@ -512,7 +634,10 @@ def test_only_what_is_downloaded_has_bars(monkeypatch):
             hidden = are_progress_bars_disabled()
             logging._tqdm_active = True
             _parse(TrainConfig, [], "train")
-            assert are_progress_bars_disabled() == hidden == (hide is disable_progress_bars) and not logging.is_progress_bar_enabled()
+            assert (
+                are_progress_bars_disabled() == hidden == (hide is disable_progress_bars)
+                and not logging.is_progress_bar_enabled()
+            )
     finally:
         enable_progress_bars()
 

@@ -1,8 +1,9 @@
 """Contract under test: a run that was killed goes on as if it had not been.
 
-After kill -9 at any moment `resume` ends with the fingerprint of a run never interrupted, for every base; what was scored
-before the kill is never scored again. A snapshot shortens the way and changes no bit. A log, model, task or config of
-another run is refused by name, with nothing changed. A disk that fills up ends the run with what was written intact.
+After kill -9 at any moment `resume` ends with the fingerprint of a run never interrupted, for every base; what was
+scored before the kill is never scored again. A snapshot shortens the way and changes no bit. A log, model, task or
+config of another run is refused by name, with nothing changed. A disk that fills up ends the run with what was written
+intact.
 """
 
 import copy
@@ -27,7 +28,15 @@ from es_finetune.runs.log import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
 from es_finetune.workers.worker import Worker, _canonical
 
-OPTIONS = {"generations": 5, "population": 4, "prompts": 24, "eval_items": 24, "eval_every": 2, "report_to": ["none"], "health_every": 2}
+OPTIONS = {
+    "generations": 5,
+    "population": 4,
+    "prompts": 24,
+    "eval_items": 24,
+    "eval_every": 2,
+    "report_to": ["none"],
+    "health_every": 2,
+}
 
 
 class Counted(CountdownChar):
@@ -43,7 +52,9 @@ class Counted(CountdownChar):
 
 
 def run(folder, resume=False, **options):
-    trainer = Trainer(TrainConfig(output=str(folder), resume=resume, **{**OPTIONS, **options}), task=Counted(f"{folder}.scored"))
+    trainer = Trainer(
+        TrainConfig(output=str(folder), resume=resume, **{**OPTIONS, **options}), task=Counted(f"{folder}.scored")
+    )
     return trainer.train()
 
 
@@ -64,7 +75,15 @@ CONFIGS = [
     {},
     {"dtype": "bfloat16", "base": "copy", "perturb_rounding": "stochastic", "snapshot_every": 1},
     {"dtype": "bfloat16", "base": "none"},
-    {"dtype": "bfloat16", "momentum": 0.5, "antithetic": True, "weight_decay": 0.1, "anchored": True, "snapshot_every": 2, "sigma_schedule": "cosine"},
+    {
+        "dtype": "bfloat16",
+        "momentum": 0.5,
+        "antithetic": True,
+        "weight_decay": 0.1,
+        "anchored": True,
+        "snapshot_every": 2,
+        "sigma_schedule": "cosine",
+    },
     {"shaping": "per_prompt", "lr_schedule": "linear", "sigma_for": ["*norm*=0.02"]},
 ]
 
@@ -182,7 +201,10 @@ def test_another_config_is_refused_by_name(interrupted, options, words):
 
 
 def test_another_model_and_other_items_are_refused(interrupted, build_model):
-    other, tokenizer = build_model("llama"), Trainer(TrainConfig(output=f"{interrupted}-x")).workers.replica.engine.tokenizer
+    other, tokenizer = (
+        build_model("llama"),
+        Trainer(TrainConfig(output=f"{interrupted}-x")).workers.replica.engine.tokenizer,
+    )
     with pytest.raises(ValueError, match="is not the one the run began with"):
         Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), model=other, tokenizer=tokenizer)
     task = CountdownChar()
@@ -196,16 +218,28 @@ def test_a_log_that_does_not_say_how_answers_were_scored_is_accepted_with_a_word
     log = SealedLines(interrupted / "run.log")
     header, *generations = [{key: value for key, value in line.items() if key != "crc"} for line in log.lines]
     log.clear()
-    for line in ({key: value for key, value in header.items() if key != "reward" and not key.endswith("_scoring")}, *generations):
+    for line in (
+        {key: value for key, value in header.items() if key != "reward" and not key.endswith("_scoring")},
+        *generations,
+    ):
         log.append(line)
     log.close()
     run(interrupted, resume=True)
-    assert "begun by an older version: that answers are scored as in the 2 generations before is not checked" in capsys.readouterr().out
+    assert (
+        "begun by an older version: that answers are scored as in the 2 generations before is not checked"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     "one, other",
-    [(np.int64(3), np.int64(4)), (np.array([1.5]), np.array([2.5])), (torch.tensor([1]), torch.tensor([2])), (Decimal(1), Decimal(2)), ({"a": 1}, {"a": 2})],
+    [
+        (np.int64(3), np.int64(4)),
+        (np.array([1.5]), np.array([2.5])),
+        (torch.tensor([1]), torch.tensor([2])),
+        (Decimal(1), Decimal(2)),
+        ({"a": 1}, {"a": 2}),
+    ],
     ids=repr,
 )
 def test_reference_answers_of_any_kind_are_told_apart(one, other):
@@ -224,7 +258,19 @@ def test_other_code_that_scores_is_refused(interrupted):
 
 def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
     shutil.copytree(EMBEDDED_MODEL, tmp_path / "copy")
-    config = TrainConfig(output=str(interrupted), resume=True, **{**OPTIONS, "model": str(tmp_path / "copy"), "task": "countdown-char", "sigma": 0.01, "lr": 0.01, "batch_size": 128, "threads": 1})
+    config = TrainConfig(
+        output=str(interrupted),
+        resume=True,
+        **{
+            **OPTIONS,
+            "model": str(tmp_path / "copy"),
+            "task": "countdown-char",
+            "sigma": 0.01,
+            "lr": 0.01,
+            "batch_size": 128,
+            "threads": 1,
+        },
+    )
     assert Trainer(config, task=CountdownChar()).generation == 2
 
 
@@ -241,7 +287,10 @@ def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):
 
 def test_time_of_members_scored_before_is_counted(interrupted):
     run(interrupted, resume=True)
-    assert all(0 <= row["share_outside"] < 0.9 and row["seconds"] >= row["seconds_generate"] for row in read_rows(interrupted / "metrics.jsonl"))
+    assert all(
+        0 <= row["share_outside"] < 0.9 and row["seconds"] >= row["seconds_generate"]
+        for row in read_rows(interrupted / "metrics.jsonl")
+    )
 
 
 def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted, tmp_path):
@@ -301,7 +350,10 @@ def test_a_snapshot_of_another_name_is_one_line_and_is_never_removed(tmp_path):
     run(tmp_path / "run", snapshot_every=1, generations=2)
     (snapshot,) = (tmp_path / "run" / "snapshots").iterdir()
     best = snapshot.rename(snapshot.with_name("theta-best.safetensors"))
-    with pytest.raises(ValueError, match="theta-best.safetensors does not say of which generation it is, as theta-000100.safetensors does"):
+    with pytest.raises(
+        ValueError,
+        match="theta-best.safetensors does not say of which generation it is, as theta-000100.safetensors does",
+    ):
         run(tmp_path / "run", resume=True, generations=3)
     kept = best.rename(best.with_name("best.safetensors"))
     run(tmp_path / "run", resume=True, snapshot_every=1, generations=3)
@@ -313,11 +365,18 @@ def contents(folder):
 
 
 def test_overwrite_removes_nothing_before_the_new_run_is_proven(interrupted, monkeypatch):
-    """What its first line would hold, and what its workers say of themselves, which a pool's do only when they are asked."""
+    """What its first line would hold, and what its workers say of themselves, which a pool's do only when they are
+    asked."""
     before = contents(interrupted)
-    for found, words in ((np.int64(3), "can only hold JSON"), (float("nan"), "can only hold JSON"), (ValueError("no such model"), "no such model")):
+    for found, words in (
+        (np.int64(3), "can only hold JSON"),
+        (float("nan"), "can only hold JSON"),
+        (ValueError("no such model"), "no such model"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(Worker, "start", lambda self: raised(found) if isinstance(found, Exception) else {"odd": found})
+            patch.setattr(
+                Worker, "start", lambda self: raised(found) if isinstance(found, Exception) else {"odd": found}
+            )
             with pytest.raises(ValueError, match=words):
                 run(interrupted, overwrite=True)
             assert contents(interrupted) == before
@@ -361,7 +420,9 @@ def test_overwrite_leaves_nothing_of_the_run_before(interrupted, tmp_path):
     (interrupted / "eval-2").mkdir()
     found = run(interrupted, overwrite=True)
     assert found["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
-    assert {path.name for path in interrupted.iterdir()} - {path.name for path in (tmp_path / "fresh").iterdir()} == {"notes.txt"}
+    assert {path.name for path in interrupted.iterdir()} - {path.name for path in (tmp_path / "fresh").iterdir()} == {
+        "notes.txt"
+    }
     run(interrupted, resume=True)  # and the log does not remember how it was begun
 
 

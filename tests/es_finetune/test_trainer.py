@@ -1,8 +1,8 @@
 """Contract under test: a run and its folder.
 
-A run leaves what README promises, and a model that transformers loads, whose weights have the fingerprint of the log; one
-seed gives one fingerprint. Every option changes what it should. Any model of transformers with noise-capable weights is
-tuned: tied embeddings, fused experts, adapters. A reward that raises or hangs costs its answer, not the run.
+A run leaves what README promises, and a model that transformers loads, whose weights have the fingerprint of the log;
+one seed gives one fingerprint. Every option changes what it should. Any model of transformers with noise-capable
+weights is tuned: tied embeddings, fused experts, adapters. A reward that raises or hangs costs its answer, not the run.
 """
 
 import json
@@ -40,7 +40,8 @@ def summary(folder):
 
 
 class Letters:
-    """Any model's answers have some of the letters that the embedded tokenizer knows: a reward that even random weights can move."""
+    """Any model's answers have some of the letters that the embedded tokenizer knows: a reward that even random weights
+    can move."""
 
     name, metric, floor, max_new_tokens, eval_samples, notes = "letters", "reward", None, 4, 1, ()
     train = [Item(f"^{a},{b}:", (a, b)) for a in range(1, 5) for b in range(5, 9)]
@@ -61,7 +62,9 @@ def test_a_run_leaves_what_it_promises(run):
     names = "answers config.json evals.jsonl journal metrics.jsonl model reward.png run.log summary.json tensorboard"
     assert sorted(path.name for path in run.iterdir()) == names.split()
     found = summary(run)
-    assert found["generations"] == 2 and found["noise_version"] == es_kernels.noise.VERSION and found["metric"] == "exact"
+    assert (
+        found["generations"] == 2 and found["noise_version"] == es_kernels.noise.VERSION and found["metric"] == "exact"
+    )
     assert found["backend"] == es_kernels.active_backend(torch.device("cpu"))
     assert 0 < found["seconds_kernels"] < found["seconds_total"] and 0 < found["share_outside"] < 1
     low, high = found["base_interval"]
@@ -83,7 +86,10 @@ def test_rows_and_log_say_the_same(run):
         assert row["theta"] == row["live"] == f"{logged.theta:016x}"  # f32 weights, so both are the same numbers
         assert (logged.lr, logged.sigma) == ((row["lr"],), (row["sigma"],))
         assert row["peak_memory_bytes"] > 1e6 and row["failed"] == 0
-        assert 4 * 16 * 2 <= row["tokens"] <= 4 * 16 * 12 and row["tokens_per_second"] == row["tokens"] / row["seconds_generate"]
+        assert (
+            4 * 16 * 2 <= row["tokens"] <= 4 * 16 * 12
+            and row["tokens_per_second"] == row["tokens"] / row["seconds_generate"]
+        )
         assert row["seconds"] >= row["seconds_generate"] + row["seconds_score"]
     assert rows[-1]["theta"] == summary(run)["fingerprint"]
     assert rows[0]["health"]["correlation_min"][1] > 0.999 and rows[0]["health"]["drift"] > 0
@@ -110,16 +116,25 @@ def test_any_model_is_tuned_and_exported(save_tiny, tmp_path, kind, dtype):
     """The checkpoint's own tensors, read without transformers, have the fingerprint of the log."""
     model = save_tiny(tmp_path / "base", "llama" if kind == "lora" else kind)
     options = {"lora_rank": 2} if kind == "lora" else {}
-    trainer = train(tmp_path / "run", Letters(), model=model, dtype=dtype, sigma=0.05, lr=0.05, prompts=0, batch_size=16, **options)
+    trainer = train(
+        tmp_path / "run", Letters(), model=model, dtype=dtype, sigma=0.05, lr=0.05, prompts=0, batch_size=16, **options
+    )
     _, generations = read_log(tmp_path / "run" / "run.log")
     assert generations[-1].z is not None
     (weights,) = (tmp_path / "run" / "model").glob("*.safetensors")
     tensors = load_file(weights)
-    assert es_kernels.fingerprint(tensors) == generations[-1].live == trainer.workers.weights.optimizer.fingerprint("live")
+    assert (
+        es_kernels.fingerprint(tensors) == generations[-1].live == trainer.workers.weights.optimizer.fingerprint("live")
+    )
     assert {t.dtype for t in tensors.values()} == {torch.float32 if kind == "lora" else getattr(torch, dtype)}
     if kind == "lora":
         base = {name: p for name, p in trainer.model.named_parameters() if not p.requires_grad}
-        fresh = dict(Trainer(TrainConfig(output=str(tmp_path / "fresh"), model=model, task="letters", dtype=dtype, lora_rank=2), task=Letters()).model.named_parameters())
+        fresh = dict(
+            Trainer(
+                TrainConfig(output=str(tmp_path / "fresh"), model=model, task="letters", dtype=dtype, lora_rank=2),
+                task=Letters(),
+            ).model.named_parameters()
+        )
         assert base and all(torch.equal(p, fresh[name]) for name, p in base.items())
 
 
@@ -148,10 +163,13 @@ TEMPLATE = "{% for m in messages %}^{{ m['content'] }}{% endfor %}:"
 
 @pytest.mark.parametrize("task", ["countdown", "conciseness", "math", "reasoning-gym:mini_sudoku"])
 def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
-    """From prompts to answers, scores, an update and an evaluation with samples: nothing to learn for a model of random weights."""
+    """From prompts to answers, scores, an update and an evaluation with samples: nothing to learn for a model of random
+    weights."""
     model = save_tiny(tmp_path / "model", max_position_embeddings=4096)
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE, "model_max_length": 4096}))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": TEMPLATE, "model_max_length": 4096})
+    )
     options = {"generations": 1, "population": 2, "prompts": 2, "eval_items": 2, "batch_size": 2, "max_new_tokens": 8}
     if task == "math":
         for name in ("data", "test_data"):
@@ -162,11 +180,23 @@ def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     trainer.train()
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["tokens"] > 0 and row["failed"] == 0 and trainer.workers.weights.optimizer.generation == 1
-    found = assess(EvalConfig(run=str(tmp_path / "run"), model=model, task=task, data=options.get("data"), test_data=options.get("test_data"), items=1, batch_size=20, max_new_tokens=8))
+    found = assess(
+        EvalConfig(
+            run=str(tmp_path / "run"),
+            model=model,
+            task=task,
+            data=options.get("data"),
+            test_data=options.get("test_data"),
+            items=1,
+            batch_size=20,
+            max_new_tokens=8,
+        )
+    )
     assert found["samples"] == (20 if task == "conciseness" else 1) and found["questions"] == 1
 
 
-# --- options ------------------------------------------------------------------------------------------------------------
+# --- options
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +219,16 @@ def outcome(folder, **options):
 
 
 def differing(found, plain):
-    pairs = {"rewards": (found["rewards"], plain["rewards"]), "z": (found["z"], plain["z"]), **dict(zip("12", zip(found["theta"], plain["theta"])))}
+    pairs = {
+        "rewards": (found["rewards"], plain["rewards"]),
+        "z": (found["z"], plain["z"]),
+        **dict(zip("12", zip(found["theta"], plain["theta"]))),
+    }
     return [name for name, (here, there) in pairs.items() if here != there]
 
 
-# What an option changes, of: the rewards of the first population (its perturbations), their z, theta after one generation, after two.
+# What an option changes, of: the rewards of the first population (its perturbations), their z, theta after one
+# generation, after two.
 CHANGES = [
     ({"shaping": "ranks"}, "z 1 2"),
     ({"shaping": "per_prompt"}, "z 1 2"),
@@ -259,8 +294,16 @@ def test_roundings_reach_the_optimizer(tmp_path):
 def test_masks_and_own_sigmas_reach_the_parameters_they_name(tmp_path):
     options = {"freeze": ["*embed*"], "sigma_for": ["*norm*=0.5", "*layers.1*=0.25"]}
     trainer = outcome(tmp_path / "run", **options)["trainer"]
-    sigmas = {name: group["sigma"] for group, weights in zip(trainer.workers.weights.optimizer.param_groups, trainer.workers.weights.optimizer.tables) for name in weights.live.names}
-    assert {name for name, sigma in sigmas.items() if sigma == 0.5} == {name for name, _ in trainer.model.named_parameters() if "norm" in name}
+    sigmas = {
+        name: group["sigma"]
+        for group, weights in zip(
+            trainer.workers.weights.optimizer.param_groups, trainer.workers.weights.optimizer.tables
+        )
+        for name in weights.live.names
+    }
+    assert {name for name, sigma in sigmas.items() if sigma == 0.5} == {
+        name for name, _ in trainer.model.named_parameters() if "norm" in name
+    }
     assert sigmas["model.layers.1.mlp.up_proj.weight"] == 0.25 and sigmas["model.layers.0.mlp.up_proj.weight"] == 0.02
     assert not any("embed" in name for name in sigmas)
     start = AutoModelForCausalLM.from_pretrained(Trainer(TrainConfig(output=str(tmp_path / "x"))).model.name_or_path)
@@ -290,7 +333,8 @@ def test_all_members_see_the_same_prompts_and_each_generation_draws_its_own(tmp_
     assert len(members) == 8 and members[0] == members[1] == members[2] == members[3] != members[4] == members[7]
 
 
-# --- rewards that fail --------------------------------------------------------------------------------------------------
+# --- rewards that fail
+# --------------------------------------------------------------------------------------------------
 
 
 class Failing(Letters):
@@ -342,7 +386,9 @@ def test_a_run_may_be_asked_to_stop_at_a_failing_reward(tmp_path):
             return Score(None, error="no luck here") if item.key == (3,) else super().score(item, completion)
 
     options = {"model": "embedded", "prompts": 0, "on_reward_error": "stop"}
-    with pytest.raises(RewardFailed, match="held-out answers after 0 updates: scoring failed for 1; prompt 2: no luck here"):
+    with pytest.raises(
+        RewardFailed, match="held-out answers after 0 updates: scoring failed for 1; prompt 2: no luck here"
+    ):
         train(tmp_path / "held-out", HeldOut(), **options)
     with pytest.raises(RewardFailed, match="generation 1, member 0: prompt .* no luck"):
         train(tmp_path / "run", Failing(), **options)
@@ -361,7 +407,10 @@ def test_a_reward_that_always_fails_ends_the_run_at_its_first_look(tmp_path):
             return Score(None, error="always")
 
     for again in ({}, {"resume": True}):
-        with pytest.raises(RewardFailed, match="no answer of the base model to a held-out question could be scored; the first failure: always"):
+        with pytest.raises(
+            RewardFailed,
+            match="no answer of the base model to a held-out question could be scored; the first failure: always",
+        ):
             train(tmp_path / "run", Broken(), model="embedded", prompts=0, **again)
     assert read_log(tmp_path / "run" / "run.log")[1] == [] and read_rows(tmp_path / "run" / "evals.jsonl") == []
 
@@ -373,7 +422,10 @@ def test_a_reward_that_fails_for_every_training_prompt_changes_nothing(tmp_path)
 
     trainer = train(tmp_path / "run", Broken(), model="embedded", prompts=0)
     header, generations = read_log(tmp_path / "run" / "run.log")
-    assert [g.z for g in generations] == [None, None] and f"{trainer.workers.weights.optimizer.fingerprint():016x}" == header["theta"]
+    assert [g.z for g in generations] == [
+        None,
+        None,
+    ] and f"{trainer.workers.weights.optimizer.fingerprint():016x}" == header["theta"]
     assert [row["failed"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [64, 64]
 
 
@@ -389,13 +441,26 @@ def test_a_held_out_answer_that_fails_counts_as_the_floor(tmp_path):
     assert look["reward"] == -4.0 == summary(tmp_path / "run")["base"] and look["low"] < -4 < look["high"]
 
 
-# --- Python -------------------------------------------------------------------------------------------------------------
+# --- Python
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
-    tokenizer = AutoTokenizer.from_pretrained(Trainer(TrainConfig(output=str(tmp_path / "x"))).model.name_or_path, padding_side="left")
-    task = load_task("custom", data=[{"prompt": f"^{a}:", "length": a} for a in range(1, 10)], reward=lambda completion, item: -abs(len(completion) - item["length"]))
-    config = TrainConfig(output=str(tmp_path / "run"), model="mine", task="custom", max_new_tokens=6, **{**SMALL, "prompts": 0, "sigma": 0.05})
+    tokenizer = AutoTokenizer.from_pretrained(
+        Trainer(TrainConfig(output=str(tmp_path / "x"))).model.name_or_path, padding_side="left"
+    )
+    task = load_task(
+        "custom",
+        data=[{"prompt": f"^{a}:", "length": a} for a in range(1, 10)],
+        reward=lambda completion, item: -abs(len(completion) - item["length"]),
+    )
+    config = TrainConfig(
+        output=str(tmp_path / "run"),
+        model="mine",
+        task="custom",
+        max_new_tokens=6,
+        **{**SMALL, "prompts": 0, "sigma": 0.05},
+    )
     before = {name: p.clone() for name, p in tiny_llama.named_parameters()}
     found = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
     assert found["metric"] == "reward" and found["final"] <= 0
@@ -404,9 +469,22 @@ def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
 
 def test_a_config_holds_plain_values_whatever_it_was_given():
     given = {"model": pathlib.Path("some/model"), "task": "countdown", "output": pathlib.Path("out")}
-    config = TrainConfig(**given, population=np.int64(4), sigma=np.float32(0.5), seed=np.uint64(2**64 - 1), antithetic=np.True_, freeze=("*norm*",))
+    config = TrainConfig(
+        **given,
+        population=np.int64(4),
+        sigma=np.float32(0.5),
+        seed=np.uint64(2**64 - 1),
+        antithetic=np.True_,
+        freeze=("*norm*",),
+    )
     assert recorded_options(config) == json.loads(json.dumps(recorded_options(config), allow_nan=False))
-    assert (config.model, config.output, config.population, config.sigma, config.seed) == ("some/model", "out", 4, 0.5, 2**64 - 1)
+    assert (config.model, config.output, config.population, config.sigma, config.seed) == (
+        "some/model",
+        "out",
+        4,
+        0.5,
+        2**64 - 1,
+    )
     assert (config.antithetic, config.freeze) == (True, ["*norm*"])
     for wrong, words in (
         ({"population": 4.0}, "population must be a whole number, not 4.0"),
@@ -423,13 +501,23 @@ def test_a_config_holds_plain_values_whatever_it_was_given():
 
 
 def own_task(questions):
-    return load_task("custom", data=[{"prompt": f"^{a}:"} for a in range(questions)], reward=lambda completion, item: len(completion))
+    return load_task(
+        "custom", data=[{"prompt": f"^{a}:"} for a in range(questions)], reward=lambda completion, item: len(completion)
+    )
 
 
 def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_path, monkeypatch, capsys):
-    """Here 6, of the 16 that are left for training from 20. The run says so, and how many answers that is, before the first of them."""
+    """Here 6, of the 16 that are left for training from 20. The run says so, and how many answers that is, before the
+    first of them."""
     monkeypatch.setattr("es_finetune.workers.worker.CUSTOM_PROMPTS", 6)
-    options = {"model": "embedded", "max_new_tokens": 4, "generations": 1, "population": 4, "eval_items": 1, "report_to": ["none"]}
+    options = {
+        "model": "embedded",
+        "max_new_tokens": 4,
+        "generations": 1,
+        "population": 4,
+        "eval_items": 1,
+        "report_to": ["none"],
+    }
 
     def prompts_of(name, questions=20, **more):
         config = TrainConfig(output=str(tmp_path / name), task="custom", **options, **more)
@@ -439,10 +527,21 @@ def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_p
 
     prompts, lines = prompts_of("many")
     assert prompts == 6
-    assert lines[1:3] == ["6 of the 16 training prompts are drawn for each generation; --prompts 0 takes all", "24 answers a generation: 4 members x 6 prompts"]
-    for name, more, answers in (("few", {"questions": 7}, "4 members x 6 prompts"), ("all", {"prompts": 0}, "4 members x 16 prompts"), ("some", {"prompts": 3}, "4 members x 3 prompts")):
+    assert lines[1:3] == [
+        "6 of the 16 training prompts are drawn for each generation; --prompts 0 takes all",
+        "24 answers a generation: 4 members x 6 prompts",
+    ]
+    for name, more, answers in (
+        ("few", {"questions": 7}, "4 members x 6 prompts"),
+        ("all", {"prompts": 0}, "4 members x 16 prompts"),
+        ("some", {"prompts": 3}, "4 members x 3 prompts"),
+    ):
         prompts, lines = prompts_of(name, **more)
-        assert prompts == more.get("prompts", 0) and answers in lines[1] and not any("--prompts 0" in line for line in lines)
+        assert (
+            prompts == more.get("prompts", 0)
+            and answers in lines[1]
+            and not any("--prompts 0" in line for line in lines)
+        )
     # A run that was begun when all prompts were the default goes on with all of them.
     assert prompts_of("all", resume=True)[0] == 0
     with pytest.raises(ValueError, match="begun with prompts 3, not 0"):
@@ -454,7 +553,10 @@ def test_the_whole_run_is_estimated_after_its_first_member(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     after_member, after_generation = (i for i, line in enumerate(lines) if line.startswith("estimate"))
     assert lines[after_member].startswith("estimate after the first member: ") and after_generation == after_member + 1
-    assert all("for 2 generations of" in lines[i] and "and 2 evals on the held-out prompts" in lines[i] for i in (after_member, after_generation))
+    assert all(
+        "for 2 generations of" in lines[i] and "and 2 evals on the held-out prompts" in lines[i]
+        for i in (after_member, after_generation)
+    )
     train(tmp_path / "run", resume=True, generations=3)
     assert "\nestimate" not in capsys.readouterr().out
 
@@ -499,6 +601,8 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path, save_tiny, monkeypatch,
     assert len(example.splitlines()) < 20
     model = save_tiny(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", model).replace("generations=50", f"generations=2, population=4, dtype={dtype!r}")
+    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", model).replace(
+        "generations=50", f"generations=2, population=4, dtype={dtype!r}"
+    )
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     assert "->" in capsys.readouterr().out and (tmp_path / "runs" / "short" / "summary.json").exists()

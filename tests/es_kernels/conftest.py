@@ -1,4 +1,5 @@
-"""What the tests of es_kernels share: bit patterns, weights that are hard to get right, one way to run a call on two backends."""
+"""What the tests of es_kernels share: bit patterns, weights that are hard to get right, one way to run a call on two
+backends."""
 
 import contextlib
 import ctypes
@@ -28,8 +29,27 @@ hypothesis.settings.load_profile("es_kernels")
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STORAGE = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
-# Quiet and signalling NaNs, infinities, zeros, smallest, middle and largest subnormals and normals, of both signs; 1, and the ulp around it.
-_HARD_F32 = [0x7FC12345, 0x7F800001, 0x7F800000, 0, 1, 2, 0x400000, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x3F800000, 0x3F7FFFFF, 0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001, 0x387FFFFF]
+# Quiet and signalling NaNs, infinities, zeros, smallest, middle and largest subnormals and normals, of both signs; 1,
+# and the ulp around it.
+_HARD_F32 = [
+    0x7FC12345,
+    0x7F800001,
+    0x7F800000,
+    0,
+    1,
+    2,
+    0x400000,
+    0x7FFFFF,
+    0x800000,
+    0x7F7FFFFF,
+    0x3F800000,
+    0x3F7FFFFF,
+    0x477FEFFF,
+    0x477FF000,
+    0x33000000,
+    0x33000001,
+    0x387FFFFF,
+]
 _HARD_BF16 = [0x7FC1, 0x7F81, 0x7F80, 0, 1, 2, 0x40, 0x7F, 0x80, 0x7F7F, 0x3F80, 0x3F7F]
 _HARD_F16 = [0x7E01, 0x7C01, 0x7C00, 0, 1, 2, 0x200, 0x3FF, 0x400, 0x7BFF, 0x3C00, 0x3BFF]
 _HARD = {torch.float32: (_HARD_F32, 31), torch.bfloat16: (_HARD_BF16, 15), torch.float16: (_HARD_F16, 15)}
@@ -59,7 +79,8 @@ def weights():
 
 @pytest.fixture
 def twin(bits):
-    """twin(call, *tensors): runs call(*clones) on the cpu and on the reference backend; asserts equal bits of all clones and equal results.
+    """twin(call, *tensors): runs call(*clones) on the cpu and on the reference backend; asserts equal bits of all
+    clones and equal results.
 
     A clone keeps the storage offset and the strides of its tensor. Returns the clones.
     """
@@ -102,22 +123,42 @@ def cuda_library(tmp_path_factory):
         pytest.skip("needs g++ and csrc/")
     library = tmp_path_factory.mktemp("cuda_on_cpu") / "libes_cuda.so"
     flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wno-psabi -x c++".split()
-    subprocess.run([compiler, *flags, "-I", ROOT / "tests/es_kernels/cuda_on_cpu", ROOT / "csrc/cuda.cu", "-o", library], check=True)
+    subprocess.run(
+        [compiler, *flags, "-I", ROOT / "tests/es_kernels/cuda_on_cpu", ROOT / "csrc/cuda.cu", "-o", library],
+        check=True,
+    )
     return ctypes.CDLL(str(library))
 
 
 @contextlib.contextmanager
 def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontext()):
-    """Calls of the cpu backend go to the cuda backend over the library `compiled`; seeds, coefficients and rounding seeds as if they were in device
-    memory, or (while they fit) as the kernel's parameters. A call runs within launching(segments, n_segments, *others): what it may touch."""
+    """Calls of the cpu backend go to the cuda backend over the library `compiled`; seeds, coefficients and rounding
+    seeds as if they were in device memory, or (while they fit) as the kernel's parameters. A call runs within
+    launching(segments, n_segments, *others): what it may touch."""
 
-    def add_noise(segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream):
+    def add_noise(
+        segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream
+    ):
         there = on_device or n_seeds > cuda._HOST_SEEDS
         others = [(seeds, 8 * n_seeds, False), (coefs, 4 * n_seeds, False)] if there else []
         if rounding_seed and on_device:
             others.append((rounding_seed, 8, False))
         with launching(segments, n_segments, *others):
-            return library.es_cuda_add_noise(segments, n_segments, n_units, seeds, there, coefs, there, n_seeds, decay, rounding_seed, on_device, 0, stream)
+            return library.es_cuda_add_noise(
+                segments,
+                n_segments,
+                n_units,
+                seeds,
+                there,
+                coefs,
+                there,
+                n_seeds,
+                decay,
+                rounding_seed,
+                on_device,
+                0,
+                stream,
+            )
 
     def fingerprint(segments, n_segments, n_units, result, device, stream):
         with launching(segments, n_segments, (result, 8, True)):
@@ -126,7 +167,9 @@ def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontex
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "load", lambda name: compiled)
         library = cuda._library.__wrapped__()
-        served = types.SimpleNamespace(es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error)
+        served = types.SimpleNamespace(
+            es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error
+        )
         patch.setattr(cuda, "_library", lambda: served)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=None))
@@ -166,8 +209,8 @@ def triton_ptx_backend():
 
 @pytest.fixture
 def triton_ptx(triton_ptx_backend):
-    """with triton_ptx(): calls of the cpu backend go to the triton backend, run by the PTX that Triton makes of its kernels. Seeds are always
-    on the device."""
+    """with triton_ptx(): calls of the cpu backend go to the triton backend, run by the PTX that Triton makes of its
+    kernels. Seeds are always on the device."""
 
     @contextlib.contextmanager
     def use(on_device=True):
@@ -189,9 +232,17 @@ GPU_ON_CPU = {
 }
 
 
-@pytest.fixture(params=("avx512", "avx2", "baseline", *(pytest.param(name, marks=[pytest.mark.slow] * ("PTX" in name)) for name in GPU_ON_CPU)))
+@pytest.fixture(
+    params=(
+        "avx512",
+        "avx2",
+        "baseline",
+        *(pytest.param(name, marks=[pytest.mark.slow] * ("PTX" in name)) for name in GPU_ON_CPU),
+    )
+)
 def isa(request, monkeypatch):
-    """Every instruction set of the cpu backend in turn, and the kernels for GPUs run on the CPU; what this processor lacks is skipped."""
+    """Every instruction set of the cpu backend in turn, and the kernels for GPUs run on the CPU; what this processor
+    lacks is skipped."""
     if request.param in GPU_ON_CPU:
         fixture, on_device = GPU_ON_CPU[request.param]
         with request.getfixturevalue(fixture)(on_device):

@@ -1,9 +1,12 @@
-"""Contract under test: add_noise_ gives the same bits on every backend and instruction set, whatever surrounds the call.
+"""Contract under test: add_noise_ gives the same bits on every backend and instruction set, whatever surrounds the
+call.
 
-- cpu == reference, and csrc/cuda.cu run on the CPU == reference: dtypes and their mixtures, sizes, storage offsets, strides, shards, seeds, both roundings, decay and anchor, indices up to 2^64;
+- cpu == reference, and csrc/cuda.cu run on the CPU == reference: dtypes and their mixtures, sizes, storage offsets,
+strides, shards, seeds, both roundings, decay and anchor, indices up to 2^64;
   NaN, inf, -0, subnormals; under torch.set_flush_denormal(True). Memory around the tensor is not touched.
 - The reference is the order of operations of NOISE.md (golden vectors, and a plain NumPy text of it here).
-- Thread count, chunking, order of the tensors and sharding change nothing. The caller's floating-point state comes back.
+- Thread count, chunking, order of the tensors and sharding change nothing. The caller's floating-point state comes
+back.
 - Stochastic rounding is unbiased.
 (Triton has its own file; CUDA on a GPU is in tests/gpu.)
 """
@@ -62,7 +65,8 @@ def test_dtypes_and_their_mixtures(isa, twin, weights, out, base, rounding):
 @both_roundings
 @every_dtype
 def test_sizes_and_storage_offsets(isa, twin, weights, dtype, rounding):
-    """Sizes 0..33 at every offset modulo 16 bytes, base at another one: heads, tails, and addresses that no vector instruction likes."""
+    """Sizes 0..33 at every offset modulo 16 bytes, base at another one: heads, tails, and addresses that no vector
+    instruction likes."""
     for size in range(34):
         for offset in range(9):
             storage, source = weights(size + offset + 5, dtype, size), weights(size + 12, F32, offset)
@@ -84,8 +88,14 @@ def test_number_of_seeds(isa, twin, weights, n_seeds, rounding):
 @pytest.mark.parametrize("anchor", (None, *DTYPES))
 def test_decay_and_anchor(isa, twin, weights, anchor, rounding):
     for dtype, base, n in itertools.product(DTYPES, (None, F32, BF16), (0, 1, 2)):
-        tensors = weights(97, dtype), None if base is None else weights(97, base, 1), None if anchor is None else weights(97, anchor, 2)
-        twin(lambda t, m, a: add_noise_(t, SEEDS[:n], COEFS[:n], m, name="w", decay=0.01, anchor=a, **rounding), *tensors)
+        tensors = (
+            weights(97, dtype),
+            None if base is None else weights(97, base, 1),
+            None if anchor is None else weights(97, anchor, 2),
+        )
+        twin(
+            lambda t, m, a: add_noise_(t, SEEDS[:n], COEFS[:n], m, name="w", decay=0.01, anchor=a, **rounding), *tensors
+        )
 
 
 @both_roundings
@@ -98,10 +108,16 @@ def test_first_index(isa, twin, weights, first, rounding):
 @both_roundings
 @pytest.mark.parametrize("first", [*FIRSTS[:-1], (1 << 35) - 1200], ids=hex)
 def test_first_index_of_strided_rows(isa, twin, weights, first, rounding):
-    """Rows with gaps in memory and index; with (1 << 35) - 20 a row, and a vector of blocks in it, crosses the end of 32-bit block numbers."""
+    """Rows with gaps in memory and index; with (1 << 35) - 20 a row, and a vector of blocks in it, crosses the end of
+    32-bit block numbers."""
     for dtype in DTYPES:
         twin(
-            lambda t: add_noise_(ParamTable([("w", t, [Segment("w", 4, 300, row_stride=301, first=first, index_stride=1003)])]), SEEDS[:2], COEFS[:2], **rounding),
+            lambda t: add_noise_(
+                ParamTable([("w", t, [Segment("w", 4, 300, row_stride=301, first=first, index_stride=1003)])]),
+                SEEDS[:2],
+                COEFS[:2],
+                **rounding,
+            ),
             weights(4 * 301, dtype),
         )
 
@@ -113,7 +129,8 @@ def test_large(isa, twin, weights, dtype):
 
 @both_roundings
 def test_flush_denormal(isa, twin, weights, rounding):
-    """torch.set_flush_denormal(True) sets FTZ and DAZ in this thread; weights, coefs and results that are subnormal survive it."""
+    """torch.set_flush_denormal(True) sets FTZ and DAZ in this thread; weights, coefs and results that are subnormal
+    survive it."""
     coefs = [-1e-40, 2e-38]
     tensors = [weights(257, dtype) for dtype in DTYPES]
     tensors.append(torch.arange(-128, 129, dtype=torch.int32).abs().view(F32).clone())  # subnormals only
@@ -150,7 +167,18 @@ def test_flush_denormal(isa, twin, weights, rounding):
         lambda t: t[5],
         lambda t: t[2, 3],
     ),
-    ids=("columns", "window", "every_third_row", "blocks", "3d", "transposed_rows", "3d_transposed", "one_column", "row", "scalar"),
+    ids=(
+        "columns",
+        "window",
+        "every_third_row",
+        "blocks",
+        "3d",
+        "transposed_rows",
+        "3d_transposed",
+        "one_column",
+        "row",
+        "scalar",
+    ),
 )
 def test_strided(isa, twin, weights, bits, view, rounding):
     for dtype in DTYPES:
@@ -164,7 +192,11 @@ def test_strided(isa, twin, weights, bits, view, rounding):
 
 @both_roundings
 def test_strided_base_and_anchor_differ_from_out(isa, twin, weights, rounding):
-    live, master, anchor = weights(800, BF16).reshape(40, 20), weights(900, F32, 1).reshape(30, 30), weights(480, F16, 2).reshape(30, 16)
+    live, master, anchor = (
+        weights(800, BF16).reshape(40, 20),
+        weights(900, F32, 1).reshape(30, 30),
+        weights(480, F16, 2).reshape(30, 16),
+    )
     twin(
         lambda t, m, a: add_noise_(t, SEEDS[:2], COEFS[:2], m, name="w", decay=0.1, anchor=a, **rounding),
         live[:30, 2:18], master[:, 7:23], anchor,
@@ -172,7 +204,11 @@ def test_strided_base_and_anchor_differ_from_out(isa, twin, weights, rounding):
 
 
 def test_expanded_base_is_read_many_times(isa, twin, weights):
-    twin(lambda t, m: add_noise_(t, SEEDS[0], 0.1, m.expand(9, 20), name="w"), weights(180, BF16).reshape(9, 20), weights(20, F32))
+    twin(
+        lambda t, m: add_noise_(t, SEEDS[0], 0.1, m.expand(9, 20), name="w"),
+        weights(180, BF16).reshape(9, 20),
+        weights(20, F32),
+    )
 
 
 # ---- what the numbers mean ----
@@ -180,7 +216,10 @@ def test_expanded_base_is_read_many_times(isa, twin, weights):
 
 def test_order_of_operations(weights):
     """The page's order on ordinary float32 weights, by torch's own operations and noise.fma."""
-    b, anchor = weights(500, F32).nan_to_num(0, 0, 0).clamp(-1, 1), weights(500, BF16, 1).nan_to_num(0, 0, 0).clamp(-1, 1)
+    b, anchor = (
+        weights(500, F32).nan_to_num(0, 0, 0).clamp(-1, 1),
+        weights(500, BF16, 1).nan_to_num(0, 0, 0).clamp(-1, 1),
+    )
     index = np.arange(500, dtype=np.uint64)
     drawn = [noise.normal(s, noise.stream_id("w"), index) for s in SEEDS[:3]]
     coefs, decay = np.array(COEFS[:3], np.float32), np.float32(0.01)
@@ -193,8 +232,9 @@ def test_order_of_operations(weights):
 
 
 def near_ties():
-    """(index, coef, base) whose exact coef * noise + base lies within 2^-53 of a tie between two float32, off it: rounding to float64
-    first lands on the tie. One value in 32 has a coefficient that does this; random ones never do."""
+    """(index, coef, base) whose exact coef * noise + base lies within 2^-53 of a tie between two float32, off it:
+    rounding to float64 first lands on the tie. One value in 32 has a coefficient that does this; random ones never
+    do."""
     index = np.arange(4096, dtype=np.uint64)
     drawn = noise.normal(SEEDS[0], noise.stream_id("w"), index)
     scale = np.frexp(drawn)[1]
@@ -204,7 +244,8 @@ def near_ties():
     hits = np.flatnonzero((np.abs(off) < 2**17) & (off != 0) & (other < 2**24))
     for k, i in enumerate(hits):
         base = 1.0 if off[i] > 0 else 1 + 2.0**-23  # where the tie goes to even, the other way
-        coef = np.copysign(np.ldexp(float(other[i]), -47 - int(scale[i])), drawn[i])  # coef * noise = 2^-24 (1 + off / 2^47)
+        # Coef * noise = 2^-24 (1 + off / 2^47)
+        coef = np.copysign(np.ldexp(float(other[i]), -47 - int(scale[i])), drawn[i])
         sign = -1 if k % 2 else 1
         yield int(i), float(sign * coef), sign * base
 
@@ -283,28 +324,58 @@ def test_overflow_gives_infinity(isa, dtype):
 
 def test_one_seed_as_number_list_tensor_signed_or_unsigned(weights, bits):
     t = weights(100, F32)
-    forms = [(1 << 63) + 5, (1 << 63) + 5 - (1 << 64), [(1 << 63) + 5], np.uint64((1 << 63) + 5), torch.tensor([(1 << 63) + 5 - (1 << 64)]), torch.tensor((1 << 63) + 5 - (1 << 64))]
+    forms = [
+        (1 << 63) + 5,
+        (1 << 63) + 5 - (1 << 64),
+        [(1 << 63) + 5],
+        np.uint64((1 << 63) + 5),
+        torch.tensor([(1 << 63) + 5 - (1 << 64)]),
+        torch.tensor((1 << 63) + 5 - (1 << 64)),
+    ]
     results = []
     for seed in forms:
         for coef in (0.1, [0.1], np.float64(0.1), torch.tensor([0.1]), torch.tensor(0.1)):
             results.append(bits(add_noise_(t.clone(), seed, coef, name="w")))
     assert all(torch.equal(results[0], r) for r in results)
     seeds = torch.arange(8)[::2]  # not contiguous
-    assert torch.equal(bits(add_noise_(t.clone(), seeds, [0.1] * 4, name="w")), bits(add_noise_(t.clone(), [0, 2, 4, 6], [0.1] * 4, name="w")))
+    assert torch.equal(
+        bits(add_noise_(t.clone(), seeds, [0.1] * 4, name="w")),
+        bits(add_noise_(t.clone(), [0, 2, 4, 6], [0.1] * 4, name="w")),
+    )
 
 
 def test_coefs_and_decay_are_cast_to_float32_first(weights, bits):
     t = weights(100, F32)
     c = float(np.float32(0.1))
-    assert torch.equal(bits(add_noise_(t.clone(), 1, 0.1, name="w", decay=0.1)), bits(add_noise_(t.clone(), 1, c, name="w", decay=c)))
+    assert torch.equal(
+        bits(add_noise_(t.clone(), 1, 0.1, name="w", decay=0.1)), bits(add_noise_(t.clone(), 1, c, name="w", decay=c))
+    )
     # A decay that float32 makes 0 is no decay: -0 - (+0) would have become visible.
     zeros = torch.full((16,), -0.0)
     assert torch.equal(bits(add_noise_(zeros.clone(), [], [], name="w", decay=1e-60)), bits(zeros))
 
 
-@pytest.mark.parametrize("coef", (1e-40, -1e-40, 1.4e-45, 7.1e-46, -7e-46, 2.0**-150, 1.5 * 2.0**-149, 2.5 * 2.0**-149, 1.1754943e-38, 1.17549429e-38, 2.0**-126 - 2.0**-151))
+@pytest.mark.parametrize(
+    "coef",
+    (
+        1e-40,
+        -1e-40,
+        1.4e-45,
+        7.1e-46,
+        -7e-46,
+        2.0**-150,
+        1.5 * 2.0**-149,
+        2.5 * 2.0**-149,
+        1.1754943e-38,
+        1.17549429e-38,
+        2.0**-126 - 2.0**-151,
+    ),
+)
 def test_subnormal_coefs_are_rounded_like_others(coef, bits):
-    expected = add_noise_(torch.zeros(64), [1, 2], torch.tensor([coef, 0.5]), name="w"), add_noise_(torch.zeros(64), 1, torch.tensor(coef), name="w")
+    expected = (
+        add_noise_(torch.zeros(64), [1, 2], torch.tensor([coef, 0.5]), name="w"),
+        add_noise_(torch.zeros(64), 1, torch.tensor(coef), name="w"),
+    )
     got = add_noise_(torch.zeros(64), [1, 2], [coef, 0.5], name="w"), add_noise_(torch.zeros(64), 1, coef, name="w")
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected))
 
@@ -312,7 +383,11 @@ def test_subnormal_coefs_are_rounded_like_others(coef, bits):
 def test_name_gives_the_stream(weights, bits):
     t = weights(100, F32)
     by_name = add_noise_(t.clone(), 1, 0.1, name="a.b")
-    for other in (add_noise_(t.clone(), 1, 0.1, stream=noise.stream_id("a.b")), add_noise_({"a.b": t.clone()}, 1, 0.1)["a.b"], add_noise_([("a.b", t.clone())], 1, 0.1)[0][1]):
+    for other in (
+        add_noise_(t.clone(), 1, 0.1, stream=noise.stream_id("a.b")),
+        add_noise_({"a.b": t.clone()}, 1, 0.1)["a.b"],
+        add_noise_([("a.b", t.clone())], 1, 0.1)[0][1],
+    ):
         assert torch.equal(bits(by_name), bits(other))
     assert not torch.equal(bits(by_name), bits(add_noise_(t.clone(), 1, 0.1, name="a.c")))
 
@@ -354,7 +429,8 @@ def test_order_of_tensors(weights, bits, rounding):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_shards_equal_the_whole(weights, bits, data):
-    """A 2-D tensor cut into rectangles, each a tensor of its own memory (or a view of a larger one) with its Segment."""
+    """A 2-D tensor cut into rectangles, each a tensor of its own memory (or a view of a larger one) with its
+    Segment."""
     dtype, rounding = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(ROUNDINGS))
     rows, cols = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
     cuts = [sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))}) for n in (rows, cols)]
@@ -382,7 +458,9 @@ def test_random_shards_equal_the_whole(weights, bits, data):
 
 def test_fused_tensor_is_one_segment_per_part(weights, bits):
     """The rows of q, k and v inside qkv draw the noise of the three tensors of the checkpoint."""
-    parts = {n: weights(rows * 24, BF16, i).reshape(rows, 24) for i, (n, rows) in enumerate((("q", 8), ("k", 4), ("v", 4)))}
+    parts = {
+        n: weights(rows * 24, BF16, i).reshape(rows, 24) for i, (n, rows) in enumerate((("q", 8), ("k", 4), ("v", 4)))
+    }
     qkv = torch.cat(list(parts.values()))
     segments = [Segment("q", 8, 24), Segment("k", 4, 24, offset=8 * 24), Segment("v", 4, 24, offset=12 * 24)]
     add_noise_(ParamTable([("qkv", qkv, segments)]), SEEDS[:2], COEFS[:2], **ROUNDINGS[1])
@@ -428,7 +506,19 @@ def test_floating_point_state_comes_back(isa, weights):
 
 @pytest.mark.parametrize(
     "dtype, value",
-    ((BF16, 1.0 + 2**-9), (BF16, -0.1), (BF16, 1e-39), (BF16, 3.3e-41), (F16, 0.1), (F16, -1000.3), (F16, 3e-5), (F16, 1e-7), (F16, -2.5e-8), (F16, 6.1e-5), (F16, 6.097e-5)),
+    (
+        (BF16, 1.0 + 2**-9),
+        (BF16, -0.1),
+        (BF16, 1e-39),
+        (BF16, 3.3e-41),
+        (F16, 0.1),
+        (F16, -1000.3),
+        (F16, 3e-5),
+        (F16, 1e-7),
+        (F16, -2.5e-8),
+        (F16, 6.1e-5),
+        (F16, 6.097e-5),
+    ),
 )
 def test_stochastic_rounding_is_unbiased(dtype, value):
     """Over 2^18 fresh thresholds the mean is the value, within 5 standard errors, and only the two neighbours occur."""
@@ -458,7 +548,26 @@ def test_what_the_dtype_can_hold_is_not_rounded(isa, dtype, weights, bits):
 def test_roundings_in_every_binade(isa, twin, dtype):
     """float32 of every exponent, with fractions at, next to and between ties."""
     rng = np.random.default_rng(0)
-    fractions = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x18000, 0x7FFFFF, *rng.integers(0, 1 << 23, 18)], np.uint32)
+    fractions = np.array(
+        [
+            0,
+            1,
+            0xFFF,
+            0x1000,
+            0x1001,
+            0x1FFF,
+            0x2000,
+            0x3000,
+            0x7FFF,
+            0x8000,
+            0x8001,
+            0xFFFF,
+            0x18000,
+            0x7FFFFF,
+            *rng.integers(0, 1 << 23, 18),
+        ],
+        np.uint32,
+    )
     values = (np.arange(256, dtype=np.uint32)[:, None] << np.uint32(23) | fractions).reshape(-1)
     t = torch.from_numpy(np.concatenate([values, values | np.uint32(1 << 31)]).view(np.float32))
     for rounding in ROUNDINGS:

@@ -1,5 +1,6 @@
-"""Contract: libes_cuda.so, built wherever nvcc is, loads on a machine without a GPU or a driver, refuses bad arguments with a code and
-a message, reports CUDA's own words, and is passed over by one clear line. What it computes is checked in tests/gpu."""
+"""Contract: libes_cuda.so, built wherever nvcc is, loads on a machine without a GPU or a driver, refuses bad arguments
+with a code and a message, reports CUDA's own words, and is passed over by one clear line. What it computes is checked
+in tests/gpu."""
 
 import ctypes
 import types
@@ -16,7 +17,9 @@ if native.why_not("cuda"):
 
 SEED, COEF = (ctypes.c_uint64 * 1)(1), (ctypes.c_float * 1)(1.0)
 SOMEWHERE = ctypes.create_string_buffer(256)  # an address that is never read before the refusal
-GOOD = dict(segments=SOMEWHERE, n_segments=1, n_units=1, seeds=SEED, seeds_on_device=0, coefs=COEF, coefs_on_device=0, n_seeds=1)
+GOOD = dict(
+    segments=SOMEWHERE, n_segments=1, n_units=1, seeds=SEED, seeds_on_device=0, coefs=COEF, coefs_on_device=0, n_seeds=1
+)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
 
@@ -87,7 +90,10 @@ def test_driver_problems(monkeypatch, versions, words):
     assert why is None if words is None else words in why
 
 
-@pytest.mark.parametrize("capability, served", [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((13, 0), True)])
+@pytest.mark.parametrize(
+    "capability, served",
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((13, 0), True)],
+)
 def test_a_gpu_older_than_the_library_is_not_served(monkeypatch, capability, served):
     """Older than any code in it: newer ones run its PTX."""
     monkeypatch.setattr(native, "_load", lambda name: (types.SimpleNamespace(es_cuda_capability=lambda: 80), None))
@@ -101,7 +107,12 @@ def test_a_gpu_older_than_the_library_is_not_served(monkeypatch, capability, ser
     if served:
         assert why is None
     else:
-        for words in ("Tesla T4 has compute capability 7.5", "built for 8.0 and newer", "ES_KERNELS_CUDA_ARCHS=75", "triton"):
+        for words in (
+            "Tesla T4 has compute capability 7.5",
+            "built for 8.0 and newer",
+            "ES_KERNELS_CUDA_ARCHS=75",
+            "triton",
+        ):
             assert words in why
 
 
@@ -114,5 +125,8 @@ def test_an_old_driver_leaves_the_next_backend(monkeypatch):
     monkeypatch.setattr(triton, "unavailable", lambda device: "no triton")
     with pytest.raises(RuntimeError, match="cuda: the driver is old; triton: no triton"):
         choose(torch.device("cuda"))
-    with es_kernels.backend("cuda"), pytest.raises(RuntimeError, match="cuda backend was asked for, but the driver is old"):
+    with (
+        es_kernels.backend("cuda"),
+        pytest.raises(RuntimeError, match="cuda backend was asked for, but the driver is old"),
+    ):
         choose(torch.device("cuda"))

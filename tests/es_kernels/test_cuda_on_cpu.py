@@ -1,9 +1,10 @@
-"""Contract under test: the kernels of csrc/cuda.cu, run on the CPU (cuda_on_cpu/cuda_runtime.h), give the cpu backend's bits on tables that several
-blocks of threads walk in several tiles each, from first segment to last, over one row or many; a small table is spread over the whole device; the
-caller's current device is changed only where it must be. Marked slow, the PTX of these kernels and of Triton's does so too (ptx/).
+"""Contract under test: the kernels of csrc/cuda.cu, run on the CPU (cuda_on_cpu/cuda_runtime.h), give the cpu backend's
+bits on tables that several blocks of threads walk in several tiles each, from first segment to last, over one row or
+many; a small table is spread over the whole device; the caller's current device is changed only where it must be.
+Marked slow, the PTX of these kernels and of Triton's does so too (ptx/).
 
-Dtypes, masks, strides, far indices and roundings are in test_add_noise.py and test_fingerprint.py, which run these kernels as one more instruction set.
-What neither shows is in tests/gpu.
+Dtypes, masks, strides, far indices and roundings are in test_add_noise.py and test_fingerprint.py, which run these
+kernels as one more instruction set. What neither shows is in tests/gpu.
 """
 
 import contextlib
@@ -33,7 +34,10 @@ KERNELS = [name if "PTX" not in name else pytest.param(name, marks=pytest.mark.s
 class State(ctypes.Structure):
     """struct CudaOnCpu: what the pretended CUDA has, and what was called."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("devices", "multiprocessors", "current_device", "set_device_calls", "device_of_launch")]
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("devices", "multiprocessors", "current_device", "set_device_calls", "device_of_launch")
+    ]
     _fields_ += [("grid_of_launch", ctypes.c_int64)]
 
 
@@ -49,7 +53,10 @@ def tables(weights):
     """Sizes of tensors, each in turn of another dtype."""
     yield "one tensor of eight tiles and a bit", [8 * TILE + 11]
     yield "exactly three tiles", [3 * TILE]
-    yield "many small tensors in a tile, then a tile's end inside a large one", [*range(1, 60), 4096, 2 * TILE, 3, TILE, 8, 5 * TILE - 1]
+    yield (
+        "many small tensors in a tile, then a tile's end inside a large one",
+        [*range(1, 60), 4096, 2 * TILE, 3, TILE, 8, 5 * TILE - 1],
+    )
     yield "tensors that end where tiles do", [TILE, TILE, 2 * TILE, TILE]
 
 
@@ -63,7 +70,11 @@ def test_tables_of_many_tiles(kernels, weights, bits, n_seeds, options, request)
             sizes = [n // 50 + 1 for n in sizes]
         ours = {f"w{i}": weights(n, DTYPES[i % 3], i) for i, n in enumerate(sizes)}
         theirs = {name: t.clone() for name, t in ours.items()}
-        base = None if n_seeds else {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(7)) for name, t in ours.items()}
+        base = (
+            None
+            if n_seeds
+            else {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(7)) for name, t in ours.items()}
+        )
         call = (SEEDS[:n_seeds], [0.01 * (i + 1) for i in range(n_seeds)], base)
         add_noise_(theirs, *call, **options)
         expected = es_kernels.fingerprint(theirs)
@@ -84,14 +95,24 @@ SHARDS = [(700, 8), (90, 24), (40, 224), (9, 2040), (9, 2048), (9, 2056), (3, 8 
 @pytest.mark.parametrize("n_seeds, options", CALLS[:5])
 @pytest.mark.parametrize("kernels", KERNELS[::2])
 def test_shards_of_many_rows(kernels, weights, bits, n_seeds, options, base_dtype, request):
-    """Row-parallel: rows of whole aligned blocks, each the middle of a longer row of the whole; in memory of its own or between other columns."""
+    """Row-parallel: rows of whole aligned blocks, each the middle of a longer row of the whole; in memory of its own or
+    between other columns."""
     fixture, on_device = GPU_ON_CPU[kernels]
     kernels = request.getfixturevalue(fixture)
     start = 8 * (2**32 - 300)  # the block's number crosses 2^32 within a segment
 
     def table(tensors):
         def segments(i, t):
-            return [Segment(f"w{i}", t.shape[0], t.shape[1], row_stride=t.stride(0), first=start + 16, index_stride=4 * t.shape[1])]
+            return [
+                Segment(
+                    f"w{i}",
+                    t.shape[0],
+                    t.shape[1],
+                    row_stride=t.stride(0),
+                    first=start + 16,
+                    index_stride=4 * t.shape[1],
+                )
+            ]
 
         return ParamTable([(f"w{i}", t, segments(i, t)) for i, t in enumerate(tensors)])
 
@@ -107,10 +128,15 @@ def test_shards_of_many_rows(kernels, weights, bits, n_seeds, options, base_dtyp
     ours = list(shards(DTYPES, 0))
     theirs = [clone(t) for t in ours]
     bases = [clone(t).to(base_dtype) if base_dtype else None for t in ours]
-    bases = [b if b is None else torch.empty_strided(t.shape, t.stride(), dtype=b.dtype).copy_(b) for b, t in zip(bases, ours)]
+    bases = [
+        b if b is None else torch.empty_strided(t.shape, t.stride(), dtype=b.dtype).copy_(b)
+        for b, t in zip(bases, ours)
+    ]
     for t in ours:
         pack = table([t]).layout.pack([t])
-        assert pack.segments["vector_path"].all() and pack.segments["rows"].max() == len(t), "this is to be about whole aligned blocks in rows"
+        assert pack.segments["vector_path"].all() and pack.segments["rows"].max() == len(t), (
+            "this is to be about whole aligned blocks in rows"
+        )
     call = (SEEDS[:n_seeds], [0.01 * (i + 1) for i in range(n_seeds)], table(bases) if base_dtype else None)
     add_noise_(table(theirs), *call, **options)
     expected = es_kernels.fingerprint(table(theirs))
@@ -118,14 +144,20 @@ def test_shards_of_many_rows(kernels, weights, bits, n_seeds, options, base_dtyp
         add_noise_(table(ours), *call, **options)
         assert es_kernels.fingerprint(table(ours)) == expected
     for a, b in zip(ours, theirs):
-        assert torch.equal(bits(torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())), bits(torch.empty(0, dtype=b.dtype).set_(b.untyped_storage())))
+        assert torch.equal(
+            bits(torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())),
+            bits(torch.empty(0, dtype=b.dtype).set_(b.untyped_storage())),
+        )
 
 
 @pytest.mark.parametrize("base_stride", (224, 500))
 def test_rows_may_be_further_apart_in_one_tensor_than_in_the_other(cuda_on_cpu, weights, bits, base_stride):
     results = []
     for context in (contextlib.nullcontext(), cuda_on_cpu(False)):
-        out, base = weights(40 * 304, BF16).view(40, 304)[:, 16:240], weights(40 * base_stride, F32, 1).view(40, base_stride)[:, :224]
+        out, base = (
+            weights(40 * 304, BF16).view(40, 304)[:, 16:240],
+            weights(40 * base_stride, F32, 1).view(40, base_stride)[:, :224],
+        )
         pack = ParamTable({"w": out}).layout.pack([out], [base])
         assert pack.segments[["rows", "vector_path"]].tolist() == [(40, 1)]
         with context:
@@ -179,13 +211,16 @@ def launch(library, device, fingerprint=False):
     segments = pack.segments.ctypes.data
     if fingerprint:
         return library.es_cuda_fingerprint(segments, len(pack.segments), pack.units, ctypes.byref(result), device, None)
-    return library.es_cuda_add_noise(segments, len(pack.segments), pack.units, seeds, 0, coefs, 0, 1, 0.0, None, 0, device, None)
+    return library.es_cuda_add_noise(
+        segments, len(pack.segments), pack.units, seeds, 0, coefs, 0, 1, 0.0, None, 0, device, None
+    )
 
 
 @pytest.mark.parametrize("fingerprint", (False, True))
 @pytest.mark.parametrize("current, device, calls", [(0, 0, 0), (1, 1, 0), (0, 1, 2), (2, 1, 2)])
 def test_the_current_device_is_touched_only_to_change_it(cuda_library, state, current, device, calls, fingerprint):
-    """cudaSetDevice makes a context: to go "back" to a device that was current all the time would cost GPU 0 500 MB for each process."""
+    """cudaSetDevice makes a context: to go "back" to a device that was current all the time would cost GPU 0 500 MB for
+    each process."""
     state.devices, state.current_device = 3, current
     assert launch(cuda.declared(cuda_library), device, fingerprint) == 0
     assert (state.device_of_launch, state.current_device, state.set_device_calls) == (device, current, calls)

@@ -54,7 +54,8 @@ UNSUITABLE = {
     "expanded_columns": (lambda: torch.zeros(8, 1).expand(8, 3), ValueError, "not contiguous in its last dimension"),
     "negated_view": (lambda: torch._neg_view(torch.zeros(8)), ValueError, "negated"),
     "freed_storage": (lambda: freed(torch.zeros(8)), ValueError, "no memory"),
-    "freed_storage_of_a_part": (lambda: freed(torch.zeros(11)[3:]), ValueError, "no memory"),  # its address is 12, not 0
+    # Its address is 12, not 0
+    "freed_storage_of_a_part": (lambda: freed(torch.zeros(11)[3:]), ValueError, "no memory"),
 }
 every_unsuitable = pytest.mark.parametrize("make, error, pattern", UNSUITABLE.values(), ids=UNSUITABLE)
 
@@ -82,7 +83,13 @@ def test_unsuitable_base_and_anchor(refused, good, make, error, pattern):
     out = torch.zeros(bad.shape)
     for what, options in (("base", {}), ("anchor", {"decay": 0.1})):
         named = rf"'{BAD}'.*{what}.*({pattern})" if "contiguous" not in pattern else rf"'{BAD}'.*({pattern})"
-        refused(error, named, lambda: add_noise_({GOOD: good, BAD: out}, 1, 1.0, **{what: {GOOD: good, BAD: bad}}, **options), good, out)  # noqa: B023
+        refused(
+            error,
+            named,
+            lambda: add_noise_({GOOD: good, BAD: out}, 1, 1.0, **{what: {GOOD: good, BAD: bad}}, **options),
+            good,
+            out,
+        )  # noqa: B023
         refused(error, named, lambda: add_noise_(out, 1, 1.0, **{what: bad}, name=BAD, **options), out)  # noqa: B023
 
 
@@ -100,7 +107,15 @@ def test_bare_tensor_needs_a_name_or_a_stream(refused, good):
 
 def test_unnamed_tensors_are_refused(refused, good):
     model = torch.nn.Linear(3, 3)
-    for unnamed in ([good], (good, good.clone()), iter([good]), [(GOOD, good), good], model.parameters(), [[GOOD, good]], [(3, good)]):
+    for unnamed in (
+        [good],
+        (good, good.clone()),
+        iter([good]),
+        [(GOOD, good), good],
+        model.parameters(),
+        [[GOOD, good]],
+        [(3, good)],
+    ):
         refused(TypeError, "unnamed tensors|pairs", lambda: add_noise_(unnamed, 1, 1.0), good, *model.parameters())  # noqa: B023
     refused(TypeError, "unnamed tensors", lambda: fingerprint([good]))
     refused(TypeError, "unnamed tensors", lambda: fingerprint(good))
@@ -109,11 +124,24 @@ def test_unnamed_tensors_are_refused(refused, good):
 
 
 def test_a_model_is_no_named_tensors(refused, good):
-    for model in (torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.nn.ParameterDict({"w": good.clone()})):
+    for model in (
+        torch.nn.Linear(3, 3),
+        torch.nn.Sequential(torch.nn.Linear(3, 3)),
+        torch.nn.ParameterDict({"w": good.clone()}),
+    ):
         words = f"a {type(model).__name__} is no named tensors: pass model.named_parameters"
-        for call in (lambda m: add_noise_(m, 1, 1.0), lambda m: add_noise_({GOOD: good}, 1, 1.0, m), fingerprint, ParamTable):
+        for call in (
+            lambda m: add_noise_(m, 1, 1.0),
+            lambda m: add_noise_({GOOD: good}, 1, 1.0, m),
+            fingerprint,
+            ParamTable,
+        ):
             refused(TypeError, words, lambda: call(model), good, *model.parameters())  # noqa: B023
-    refused(TypeError, "such as model.named_parameters.., not Parameter", lambda: ParamTable(torch.nn.Linear(3, 3).parameters()))
+    refused(
+        TypeError,
+        "such as model.named_parameters.., not Parameter",
+        lambda: ParamTable(torch.nn.Linear(3, 3).parameters()),
+    )
 
 
 def test_overlap_and_names_given_twice(refused, good):
@@ -131,14 +159,40 @@ def test_overlap_and_names_given_twice(refused, good):
 @pytest.mark.parametrize("what", ("base", "anchor"))
 def test_base_and_anchor_must_match_out(refused, good, what):
     bad = torch.zeros(8)
-    call = lambda value, out=None: add_noise_({GOOD: good, BAD: bad} if out is None else out, 1, 1.0, **{what: value}, decay=0.1)  # noqa: E731
-    refused(ValueError, f"'{BAD}'.*{what} has shape \\(9,\\).*out has \\(8,\\)", lambda: call({GOOD: good.clone(), BAD: torch.zeros(9)}), good, bad)
-    refused(ValueError, f"'{BAD}'.*{what} has shape", lambda: call({GOOD: good.clone(), BAD: torch.zeros(2, 4)}), good, bad)
+    call = lambda value, out=None: add_noise_(
+        {GOOD: good, BAD: bad} if out is None else out, 1, 1.0, **{what: value}, decay=0.1
+    )  # noqa: E731
+    refused(
+        ValueError,
+        f"'{BAD}'.*{what} has shape \\(9,\\).*out has \\(8,\\)",
+        lambda: call({GOOD: good.clone(), BAD: torch.zeros(9)}),
+        good,
+        bad,
+    )
+    refused(
+        ValueError, f"'{BAD}'.*{what} has shape", lambda: call({GOOD: good.clone(), BAD: torch.zeros(2, 4)}), good, bad
+    )
     refused(ValueError, f"{what}.*'{BAD}' is missing", lambda: call({GOOD: good.clone()}), good, bad)
-    refused(ValueError, f"{what}.*'x' is not in out", lambda: call({GOOD: good.clone(), BAD: bad.clone(), "x": bad.clone()}), good, bad)
+    refused(
+        ValueError,
+        f"{what}.*'x' is not in out",
+        lambda: call({GOOD: good.clone(), BAD: bad.clone(), "x": bad.clone()}),
+        good,
+        bad,
+    )
     refused(TypeError, f"{what}.*form of out", lambda: call(bad.clone()), good, bad)
-    refused(TypeError, f"{what}.*form of out", lambda: add_noise_(bad, 1, 1.0, name=BAD, decay=0.1, **{what: {BAD: bad.clone()}}), bad)
-    refused(ValueError, f"'{BAD}': {what} shares memory", lambda: add_noise_(good[:30], 1, 1.0, name=BAD, decay=0.1, **{what: good[1:31]}), good)
+    refused(
+        TypeError,
+        f"{what}.*form of out",
+        lambda: add_noise_(bad, 1, 1.0, name=BAD, decay=0.1, **{what: {BAD: bad.clone()}}),
+        bad,
+    )
+    refused(
+        ValueError,
+        f"'{BAD}': {what} shares memory",
+        lambda: add_noise_(good[:30], 1, 1.0, name=BAD, decay=0.1, **{what: good[1:31]}),
+        good,
+    )
     meta = torch.empty(8, device="meta")
     refused(ValueError, f"'{BAD}'.*{what}.*meta", lambda: call({GOOD: good.clone(), BAD: meta}), good, bad)
 
@@ -150,10 +204,18 @@ def test_base_or_anchor_in_the_memory_of_out(refused, good, form, what):
     live = {GOOD: good.bfloat16(), BAD: torch.zeros(8)}
     master = {n: p.float() for n, p in live.items()}
     call = lambda seeds, coefs: add_noise_(form(live.items()), seeds, coefs, **{what: form(master.items())}, decay=0.1)  # noqa: E731
-    words = f"'{BAD}': {what} shares memory with out: pass a copy, p.clone\\(\\)" + ", or leave base out to add in place" * (what == "base")
+    words = (
+        f"'{BAD}': {what} shares memory with out: pass a copy, p.clone\\(\\)"
+        + ", or leave base out to add in place" * (what == "base")
+    )
     refused(ValueError, words, lambda: call(1, 1.0), *live.values())
     refused(ValueError, words, lambda: call([], []), *live.values())
-    refused(ValueError, f"'{GOOD}': {what} shares memory", lambda: add_noise_(good, 1, 1.0, name=GOOD, decay=0.1, **{what: good}), good)
+    refused(
+        ValueError,
+        f"'{GOOD}': {what} shares memory",
+        lambda: add_noise_(good, 1, 1.0, name=GOOD, decay=0.1, **{what: good}),
+        good,
+    )
 
 
 def test_explicit_segments_need_equal_strides(refused):
@@ -165,12 +227,24 @@ def test_explicit_segments_need_equal_strides(refused):
 # ---- numbers ----
 
 
-@pytest.mark.parametrize("seeds, coefs", (([1, 2], [1.0]), ([1], [1.0, 2.0]), ([], [1.0]), (1, []), (torch.arange(3), torch.ones(2)), (torch.arange(3), [1.0])))
+@pytest.mark.parametrize(
+    "seeds, coefs",
+    (
+        ([1, 2], [1.0]),
+        ([1], [1.0, 2.0]),
+        ([], [1.0]),
+        (1, []),
+        (torch.arange(3), torch.ones(2)),
+        (torch.arange(3), [1.0]),
+    ),
+)
 def test_seeds_and_coefs_of_different_lengths(refused, good, seeds, coefs):
     refused(ValueError, r"\d seeds but \d coefs", lambda: add_noise_(good, seeds, coefs, name=GOOD), good)
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf"), 1e39, 3.4028235677973366e38, -4e38), ids=str)
+@pytest.mark.parametrize(
+    "value", (float("nan"), float("inf"), -float("inf"), 1e39, 3.4028235677973366e38, -4e38), ids=str
+)
 def test_numbers_that_are_not_finite_in_float32(refused, good, value):
     refused(ValueError, "not a finite float32", lambda: add_noise_(good, [1, 2], [1.0, value], name=GOOD), good)
     refused(ValueError, "not a finite float32", lambda: add_noise_(good, 1, 1.0, name=GOOD, decay=value), good)
@@ -187,40 +261,89 @@ def test_largest_finite_float32_is_accepted(good):
 def test_seeds_beyond_64_bits(refused, good, seed):
     refused(ValueError, "seeds: .*64 bits", lambda: add_noise_(good, seed, 1.0, name=GOOD), good)
     refused(ValueError, "seeds: .*64 bits", lambda: add_noise_(good, [1, seed], [1.0, 1.0], name=GOOD), good)
-    refused(ValueError, "rounding_seed: .*64 bits", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seed), good)
+    refused(
+        ValueError,
+        "rounding_seed: .*64 bits",
+        lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seed),
+        good,
+    )
 
 
-@pytest.mark.parametrize("seeds", (1.0, [1.5], "1", torch.ones(1), torch.ones(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int64), None), ids=repr)
+@pytest.mark.parametrize(
+    "seeds",
+    (1.0, [1.5], "1", torch.ones(1), torch.ones(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int64), None),
+    ids=repr,
+)
 def test_seeds_of_the_wrong_kind(refused, good, seeds):
     refused(TypeError, None, lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
     if seeds is not None:  # as a rounding_seed, None is none
-        refused(TypeError, None, lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
+        refused(
+            TypeError,
+            None,
+            lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds),
+            good,
+        )
 
 
-@pytest.mark.parametrize("seeds, coefs", ((1e-3, 42), ([1e-3, 2e-3], [1, 2]), (torch.ones(2), torch.arange(2)), (np.float32(1e-3), 42)), ids=repr)
+@pytest.mark.parametrize(
+    "seeds, coefs",
+    ((1e-3, 42), ([1e-3, 2e-3], [1, 2]), (torch.ones(2), torch.arange(2)), (np.float32(1e-3), 42)),
+    ids=repr,
+)
 def test_seeds_and_coefs_in_the_other_order(refused, good, seeds, coefs):
-    for call in (lambda: add_noise_(good, seeds, coefs, name=GOOD), lambda: add_noise_(ParamTable({GOOD: good}), seeds, coefs)):
+    for call in (
+        lambda: add_noise_(good, seeds, coefs, name=GOOD),
+        lambda: add_noise_(ParamTable({GOOD: good}), seeds, coefs),
+    ):
         refused(TypeError, r"^seeds .*the order is add_noise_\(out, seeds, coefs\)", call, good)
 
 
-@pytest.mark.parametrize("coefs", (torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16), torch.ones(1, 1), torch.ones(1, dtype=torch.int64), None, [None]), ids=repr)
+@pytest.mark.parametrize(
+    "coefs",
+    (
+        torch.ones(1, dtype=torch.float64),
+        torch.ones(1, dtype=torch.bfloat16),
+        torch.ones(1, 1),
+        torch.ones(1, dtype=torch.int64),
+        None,
+        [None],
+    ),
+    ids=repr,
+)
 def test_coefs_of_the_wrong_kind(refused, good, coefs):
     refused(TypeError, None, lambda: add_noise_(good, 1, coefs, name=GOOD), good)
 
 
 def test_rounding_and_its_seed(refused, good):
-    refused(ValueError, "needs a rounding_seed", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic"), good)
+    refused(
+        ValueError, "needs a rounding_seed", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic"), good
+    )
     refused(ValueError, "nearest' takes none", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding_seed=1), good)
-    refused(ValueError, "'nearest' or 'stochastic', not 'up'", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="up"), good)
+    refused(
+        ValueError,
+        "'nearest' or 'stochastic', not 'up'",
+        lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="up"),
+        good,
+    )
     for two in ([1, 2], torch.arange(2), []):
-        refused(ValueError, "one number", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=two), good)  # noqa: B023
+        refused(
+            ValueError,
+            "one number",
+            lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=two),
+            good,
+        )  # noqa: B023
 
 
 def test_numbers_on_another_device(refused, good):
     seeds, coefs = torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, device="meta")
     refused(ValueError, "seeds are on the meta", lambda: add_noise_(good, seeds, 1.0, name=GOOD), good)
     refused(ValueError, "coefs are on the meta", lambda: add_noise_(good, 1, coefs, name=GOOD), good)
-    refused(ValueError, "rounding_seed are on the meta", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds), good)
+    refused(
+        ValueError,
+        "rounding_seed are on the meta",
+        lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=seeds),
+        good,
+    )
 
 
 # ---- grad mode, moved memory ----
@@ -230,8 +353,11 @@ def test_leaf_that_requires_grad(refused, good):
     p = torch.nn.Parameter(torch.zeros(8))
     refused(RuntimeError, f"'{BAD}'.*requires grad.*no_grad", lambda: add_noise_(p, 1, 1.0, name=BAD), p)
     refused(RuntimeError, f"'{BAD}'.*requires grad", lambda: add_noise_({GOOD: good, BAD: p}, 1, 1.0), good, p)
-    refused(RuntimeError, f"'{BAD}'.*requires grad", lambda: add_noise_(ParamTable({GOOD: good, BAD: p}), 1, 1.0), good, p)
-    refused(RuntimeError, f"'{BAD}'.*requires grad", lambda: add_noise_({GOOD: good, BAD: p[2:]}, 1, 1.0), good, p)  # a view of one
+    refused(
+        RuntimeError, f"'{BAD}'.*requires grad", lambda: add_noise_(ParamTable({GOOD: good, BAD: p}), 1, 1.0), good, p
+    )
+    # A view of one
+    refused(RuntimeError, f"'{BAD}'.*requires grad", lambda: add_noise_({GOOD: good, BAD: p[2:]}, 1, 1.0), good, p)
     add_noise_({GOOD: torch.zeros(8)}, 1, 1.0, {GOOD: p})  # reading it is fine
     with torch.no_grad():
         add_noise_(p, 1, 1.0, name=BAD)
@@ -261,7 +387,12 @@ def test_backend_that_does_not_exist(refused, good, monkeypatch):
 
 def test_backend_that_is_not_there_says_why(refused, good, monkeypatch):
     with es_kernels.backend("cuda"):
-        refused(RuntimeError, "cuda backend was asked for, but .*CUDA tensors, not cpu", lambda: add_noise_(good, 1, 1.0, name=GOOD), good)
+        refused(
+            RuntimeError,
+            "cuda backend was asked for, but .*CUDA tensors, not cpu",
+            lambda: add_noise_(good, 1, 1.0, name=GOOD),
+            good,
+        )
     monkeypatch.setenv("ES_KERNELS_BACKEND", "cuda")
     refused(RuntimeError, "cuda backend was asked for, but", lambda: fingerprint({GOOD: good}), good)
     with pytest.raises(RuntimeError, match="cuda backend was asked for"):
@@ -273,12 +404,17 @@ def test_missing_library_says_how_to_get_it_and_the_next_backend_serves(good, mo
         expected = add_noise_(good.clone(), 1, 1.0, name=GOOD)
     monkeypatch.setattr(native, "_load", lambda name: (None, f"libes_{name}.so was not built"))
     backends._warn.cache_clear()
-    with pytest.warns(UserWarning, match="SLOW.*the reference backend serves cpu tensors, for cpu: libes_cpu.so was not built"):
+    with pytest.warns(
+        UserWarning, match="SLOW.*the reference backend serves cpu tensors, for cpu: libes_cpu.so was not built"
+    ):
         assert es_kernels.active_backend() == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         assert torch.equal(add_noise_(good.clone(), 1, 1.0, name=GOOD), expected)
-    with es_kernels.backend("cpu"), pytest.raises(RuntimeError, match="cpu backend was asked for, but libes_cpu.so was not built"):
+    with (
+        es_kernels.backend("cpu"),
+        pytest.raises(RuntimeError, match="cpu backend was asked for, but libes_cpu.so was not built"),
+    ):
         add_noise_(good, 1, 1.0, name=GOOD)
 
 
@@ -286,7 +422,11 @@ def test_library_that_does_not_load_or_has_another_abi(tmp_path, monkeypatch):
     (tmp_path / "libes_cpu.so").write_bytes(b"not an ELF file")
     monkeypatch.setattr(native, "path", lambda name: tmp_path / f"libes_{name}.so")
     uncached = native._load.__wrapped__
-    assert "does not load" in uncached("cpu")[1] and "was not built" in uncached("cuda")[1] and "nvcc" in uncached("cuda")[1]
+    assert (
+        "does not load" in uncached("cpu")[1]
+        and "was not built" in uncached("cuda")[1]
+        and "nvcc" in uncached("cuda")[1]
+    )
     monkeypatch.undo()
     if native.why_not("cpu") is None:
         monkeypatch.setattr(native, "ABI", native.ABI + 1)
@@ -306,7 +446,9 @@ def test_gpu_library_that_does_not_load_is_said_once_and_one_that_is_not_there_i
         assert es_kernels.active_backend("cuda") == "triton"
     (tmp_path / "libes_cuda.so").write_bytes(b"not an ELF file")
     backends._warn.cache_clear()
-    with pytest.warns(UserWarning, match="the triton backend serves cuda tensors, for cuda: libes_cuda.so does not load: GLIBC") as seen:
+    with pytest.warns(
+        UserWarning, match="the triton backend serves cuda tensors, for cuda: libes_cuda.so does not load: GLIBC"
+    ) as seen:
         for _ in range(2):
             assert es_kernels.active_backend("cuda") == "triton"
     assert len(seen) == 1
@@ -315,7 +457,9 @@ def test_gpu_library_that_does_not_load_is_said_once_and_one_that_is_not_there_i
 def test_triton_that_is_too_old_says_which_torch_brings_a_newer_one(monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", "3.3.1")
-    assert "triton 3.3.1 is too old: 3.6, which torch 2.10 brings" in backends.unavailable("triton", torch.device("cuda"))
+    assert "triton 3.3.1 is too old: 3.6, which torch 2.10 brings" in backends.unavailable(
+        "triton", torch.device("cuda")
+    )
 
 
 def test_override_nests_ends_and_is_of_one_thread(monkeypatch):
@@ -339,7 +483,12 @@ def test_override_nests_ends_and_is_of_one_thread(monkeypatch):
 def test_unknown_instruction_set(refused, good, monkeypatch):
     monkeypatch.setenv("ES_KERNELS_ISA", "sse9")
     with es_kernels.backend("cpu"):
-        refused(RuntimeError, "no instruction set named sse9; it has .*baseline", lambda: add_noise_(good, 1, 1.0, name=GOOD), good)
+        refused(
+            RuntimeError,
+            "no instruction set named sse9; it has .*baseline",
+            lambda: add_noise_(good, 1, 1.0, name=GOOD),
+            good,
+        )
         refused(RuntimeError, "no instruction set named sse9", lambda: fingerprint({GOOD: good}), good)
 
 
@@ -348,13 +497,23 @@ def test_unknown_instruction_set(refused, good, monkeypatch):
 
 @pytest.mark.parametrize(
     "field, value, words",
-    (("out_dtype", 3, "dtype"), ("base_dtype", -1, "dtype"), ("rows", 0, "rows"), ("cols", -1, "rows"), ("unit_end", 1, "units"), ("out", 0, "null"), ("base", 0, "null")),
+    (
+        ("out_dtype", 3, "dtype"),
+        ("base_dtype", -1, "dtype"),
+        ("rows", 0, "rows"),
+        ("cols", -1, "rows"),
+        ("unit_end", 1, "units"),
+        ("out", 0, "null"),
+        ("base", 0, "null"),
+    ),
 )
 def test_abi_checks_segments(good, bits, field, value, words):
     if cpu_backend.unavailable(good.device):
         pytest.skip(cpu_backend.unavailable(good.device))
     before = bits(good)
-    pack = es_kernels.table.Pack(ParamTable({GOOD: good, "other": torch.zeros(64)}).layout, [good, torch.zeros(64)], [], [])
+    pack = es_kernels.table.Pack(
+        ParamTable({GOOD: good, "other": torch.zeros(64)}).layout, [good, torch.zeros(64)], [], []
+    )
     pack.segments[field][-1] = value
     with pytest.raises(RuntimeError, match=f"segment {len(pack.segments) - 1}: .*{words}"):
         cpu_backend.add_noise_(pack, torch.ones(1, dtype=torch.int64), torch.ones(1), None, 0.0)

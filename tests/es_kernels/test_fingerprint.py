@@ -1,7 +1,8 @@
 """Contract under test: fingerprint is one 64-bit sum over (bits, dtype, stream, index) of all elements.
 
-The same on every backend and instruction set, and in csrc/cuda.cu run on the CPU (golden vectors); blind to order, sharding and memory layout; seeing every single change of a bit, and
-swaps, dtypes, names and indices. A change of one element is seen with certainty, others up to 2^-32 or so.
+The same on every backend and instruction set, and in csrc/cuda.cu run on the CPU (golden vectors); blind to order,
+sharding and memory layout; seeing every single change of a bit, and swaps, dtypes, names and indices. A change of one
+element is seen with certainty, others up to 2^-32 or so.
 """
 
 import json
@@ -35,7 +36,10 @@ def test_cpu_equals_reference(isa, twin, weights, dtype):
 
 
 def test_mixture_of_dtypes(isa, twin, weights):
-    twin(lambda *t: fingerprint({f"w{i}": x for i, x in enumerate(t)}), *(weights(50 + i, DTYPES[i % 3], i) for i in range(6)))
+    twin(
+        lambda *t: fingerprint({f"w{i}": x for i, x in enumerate(t)}),
+        *(weights(50 + i, DTYPES[i % 3], i) for i in range(6)),
+    )
 
 
 def test_formula(weights):
@@ -60,9 +64,14 @@ def test_golden(backend):
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype]
         values = [int(b, 16) for b in bits]
         half = 1 << (31 if dtype == torch.float32 else 15)
-        t = torch.tensor([b - 2 * half if b >= half else b for b in values], dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+        t = torch.tensor(
+            [b - 2 * half if b >= half else b for b in values],
+            dtype=torch.int32 if dtype == torch.float32 else torch.int16,
+        ).view(dtype)
         with es_kernels.backend(backend):
-            assert fingerprint(ParamTable([("w", t, [Segment("w", 1, len(values), first=int(v["first"], 16))])])) == int(v["fingerprint"], 16)
+            assert fingerprint(
+                ParamTable([("w", t, [Segment("w", 1, len(values), first=int(v["first"], 16))])])
+            ) == int(v["fingerprint"], 16)
     assert len(vectors) == 9
 
 
@@ -85,7 +94,11 @@ def test_order_sharding_and_layout_do_not_matter(weights, dtype):
     integers(padded)[:] = integers(t)
     assert fingerprint({"a": padded, "b": other}) == whole
     left, right = t[:, :13].contiguous(), t[:, 13:].contiguous()
-    shards = [("r", right, [Segment("a", 12, 17, first=13, index_stride=30)]), ("b", other), ("l", left, [Segment("a", 12, 13, index_stride=30)])]
+    shards = [
+        ("r", right, [Segment("a", 12, 17, first=13, index_stride=30)]),
+        ("b", other),
+        ("l", left, [Segment("a", 12, 13, index_stride=30)]),
+    ]
     assert fingerprint(ParamTable(shards)) == whole
     # And of workers that each hold a part: the sum of their sums.
     parts = [ParamTable([("l", left, [Segment("a", 12, 13, index_stride=30)])]), ParamTable(shards[:2])]
@@ -117,7 +130,16 @@ def test_swaps_names_dtypes_and_indices_are_seen():
             values.add(fingerprint({"w": swapped}))
     assert len(values) == 1 + 40 * 39 // 2
     zeros = torch.zeros(40)
-    others = [{"v": t}, {"w": t.view(torch.float16)}, {"w": t.view(torch.float32)}, {"w": t[:39]}, {"w": t[1:]}, {"w": t.flip(0)}, {"w": zeros}, {"w": zeros.bfloat16()}]
+    others = [
+        {"v": t},
+        {"w": t.view(torch.float16)},
+        {"w": t.view(torch.float32)},
+        {"w": t[:39]},
+        {"w": t[1:]},
+        {"w": t.flip(0)},
+        {"w": zeros},
+        {"w": zeros.bfloat16()},
+    ]
     others += [{"w": zeros[:8]}, {"w": zeros[:16]}, {"w": -zeros}, {"v": zeros}]
     others += [ParamTable([("w", t, [Segment("w", 1, 40, first=first)])]) for first in (1, 8, 1 << 32, 1 << 35)]
     values |= {fingerprint(o) for o in others}
@@ -134,7 +156,9 @@ def test_nothing_is_written_and_nan_payloads_count(weights, bits):
     before, version = bits(t), t._version
     first = fingerprint({"w": t})
     assert fingerprint({"w": t}) == first and torch.equal(bits(t), before) and t._version == version
-    assert fingerprint({"w": torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32)}) != fingerprint({"w": torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)})
+    assert fingerprint({"w": torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32)}) != fingerprint(
+        {"w": torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)}
+    )
     p = torch.nn.Parameter(torch.ones(5))  # reading a leaf that requires grad is fine
     assert fingerprint({"p": p}) == fingerprint({"p": torch.ones(5)})
 

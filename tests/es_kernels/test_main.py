@@ -1,5 +1,6 @@
-"""Contract under test: `python -m es_kernels` reports what is installed and why each backend serves or not, checks every available one against the
-golden vectors, and ends with OK or FAILED and the exit code to match; a broken part is reported, never raised."""
+"""Contract under test: `python -m es_kernels` reports what is installed and why each backend serves or not, checks
+every available one against the golden vectors, and ends with OK or FAILED and the exit code to match; a broken part is
+reported, never raised."""
 
 import json
 import os
@@ -29,17 +30,34 @@ def golden():
 @pytest.mark.parametrize("arguments", ([], ["--json"]), ids=("lines", "json"))
 def test_as_a_command(arguments):
     env = {k: v for k, v in os.environ.items() if k not in ("ES_KERNELS_BACKEND", "ES_KERNELS_ISA", "TRITON_INTERPRET")}
-    result = subprocess.run([sys.executable, "-m", "es_kernels", *arguments], capture_output=True, text=True, timeout=120, env=env)
+    result = subprocess.run(
+        [sys.executable, "-m", "es_kernels", *arguments], capture_output=True, text=True, timeout=120, env=env
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     if arguments:
         r = json.loads(result.stdout)
-        assert r["ok"] is True and r["versions"]["es_kernels"] == es_kernels.__version__ and r["versions"]["noise"] == noise.VERSION
+        assert (
+            r["ok"] is True
+            and r["versions"]["es_kernels"] == es_kernels.__version__
+            and r["versions"]["noise"] == noise.VERSION
+        )
         assert set(r["backends"]) == set(backends.NAMES) and r["serves"]["cpu"] in ("cpu", "reference")
         assert any(c["backend"] == "reference" and c["error"] is None for c in r["self_check"])
     else:
         lines = result.stdout.splitlines()
         assert lines[-1] == "OK"
-        for word in ("es_kernels", "noise", "python", "numpy", "torch", "triton", "cuda driver", "instruction sets", "threads", "serves cpu tensors"):
+        for word in (
+            "es_kernels",
+            "noise",
+            "python",
+            "numpy",
+            "torch",
+            "triton",
+            "cuda driver",
+            "instruction sets",
+            "threads",
+            "serves cpu tensors",
+        ):
             assert any(line.startswith(word) for line in lines), word
         assert all(any(f"backend {n}" in line for line in lines) for n in backends.NAMES)
 
@@ -85,7 +103,14 @@ def raises(*args):
 
 @pytest.mark.parametrize(
     "target, name",
-    ((tool.importlib.metadata, "version"), (tool.platform, "platform"), (native, "load"), (native, "why_not"), (backends, "unavailable"), (tool, "self_check")),
+    (
+        (tool.importlib.metadata, "version"),
+        (tool.platform, "platform"),
+        (native, "load"),
+        (native, "why_not"),
+        (backends, "unavailable"),
+        (tool, "self_check"),
+    ),
     ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", ""),
 )
 def test_broken_parts_are_reported_not_raised(target, name, monkeypatch, capsys):

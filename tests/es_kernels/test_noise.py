@@ -1,8 +1,11 @@
 """Contract under test: noise.py, the definition of the noise, and NOISE.md, the page that says the same.
 
-- Philox4x32 is Random123's; streams, member seeds and normals are those of the golden vectors; the page alone suffices to compute them.
-- Every step is one exactly rounded float32 operation, so C++ and NumPy give the same bits for all 2^18 radii and 2^13 angles.
-- Over all 2^32 words the normals have variance 1, kurtosis 3 and the distribution function of N(0, 1), within stated bounds.
+- Philox4x32 is Random123's; streams, member seeds and normals are those of the golden vectors; the page alone suffices
+to compute them.
+- Every step is one exactly rounded float32 operation, so C++ and NumPy give the same bits for all 2^18 radii and 2^13
+angles.
+- Over all 2^32 words the normals have variance 1, kurtosis 3 and the distribution function of N(0, 1), within stated
+bounds.
 - Seeds, streams, neighbouring indices and lanes are uncorrelated.
 """
 
@@ -77,9 +80,13 @@ def test_member_seed_is_words_0_and_1_of_domain_1():
     w = noise.philox4x32((5, 1 << 29, 17, 2), (0x89ABCDEF, 0x01234567))
     assert noise.member_seed(0x0123456789ABCDEF, 5, 17, 2) == int(w[0]) + (int(w[1]) << 32)
     for v in VECTORS["member_seed"]:
-        assert noise.member_seed(int(v["run_seed"], 16), v["generation"], v["member"], v["purpose"]) == int(v["seed"], 16)
+        assert noise.member_seed(int(v["run_seed"], 16), v["generation"], v["member"], v["purpose"]) == int(
+            v["seed"], 16
+        )
     assert noise.member_seed(-1, 0, 0) == noise.member_seed((1 << 64) - 1, 0, 0)
-    everything = {noise.member_seed(s, g, m, p) for s in (0, 1, 1 << 32) for g in range(3) for m in range(5) for p in range(4)}
+    everything = {
+        noise.member_seed(s, g, m, p) for s in (0, 1, 1 << 32) for g in range(3) for m in range(5) for p in range(4)
+    }
     assert len(everything) == 3 * 3 * 5 * 4
 
 
@@ -87,7 +94,10 @@ def test_domains_and_index_bits_reach_the_counter():
     block = np.uint64((1 << 61) - 1)
     expected = noise.philox4x32((0xFFFFFFFF, 0x1FFFFFFF | 4 << 29, 0x55667788, 0x11223344), (2, 1))
     assert (noise.words((1 << 32) + 2, 0x1122334455667788, block, noise.DOMAIN_ROUNDING) == expected).all()
-    assert (noise.rounding_thresholds((1 << 32) + 2, 0x1122334455667788, block) == [x for w in expected for x in (w & 0xFFFF, w >> 16)]).all()
+    assert (
+        noise.rounding_thresholds((1 << 32) + 2, 0x1122334455667788, block)
+        == [x for w in expected for x in (w & 0xFFFF, w >> 16)]
+    ).all()
 
 
 def test_64_bit_integers_signed_or_unsigned():
@@ -117,7 +127,11 @@ def test_golden_vectors_lie_beyond_2_to_the_35_in_every_dtype():
     assert VECTORS["noise_version"] == noise.VERSION
     assert any(int(v["first"], 16) >= 1 << 35 for v in VECTORS["normal"])
     for dtype in ("f32", "bf16", "f16"):
-        assert {v["rounding_seed"] is None for v in VECTORS["add_noise"] if v["out"][0] == dtype and int(v["first"], 16) >= 1 << 35} == {True, False}
+        assert {
+            v["rounding_seed"] is None
+            for v in VECTORS["add_noise"]
+            if v["out"][0] == dtype and int(v["first"], 16) >= 1 << 35
+        } == {True, False}
 
 
 def test_golden_file_and_page_are_what_the_reference_makes(monkeypatch):
@@ -142,7 +156,8 @@ def test_constants_on_the_page_are_those_of_the_code():
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that NOISE.md's Python blocks define: an implementation of their own, with exact fractions, without NumPy."""
+    """The names that NOISE.md's Python blocks define: an implementation of their own, with exact fractions, without
+    NumPy."""
     names = {}
     exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)), names)
     return names
@@ -150,17 +165,23 @@ def page():
 
 def test_page_alone_gives_the_integers(page):
     for v in VECTORS["philox4x32"]:
-        assert list(page["philox4x32"](hexadecimal(v["counter"]), hexadecimal(v["key"]), v["rounds"])) == hexadecimal(v["words"])
+        assert list(page["philox4x32"](hexadecimal(v["counter"]), hexadecimal(v["key"]), v["rounds"])) == hexadecimal(
+            v["words"]
+        )
     for name, stream in VECTORS["stream_id"].items():
         assert page["stream_id"](name) == int(stream, 16)
     for v in VECTORS["member_seed"]:
-        assert page["member_seed"](int(v["run_seed"], 16), v["generation"], v["member"], v["purpose"]) == int(v["seed"], 16)
+        assert page["member_seed"](int(v["run_seed"], 16), v["generation"], v["member"], v["purpose"]) == int(
+            v["seed"], 16
+        )
 
 
 @pytest.mark.parametrize("vector", VECTORS["normal"], ids=lambda v: f"{v['seed']}-{v['first']}")
 def test_page_alone_gives_the_normals(page, vector):
     seed, stream, first = (int(vector[key], 16) for key in ("seed", "stream", "first"))
-    assert [page["bits"](page["noise"](seed, stream, first + i)) for i in range(len(vector["bits"]))] == hexadecimal(vector["bits"])
+    assert [page["bits"](page["noise"](seed, stream, first + i)) for i in range(len(vector["bits"]))] == hexadecimal(
+        vector["bits"]
+    )
 
 
 def test_page_alone_gives_the_operation(page):
@@ -208,7 +229,10 @@ def test_page_alone_gives_the_operation(page):
 def test_page_alone_gives_the_fingerprint(page):
     for v in VECTORS["fingerprint"]:
         dtype, stream = ("f32", "bf16", "f16").index(v["tensor"][0]), page["stream_id"](v["name"])
-        terms = (page["fingerprint_term"](b, dtype, stream, int(v["first"], 16) + i) for i, b in enumerate(hexadecimal(v["tensor"][1])))
+        terms = (
+            page["fingerprint_term"](b, dtype, stream, int(v["first"], 16) + i)
+            for i, b in enumerate(hexadecimal(v["tensor"][1]))
+        )
         assert sum(terms) % (1 << 64) == int(v["fingerprint"], 16)
 
 
@@ -220,7 +244,8 @@ def f32(bits):
 
 
 def exact_fma(a, b, c):
-    """fma of float32 in exact fractions: to nearest, ties to even. Results that are zero or infinite are not asked for."""
+    """fma of float32 in exact fractions: to nearest, ties to even. Results that are zero or infinite are not asked
+    for."""
     q = Fraction(a) * Fraction(b) + Fraction(c)
     e = abs(q.numerator).bit_length() - q.denominator.bit_length()
     e -= abs(q) < Fraction(2) ** e
@@ -229,7 +254,8 @@ def exact_fma(a, b, c):
 
 
 def ties():
-    """(a, b, c) whose exact a * b + c lies within 2^-60 of a tie between two float32: float64 alone rounds them to the tie, then wrongly."""
+    """(a, b, c) whose exact a * b + c lies within 2^-60 of a tie between two float32: float64 alone rounds them to the
+    tie, then wrongly."""
     for exponent in (-100, -3, 0, 20, 100):
         for odd in (0, 1):  # the float32 below the tie has an even or an odd last bit
             big = (1 + odd * 2.0**-23) * 2.0**exponent
@@ -266,7 +292,18 @@ def test_fma_on_random_operands_and_subnormal_results():
 
 def test_fma_of_zeros_infinities_and_nan():
     inf, nan = np.inf, np.nan
-    cases = [(0.0, 1.0, -0.0), (-0.0, 1.0, -0.0), (1.0, 1.0, -1.0), (inf, 1.0, 1.0), (inf, 0.0, 1.0), (inf, 1.0, -inf), (1.0, 1.0, -inf), (nan, 1.0, 1.0), (3e38, 3e38, -inf), (3e38, 2.0, 0.0)]
+    cases = [
+        (0.0, 1.0, -0.0),
+        (-0.0, 1.0, -0.0),
+        (1.0, 1.0, -1.0),
+        (inf, 1.0, 1.0),
+        (inf, 0.0, 1.0),
+        (inf, 1.0, -inf),
+        (1.0, 1.0, -inf),
+        (nan, 1.0, 1.0),
+        (3e38, 3e38, -inf),
+        (3e38, 2.0, 0.0),
+    ]
     expected = [0.0, -0.0, 0.0, inf, nan, nan, -inf, nan, -inf, inf]
     for case, value in zip(cases, expected):
         got = noise.fma(*map(np.float32, case))
@@ -285,8 +322,9 @@ def cpu_normals(seed, stream, n):
 
 
 def test_every_radius_and_every_angle_is_the_same_in_cpp(isa):
-    """C++ makes words only by Philox, so a stretch of noise long enough to meet every one of the 2^18 radii and 2^13 angles, each with
-    both signs and in both halves, is compared whole. (x and y are each one product of a radius and an angle factor.)"""
+    """C++ makes words only by Philox, so a stretch of noise long enough to meet every one of the 2^18 radii and 2^13
+    angles, each with both signs and in both halves, is compared whole. (x and y are each one product of a radius and an
+    angle factor.)"""
     blocks = 1_000_000
     words = noise.words(3, 5, np.arange(blocks, dtype=np.uint64), noise.DOMAIN_NOISE).reshape(-1)
     assert len(np.unique(words >> np.uint32(14))) == 1 << 18 and len(np.unique(words & np.uint32(0x3FFF))) == 1 << 14
@@ -327,7 +365,8 @@ def test_log_is_positive_and_the_normals_finite_everywhere():
     assert np.isfinite(x).all() and np.isfinite(y).all()
     x, y = noise.box_muller(w | np.uint32(4096 << 1))  # t = 1: x is r
     assert (x > 0).all(), "v <= 0 would flip the sign of r, or make it infinite"
-    # As u grows r falls, but for the joints of the log's pieces and its last float32 steps, where it may stand still or wiggle.
+    # As u grows r falls, but for the joints of the log's pieces and its last float32 steps, where it may stand still or
+    # wiggle.
     assert (np.diff(x) < 0).mean() > 0.95
 
 
@@ -341,7 +380,8 @@ def test_pairs_lie_on_16384_rays_and_stay_under_5_14():
     assert (minus_x == -x).all() and (minus_y == -y).all(), "bit 0 is the sign of the pair"
 
 
-# ---- correlation: n samples of two independent normals correlate by less than 5 / sqrt(n), and so do their squares ----
+# ---- correlation: n samples of two independent normals correlate by less than 5 / sqrt(n), and so do their squares
+# ----
 
 N = 1 << 19
 
@@ -353,7 +393,9 @@ def stretch(seed, stream, first=0, n=N):
         if isinstance(stream, int):
             es_kernels.add_noise_(out, seed, 1.0, stream=stream)
         else:
-            es_kernels.add_noise_(es_kernels.ParamTable([(stream, out, [es_kernels.Segment(stream, 1, n, first=first)])]), seed, 1.0)
+            es_kernels.add_noise_(
+                es_kernels.ParamTable([(stream, out, [es_kernels.Segment(stream, 1, n, first=first)])]), seed, 1.0
+            )
     return out.numpy().astype(np.float64)
 
 

@@ -1,7 +1,7 @@
 """Contract under test: the two ops are good citizens of torch.
 
-They pass torch.library.opcheck, compile without graph breaks to the same bits (bare tensor, dict, ParamTable; seeds and coefs as numbers and as
-tensors), bump `_version` of what they write and of nothing else, and accept inference tensors.
+They pass torch.library.opcheck, compile without graph breaks to the same bits (bare tensor, dict, ParamTable; seeds and
+coefs as numbers and as tensors), bump `_version` of what they write and of nothing else, and accept inference tensors.
 """
 
 import os
@@ -45,7 +45,19 @@ def op_inputs():
     yield "in_place", ([a, b], [], [], seeds, coefs, None, 0.0, key)
     yield "stochastic", ([a, b], [], [], seeds, coefs, rounding, 0.0, key)
     yield "base", ([a, b], [torch.randn(100), torch.randn(7, 9)], [], seeds, coefs, None, 0.0, key)
-    yield "anchor", ([a, b], [torch.randn(100), torch.randn(7, 9)], [torch.zeros(100), torch.zeros(7, 9)], seeds, coefs, rounding, 0.1, key)
+    yield (
+        "anchor",
+        (
+            [a, b],
+            [torch.randn(100), torch.randn(7, 9)],
+            [torch.zeros(100), torch.zeros(7, 9)],
+            seeds,
+            coefs,
+            rounding,
+            0.1,
+            key,
+        ),
+    )
     yield "restore", ([a, b], [torch.randn(100), torch.randn(7, 9)], [], *none, None, 0.0, key)
     yield "empty", ([], [], [], seeds, coefs, None, 0.0, Layout.intern(()).key)
 
@@ -63,7 +75,9 @@ def test_opcheck_fingerprint(n):
 
 def test_schema_says_what_is_written():
     schema = torch.ops.es_kernels.add_noise_.default._schema
-    assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == ["out"] and not schema.returns
+    assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == [
+        "out"
+    ] and not schema.returns
     assert not any(a.alias_info for a in torch.ops.es_kernels.fingerprint.default._schema.arguments)
 
 
@@ -101,7 +115,9 @@ def test_compile_stream_base_decay_anchor(bits):
     check(bits, function, torch.randn(7, 9).bfloat16(), torch.randn(7, 9), torch.randn(7, 9).half())
 
 
-@pytest.mark.parametrize("form", (dict, lambda pairs: list(pairs), lambda pairs: dict(pairs).items()), ids=("dict", "list", "items"))
+@pytest.mark.parametrize(
+    "form", (dict, lambda pairs: list(pairs), lambda pairs: dict(pairs).items()), ids=("dict", "list", "items")
+)
 def test_compile_named_tensors(bits, form):
     def function(a, b, c, d):
         add_noise_(form([("a", a), ("b", b)]), SEEDS, [0.1, -0.2], {"a": c, "b": d}, **STOCHASTIC)
@@ -192,7 +208,9 @@ def test_fake_tensors_take_no_work():
 
     with FakeTensorMode():
         a = torch.empty(100)
-        torch.ops.es_kernels.add_noise_([a], [], [], torch.empty(1, dtype=torch.int64), torch.empty(1), None, 0.0, Layout.intern(("a",)).key)
+        torch.ops.es_kernels.add_noise_(
+            [a], [], [], torch.empty(1, dtype=torch.int64), torch.empty(1), None, 0.0, Layout.intern(("a",)).key
+        )
         assert torch.ops.es_kernels.fingerprint([a], Layout.intern(("a",)).key).dtype == torch.int64
 
 
@@ -230,7 +248,9 @@ def test_inference_tensors(bits):
     with torch.inference_mode():
         add_noise_(torch.nn.Parameter(torch.zeros(4)), 1, 1.0, name="w")
         table = ParamTable({"w": torch.zeros(40)})
-        assert torch.equal(bits(add_noise_(table, 1, 1.0).tensors[0]), bits(t - t + add_noise_(torch.zeros(40), 1, 1.0, name="w")))
+        assert torch.equal(
+            bits(add_noise_(table, 1, 1.0).tensors[0]), bits(t - t + add_noise_(torch.zeros(40), 1, 1.0, name="w"))
+        )
     add_noise_(table, 1, 1.0)
     assert fingerprint(named) != value
 
@@ -291,7 +311,10 @@ def test_a_tensor_subclass_sees_calls_on_its_table(role):
             seen.append(str(function))
             return super().__torch_function__(function, types, args, kwargs or {})
 
-    tables = {name: ParamTable({"w": torch.zeros(8).as_subclass(Watched if name == role else torch.Tensor)}) for name in ("out", "base", "anchor")}
+    tables = {
+        name: ParamTable({"w": torch.zeros(8).as_subclass(Watched if name == role else torch.Tensor)})
+        for name in ("out", "base", "anchor")
+    }
     seen.clear()
     add_noise_(seeds=1, coefs=1.0, decay=0.1, **tables)
     assert any("add_noise_" in name for name in seen)
@@ -321,5 +344,13 @@ def test_default_dtype_and_device_do_not_matter(bits):
 
 
 def test_public_names():
-    assert set(es_kernels.__all__) >= {"ParamTable", "Segment", "add_noise_", "fingerprint", "backend", "active_backend", "noise"}
+    assert set(es_kernels.__all__) >= {
+        "ParamTable",
+        "Segment",
+        "add_noise_",
+        "fingerprint",
+        "backend",
+        "active_backend",
+        "noise",
+    }
     assert all(hasattr(es_kernels, n) for n in es_kernels.__all__)

@@ -1,5 +1,6 @@
-"""Contract: what a call hands to a GPU is there when a kernel reads it and stays there until it has, on whichever stream; nothing waits for the
-queue; what a captured CUDA graph could not replay is refused. On a CUDA that pretends: which calls are made. Results: tests/gpu/test_bits.py."""
+"""Contract: what a call hands to a GPU is there when a kernel reads it and stays there until it has, on whichever
+stream; nothing waits for the queue; what a captured CUDA graph could not replay is refused. On a CUDA that pretends:
+which calls are made. Results: tests/gpu/test_bits.py."""
 
 import contextlib
 import types
@@ -16,7 +17,8 @@ GPU = torch.device("cuda", 1)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Two GPUs, of which 0 is current: `capturing`, a set of GPUs; `stream`, the current one of GPU 1; `current`, what torch.cuda.device made so."""
+    """Two GPUs, of which 0 is current: `capturing`, a set of GPUs; `stream`, the current one of GPU 1; `current`, what
+    torch.cuda.device made so."""
     state = types.SimpleNamespace(current=0, capturing=set(), stream=types.SimpleNamespace(cuda_stream=7))
 
     @contextlib.contextmanager
@@ -80,7 +82,8 @@ def other_stream(handle):
 
 
 def test_every_stream_that_reads_a_table_is_recorded_once(gpu, pack):
-    """When a table falls out of the cache the allocator gives its memory away: not before the streams are through that read it."""
+    """When a table falls out of the cache the allocator gives its memory away: not before the streams are through that
+    read it."""
     assert pack.on_device() is pack.on_device() is pack.uploaded
     assert pack.uploaded.done == [("to", GPU, False)], "a copy that waits: other streams may read at once"
     for handle in (9, 9, 7, 11, 9):
@@ -135,7 +138,11 @@ def test_the_cuda_library_is_called_with_the_packs_device_current(gpu, pack, mon
         seen.append((gpu.current, arguments[-2]))
         return 0
 
-    monkeypatch.setattr(cuda, "_library", lambda: types.SimpleNamespace(es_cuda_add_noise=call, es_cuda_fingerprint=call, es_cuda_error=None))
+    monkeypatch.setattr(
+        cuda,
+        "_library",
+        lambda: types.SimpleNamespace(es_cuda_add_noise=call, es_cuda_fingerprint=call, es_cuda_error=None),
+    )
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: Tensor())
     cuda.add_noise_(pack, Tensor(), Tensor(), None, 0.0)
     cuda.fingerprint(pack)

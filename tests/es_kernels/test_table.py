@@ -1,8 +1,10 @@
-"""Contract under test: table.py turns named tensors into segments that cover exactly their elements, each once, with the right index.
+"""Contract under test: table.py turns named tensors into segments that cover exactly their elements, each once, with
+the right index.
 
 - Segments, strides, blocks, the vector path: against an element-by-element list.
 - Overlap in memory or in one stream's indices is found if and only if it is there (against brute force).
-- Ties keep their first name; empty tensors are nothing; a tensor that is another than it was is an error until refresh(); layouts are interned.
+- Ties keep their first name; empty tensors are nothing; a tensor that is another than it was is an error until
+refresh(); layouts are interned.
 - A call on tables does the same Python for 300 tensors as for 3, and a table keeps nothing alive but its tensors.
 """
 
@@ -55,7 +57,8 @@ def expected_elements(tensors):
 
 
 def check_units(pack):
-    """Units: enough of them for every row's noise blocks, and vector_path only where every unit is a whole aligned block."""
+    """Units: enough of them for every row's noise blocks, and vector_path only where every unit is a whole aligned
+    block."""
     end, size = 0, (4, 2, 2)
     for s in pack.segments:
         rows, cols, first, stride = (int(s[k]) for k in ("rows", "cols", "first", "index_stride"))
@@ -68,7 +71,10 @@ def check_units(pack):
             assert s["units_per_row"] == touched[0]
         whole = all((first + r * stride) % 8 == 0 for r in range(rows)) and cols % 8 == 0
         aligned = all(
-            (int(s[w]) + r * int(s[f"{w}_stride"]) * size[s[f"{w}_dtype"]]) % 16 == 0 for w in ("out", "base", "anchor") if s[w] for r in range(rows)
+            (int(s[w]) + r * int(s[f"{w}_stride"]) * size[s[f"{w}_dtype"]]) % 16 == 0
+            for w in ("out", "base", "anchor")
+            if s[w]
+            for r in range(rows)
         )
         assert bool(s["vector_path"]) == (whole and aligned)
 
@@ -93,12 +99,16 @@ def test_struct_is_that_of_the_header():
 @given(st.data())
 def test_segments_cover_every_element_once(data):
     """Any strided view whose last dimension is contiguous, with a base and an anchor that have strides of their own."""
-    shape = tuple(data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))) + data.draw(st.sampled_from(((), (1,), (7,), (8,), (16,), (24,))))
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))) + data.draw(
+        st.sampled_from(((), (1,), (7,), (8,), (16,), (24,)))
+    )
 
     def view(dtype):
         padded = [n + data.draw(st.sampled_from((0, 0, 1, 8))) for n in shape]
         order = data.draw(st.permutations(range(max(0, len(shape) - 1)))) + ([len(shape) - 1] if shape else [])
-        memory = torch.zeros(int(np.prod([padded[i] for i in order], dtype=int)) + 8, dtype=dtype)[data.draw(st.sampled_from((0, 1, 4, 8))) :]
+        memory = torch.zeros(int(np.prod([padded[i] for i in order], dtype=int)) + 8, dtype=dtype)[
+            data.draw(st.sampled_from((0, 1, 4, 8))) :
+        ]
         count = int(np.prod(padded, dtype=int))
         if memory.numel() < count:
             memory = torch.zeros(count, dtype=dtype)
@@ -133,10 +143,17 @@ def test_a_contiguous_tensor_is_one_row_with_head_body_and_tail():
 
 def test_explicit_segments():
     t = torch.zeros(16, 8, dtype=torch.bfloat16)
-    segments = (Segment("a", 2, 8, first=40), Segment("b", 3, 5, offset=16, row_stride=8, first=1 << 35, index_stride=24), Segment("a", 0, 8), Segment("b", 4, 0))
+    segments = (
+        Segment("a", 2, 8, first=40),
+        Segment("b", 3, 5, offset=16, row_stride=8, first=1 << 35, index_stride=24),
+        Segment("a", 0, 8),
+        Segment("b", 4, 0),
+    )
     pack = pack_of(t, segments=(segments,))
     a, b, p = noise.stream_id("a"), noise.stream_id("b"), t.data_ptr()
-    expected = {p + 2 * i: (a, 40 + i) for i in range(16)} | {p + 2 * (16 + 8 * r + c): (b, (1 << 35) + 24 * r + c) for r in range(3) for c in range(5)}
+    expected = {p + 2 * i: (a, 40 + i) for i in range(16)} | {
+        p + 2 * (16 + 8 * r + c): (b, (1 << 35) + 24 * r + c) for r in range(3) for c in range(5)
+    }
     assert elements(pack) == expected
     check_units(pack)
 
@@ -150,7 +167,12 @@ def test_rows_are_cut_where_the_block_number_crosses_2_to_the_32(first):
 
 
 def test_segment_refuses_nonsense():
-    for bad in (dict(rows=-1, cols=2), dict(rows=1, cols=2, offset=-1), dict(rows=1, cols=2, first=-1), dict(rows=2, cols=2, index_stride=-2)):
+    for bad in (
+        dict(rows=-1, cols=2),
+        dict(rows=1, cols=2, offset=-1),
+        dict(rows=1, cols=2, first=-1),
+        dict(rows=2, cols=2, index_stride=-2),
+    ):
         with pytest.raises(ValueError, match="'w'.*negative"):
             Segment("w", **bad)
     with pytest.raises(ValueError, match="'w'.*2\\^64"):
@@ -174,7 +196,13 @@ def intervals(r):
 
 
 ranges = st.lists(
-    st.tuples(st.integers(0, 1), st.integers(0, 60), st.integers(1, 4), st.integers(1, 6), st.sampled_from((0, 1, 4, 7, 10, 10, 10, 13))).map(lambda r: r if r[2] > 1 else (*r[:4], r[3])),
+    st.tuples(
+        st.integers(0, 1),
+        st.integers(0, 60),
+        st.integers(1, 4),
+        st.integers(1, 6),
+        st.sampled_from((0, 1, 4, 7, 10, 10, 10, 13)),
+    ).map(lambda r: r if r[2] > 1 else (*r[:4], r[3])),
     min_size=1,
     max_size=5,
 )
@@ -220,7 +248,12 @@ def test_overlapping_memory_is_refused_in_every_role():
 def test_out_itself_as_base_or_anchor_is_refused():
     """It would change as out is written, so that a restore from it does nothing."""
     memory, other = torch.zeros(8, 16), torch.zeros(8, 16)
-    for arguments in (dict(base=[memory]), dict(base=[memory.view(8, 16)]), dict(base=[other], anchor=[memory]), dict(anchor=[memory.detach()])):
+    for arguments in (
+        dict(base=[memory]),
+        dict(base=[memory.view(8, 16)]),
+        dict(base=[other], anchor=[memory]),
+        dict(anchor=[memory.detach()]),
+    ):
         with pytest.raises(ValueError, match="'t0': (base|anchor) shares memory with out: pass a copy, p.clone()"):
             pack_of(memory, **arguments)
     with pytest.raises(ValueError, match="'t1': base shares memory with out's 't0': .*leave base out to add in place"):
@@ -240,7 +273,8 @@ def test_what_does_not_overlap_is_accepted():
 
 
 def test_many_interleaved_segments_are_checked_quickly(within):
-    """300 x 300 rows in transposed order: each segment's extent meets all others'. Row by row that would be 13 million comparisons, not 45,000."""
+    """300 x 300 rows in transposed order: each segment's extent meets all others'. Row by row that would be 13 million
+    comparisons, not 45,000."""
     t = torch.zeros(300, 300, 8).transpose(0, 1)
     with within(100):
         pack = pack_of(t)
@@ -258,7 +292,9 @@ def test_overlapping_index_ranges_of_one_stream_are_refused():
             ParamTable(entries)
     with pytest.raises(ValueError, match="'a' and 'a': overlapping index ranges"):
         ParamTable([("a", a, [Segment("w", 2, 10, index_stride=9)])])
-    ParamTable([("a", a, [Segment("w", 2, 10, index_stride=20)]), ("b", b, [Segment("w", 2, 10, first=10, index_stride=20)])])
+    ParamTable(
+        [("a", a, [Segment("w", 2, 10, index_stride=20)]), ("b", b, [Segment("w", 2, 10, first=10, index_stride=20)])]
+    )
 
 
 # ---- ParamTable ----
@@ -306,7 +342,11 @@ def test_moved_memory_is_an_error_until_refresh(bits):
     t = ParamTable([("q", q), ("p", p)])
     old = p.data
     p.data = torch.zeros(40)
-    for call in (lambda: add_noise_(t, 1, 1.0), lambda: es_kernels.fingerprint(t), lambda: add_noise_({"p": torch.zeros(40), "q": torch.zeros(8)}, 1, 1.0, t)):
+    for call in (
+        lambda: add_noise_(t, 1, 1.0),
+        lambda: es_kernels.fingerprint(t),
+        lambda: add_noise_({"p": torch.zeros(40), "q": torch.zeros(8)}, 1, 1.0, t),
+    ):
         with pytest.raises(RuntimeError, match="'p' moved.*refresh"), torch.no_grad():
             call()
     assert not old.any() and not p.any() and not q.any()
@@ -324,7 +364,9 @@ def watching(request, monkeypatch):
     elif native.why_not("cpu"):
         pytest.skip(native.why_not("cpu"))
     else:
-        assert watch._asks() is not None, "libes_cpu.so is of before csrc/tensors.cpp (run `make build`), or torch's C ABI is another"
+        assert watch._asks() is not None, (
+            "libes_cpu.so is of before csrc/tensors.cpp (run `make build`), or torch's C ABI is another"
+        )
 
 
 def into_another_dtype(t):
@@ -391,7 +433,11 @@ def test_a_call_on_tables_does_the_same_python_for_300_tensors_as_for_3():
         tables = ParamTable(live), ParamTable({name: t.float() for name, t in live.items()})
         add_noise_(tables[0], 1, 1.0, tables[1])
         seen = collections.Counter()
-        sys.setprofile(lambda frame, event, function: seen.update([event if event == "call" else f"{event} {getattr(function, '__name__', '')}"]))
+        sys.setprofile(
+            lambda frame, event, function: seen.update(
+                [event if event == "call" else f"{event} {getattr(function, '__name__', '')}"]
+            )
+        )
         try:
             add_noise_(tables[0], 1, 1.0, tables[1])
         finally:
@@ -431,19 +477,33 @@ def test_values_may_change_under_a_table():
 def test_table_of_a_module_and_repr():
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5))
     t = ParamTable(model.named_parameters())
-    assert t.names == [n for n, _ in model.named_parameters()] and repr(t) == "ParamTable(4 tensors, 30 elements, 0 tied)"
+    assert (
+        t.names == [n for n, _ in model.named_parameters()] and repr(t) == "ParamTable(4 tensors, 30 elements, 0 tied)"
+    )
 
 
 def test_table_refuses_what_is_not_a_pair():
-    for bad, got in (([torch.zeros(3)], "Tensor"), ([("w", [1.0])], r"\(str, list\)"), ([(3, torch.zeros(3))], r"\(int, Tensor\)"), (["w"], "str")):
-        with pytest.raises(TypeError, match=rf"takes \(name, tensor\) pairs, such as model.named_parameters\(\), not {got}"):
+    for bad, got in (
+        ([torch.zeros(3)], "Tensor"),
+        ([("w", [1.0])], r"\(str, list\)"),
+        ([(3, torch.zeros(3))], r"\(int, Tensor\)"),
+        (["w"], "str"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"takes \(name, tensor\) pairs, such as model.named_parameters\(\), not {got}"
+        ):
             ParamTable(bad)
 
 
 def test_layouts_are_interned_by_content():
     a = Layout.intern(("x", "y"))
     assert Layout.intern(("x", "y")) is a and Layout.find(a.key) is a
-    others = [Layout.intern(("y", "x")), Layout.intern(("xy",)), Layout.intern(("x", "y"), (1, 2)), Layout.intern(("x", "y"), None, (None, (Segment("x", 1, 2),)))]
+    others = [
+        Layout.intern(("y", "x")),
+        Layout.intern(("xy",)),
+        Layout.intern(("x", "y"), (1, 2)),
+        Layout.intern(("x", "y"), None, (None, (Segment("x", 1, 2),))),
+    ]
     assert len({a.key, *(o.key for o in others)}) == 5
     with pytest.raises(RuntimeError, match="build its ParamTable first"):
         Layout.find(12345)
@@ -460,7 +520,11 @@ def test_a_pack_is_found_again_and_a_changed_tensor_is_not():
 
 def test_fewer_bytes_than_a_thousandth_of_the_model():
     """One segment is 120 bytes: a 0.5B model of 290 tensors needs 35 kB, of 1 GB."""
-    model = {f"layers.{i}.{n}": torch.empty(shape, dtype=torch.bfloat16) for i in range(4) for n, shape in (("q", (896, 896)), ("up", (896, 4864)), ("norm", (896,)))}
+    model = {
+        f"layers.{i}.{n}": torch.empty(shape, dtype=torch.bfloat16)
+        for i in range(4)
+        for n, shape in (("q", (896, 896)), ("up", (896, 4864)), ("norm", (896,)))
+    }
     pack = ParamTable(model).layout.pack(list(model.values()), [], [])
     assert pack.segments.nbytes < 0.001 * sum(t.nbytes for t in model.values())
 

@@ -1,5 +1,6 @@
-"""Contract: the Triton kernels equal the reference on every bit, for every format, size, alignment and shape of segment; they compile for
-every architecture that we name, without spills, with 128-bit loads and stores, and nothing but the fma's that we wrote.
+"""Contract: the Triton kernels equal the reference on every bit, for every format, size, alignment and shape of
+segment; they compile for every architecture that we name, without spills, with 128-bit loads and stores, and nothing
+but the fma's that we wrote.
 
 Where there is a GPU the kernels run on it, else in Triton's interpreter."""
 
@@ -39,11 +40,15 @@ def raw(tensor):
 
 
 def both(make, seeds, coefs, **options):
-    """Runs the operation on make() by Triton and by the reference and compares bits and fingerprints. make: () -> out, base, anchor as
-    mappings name -> (tensor, segments or None), base and anchor may be None. Returns the reference's out."""
+    """Runs the operation on make() by Triton and by the reference and compares bits and fingerprints. make: () -> out,
+    base, anchor as mappings name -> (tensor, segments or None), base and anchor may be None. Returns the reference's
+    out."""
     results = []
     for name, device in (("triton", DEVICE), ("reference", "cpu")):
-        tables = [None if named is None else ParamTable((k, place(t, device), s) for k, (t, s) in named.items()) for named in make()]
+        tables = [
+            None if named is None else ParamTable((k, place(t, device), s) for k, (t, s) in named.items())
+            for named in make()
+        ]
         with es_kernels.backend(name):
             out, base, anchor = tables
             before = es_kernels.fingerprint(out)
@@ -59,7 +64,9 @@ def both(make, seeds, coefs, **options):
 
 def place(tensor, device):
     """A copy on the device with the same strides and the same offset to 16 bytes."""
-    storage = torch.empty(tensor.untyped_storage().nbytes() // tensor.element_size() + 16, dtype=tensor.dtype, device=device)
+    storage = torch.empty(
+        tensor.untyped_storage().nbytes() // tensor.element_size() + 16, dtype=tensor.dtype, device=device
+    )
     shift = (tensor.data_ptr() - storage.data_ptr()) % 16 // tensor.element_size()
     copy = storage[shift:].as_strided(tensor.shape, tensor.stride())
     return copy.copy_(tensor)
@@ -107,7 +114,9 @@ def test_seeds_as_tensors_and_zero_coefficients():
 def test_decay(options):
     def make():
         formats = list(zip(FORMATS, (BF16, F16, F32), (F16, F32, BF16)))
-        out, base, anchor = ({f"w{i}": (random(150, f[k], 10 * k + i), None) for i, f in enumerate(formats)} for k in range(3))
+        out, base, anchor = (
+            {f"w{i}": (random(150, f[k], 10 * k + i), None) for i, f in enumerate(formats)} for k in range(3)
+        )
         return out, base, anchor
 
     both(make, SEEDS[:2], [0.1, -0.2], decay=0.01, **options)
@@ -117,15 +126,19 @@ def test_decay(options):
 
 def float_patterns():
     """Float32 bits: every sign and exponent, fractions at the ends and around the ties of both 16-bit formats."""
-    exponent, high, low = np.ix_(np.arange(512) << 7, (0, 1, 2, 0x3F, 0x40, 0x7F), (0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF))
+    exponent, high, low = np.ix_(
+        np.arange(512) << 7,
+        (0, 1, 2, 0x3F, 0x40, 0x7F),
+        (0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF),
+    )
     return ((exponent | high) << 16 | low).ravel().astype(np.uint32)
 
 
 @pytest.mark.parametrize("options", [{}, STOCHASTIC], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("out_format", FORMATS, ids=str)
 def test_every_rounding(out_format, options):
-    """Restores: all exponents and signs, ties, overflow, subnormals, infinities, quiet and signalling NaNs; by the vector path (an even
-    offset) and element by element (an odd one)."""
+    """Restores: all exponents and signs, ties, overflow, subnormals, infinities, quiet and signalling NaNs; by the
+    vector path (an even offset) and element by element (an odd one)."""
     bits = torch.from_numpy(float_patterns().view(np.int32))
 
     def make():
@@ -181,7 +194,14 @@ def test_rows_with_gaps(columns):
     def make():
         gaps = random((9, 40), BF16, 3)[:, :columns]
         shard = random((6, columns), F32, 4)
-        return {"gaps": (gaps, None), "shard": (shard, [Segment("whole", 6, columns, first=16, index_stride=4 * columns)])}, None, None
+        return (
+            {
+                "gaps": (gaps, None),
+                "shard": (shard, [Segment("whole", 6, columns, first=16, index_stride=4 * columns)]),
+            },
+            None,
+            None,
+        )
 
     both(make, SEEDS[:2], [0.1, 0.2])
     both(make, SEEDS[:1], [0.1], **STOCHASTIC)
@@ -223,7 +243,9 @@ def test_many_programs(monkeypatch):
 
 def test_a_small_table_is_spread_over_the_whole_device(monkeypatch):
     """2^20 values on 132 processors: steps of 2048 values, one for a program."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132)
+    )
     for values, programs in ((8, 1), (1 << 20, 512), (1 << 30, 8323)):
         pack = types.SimpleNamespace(device=torch.device("cuda"), units=values // 8)
         found, per_program = triton_backend._split(pack)
@@ -265,7 +287,9 @@ for i, (target, options) in enumerate(json.loads(sys.argv[1])):
 
 
 def run_python(source, *arguments):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
+    }
     done = subprocess.run([sys.executable, "-c", source, *map(str, arguments)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -295,7 +319,9 @@ def test_compiles(target, tmp_path):
         # .rn forbids ptxas to contract: the only fma's are those that the kernel asks for.
         assert not re.search(r"\b(add|sub|mul|fma)(?!\.rn)\.f32|\bmad\S*\.f32", ptx)
         assert "ld.global.v4" in ptx and ("st.global.v4" in ptx or name == "fingerprint")
-        usage = subprocess.run([cuobjdump(), "-res-usage", tmp_path / f"{i}.cubin"], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [cuobjdump(), "-res-usage", tmp_path / f"{i}.cubin"], capture_output=True, text=True, check=True
+        ).stdout
         assert re.search(r"STACK:0 .*LOCAL:0 ", usage), f"{name}: spills: {usage}"
         if name != "fingerprint":
             assert re.search(r"SHARED:0 ", usage), f"{name}: threads exchange values: {usage}"

@@ -1,5 +1,5 @@
-"""Contract: on a real GPU the CUDA and Triton backends give the bits of the CPU backend (which gives NumPy's: tests/es_kernels), on any
-stream, in replayed graphs, at any alignment; and read and write nothing else."""
+"""Contract: on a real GPU the CUDA and Triton backends give the bits of the CPU backend (which gives NumPy's:
+tests/es_kernels), on any stream, in replayed graphs, at any alignment; and read and write nothing else."""
 
 import itertools
 
@@ -11,14 +11,17 @@ from es_kernels import ParamTable, Segment, add_noise_, fingerprint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cuda", "triton")
-SPECIAL = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-42, 6e-8, 65504.0, 65519.0, 3.3895e38])
+SPECIAL = torch.tensor(
+    [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-40, -1e-42, 6e-8, 65504.0, 65519.0, 3.3895e38]
+)
 
 
 @pytest.fixture(params=BACKENDS)
 def gpu(request):
     why = es_kernels.backends.unavailable(request.param, torch.device("cuda", 0))
     if why:
-        pytest.fail(f"{request.param} must work where tests/gpu run: {why}")  # a silent skip would hide a broken backend
+        # A silent skip would hide a broken backend
+        pytest.fail(f"{request.param} must work where tests/gpu run: {why}")
     with es_kernels.backend(request.param):
         yield request.param
 
@@ -66,26 +69,47 @@ def test_dtypes_seeds_and_sizes(gpu, out_dtype, base_dtype, rounding):
     extra = dict(rounding="stochastic", rounding_seed=2**63 + 5) if rounding == "stochastic" else {}
     for n, n_seeds in [*((n, 1) for n in range(34)), (70001, 0), (70001, 1), (70001, 2), (70001, 30), (4097, 300)]:
         base = None if base_dtype is None else weights(n, base_dtype, seed=1)
-        assert_same(weights(n, out_dtype), list(range(2**62, 2**62 + n_seeds)), [0.01 * (i + 1) for i in range(n_seeds)], base=base, name="w", **extra)
+        assert_same(
+            weights(n, out_dtype),
+            list(range(2**62, 2**62 + n_seeds)),
+            [0.01 * (i + 1) for i in range(n_seeds)],
+            base=base,
+            name="w",
+            **extra,
+        )
 
 
 @pytest.mark.parametrize("offset", range(9))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_storage_offsets(gpu, dtype, offset):
     assert_same(weights(5000, dtype, offset=offset), 1, 1e-3, name="w")
-    assert_same(weights(5000, dtype, offset=offset), [1, 2], [1e-3, -1e-3], base=weights(5000, torch.float32, seed=2, offset=3), name="w")
+    assert_same(
+        weights(5000, dtype, offset=offset),
+        [1, 2],
+        [1e-3, -1e-3],
+        base=weights(5000, torch.float32, seed=2, offset=3),
+        name="w",
+    )
 
 
 @pytest.mark.parametrize("n_seeds", [1, 30])
 @pytest.mark.parametrize("anchor_dtype", [None, *DTYPES])
 def test_decay_and_anchor(gpu, anchor_dtype, n_seeds):
     anchor = None if anchor_dtype is None else weights(9001, anchor_dtype, seed=3)
-    assert_same(weights(9001, torch.bfloat16), list(range(n_seeds)), [0.1] * n_seeds, anchor=anchor, decay=0.01, name="w")
+    assert_same(
+        weights(9001, torch.bfloat16), list(range(n_seeds)), [0.1] * n_seeds, anchor=anchor, decay=0.01, name="w"
+    )
 
 
 @pytest.mark.parametrize("first", [0, 3, 2**32 - 40, 2**35 - 40, 2**35 - 43, 2**63])
 def test_segments_and_far_indices(gpu, first):
-    for rows, cols, row_stride, index_stride in [(1, 1000, 1000, 1000), (37, 24, 40, 64), (37, 21, 23, 45), (5, 3, 3, 3), (64, 64, 64, 64)]:
+    for rows, cols, row_stride, index_stride in [
+        (1, 1000, 1000, 1000),
+        (37, 24, 40, 64),
+        (37, 21, 23, 45),
+        (5, 3, 3, 3),
+        (64, 64, 64, 64),
+    ]:
         segment = Segment("w", rows, cols, 0, row_stride, first, index_stride)
         t = weights(rows * row_stride, torch.bfloat16, offset=0)
         g = t.cuda()
@@ -105,7 +129,9 @@ def model():
 
 def test_whole_model_in_one_call_and_its_fingerprint(gpu):
     cpu = model()
-    cuda = {n: t.cuda() if n != "slice" else t.as_strided((64, 96), (96, 1), 0).cuda()[:, 16:80] for n, t in cpu.items()}
+    cuda = {
+        n: t.cuda() if n != "slice" else t.as_strided((64, 96), (96, 1), 0).cuda()[:, 16:80] for n, t in cpu.items()
+    }
     for seeds, coefs in ((1, 1e-3), ([1, 2], [-1e-3, 1e-3]), (list(range(30)), [1e-4] * 30)):
         add_noise_(cuda, seeds, coefs)
         found = fingerprint(cuda)
@@ -147,7 +173,9 @@ def test_captured_graph_replays_new_members(gpu, n_seeds):
     live, gpu_base = torch.zeros(50_001, dtype=torch.bfloat16, device="cuda"), base.cuda()
     seeds, coefs = torch.zeros(n_seeds, dtype=torch.int64, device="cuda"), torch.zeros(n_seeds, device="cuda")
     rounding_seed = torch.zeros(1, dtype=torch.int64, device="cuda")
-    call = lambda: add_noise_(live, seeds, coefs, gpu_base, name="w", rounding="stochastic", rounding_seed=rounding_seed)  # noqa: E731
+    call = lambda: add_noise_(
+        live, seeds, coefs, gpu_base, name="w", rounding="stochastic", rounding_seed=rounding_seed
+    )  # noqa: E731
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()  # uploads the table, compiles
@@ -157,7 +185,11 @@ def test_captured_graph_replays_new_members(gpu, n_seeds):
         call()
     for generation in range(3):
         new = torch.randint(-(2**62), 2**62, (n_seeds + 1,))
-        seeds.copy_(new[:-1]), rounding_seed.copy_(new[-1:]), coefs.copy_(torch.full((n_seeds,), 0.01 * (generation + 1)))
+        (
+            seeds.copy_(new[:-1]),
+            rounding_seed.copy_(new[-1:]),
+            coefs.copy_(torch.full((n_seeds,), 0.01 * (generation + 1))),
+        )
         graph.replay()
         expected = torch.zeros(50_001, dtype=torch.bfloat16)
         with es_kernels.backend("cpu"):
@@ -166,7 +198,8 @@ def test_captured_graph_replays_new_members(gpu, n_seeds):
 
 
 def test_a_table_outlives_its_place_in_the_cache_while_a_side_stream_reads_it(gpu):
-    """Eight other tables push the first one out, and new tensors ask for its memory, before the side stream comes to read it."""
+    """Eight other tables push the first one out, and new tensors ask for its memory, before the side stream comes to
+    read it."""
     live, expected = torch.zeros(5000, device="cuda"), torch.zeros(5000)
     add_noise_(live, 1, 0.0, name="w")  # uploads, on this stream
     side = torch.cuda.Stream()
@@ -186,7 +219,9 @@ def test_a_table_outlives_its_place_in_the_cache_while_a_side_stream_reads_it(gp
 @pytest.mark.parametrize("n_seeds", [1, 200])
 def test_a_call_with_python_numbers_does_not_wait_for_the_queue(gpu, n_seeds):
     t, expected = torch.zeros(5000, device="cuda"), torch.zeros(5000)
-    call = lambda t: add_noise_(t, list(range(n_seeds)), [0.1] * n_seeds, name="w", rounding="stochastic", rounding_seed=3)  # noqa: E731
+    call = lambda t: add_noise_(
+        t, list(range(n_seeds)), [0.1] * n_seeds, name="w", rounding="stochastic", rounding_seed=3
+    )  # noqa: E731
     call(t)  # uploads the table, compiles
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)
@@ -210,7 +245,10 @@ def test_python_numbers_in_a_captured_graph(gpu, n_seeds):
         graph.capture_begin()
         try:
             if gpu == "triton" or n_seeds > 128:
-                with pytest.raises(RuntimeError, match="while a CUDA graph is captured, pass seeds, coefs and rounding_seed as tensors on cuda:0"):
+                with pytest.raises(
+                    RuntimeError,
+                    match="while a CUDA graph is captured, pass seeds, coefs and rounding_seed as tensors on cuda:0",
+                ):
                     call()
             else:
                 call()

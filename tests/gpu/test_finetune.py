@@ -1,7 +1,7 @@
 """Contract under test: a run on a GPU is the run that its log describes.
 
-Each way of decoding trains; the log replayed on the CPU gives the same bits; a run resumed on the GPU goes on from them;
-perturbing in place keeps captured graphs valid (an engine that has answered before answers like a fresh one).
+Each way of decoding trains; the log replayed on the CPU gives the same bits; a run resumed on the GPU goes on from
+them; perturbing in place keeps captured graphs valid (an engine that has answered before answers like a fresh one).
 """
 
 import pytest
@@ -11,7 +11,16 @@ from es_finetune.models.load import load_model
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task
 
-OPTIONS = {"generations": 3, "population": 4, "prompts": 32, "eval_items": 32, "report_to": ["none"], "health_every": 1, "device": "cuda", "dtype": "bfloat16"}
+OPTIONS = {
+    "generations": 3,
+    "population": 4,
+    "prompts": 32,
+    "eval_items": 32,
+    "report_to": ["none"],
+    "health_every": 1,
+    "device": "cuda",
+    "dtype": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("base", ["fp32", "copy", "host", "none"])
@@ -19,8 +28,16 @@ OPTIONS = {"generations": 3, "population": 4, "prompts": 32, "eval_items": 32, "
 def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
     found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, **OPTIONS)).train()
     optimizer = rebuild(tmp_path / "run", device="cpu").optimizer
-    assert (f"{optimizer.fingerprint('theta'):016x}", f"{optimizer.fingerprint('live'):016x}") == (found["fingerprint"], found["live"])
-    assert Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)).generation == 3
+    assert (f"{optimizer.fingerprint('theta'):016x}", f"{optimizer.fingerprint('live'):016x}") == (
+        found["fingerprint"],
+        found["live"],
+    )
+    assert (
+        Trainer(
+            TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)
+        ).generation
+        == 3
+    )
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)

@@ -1,5 +1,5 @@
-"""Contract: on a GPU base="host" keeps theta in pinned host memory, and gives the bits of base="fp32" although the CPU, which computes
-its updates, does not wait for what the GPU still has in its queue."""
+"""Contract: on a GPU base="host" keeps theta in pinned host memory, and gives the bits of base="fp32" although the CPU,
+which computes its updates, does not wait for what the GPU still has in its queue."""
 
 import itertools
 
@@ -21,12 +21,16 @@ def optimizer(base, **options):
         (f"w{i}", torch.nn.Parameter((0.1 * torch.randn(shape, generator=generator)).to("cuda", dtype)))
         for i, (shape, dtype) in enumerate(zip(shapes, itertools.cycle(DTYPES)))
     ]
-    return EvolutionStrategy(named, base=base, sigma=0.05, lr=0.02, population=4, weight_decay=0.1, anchored=True, momentum=0.5, **options)
+    return EvolutionStrategy(
+        named, base=base, sigma=0.05, lr=0.02, population=4, weight_decay=0.1, anchored=True, momentum=0.5, **options
+    )
 
 
 def test_theta_is_pinned():
     weights = optimizer("host").tables[0]
-    assert all(t.is_pinned() for t in weights.theta.tensors if t.numel()) and all(p.is_cuda for p in weights.live.tensors)
+    assert all(t.is_pinned() for t in weights.theta.tensors if t.numel()) and all(
+        p.is_cuda for p in weights.live.tensors
+    )
     assert all(t.device.type == "cpu" for t in weights.anchor.tensors)
 
 

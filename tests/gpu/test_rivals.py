@@ -1,5 +1,5 @@
-"""Contract: on a GPU too every rival of the benchmarks does the work that it stands for: noise from the seed alone, taken back by `restore`, and the
-update adds the noise of the perturbations."""
+"""Contract: on a GPU too every rival of the benchmarks does the work that it stands for: noise from the seed alone,
+taken back by `restore`, and the update adds the noise of the perturbations."""
 
 import pathlib
 import sys
@@ -13,7 +13,10 @@ import rivals
 
 @pytest.mark.parametrize("name", rivals.RIVALS)
 def test_a_rival_does_the_work_on_a_gpu(name):
-    rival, make = rivals.RIVALS[name], lambda: {"matrix": torch.zeros(300, 200, device="cuda"), "vector": torch.zeros(5001, device="cuda")}
+    rival, make = (
+        rivals.RIVALS[name],
+        lambda: {"matrix": torch.zeros(300, 200, device="cuda"), "vector": torch.zeros(5001, device="cuda")},
+    )
     one, two, both = make(), make(), make()
     rival.perturb(one, 5, 0.5)
     rival.perturb(two, 6, 0.5)

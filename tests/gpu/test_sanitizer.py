@@ -1,4 +1,5 @@
-"""Contract: compute-sanitizer's memcheck, racecheck and initcheck find nothing in the CUDA kernels, at sizes that reach every path."""
+"""Contract: compute-sanitizer's memcheck, racecheck and initcheck find nothing in the CUDA kernels, at sizes that reach
+every path."""
 
 import os
 import shutil
@@ -39,7 +40,8 @@ def test_sanitizer_is_clean(check):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not sanitizer:
         pytest.skip("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
-    # Each tensor an allocation of its own: in torch's cached blocks of 2 MB a store past the end would meet memory that is another tensor's.
+    # Each tensor an allocation of its own: in torch's cached blocks of 2 MB a store past the end would meet memory that
+    # is another tensor's.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command(sanitizer, check), env=env, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -13,8 +13,8 @@ def _vllm():
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """saved(kind) -> folder of a random model of a few 100,000 parameters with the embedded model's tokenizer. Heads of 32: vLLM's attention on
-    CPUs refuses smaller ones. A vocabulary that is no multiple of 64, as vLLM pads it."""
+    """saved(kind) -> folder of a random model of a few 100,000 parameters with the embedded model's tokenizer. Heads of
+    32: vLLM's attention on CPUs refuses smaller ones. A vocabulary that is no multiple of 64, as vLLM pads it."""
 
     def save(kind, dtype="float32", **config):
         import torch
@@ -22,9 +22,22 @@ def saved(tmp_path_factory):
         from es_finetune.models.load import EMBEDDED_MODEL
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-        options = {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-        options |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "head_dim": 32, "tie_word_embeddings": kind == "Qwen2"}
-        options |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")} | config
+        options = {
+            "vocab_size": 40,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+        options |= {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "head_dim": 32,
+            "tie_word_embeddings": kind == "Qwen2",
+        }
+        options |= {
+            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
+        } | config
         torch.manual_seed(0)
         model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options))
         with torch.no_grad():

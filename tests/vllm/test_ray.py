@@ -1,5 +1,5 @@
-"""Contract under test: Ray actors with a vLLM engine each make the run of one process with transformers, also when one of them is killed; and an
-actor that is killed takes its engine along."""
+"""Contract under test: Ray actors with a vLLM engine each make the run of one process with transformers, also when one
+of them is killed; and an actor that is killed takes its engine along."""
 
 import json
 import os
@@ -30,9 +30,20 @@ def running(name):
 def test_a_killed_actor_changes_nothing(saved, tmp_path):
     (tmp_path / "reward.py").write_text("def reward(completion, item):\n    return float(len(completion))\n")
     (tmp_path / "items.jsonl").write_text("".join(json.dumps({"prompt": f"{k}+{k}="}) + "\n" for k in range(40)))
-    options = {"model": str(saved("Llama")), "data": str(tmp_path / "items.jsonl"), "reward": f"{tmp_path / 'reward.py'}:reward"}
+    options = {
+        "model": str(saved("Llama")),
+        "data": str(tmp_path / "items.jsonl"),
+        "reward": f"{tmp_path / 'reward.py'}:reward",
+    }
     options |= {"population": 6, "prompts": 8, "eval_items": 8, "eval_every": 0, "generations": 4}
-    options |= {"sigma": 0.02, "lr": 0.01, "report_to": ["none"], "device": "cpu", "max_new_tokens": 12, "save_model": False}
+    options |= {
+        "sigma": 0.02,
+        "lr": 0.01,
+        "report_to": ["none"],
+        "device": "cpu",
+        "max_new_tokens": 12,
+        "save_model": False,
+    }
     expected = Trainer(TrainConfig(**options, output=str(tmp_path / "alone"))).train()
     config = TrainConfig(**options, output=str(tmp_path / "run"), engine="vllm", workers="ray", ray_workers=2)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -51,7 +62,9 @@ def test_a_killed_actor_changes_nothing(saved, tmp_path):
         thread.start()
         found = trainer.train()
         thread.join()
-        assert found["fingerprint"] == expected["fingerprint"] and all(g.z is not None for g in read_log(tmp_path / "run/run.log")[1])
+        assert found["fingerprint"] == expected["fingerprint"] and all(
+            g.z is not None for g in read_log(tmp_path / "run/run.log")[1]
+        )
     finally:
         ray.shutdown()
     for _ in range(300):

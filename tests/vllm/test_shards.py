@@ -1,5 +1,6 @@
-"""Contract under test: however vLLM cuts and fuses a tensor over ranks, each element draws the noise of its place in the checkpoint's tensor, and each
-is counted by one rank. Layers are vLLM's own classes without their processes: what is tested is the arithmetic of places."""
+"""Contract under test: however vLLM cuts and fuses a tensor over ranks, each element draws the noise of its place in
+the checkpoint's tensor, and each is counted by one rank. Layers are vLLM's own classes without their processes: what is
+tested is the arithmetic of places."""
 
 import math
 from types import SimpleNamespace
@@ -43,18 +44,31 @@ def model_of(rank, size, full):
     place = {"tp_rank": rank, "tp_size": size}
     kv, copies = max(1, KV_HEADS // size), max(1, size // KV_HEADS)
     at = {"of": min(size, KV_HEADS), "at": rank // copies}
-    qkv = {kind: torch.cat([cut(f"a.q_proj.{kind}"), cut(f"a.k_proj.{kind}", **at), cut(f"a.v_proj.{kind}", **at)]) for kind in ("weight", "bias")}
-    heads = {"num_heads": HEADS // size, "num_kv_heads": kv, "num_kv_head_replicas": copies, "head_size": HEAD, "v_head_size": HEAD}
+    qkv = {
+        kind: torch.cat([cut(f"a.q_proj.{kind}"), cut(f"a.k_proj.{kind}", **at), cut(f"a.v_proj.{kind}", **at)])
+        for kind in ("weight", "bias")
+    }
+    heads = {
+        "num_heads": HEADS // size,
+        "num_kv_heads": kv,
+        "num_kv_head_replicas": copies,
+        "head_size": HEAD,
+        "v_head_size": HEAD,
+    }
     rows = -(-VOCABULARY // size)
     start, end = min(rank * rows, VOCABULARY), min((rank + 1) * rows, VOCABULARY)
-    padded = torch.cat([full["embed.weight"][start:end], torch.full((rows - (end - start) + 14, HIDDEN), 7.0, dtype=torch.bfloat16)])
+    padded = torch.cat(
+        [full["embed.weight"][start:end], torch.full((rows - (end - start) + 14, HIDDEN), 7.0, dtype=torch.bfloat16)]
+    )
     indices = SimpleNamespace(num_added_elements=0, num_org_elements=end - start, org_vocab_start_index=start)
     model = torch.nn.Module()
     model.packed_modules_mapping = FUSED
     model.embed = layer(VocabParallelEmbedding, {"weight": padded}, shard_indices=indices)
     model.a = torch.nn.Module()
     model.a.qkv_proj = layer(QKVParallelLinear, qkv, **place, **heads)
-    model.a.o_proj = layer(RowParallelLinear, {"weight": cut("a.o_proj.weight", 1), "bias": full["a.o_proj.bias"]}, **place)
+    model.a.o_proj = layer(
+        RowParallelLinear, {"weight": cut("a.o_proj.weight", 1), "bias": full["a.o_proj.bias"]}, **place
+    )
     gate_up = torch.cat([cut("a.gate_proj.weight"), cut("a.up_proj.weight")])
     model.a.gate_up_proj = layer(MergedColumnParallelLinear, {"weight": gate_up}, **place, output_sizes=[INNER, INNER])
     model.a.single = layer(ColumnParallelLinear, {"weight": cut("a.single.weight")}, **place)
@@ -69,8 +83,15 @@ def model_of(rank, size, full):
 def test_the_shards_of_all_ranks_are_the_model(size):
     from es_finetune.workers.vllm.extension import _entry, parts_of
 
-    shapes = {"embed.weight": (VOCABULARY, HIDDEN), "norm.weight": (HIDDEN,), "a.same.weight": (5, HIDDEN), "a.single.weight": (16, HIDDEN)}
-    shapes |= {f"a.{x}_proj.weight": (heads * HEAD, HIDDEN) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
+    shapes = {
+        "embed.weight": (VOCABULARY, HIDDEN),
+        "norm.weight": (HIDDEN,),
+        "a.same.weight": (5, HIDDEN),
+        "a.single.weight": (16, HIDDEN),
+    }
+    shapes |= {
+        f"a.{x}_proj.weight": (heads * HEAD, HIDDEN) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))
+    }
     shapes |= {f"a.{x}_proj.bias": (heads * HEAD,) for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
     shapes |= {
         "a.o_proj.weight": (HIDDEN, HEADS * HEAD),
@@ -87,9 +108,13 @@ def test_the_shards_of_all_ranks_are_the_model(size):
     for rank in range(size):
         model = model_of(rank, size, full)
         parts = list(parts_of(model, rank))
-        es_kernels.add_noise_(es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in parts]), [5], [0.1])
+        es_kernels.add_noise_(
+            es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in parts]), [5], [0.1]
+        )
         counted = [part for part in parts if part.counted]
-        proofs.append(es_kernels.fingerprint(es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in counted])))
+        proofs.append(
+            es_kernels.fingerprint(es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in counted]))
+        )
         for part in parts:
             covered[part.name] += part.counted * math.prod(part.shape)
             place = torch.as_strided(found[part.name], part.shape, (part.index_stride, 1), part.first)
@@ -116,14 +141,27 @@ def test_layouts_that_are_not_known_are_refused_by_name():
             list(parts_of(model, 0))
 
     place = {"tp_rank": 0, "tp_size": 1}
-    refused(layer(ColumnParallelLinear, {"weight": torch.empty(0)}, **place), "vLLM has taken the weights out of layer.weight")
-    refused(layer(ColumnParallelLinear, {"weight": torch.ones(4, 4, 2)}, **place), "layer.weight has a layout of vLLM's own")
-    refused(layer(ColumnParallelLinear, {"weight_packed": torch.ones(4, 4)}, **place), "layer.weight_packed has a layout of vLLM's own")
-    refused(layer(Packed, {"weight": torch.ones(4, 4)}, **place), "how vLLM lays out layer.weight .Packed. is not known")
+    refused(
+        layer(ColumnParallelLinear, {"weight": torch.empty(0)}, **place),
+        "vLLM has taken the weights out of layer.weight",
+    )
+    refused(
+        layer(ColumnParallelLinear, {"weight": torch.ones(4, 4, 2)}, **place), "layer.weight has a layout of vLLM's own"
+    )
+    refused(
+        layer(ColumnParallelLinear, {"weight_packed": torch.ones(4, 4)}, **place),
+        "layer.weight_packed has a layout of vLLM's own",
+    )
+    refused(
+        layer(Packed, {"weight": torch.ones(4, 4)}, **place), "how vLLM lays out layer.weight .Packed. is not known"
+    )
     quantised = layer(ColumnParallelLinear, {"weight": torch.ones(4, 4)}, **place)
     quantised.quant_method = object()
     refused(quantised, "layer is quantised .object.")
-    refused(layer(ColumnParallelLinear, {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, **place), "layer.weight is torch.float8_e4m3fn in vLLM")
+    refused(
+        layer(ColumnParallelLinear, {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, **place),
+        "layer.weight is torch.float8_e4m3fn in vLLM",
+    )
     experts = torch.nn.Module()
     experts.experts = torch.nn.Module()
     experts.experts.w13_weight = torch.nn.Parameter(torch.ones(2, 4, 4))

@@ -1,8 +1,9 @@
 """Contract under test: the model in vLLM is the model in transformers.
 
-Its parameters, under the checkpoint's names, hold the same bits at the start, with any member in place and after every update; all of them, and
-nothing beside them, is perturbed. Greedy answers are those of transformers on the same weights (float32), whatever vLLM's prefix cache has seen before.
-What is exported has the fingerprint of the same updates replayed in transformers. What cannot be done is refused by name before anything is changed.
+Its parameters, under the checkpoint's names, hold the same bits at the start, with any member in place and after every
+update; all of them, and nothing beside them, is perturbed. Greedy answers are those of transformers on the same weights
+(float32), whatever vLLM's prefix cache has seen before. What is exported has the fingerprint of the same updates
+replayed in transformers. What cannot be done is refused by name before anything is changed.
 """
 
 import json
@@ -19,10 +20,20 @@ from es_finetune.workers.worker import Worker
 
 import es_kernels
 
-OPTIONS = {"task": "countdown-char", "population": 4, "prompts": 8, "eval_items": 16, "generations": 2, "eval_every": 0, "sigma": 0.02, "lr": 0.01}
+OPTIONS = {
+    "task": "countdown-char",
+    "population": 4,
+    "prompts": 8,
+    "eval_items": 16,
+    "generations": 2,
+    "eval_every": 0,
+    "sigma": 0.02,
+    "lr": 0.01,
+}
 OPTIONS |= {"report_to": ["none"], "device": "cpu", "max_new_tokens": 12}
 LONG = 300  # characters, which are tokens: more than two blocks of 128
-KINDS = {"Llama": "float32", "Qwen2": "float32", "Qwen3": "bfloat16"}  # queries and keys in groups; tied, with biases; norms of queries and keys
+# Queries and keys in groups; tied, with biases; norms of queries and keys
+KINDS = {"Llama": "float32", "Qwen2": "float32", "Qwen3": "bfloat16"}
 
 
 def long_questions():
@@ -34,7 +45,11 @@ def long_questions():
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, saved, tmp_path_factory):
     """(worker over vLLM, worker over transformers) of one model, at the same state."""
-    config = {**OPTIONS, "model": str(saved(request.param, KINDS[request.param])), "output": str(tmp_path_factory.mktemp("run"))}
+    config = {
+        **OPTIONS,
+        "model": str(saved(request.param, KINDS[request.param])),
+        "output": str(tmp_path_factory.mktemp("run")),
+    }
     task = long_questions() if request.param == "Qwen2" else None
     ours = Worker(TrainConfig(**config, engine="vllm"), task=task)
     yield ours, Worker(TrainConfig(**config), task=task)
@@ -88,7 +103,9 @@ def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
     else:
         for z in ((1.0, -1.0, 0.5, -0.5), (-0.5, 1.5, -1.0, 0.0)):
             looks = [worker.answer_held_out() for worker in pair]
-            assert [a.ids for a in looks[0].answers] == [a.ids for a in looks[1].answers] and looks[0].digest == looks[1].digest
+            assert [a.ids for a in looks[0].answers] == [a.ids for a in looks[1].answers] and looks[0].digest == looks[
+                1
+            ].digest
             lines = [worker.evaluate(generation, {}, lambda line: None)[0] for worker in pair]
             assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
             assert len({line["digest"] for line in lines[0]}) > 1  # a stale cache would answer alike
@@ -102,7 +119,9 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = saved("Llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
-    config = TrainConfig(**{**OPTIONS, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), engine="vllm")
+    config = TrainConfig(
+        **{**OPTIONS, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), engine="vllm"
+    )
     task = long_questions()
     found = Trainer(config, task=task).train()
     assert found["backend"] == "cpu in vLLM" and all(g.z is not None for g in read_log(tmp_path / "run/run.log")[1])
@@ -113,12 +132,19 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
     assert row["health"]["correlation_min"][1] > 0.99
     # Resumed over the other engine, which the log allows: scores come from wherever, weights do not.
     again = Trainer(
-        TrainConfig(**{**OPTIONS, "generations": 3, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), resume=True), task=task
+        TrainConfig(
+            **{**OPTIONS, "generations": 3, "health_every": 1},
+            model=str(model),
+            output=str(tmp_path / "run"),
+            resume=True,
+        ),
+        task=task,
     ).train()
     assert again["generations"] == 3 and again["fingerprint"] != found["fingerprint"]
 
 
-# --- refused --------------------------------------------------------------------------------------------------------------
+# --- refused
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -22,29 +22,31 @@ from es_finetune.runs.setup import make_engine, make_task
 
 PROMPTS = 64
 
-# Share of the reward that noise may cost. On the embedded model (lr = sigma, 30 generations, 3 seeds) sigma 0.005 / 0.01 / 0.014 / 0.02 / 0.03
-# comes to 50 / 86 / 84 / 80 / 68 % exact, and this limit finds 0.007 to 0.014 for five choices of noise and prompts. The spread of
-# the members as a limit put it a factor of 3 apart.
+# Share of the reward that noise may cost. On the embedded model (lr = sigma, 30 generations, 3 seeds) sigma 0.005 /
+# 0.01 / 0.014 / 0.02 / 0.03 comes to 50 / 86 / 84 / 80 / 68 % exact, and this limit finds 0.007 to 0.014 for five
+# choices of noise and prompts. The spread of the members as a limit put it a factor of 3 apart.
 _BEARABLE = 0.1
 _COLLAPSED = 0.5  # no larger sigma needs to be tried
 _CERTAIN = 2  # standard errors from which a loss is one
-# Successes of the base model from which a loss can be told: with one of 29 prompts right, losing that one looked like losing all, and sigma came
-# out at a tenth of where the signal peaked.
+# Successes of the base model from which a loss can be told: with one of 29 prompts right, losing that one looked like
+# losing all, and sigma came out at a tenth of where the signal peaked.
 _SUCCESSES = 5
 
 
 def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:
-    """Try the sigmas, smallest first, until two in a row do harm and the reward has fallen by half; print a table and what it means.
+    """Try the sigmas, smallest first, until two in a row do harm and the reward has fallen by half; print a table and
+    what it means.
 
-    Every member answers the same prompts, and has the same noise, scaled, at every sigma. Returns {"base_reward", "sigmas": the
-    rows of `measure_sigma`, "sigma": the one to use, or None, "lr": half of it, "reason": one sentence}.
-    ValueError for a model, task or number of prompts that cannot be had, before any answer is generated; and for a base model whose answers earn
-    too little to tell what noise costs.
+    Every member answers the same prompts, and has the same noise, scaled, at every sigma. Returns {"base_reward",
+    "sigmas": the rows of `measure_sigma`, "sigma": the one to use, or None, "lr": half of it, "reason": one sentence}.
+    ValueError for a model, task or number of prompts that cannot be had, before any answer is generated; and for a base
+    model whose answers earn too little to tell what noise costs.
     """
     console = console or Console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)  # on a terminal broken between words
+        # On a terminal broken between words
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     task = make_task(config)
     items = list(task.train)
@@ -52,9 +54,13 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     if count > len(items):
         raise ValueError(f"prompts must be at most {len(items)}, the training prompts of {config.task}, not {count}")
     model, tokenizer, _ = load_model(config.model, device=pick_device(config.device), **model_options(config))
-    evaluator = Evaluator(make_engine(config, task, model, tokenizer), task, random.Random(config.seed).sample(items, count))
+    evaluator = Evaluator(
+        make_engine(config, task, model, tokenizer), task, random.Random(config.seed).sample(items, count)
+    )
     # theta is never updated, so a copy in storage precision is exact.
-    optimizer = EvolutionStrategy(named_segments(model), population=config.members, seed=config.seed, antithetic=True, base="copy")
+    optimizer = EvolutionStrategy(
+        named_segments(model), population=config.members, seed=config.seed, antithetic=True, base="copy"
+    )
     health = Health(optimizer)
 
     say(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
@@ -62,7 +68,10 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     if all(score.reward is None for score in base.scores):
         raise ValueError(f"no answer could be scored; the first failure: {base.error[1]}")
     if base.failed:
-        say(f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: {base.error[1]}")
+        say(
+            f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: "
+            f"{base.error[1]}"
+        )
     base_rewards = rewards_of(task, base.scores)
     refuse_too_few(base_rewards)
     base_reward = math.fsum(base_rewards) / count
@@ -79,36 +88,53 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     sigma, reason = recommend(base_reward, rows)
     lr = None if sigma is None else sigma / 2
     say(reason if sigma is None else f"sigma {sigma:g}, lr {lr:g}: {reason}")
-    return {"task": config.task, "model": config.model, "base_reward": base_reward, "sigmas": rows, "sigma": sigma, "lr": lr, "reason": reason}
+    return {
+        "task": config.task,
+        "model": config.model,
+        "base_reward": base_reward,
+        "sigmas": rows,
+        "sigma": sigma,
+        "lr": lr,
+        "reason": reason,
+    }
 
 
 def refuse_too_few(rewards: Sequence[float]) -> None:
-    """ValueError unless the base model's rewards hold as much as _SUCCESSES answers: its right ones, where there are two rewards only, else what the
-    rewards have above the lowest of them, in units of the highest. Of fewer prompts with graded rewards, as conciseness has, nothing is asked: the
-    least error, one answer, says what they can tell."""
+    """ValueError unless the base model's rewards hold as much as _SUCCESSES answers: its right ones, where there are
+    two rewards only, else what the rewards have above the lowest of them, in units of the highest. Of fewer prompts
+    with graded rewards, as conciseness has, nothing is asked: the least error, one answer, says what they can tell."""
     if len(rewards) < _SUCCESSES and not set(rewards) <= {0, 1}:
         return
     low, high = min(rewards), max(rewards)
     held = math.fsum((reward - low) / (high - low) for reward in rewards) if high > low else len(rewards) if high else 0
     if held < _SUCCESSES:
         graded = len(set(rewards)) > 2
-        what = f"earns on {len(rewards)} prompts as much as {held:.1f} of its best answers" if graded else f"succeeds at {held:.0f} of {len(rewards)} prompts"
+        what = (
+            f"earns on {len(rewards)} prompts as much as {held:.1f} of its best answers"
+            if graded
+            else f"succeeds at {held:.0f} of {len(rewards)} prompts"
+        )
         raise ValueError(
             f"the base model {what}, too little to tell from chance what noise costs, which takes {_SUCCESSES}: "
             "use more or easier prompts, or a reward that also pays for a part"
         )
 
 
-def measure_sigma(sigma: float, base_rewards: Sequence[float], optimizer: EvolutionStrategy, evaluator: Evaluator, health: Health) -> dict[str, Any]:
+def measure_sigma(
+    sigma: float, base_rewards: Sequence[float], optimizer: EvolutionStrategy, evaluator: Evaluator, health: Health
+) -> dict[str, Any]:
     """What this sigma does to the reward. With R+ and R- of a pair:
 
-    reward, lost        mean over the members; the base model's - that; and its standard error: over pairs, in which the slope cancels, but at least
-                        one answer's worth, (highest - lowest reward) / prompts, since a few members that fail alike have no spread
+    reward, lost        mean over the members; the base model's - that; and its standard error: over pairs, in which the
+    slope cancels, but at least
+                        one answer's worth, (highest - lowest reward) / prompts, since a few members that fail alike
+                        have no spread
     spread              standard deviation of the members' rewards (ddof 1), and its standard error if they are normal
     signal              rms of (R+ - R-) / 2, what a step can follow
     damage              rms of (R+ + R-) / 2 - the base model's, what both directions do alike
     identical           share of members with the very answers of another
-    swallowed           how many tensors have a correlation of realised with intended noise under 0.9; norms: and how many norm weights
+    swallowed           how many tensors have a correlation of realised with intended noise under 0.9; norms: and how
+    many norm weights
     correlation         [tensor, correlation] of the lowest of the swallowed, or without any of all tensors, or None
     """
     begin = time.perf_counter()
@@ -151,9 +177,10 @@ def measure_sigma(sigma: float, base_rewards: Sequence[float], optimizer: Evolut
 def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
     """(sigma or None, why), from the rows of `measure_sigma`, smallest sigma first.
 
-    The largest sigma at which members lose no more than a tenth of the base reward, or no more than chance explains: noise has to
-    be felt, since the step is as large as it, and not to break what it explores. A sigma that does harm is believed where the next one does
-    too, or none was tried beyond it. Between two sigmas it is interpolated, on logarithmic scales.
+    The largest sigma at which members lose no more than a tenth of the base reward, or no more than chance explains:
+    noise has to be felt, since the step is as large as it, and not to break what it explores. A sigma that does harm is
+    believed where the next one does too, or none was tried beyond it. Between two sigmas it is interpolated, on
+    logarithmic scales.
     """
     if not any(row["spread"] for row in rows):
         gets = "never gets a reward" if base_reward == 0 else f"gets {base_reward:.4g} whatever the noise"
@@ -162,16 +189,24 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
     harm = [_harm(row, base_reward) for row in rows]
     beyond = next((place for place, two in enumerate(zip(harm, [*harm[1:], math.inf])) if min(two) > 1), None)
     if beyond == 0:
-        return None, f"even sigma {rows[0]['sigma']:g} costs {rows[0]['lost']:.3g} of a reward of {base_reward:.3g}: try smaller ones with --sigmas"
+        return (
+            None,
+            f"even sigma {rows[0]['sigma']:g} costs {rows[0]['lost']:.3g} of a reward of {base_reward:.3g}: try "
+            "smaller ones with --sigmas",
+        )
     bearable = rows[:beyond]
     loudest = max(bearable, key=lambda row: row["spread"])
     if not loudest["spread"]:
         between = f"up to {bearable[-1]['sigma']:g} all members score the same, and {rows[beyond]['sigma']:g} harms"
         return None, f"no sigma serves: {between}; use more prompts, or sigmas between these"
-    if bearable[-1]["spread"] < loudest["spread"] / 2:  # the model no longer answers, which costs nothing where the base gets nothing
+    # The model no longer answers, which costs nothing where the base gets nothing
+    if bearable[-1]["spread"] < loudest["spread"] / 2:
         sigma, reason = loudest["sigma"], "members differ most there, and beyond they all fail"
     elif beyond is None:
-        sigma, reason = bearable[-1]["sigma"], "the largest one tried, and it does no harm yet: a larger one may learn faster"
+        sigma, reason = (
+            bearable[-1]["sigma"],
+            "the largest one tried, and it does no harm yet: a larger one may learn faster",
+        )
     else:
         below, above = (_cost(row, base_reward) for row in rows[beyond - 1 : beyond + 1])
         place = math.log(1 / below) / math.log(above / below) if below > 0 else 0.5
@@ -188,7 +223,8 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
 
 
 def _harm(row: dict[str, Any], base_reward: float) -> float:
-    """What its members certainly lose, in units of what they may lose; 0 where the base reward is 0 or they lose nothing."""
+    """What its members certainly lose, in units of what they may lose; 0 where the base reward is 0 or they lose
+    nothing."""
     certain = base_reward and row["lost"] > max(0.0, _CERTAIN * row["lost_error"])
     return _cost(row, base_reward) if certain else 0.0
 
@@ -201,7 +237,8 @@ def _rms(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
-_COLUMNS = {"sigma": 8, "reward": 9, "lost": 16, "spread": 7, "signal": 7, "alike": 5, "noise": 13, "seconds": 7}  # and their widths: 79 in all
+# And their widths: 79 in all
+_COLUMNS = {"sigma": 8, "reward": 9, "lost": 16, "spread": 7, "signal": 7, "alike": 5, "noise": 13, "seconds": 7}
 _LEGEND = """reward: mean of the members; at sigma 0, of the model as it is
 lost: what noise costs, ± its standard error, at least one answer's worth
 spread: standard deviation between members

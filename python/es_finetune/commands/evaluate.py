@@ -19,7 +19,8 @@ from es_finetune.runs.setup import make_engine, make_task
 def assess(config: EvalConfig) -> dict[str, Any]:
     """Answer the questions, score them, and write answers.jsonl and result.json; returns what result.json holds.
 
-    With config.run the weights are made again from the run's log. ValueError for what cannot be measured, before long work.
+    With config.run the weights are made again from the run's log. ValueError for what cannot be measured, before long
+    work.
     """
     generation = None
     if config.run is not None:
@@ -27,7 +28,9 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         generation = len(generations) if config.generation is None else config.generation
         for name, value in model_options(config).items():
             if value != header["config"][name] and name != "attn_implementation":
-                raise ValueError(f"with --run the model is the run's, whose {name} is {header['config'][name]!r}: leave out --{name}")
+                raise ValueError(
+                    f"with --run the model is the run's, whose {name} is {header['config'][name]!r}: leave out --{name}"
+                )
     output = Path(config.output or _folder(config, generation))
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file: give a folder")
@@ -70,7 +73,11 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         prompts = [item.prompt for item in found.items]
         tuned = here.log_probs(prompts, found.evaluation.answers)
         base, base_tokenizer, _ = load_model(config.kl_model or config.model, device=device, **model_options(config))
-        kl = kl_to_base(found.evaluation.answers, tuned, make_engine(config, task, base, base_tokenizer).log_probs(prompts, found.evaluation.answers))
+        kl = kl_to_base(
+            found.evaluation.answers,
+            tuned,
+            make_engine(config, task, base, base_tokenizer).log_probs(prompts, found.evaluation.answers),
+        )
         result |= {"kl": kl.value, "kl_standard_error": kl.standard_error, "kl_tokens": kl.tokens}
     output.mkdir(parents=True, exist_ok=True)
     save_answers(output / "answers.jsonl", found.items, found.evaluation.answers, found.evaluation.scores)

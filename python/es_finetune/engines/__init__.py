@@ -1,4 +1,5 @@
-"""Engines: text from the weights as they are at the moment of the call. `Engine` is all that the rest of es_finetune knows of one."""
+"""Engines: text from the weights as they are at the moment of the call. `Engine` is all that the rest of es_finetune
+knows of one."""
 
 from __future__ import annotations
 
@@ -8,18 +9,20 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Answer(NamedTuple):
-    """What a model wrote: `ids` are the new tokens without padding, with the end token if it came; `text` leaves special tokens out."""
+    """What a model wrote: `ids` are the new tokens without padding, with the end token if it came; `text` leaves
+    special tokens out."""
 
     text: str
     ids: tuple[int, ...]
 
 
 class Engine(Protocol):
-    """`encode` does what does not depend on the weights, once for all members; its result is only for `generate` of the same engine.
-    A prompt is text, taken as it is, or chat messages ({"role", "content"} each). prompts.PromptError for one that cannot be asked.
+    """`encode` does what does not depend on the weights, once for all members; its result is only for `generate` of the
+    same engine. A prompt is text, taken as it is, or chat messages ({"role", "content"} each). prompts.PromptError for
+    one that cannot be asked.
 
-    `generate` returns one answer per prompt, in the prompts' order, and the same answers for the same weights. It must keep nothing
-    between calls that was computed from weights: no KV cache, no shared prefix.
+    `generate` returns one answer per prompt, in the prompts' order, and the same answers for the same weights. It must
+    keep nothing between calls that was computed from weights: no KV cache, no shared prefix.
     """
 
     temperature: float  # 0: greedy

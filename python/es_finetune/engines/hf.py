@@ -17,31 +17,49 @@ from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
 from es_finetune.models.load import first_line
 
 DECODINGS = ("dynamic", "static", "continuous")
-_CACHE_STEP = 128  # static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
+# Static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
+_CACHE_STEP = 128
 _LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in float32
 
 
 class HFEngine:
-    """Decoding with transformers' own loops. Greedy, or at `temperature` > 0 sampled from the whole vocabulary (no top_k, no top_p),
-    from `seed` anew in every call and leaving torch's generators as they were: equal weights give equal answers, and members of a
-    generation share their random numbers.
+    """Decoding with transformers' own loops. Greedy, or at `temperature` > 0 sampled from the whole vocabulary (no
+    top_k, no top_p), from `seed` anew in every call and leaving torch's generators as they were: equal weights give
+    equal answers, and members of a generation share their random numbers.
 
-    `decoding`: how. All three stop a row at its end token and a batch when each of its rows has ended or has `max_new_tokens`.
+    `decoding`: how. All three stop a row at its end token and a batch when each of its rows has ended or has
+    `max_new_tokens`.
 
-    - "dynamic": left-padded batches of `batch_size` prompts of similar length, each with a KV cache of its own that grows. Fastest on a
+    - "dynamic": left-padded batches of `batch_size` prompts of similar length, each with a KV cache of its own that
+    grows. Fastest on a
       CPU and for small models.
-    - "static": the same batches over KV caches of fixed size; on CUDA transformers compiles the decoding step and replays it as a CUDA
-      graph, which is captured for the addresses of weights and cache. So each cache is kept for the next call (only as memory: it is
-      zeroed before each batch) and weights must be changed in place, as EvolutionStrategy does, never assigned anew.
-    - "continuous": no batches; a prompt starts as soon as one of `batch_size` places is free, over a paged KV cache that lives for one
-      call and shares no blocks between prompts. With flash attention (float16 or bfloat16 on CUDA; used where it is installed) decoding
-      steps are CUDA graphs, captured anew in each call: it pays where answers are long and of very different lengths.
+    - "static": the same batches over KV caches of fixed size; on CUDA transformers compiles the decoding step and
+    replays it as a CUDA
+      graph, which is captured for the addresses of weights and cache. So each cache is kept for the next call (only as
+      memory: it is zeroed before each batch) and weights must be changed in place, as EvolutionStrategy does, never
+      assigned anew.
+    - "continuous": no batches; a prompt starts as soon as one of `batch_size` places is free, over a paged KV cache
+    that lives for one
+      call and shares no blocks between prompts. With flash attention (float16 or bfloat16 on CUDA; used where it is
+      installed) decoding steps are CUDA graphs, captured anew in each call: it pays where answers are long and of very
+      different lengths.
 
-    Which prompts are computed together depends only on the prompts and on `batch_size`: greedy text can differ in the last bits of the
-    logits when decoding, batch split, thread count or GPU changes, so runs that shall agree must fix them.
+    Which prompts are computed together depends only on the prompts and on `batch_size`: greedy text can differ in the
+    last bits of the logits when decoding, batch split, thread count or GPU changes, so runs that shall agree must fix
+    them.
     """
 
-    def __init__(self, model, tokenizer, max_new_tokens: int, batch_size: int, *, decoding: str = "dynamic", temperature: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_new_tokens: int,
+        batch_size: int,
+        *,
+        decoding: str = "dynamic",
+        temperature: float = 0.0,
+        seed: int = 0,
+    ):
         import transformers
         from transformers import GenerationConfig
 
@@ -51,13 +69,20 @@ class HFEngine:
             try:
                 from transformers import ContinuousBatchingConfig  # noqa: F401
             except ImportError:
-                raise ValueError(f"decoding 'continuous' needs a newer transformers than {transformers.__version__}: pip install -U transformers") from None
+                raise ValueError(
+                    f"decoding 'continuous' needs a newer transformers than {transformers.__version__}: pip install -U "
+                    "transformers"
+                ) from None
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
         if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and save it")
+            raise ValueError(
+                "the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and "
+                "save it"
+            )
         refuse_prompt_learning(model)
-        # Without PEFT's wrapper, which then adds nothing to generating: its layers sit inside the model, and so do the options to replace.
+        # Without PEFT's wrapper, which then adds nothing to generating: its layers sit inside the model, and so do the
+        # options to replace.
         self.model = base_of(model)
         model.eval()  # dropout would be noise that no seed explains
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
@@ -76,13 +101,13 @@ class HFEngine:
         self._caches: dict[int, tuple] = {}  # rows -> (positions, StaticCache)
 
     def prove(self) -> None:
-        """Two tokens, as the first member would be asked for them. ValueError, of one line, where the model cannot generate at all or not by this
-        decoding; a run asks before it writes anything. Where an answer depends on the prompts beside it, batches are of one prompt from then on,
-        with a UserWarning."""
+        """Two tokens, as the first member would be asked for them. ValueError, of one line, where the model cannot
+        generate at all or not by this decoding; a run asks before it writes anything. Where an answer depends on the
+        prompts beside it, batches are of one prompt from then on, with a UserWarning."""
         kind = getattr(self.model.config, "model_type", type(self.model).__name__)
         remedy = "" if self.decoding == "dynamic" else ": use --decoding dynamic"
-        # What transformers' own flags say comes first: where they say no, XLNet's and OpenAI-GPT's continuous and GPT-Neo's static answers were wrong
-        # in a trial, without any error.
+        # What transformers' own flags say comes first: where they say no, XLNet's and OpenAI-GPT's continuous and
+        # GPT-Neo's static answers were wrong in a trial, without any error.
         needs = {"continuous": "_supports_attention_backend", "static": "_can_compile_fullgraph"}.get(self.decoding)
         if needs and not getattr(self.model, needs, True):
             raise ValueError(f"models of type {kind} do not support decoding {self.decoding!r}{remedy}")
@@ -99,24 +124,35 @@ class HFEngine:
                     self._in_batches([([0], {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})])
                     if self.batch_size > 1 and self._neighbours_show():
                         self.batch_size = 1
-                        warnings.warn(f"models of type {kind} do not ignore padding: they are asked one prompt at a time", stacklevel=2)
+                        warnings.warn(
+                            f"models of type {kind} do not ignore padding: they are asked one prompt at a time",
+                            stacklevel=2,
+                        )
         except torch.OutOfMemoryError as error:
-            raise ValueError(f"{self.model.device} has no memory left to generate with this model ({first_line(error)}): use a smaller one") from error
+            raise ValueError(
+                f"{self.model.device} has no memory left to generate with this model ({first_line(error)}): use a "
+                "smaller one"
+            ) from error
         except Exception as error:
-            raise ValueError(f"models of type {kind} cannot generate with decoding {self.decoding!r} ({first_line(error)}){remedy}") from error
+            raise ValueError(
+                f"models of type {kind} cannot generate with decoding {self.decoding!r} ({first_line(error)}){remedy}"
+            ) from error
         finally:
             self.options = options
             self._caches.clear()
 
     def _neighbours_show(self) -> bool:
-        """Whether a prompt's logits, for its first token and the one after it, change where it is padded beside a longer one. What rounding may do
-        is put at half the digits of the coarsest dtype, in units of the logits' standard deviation: 9 % in bfloat16. RWKV is off by 64 %."""
+        """Whether a prompt's logits, for its first token and the one after it, change where it is padded beside a
+        longer one. What rounding may do is put at half the digits of the coarsest dtype, in units of the logits'
+        standard deviation: 9 % in bfloat16. RWKV is off by 64 %."""
         longest, vocabulary = min(12, positions_of(self.model) - 2), self.model.config.get_text_config().vocab_size
         if longest < 4:
             return False
         prompts = [[(7 * place + length) % vocabulary for place in range(length)] for length in (longest, 3)]
         self.options.update(do_sample=False, output_logits=True, return_dict_in_generate=True)
-        beside, alone = (self.model.generate(**self._padded(rows), generation_config=self.options) for rows in (prompts, prompts[1:]))
+        beside, alone = (
+            self.model.generate(**self._padded(rows), generation_config=self.options) for rows in (prompts, prompts[1:])
+        )
         steps = 1 + bool(beside.sequences[-1, -2] == alone.sequences[-1, -2])
         bound = math.sqrt(max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()))
         pairs = [(a[-1].float(), b[-1].float()) for a, b in zip(alone.logits[:steps], beside.logits[:steps])]
@@ -127,14 +163,19 @@ class HFEngine:
         longest = len(tokens[0])
         ids = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in tokens]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in tokens]
-        return {"input_ids": torch.tensor(ids, device=self.model.device), "attention_mask": torch.tensor(mask, device=self.model.device)}
+        return {
+            "input_ids": torch.tensor(ids, device=self.model.device),
+            "attention_mask": torch.tensor(mask, device=self.model.device),
+        }
 
-    def encode(self, prompts: Sequence[str | Sequence[dict]]) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
-        """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the batch that needs most
-        memory runs first; for "continuous" the prompts' ids, which need no batches.
+    def encode(
+        self, prompts: Sequence[str | Sequence[dict]]
+    ) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
+        """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the
+        batch that needs most memory runs first; for "continuous" the prompts' ids, which need no batches.
 
-        PromptError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or has tokens that
-        the model does not embed, or for messages that the tokenizer's chat template refuses.
+        PromptError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or
+        has tokens that the model does not embed, or for messages that the tokenizer's chat template refuses.
         """
         tokens = tokenize(self.tokenizer, prompts)
         refuse_unanswerable(tokens, self.max_new_tokens, positions_of(self.model), vocabulary_of(self.model))
@@ -148,7 +189,8 @@ class HFEngine:
         return batches
 
     def generate(self, encoded: list) -> list[Answer]:
-        """One answer per prompt, in the prompts' order. RuntimeError where transformers' continuous batching gave up."""
+        """One answer per prompt, in the prompts' order. RuntimeError where transformers' continuous batching gave
+        up."""
         with self._only_our_options(), self._own_random_numbers():
             tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -156,8 +198,9 @@ class HFEngine:
 
     @torch.no_grad()
     def log_probs(self, prompts: Sequence[str | Sequence[dict]], answers: Sequence[Answer]) -> list[torch.Tensor]:
-        """Natural log of the probability of each token of `answers` after its prompt and the tokens before it, at temperature 1 under the
-        weights of this moment: one f32 tensor [len(answer.ids)] on the CPU per answer, in their order."""
+        """Natural log of the probability of each token of `answers` after its prompt and the tokens before it, at
+        temperature 1 under the weights of this moment: one f32 tensor [len(answer.ids)] on the CPU per answer, in their
+        order."""
         asked = tokenize(self.tokenizer, prompts)
         whole = [ids + list(answer.ids) for ids, answer in zip(asked, answers, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
@@ -167,10 +210,15 @@ class HFEngine:
             longest = len(whole[order[0]])
             rows = order[: max(1, min(self.batch_size, _LOGITS_AT_ONCE // (longest * vocabulary)))]
             order = order[len(rows) :]
-            # Padded on the right: no real token sees what comes after it, and positions count from 0 without a word from us.
-            ids = torch.tensor([whole[row] + [self.tokenizer.pad_token_id] * (longest - len(whole[row])) for row in rows])
+            # Padded on the right: no real token sees what comes after it, and positions count from 0 without a word
+            # from us.
+            ids = torch.tensor(
+                [whole[row] + [self.tokenizer.pad_token_id] * (longest - len(whole[row])) for row in rows]
+            )
             mask = torch.tensor([[1] * len(whole[row]) + [0] * (longest - len(whole[row])) for row in rows])
-            logits = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False).logits
+            logits = self.model(
+                input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False
+            ).logits
             for row, scores in zip(rows, logits):
                 begin, end = len(asked[row]), len(whole[row])
                 chosen = torch.tensor(whole[row][begin:end], device=logits.device)
@@ -193,7 +241,8 @@ class HFEngine:
         return next((ids[: place + 1] for place, token in enumerate(ids) if token in self.eos), ids)
 
     def _empty_cache(self, rows: int, longest: int):
-        """The cache for batches of so many rows. generate() would make one per call, at another address: a new CUDA graph each time."""
+        """The cache for batches of so many rows. generate() would make one per call, at another address: a new CUDA
+        graph each time."""
         from transformers import StaticCache
 
         length, cache = self._caches.pop(rows, (0, None))
@@ -206,8 +255,9 @@ class HFEngine:
 
     @torch.no_grad()
     def _in_places(self, prompts: list[list[int]]) -> list[list[int]]:
-        """transformers' continuous batching. As its generate_batch, but each prompt is in the queue before the loop starts, so that which
-        prompts share a step (and the order of random numbers) does not depend on the speed of a thread, and failures are raised."""
+        """transformers' continuous batching. As its generate_batch, but each prompt is in the queue before the loop
+        starts, so that which prompts share a step (and the order of random numbers) does not depend on the speed of a
+        thread, and failures are raised."""
         from transformers import ContinuousBatchingConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -221,7 +271,8 @@ class HFEngine:
         page = ContinuousBatchingConfig.page_size
         config = ContinuousBatchingConfig(
             allow_block_sharing=False,
-            # What `places` of the longest prompts can fill, not what happens to be free on the device, lest text depend on that.
+            # What `places` of the longest prompts can fill, not what happens to be free on the device, lest text depend
+            # on that.
             num_blocks=places * -(-(longest + self.max_new_tokens) // page) + 1,
             safety_margin=0.0,
             max_batch_tokens=max(places, min(8192, places * longest)),
@@ -231,7 +282,9 @@ class HFEngine:
         attention = model.config._attn_implementation
         manager = None
         try:
-            hints = WorkloadHints(max_prompt_length=longest, max_generated_length=self.max_new_tokens, num_requests=len(prompts))
+            hints = WorkloadHints(
+                max_prompt_length=longest, max_generated_length=self.max_new_tokens, num_requests=len(prompts)
+            )
             manager = model.init_continuous_batching(self.options, config, hints)
             manager.warmup()
             names = manager.add_requests(prompts, max_new_tokens=self.max_new_tokens)
@@ -245,10 +298,14 @@ class HFEngine:
                 if result is not None and result.is_finished():
                     results[result.request_id] = result.generated_tokens
                 elif result is None and not manager.is_running():
-                    raise RuntimeError(f"continuous batching stopped by itself: {manager.background_thread_status.fatal_error}")
+                    raise RuntimeError(
+                        f"continuous batching stopped by itself: {manager.background_thread_status.fatal_error}"
+                    )
             return [results[name] for name in names]
         except MemoryError as error:
-            raise RuntimeError(f"no memory for the KV caches of {places} answers at a time: lower batch_size ({error})") from error
+            raise RuntimeError(
+                f"no memory for the KV caches of {places} answers at a time: lower batch_size ({error})"
+            ) from error
         finally:
             if manager is not None:
                 if manager.is_running():
@@ -259,8 +316,8 @@ class HFEngine:
 
     @contextmanager
     def _only_our_options(self) -> Iterator[None]:
-        """Without the checkpoint's own: generate() fills what a caller leaves open from them, and e.g. Qwen2.5-Instruct ships sampling and
-        a repetition penalty."""
+        """Without the checkpoint's own: generate() fills what a caller leaves open from them, and e.g. Qwen2.5-Instruct
+        ships sampling and a repetition penalty."""
         theirs = self.model.generation_config
         self.model.generation_config = self.options
         try:
@@ -270,7 +327,8 @@ class HFEngine:
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
-        if not self.temperature and self.decoding != "continuous":  # which draws a seed for torch's generators even where it is greedy
+        # Which draws a seed for torch's generators even where it is greedy
+        if not self.temperature and self.decoding != "continuous":
             yield
             return
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):

@@ -9,7 +9,8 @@ Prompt = str | Sequence[dict]
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be asked: its place in the list that was given, and what is wrong with it, as it follows "the prompt"."""
+    """A prompt that cannot be asked: its place in the list that was given, and what is wrong with it, as it follows
+    "the prompt"."""
 
     def __init__(self, number: int, problem: str):
         super().__init__(number, problem)
@@ -20,9 +21,12 @@ class PromptError(ValueError):
 
 
 def tokenize(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text with the special tokens that the tokenizer adds by itself, messages as its chat template says. PromptError for
-    messages that it cannot render."""
-    rendered = [prompt if isinstance(prompt, str) else _render(tokenizer, number, prompt) for number, prompt in enumerate(prompts)]
+    """Token ids of each prompt: text with the special tokens that the tokenizer adds by itself, messages as its chat
+    template says. PromptError for messages that it cannot render."""
+    rendered = [
+        prompt if isinstance(prompt, str) else _render(tokenizer, number, prompt)
+        for number, prompt in enumerate(prompts)
+    ]
     ids: list[list[int]] = [[]] * len(rendered)
     for raw in (True, False):  # the template has written the special tokens of a chat already
         rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) == raw]
@@ -45,25 +49,38 @@ def vocabulary_of(model) -> float:
     return math.inf if weight is None else weight.shape[0]
 
 
-def refuse_unanswerable(tokens: Sequence[Sequence[int]], max_new_tokens: int, positions: float, vocabulary: float) -> None:
-    """PromptError for a prompt that is empty, or too long for so many positions with `max_new_tokens` after it, or has a token beyond the
-    vocabulary."""
+def refuse_unanswerable(
+    tokens: Sequence[Sequence[int]], max_new_tokens: int, positions: float, vocabulary: float
+) -> None:
+    """PromptError for a prompt that is empty, or too long for so many positions with `max_new_tokens` after it, or has
+    a token beyond the vocabulary."""
     for number, ids in enumerate(tokens):
         if not ids:
-            raise PromptError(number, "has no tokens: leave it out, or use a tokenizer that begins texts with a special token")
+            raise PromptError(
+                number, "has no tokens: leave it out, or use a tokenizer that begins texts with a special token"
+            )
         if len(ids) + max_new_tokens > positions:
             raise PromptError(
                 number,
-                f"has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} positions: "
+                f"has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} "
+                "positions: "
                 "shorten it, or lower max_new_tokens",
             )
         if max(ids) >= vocabulary:
-            raise PromptError(number, f"has token number {max(ids)}, but the model embeds {vocabulary} tokens: use the tokenizer that belongs to it")
+            raise PromptError(
+                number,
+                f"has token number {max(ids)}, but the model embeds {vocabulary} tokens: use the tokenizer that "
+                "belongs to it",
+            )
 
 
 def _render(tokenizer, number: int, messages: Sequence[dict]) -> str:
     if tokenizer.chat_template is None:
-        raise PromptError(number, "is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain text")
+        raise PromptError(
+            number,
+            "is a chat, but the tokenizer has no chat template: use an instruction-tuned model, or prompts of plain "
+            "text",
+        )
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template raises what it likes

@@ -27,15 +27,19 @@ class Evaluation:
     seconds_score: float
 
     def mean(self, part: str) -> float | None:
-        """Mean of one part of the scores, "reward", "exact" or "format", over those that have it; None if none has. Exactly rounded, so
-        independent of order."""
+        """Mean of one part of the scores, "reward", "exact" or "format", over those that have it; None if none has.
+        Exactly rounded, so independent of order."""
         return mean_of_known([getattr(score, part) for score in self.scores])
 
     @classmethod
     def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
         """Of questions that were asked in several parts; the seconds are the sum of the parts'."""
         answers, scores = ([entry for part in parts for entry in getattr(part, name)] for name in ("answers", "scores"))
-        return cls(answers, scores, *(math.fsum(getattr(part, name) for part in parts) for name in ("seconds_generate", "seconds_score")))
+        return cls(
+            answers,
+            scores,
+            *(math.fsum(getattr(part, name) for part in parts) for name in ("seconds_generate", "seconds_score")),
+        )
 
     @property
     def tokens(self) -> int:
@@ -48,12 +52,14 @@ class Evaluation:
         state = hashlib.blake2b(digest_size=8)
         for answer in self.answers:
             text = answer.text.encode("utf-8", "surrogatepass")
-            state.update(len(text).to_bytes(8, "little") + text)  # with its length, so that no two lists of texts run together
+            # With its length, so that no two lists of texts run together
+            state.update(len(text).to_bytes(8, "little") + text)
         return state.hexdigest()
 
     @property
     def failed(self) -> int:
-        """How many answers were not scored as they should: the reward raised or hung, or the grader did, on which an answer is worth 0."""
+        """How many answers were not scored as they should: the reward raised or hung, or the grader did, on which an
+        answer is worth 0."""
         return sum(score.reward is None or score.error is not None for score in self.scores)
 
     @property
@@ -75,7 +81,8 @@ class Unaskable(ValueError):
 
 
 class Evaluator:
-    """One fixed set of questions, encoded once; call it for every member of a generation. Unaskable if one of them cannot be asked."""
+    """One fixed set of questions, encoded once; call it for every member of a generation. Unaskable if one of them
+    cannot be asked."""
 
     def __init__(self, engine: Engine, task: Task, items: Sequence[Item]):
         self.engine, self.task, self.items = engine, task, items
@@ -98,14 +105,21 @@ def encoded(items: Sequence[Item], encode: Callable[[list], Any]) -> Any:
     except PromptError as error:
         item = items[error.number]
         text = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
-        where = f"{item.source}: the prompt" if item.source else f"prompt {error.number}, {text if len(text) <= 60 else text[:57] + '...'!r},"
+        where = (
+            f"{item.source}: the prompt"
+            if item.source
+            else f"prompt {error.number}, {text if len(text) <= 60 else text[:57] + '...'!r},"
+        )
         raise Unaskable(f"{where} {' '.join(error.problem.split())}") from error
 
 
 def _plain(score: Score) -> Score:
-    """With Python's numbers, as log and journal hold them; a reward that is no finite number counts as one that failed."""
+    """With Python's numbers, as log and journal hold them; a reward that is no finite number counts as one that
+    failed."""
     try:
-        parts = [None if part is None else number(part, name) for name, part in zip(("the reward", "exact", "format"), score)]
+        parts = [
+            None if part is None else number(part, name) for name, part in zip(("the reward", "exact", "format"), score)
+        ]
     except ValueError as error:
         return Score(None, error=str(error))
     return Score(*parts, score.error)

@@ -1,7 +1,8 @@
 """How good a model is on a task, with error bars; how far it moved from its base; what it said.
 
-The protocols of the tasks: countdown, 2000 test items, greedy, `measure(engine, task, task.test)`; conciseness, 8 test questions, 20 samples
-each at temperature 1, `measure(engine, task, task.test, samples=20)`, and `kl_to_base` of these answers.
+The protocols of the tasks: countdown, 2000 test items, greedy, `measure(engine, task, task.test)`; conciseness, 8 test
+questions, 20 samples each at temperature 1, `measure(engine, task, task.test, samples=20)`, and `kl_to_base` of these
+answers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _Z = 1.959963984540054  # the standard normal is within +-_Z with probability 0.
 
 @dataclass
 class Measurement:
-    """`value`: mean of the task's headline metric over all answers; `low`, `high`: its 95 % interval (None where one question tells nothing
-    of the spread). `items` has each question `samples` times in a row, as answers and scores in `evaluation` and the metric's `values`."""
+    """`value`: mean of the task's headline metric over all answers; `low`, `high`: its 95 % interval (None where one
+    question tells nothing of the spread). `items` has each question `samples` times in a row, as answers and scores in
+    `evaluation` and the metric's `values`."""
 
     metric: str
     value: float
@@ -39,12 +41,14 @@ class Measurement:
 
 
 def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1) -> Measurement:
-    """Ask each question `samples` times and score the answers. ValueError without items, for several samples of a greedy engine, which would
-    all be the same, and where no answer at all could be scored."""
+    """Ask each question `samples` times and score the answers. ValueError without items, for several samples of a
+    greedy engine, which would all be the same, and where no answer at all could be scored."""
     if not items:
         raise ValueError(f"task {task.name!r} has no questions to measure on: give it test data")
     if samples > 1 and not engine.temperature:
-        raise ValueError(f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1")
+        raise ValueError(
+            f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1"
+        )
     asked = [item for item in items for _ in range(samples)]
     evaluation = Evaluator(engine, task, asked)()
     if evaluation.all_failed:
@@ -56,7 +60,8 @@ def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1)
 
 
 def floor_of(task: Task, rewards: Iterable[float | None]) -> float:
-    """What an answer is worth whose scoring failed: the task's floor, or where that is None the lowest of these rewards, or 0 without any."""
+    """What an answer is worth whose scoring failed: the task's floor, or where that is None the lowest of these
+    rewards, or 0 without any."""
     return min((reward for reward in rewards if reward is not None), default=0.0) if task.floor is None else task.floor
 
 
@@ -72,11 +77,13 @@ def headline(task: Task, scores: Sequence[Score]) -> list[float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """95 % confidence interval of the mean of `values`, one per question: answers to one question are alike, so of several the mean counts once.
+    """95 % confidence interval of the mean of `values`, one per question: answers to one question are alike, so of
+    several the mean counts once.
 
-    If each is 0 or 1: Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
-    J. Am. Stat. Assoc. 22, 1927), which stays in [0, 1] and is right near 0 and 1 too. Else mean +- 1.96 standard errors (ddof 1), which
-    is somewhat too narrow below 30 questions; (None, None) for a single one.
+    If each is 0 or 1: Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and
+    statistical inference", J. Am. Stat. Assoc. 22, 1927), which stays in [0, 1] and is right near 0 and 1 too. Else
+    mean +- 1.96 standard errors (ddof 1), which is somewhat too narrow below 30 questions; (None, None) for a single
+    one.
     """
     n = len(values)
     if not n:
@@ -100,19 +107,23 @@ class KL(NamedTuple):
     tokens: int
 
 
-def kl_to_base(answers: Sequence[Answer], tuned_log_probs: Sequence[torch.Tensor], base_log_probs: Sequence[torch.Tensor]) -> KL:
-    """KL(tuned || base) per token, estimated from `answers` that the tuned model sampled at temperature 1, whose tokens' log probabilities are
-    given under both models (`HFEngine.log_probs`).
+def kl_to_base(
+    answers: Sequence[Answer], tuned_log_probs: Sequence[torch.Tensor], base_log_probs: Sequence[torch.Tensor]
+) -> KL:
+    """KL(tuned || base) per token, estimated from `answers` that the tuned model sampled at temperature 1, whose
+    tokens' log probabilities are given under both models (`HFEngine.log_probs`).
 
-    The mean over all tokens of r - log r - 1 with r = p_base / p_tuned: unbiased, and of low variance as no term is negative (estimator k3 of
-    J. Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html). Its standard error takes whole answers as what was drawn,
-    since the tokens of one depend on each other (linearised ratio of sums, ddof 1; None for a single answer).
+    The mean over all tokens of r - log r - 1 with r = p_base / p_tuned: unbiased, and of low variance as no term is
+    negative (estimator k3 of J. Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html). Its
+    standard error takes whole answers as what was drawn, since the tokens of one depend on each other (linearised ratio
+    of sums, ddof 1; None for a single answer).
     """
     sums, lengths = [], []
     for number, (answer, tuned, base) in enumerate(zip(answers, tuned_log_probs, base_log_probs, strict=True)):
         if not len(answer.ids) == len(tuned) == len(base):
             raise ValueError(
-                f"answer {number} has {len(answer.ids)} tokens but {len(tuned)} and {len(base)} log probabilities: both must be of these answers"
+                f"answer {number} has {len(answer.ids)} tokens but {len(tuned)} and {len(base)} log probabilities: "
+                "both must be of these answers"
             )
         log_r = base.double() - tuned.double()
         sums.append((torch.expm1(log_r) - log_r).sum().item())
@@ -126,8 +137,8 @@ def kl_to_base(answers: Sequence[Answer], tuned_log_probs: Sequence[torch.Tensor
 
 
 def save_answers(path: Path, items: Sequence[Item], answers: Sequence[Answer], scores: Sequence[Score]) -> None:
-    """JSON lines, one per answer: prompt (text, or the messages of a chat), completion, reward and exact (null where there is none), and for an
-    answer whose scoring failed the error. Whole or not at all."""
+    """JSON lines, one per answer: prompt (text, or the messages of a chat), completion, reward and exact (null where
+    there is none), and for an answer whose scoring failed the error. Whole or not at all."""
     lines = []
     for item, answer, score in zip(items, answers, scores, strict=True):
         row = {"prompt": item.prompt, "completion": answer.text, "reward": score.reward, "exact": score.exact}

@@ -14,21 +14,22 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from es_kernels import Segment
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and checkpoint_wrapper call the module inside
+# What torch.compile and checkpoint_wrapper call the module inside
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 MAX_SEGMENTS = 1024  # for one part of a parameter; a layout that needs more is an interleave
 
 
 def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
-    """(canonical name, parameter), or (name, parameter, [es_kernels.Segment, ...]), of each parameter of `model`, tied ones
-    once.
+    """(canonical name, parameter), or (name, parameter, [es_kernels.Segment, ...]), of each parameter of `model`, tied
+    ones once.
 
-    The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel, torch.compile and
-    activation checkpointing put in; of tied parameters the one that is written, nearly always their first; for the weights of a
-    PEFT adapter, the name in adapter_model.safetensors; for the weights under an adapter, the name in the base model's
-    checkpoint. A parameter that the checkpoint holds as several tensors, as the fused experts of a mixture, or as a part of one,
-    comes with segments and its name in memory. Where the checkpoint's tensor is no view of it (permuted, interleaved) it has only
-    that name, with a warning: its noise is not that of the checkpoint's tensor. ValueError for a model that cannot be tuned
-    (refuse_untunable).
+    The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel, torch.compile
+    and activation checkpointing put in; of tied parameters the one that is written, nearly always their first; for the
+    weights of a PEFT adapter, the name in adapter_model.safetensors; for the weights under an adapter, the name in the
+    base model's checkpoint. A parameter that the checkpoint holds as several tensors, as the fused experts of a
+    mixture, or as a part of one, comes with segments and its name in memory. Where the checkpoint's tensor is no view
+    of it (permuted, interleaved) it has only that name, with a warning: its noise is not that of the checkpoint's
+    tensor. ValueError for a model that cannot be tuned (refuse_untunable).
     """
     model, base = unwrap(model), base_of(model)
     refuse_untunable(model)
@@ -47,7 +48,8 @@ def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
             yield target, parameter, *segments
     if copied:
         warnings.warn(
-            f"{len(copied)} parameter(s) draw noise by the name in memory, e.g. {copied[0]}, because the checkpoint holds them "
+            f"{len(copied)} parameter(s) draw noise by the name in memory, e.g. {copied[0]}, because the checkpoint "
+            "holds them "
             + (f"in a form that cannot be found out: {error}" if error else "permuted or otherwise than as views"),
             stacklevel=2,
         )
@@ -67,7 +69,8 @@ def base_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def refuse_untunable(model: torch.nn.Module) -> None:
-    """ValueError for quantised weights, unless all that require grad are an adapter's over them (QLoRA), and for prompt learning."""
+    """ValueError for quantised weights, unless all that require grad are an adapter's over them (QLoRA), and for prompt
+    learning."""
     refuse_prompt_learning(model)
     model, base = unwrap(model), base_of(model)
     found = _quantised(base)
@@ -78,13 +81,15 @@ def refuse_untunable(model: torch.nn.Module) -> None:
     if trainable or not adapter:
         own = f", of which only such as {trainable[0]} could be tuned" if trainable else ""
         raise ValueError(
-            f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA adapter over this one, "
+            f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA "
+            "adapter over this one, "
             "the rest frozen"
         )
 
 
 def refuse_prompt_learning(model: torch.nn.Module) -> None:
-    """ValueError for an adapter whose virtual tokens are put in by PEFT's wrapper, which answers are not generated through."""
+    """ValueError for an adapter whose virtual tokens are put in by PEFT's wrapper, which answers are not generated
+    through."""
     model = unwrap(model)
     for config in model.peft_config.values() if is_peft(model) else ():
         refuse_prompt_config(config)
@@ -94,33 +99,42 @@ def refuse_prompt_config(config) -> None:
     """refuse_prompt_learning of one peft.PeftConfig."""
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
-            f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual tokens: "
+            f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual "
+            "tokens: "
             "give one that changes layers, as LoRA"
         )
 
 
 def _quantised(base: torch.nn.Module) -> str:
-    """Why the weights of the model are no plain numbers, or "". transformers notes it on the model and in its config, and takes both away
-    when it dequantises; others leave weights of another form."""
+    """Why the weights of the model are no plain numbers, or "". transformers notes it on the model and in its config,
+    and takes both away when it dequantises; others leave weights of another form."""
     config = getattr(getattr(base, "config", None), "quantization_config", None)
     if config is not None or getattr(base, "hf_quantizer", None) is not None:
         method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        return str(getattr(method, "value", None) or method or type(base.hf_quantizer if config is None else config).__name__)
+        return str(
+            getattr(method, "value", None) or method or type(base.hf_quantizer if config is None else config).__name__
+        )
     for name, p in base.named_parameters():
         if not has_plain_memory(p):
             return f"{name} is a {type(p).__name__}"
         if not p.is_floating_point() or p.element_size() < 2:
             return f"{name} is {p.dtype}"
     for name, module in base.named_modules():  # those that keep packed weights elsewhere than in parameters
-        if (hasattr(module, "in_features") or hasattr(module, "num_embeddings")) and next(module.parameters(), None) is None:
+        if (hasattr(module, "in_features") or hasattr(module, "num_embeddings")) and next(
+            module.parameters(), None
+        ) is None:
             return f"{name} is a {type(module).__module__}.{type(module).__name__} without parameters"
     return ""
 
 
 def has_plain_memory(tensor: torch.Tensor) -> bool:
-    """Whether its values are where its data_ptr() says, as dtype and shape say: not those of a subclass around other tensors."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # there is no DTensor before its module is imported, which takes a second
-    return not is_traceable_wrapper_subclass(tensor) or (distributed is not None and isinstance(tensor, distributed.DTensor))
+    """Whether its values are where its data_ptr() says, as dtype and shape say: not those of a subclass around other
+    tensors."""
+    # There is no DTensor before its module is imported, which takes a second
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return not is_traceable_wrapper_subclass(tensor) or (
+        distributed is not None and isinstance(tensor, distributed.DTensor)
+    )
 
 
 def is_peft(model: torch.nn.Module) -> bool:
@@ -136,7 +150,8 @@ def _clean(name: str) -> str:
 
 
 def _once(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Each parameter under the first of its names that transformers does not tie to another one, which it leaves out of a file."""
+    """Each parameter under the first of its names that transformers does not tie to another one, which it leaves out of
+    a file."""
     left_out = getattr(base, "all_tied_weights_keys", None) or {}  # before version 5 no model says it
     names: dict[int, list[str]] = {}
     for name, p in base.named_parameters(remove_duplicate=False):
@@ -147,16 +162,20 @@ def _once(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 def adapter_names(model: torch.nn.Module) -> dict[int, str]:
     """id(parameter) -> key in adapter_model.safetensors, of the active adapter; empty without PEFT."""
-    inside = not is_peft(model) and getattr(model, "_hf_peft_config_loaded", False)  # an adapter that transformers loaded
+    # An adapter that transformers loaded
+    inside = not is_peft(model) and getattr(model, "_hf_peft_config_loaded", False)
     if not (is_peft(model) or inside):
         return {}
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # A layer is asked, since the model's own active_adapters() may refuse the installed PEFT: transformers 5.24.0 wants 0.22, which is not out.
+    # A layer is asked, since the model's own active_adapters() may refuse the installed PEFT: transformers 5.24.0 wants
+    # 0.22, which is not out.
     asked = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)) if inside else model
     # save_embedding_layers: "auto" would ask the hub for the base model's config.
-    state = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter_name=asked.active_adapters[0], save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), adapter_name=asked.active_adapters[0], save_embedding_layers=False
+    )
     return {id(p): ("base_model.model." if inside else "") + _wrapperless(key) for key, p in state.items()}
 
 
@@ -165,7 +184,8 @@ def _wrapperless(key: str) -> str:
 
 
 class _Tracing(TorchFunctionMode):
-    """Under it the results of view operations stay views: `.contiguous()` does not copy, and what `torch.cat` joins is noted."""
+    """Under it the results of view operations stay views: `.contiguous()` does not copy, and what `torch.cat` joins is
+    noted."""
 
     def __init__(self):
         super().__init__()
@@ -199,7 +219,9 @@ def _checkpoint_layout(model, memory) -> tuple[dict[str, tuple], list[str], str]
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before version 5 a model in memory is what the checkpoint is
         return {}, [], ""
-    sources = {name: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta") for name, p in memory.items()}
+    sources = {
+        name: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta") for name, p in memory.items()
+    }
     owners = {_storage(tensor): name for name, tensor in sources.items()}
     try:
         with torch.no_grad(), _Tracing() as tracing:
@@ -221,7 +243,9 @@ def _checkpoint_layout(model, memory) -> tuple[dict[str, tuple], list[str], str]
             parts.setdefault(owner, []).extend(segments)
             covered[owner] += sum(s.rows * s.cols for s in segments)
     exact = {name for name, n in covered.items() if n == sources[name].numel()}
-    found = {name: (whole[name],) if name in whole else (name, parts[name]) for name in exact & (whole.keys() | parts.keys())}
+    found = {
+        name: (whole[name],) if name in whole else (name, parts[name]) for name in exact & (whole.keys() | parts.keys())
+    }
     return found, [name for name in sources if name not in exact], ""
 
 
@@ -229,12 +253,14 @@ def _same_order(view: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether `view` is all of `source`, with the same row-major index."""
     if view.storage_offset() or view.numel() != source.numel():
         return False
-    return (view.shape == source.shape and view.stride() == source.stride()) or (view.is_contiguous() and source.is_contiguous())
+    return (view.shape == source.shape and view.stride() == source.stride()) or (
+        view.is_contiguous() and source.is_contiguous()
+    )
 
 
 def _parts(tensor, owners, joined) -> Iterator[tuple]:
-    """(parameter, offset in it, [(size, stride in memory, stride of the index)], first index) of each part of a checkpoint's
-    tensor that is a view of a parameter."""
+    """(parameter, offset in it, [(size, stride in memory, stride of the index)], first index) of each part of a
+    checkpoint's tensor that is a view of a parameter."""
     if _storage(tensor) in owners:
         pieces, whole, dim = [tensor], tensor, 0
     elif _storage(tensor) in joined and _same_order(tensor, joined[_storage(tensor)][0]):

@@ -20,15 +20,24 @@ import torch
 
 import es_kernels
 from es_finetune.errors import did_you_mean, require
-from es_finetune.models.checkpoint_names import adapter_names, base_of, is_peft, named_segments, refuse_prompt_config, unwrap
+from es_finetune.models.checkpoint_names import (
+    adapter_names,
+    base_of,
+    is_peft,
+    named_segments,
+    refuse_prompt_config,
+    unwrap,
+)
 from es_kernels.table import DTYPES
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MIXED = "mixed_dtypes"  # key of a config.json: the files hold tensors of several dtypes, each to be loaded as it is
-# Share of the largest logit: 1/16 of what bfloat16 rounds. In float32 a right merge is off by about 1e-6; wrong ones were by 1e-3 (Jamba) and more.
+# Share of the largest logit: 1/16 of what bfloat16 rounds. In float32 a right merge is off by about 1e-6; wrong ones
+# were by 1e-3 (Jamba) and more.
 _SAME_LOGITS = 2**-13
-LORA_SEED = 0  # of the first values of every new adapter, whatever the run's seed: runs that differ in it start from one model
+# Of the first values of every new adapter, whatever the run's seed: runs that differ in it start from one model
+LORA_SEED = 0
 
 # Options of a GenerationConfig that mean something only with do_sample.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -46,11 +55,13 @@ def load_model(
 ) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
     """(model in eval mode on `device`, its tokenizer, which pads on the left, what to write into a log about them).
 
-    name: "embedded" (the character-level model of the demo), or a folder or hub name of a causal LM or of a PEFT adapter, which
+    name: "embedded" (the character-level model of the demo), or a folder or hub name of a causal LM or of a PEFT
+    adapter, which
         comes with its base model. Of a model with an adapter only the adapter is trainable.
     dtype: of the weights, one of WEIGHT_DTYPES; "auto" is that of the checkpoint's config.
-    mixed: with dtype "auto" each tensor has the dtype of its file, as it always has where save_model wrote a model of several.
-    lora_rank: above 0 adds a LoRA adapter of this rank to all linear layers but the output, alpha 2 * rank. Its first values are
+    mixed: with dtype "auto" each tensor has the dtype of its file, as it always has where save_model wrote a model of
+    several. lora_rank: above 0 adds a LoRA adapter of this rank to all linear layers but the output, alpha 2 * rank.
+    Its first values are
         the same on every machine and for every seed of a run.
     pad_token: an existing token to pad with, for a tokenizer without one.
 
@@ -75,8 +86,12 @@ def load_model(
         refuse_prompt_config(peft_config)
         base_path = peft_config.base_model_name_or_path
         if not base_path:
-            raise ValueError(f"adapter {name} does not say of which model: set base_model_name_or_path in its adapter_config.json")
-        base, mixed = _load_base(base_path, f"base model {base_path} of adapter {name}", dtype, attn_implementation, mixed)
+            raise ValueError(
+                f"adapter {name} does not say of which model: set base_model_name_or_path in its adapter_config.json"
+            )
+        base, mixed = _load_base(
+            base_path, f"base model {base_path} of adapter {name}", dtype, attn_implementation, mixed
+        )
         with _one_line(f"adapter {name}"):
             model = peft.PeftModel.from_pretrained(base, path, is_trainable=True)
     else:
@@ -91,7 +106,8 @@ def load_model(
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in DTYPES:
             raise ValueError(
-                f"model {name}: {parameter_name} is {parameter.dtype}, and noise is added to float32, bfloat16 and float16 only: give a dtype"
+                f"model {name}: {parameter_name} is {parameter.dtype}, and noise is added to float32, bfloat16 and "
+                "float16 only: give a dtype"
             )
     with _one_line(f"model {name}"):
         model = model.to(device).eval()
@@ -112,21 +128,36 @@ def load_model(
 
 
 def dtype_of(model: torch.nn.Module) -> str:
-    """Of the parameters and buffers that a checkpoint holds; "mixed" where these are several. An adapter, which has a file of its own, aside."""
+    """Of the parameters and buffers that a checkpoint holds; "mixed" where these are several. An adapter, which has a
+    file of its own, aside."""
     adapter = adapter_names(unwrap(model))
-    found = {t.dtype for t in base_of(model).state_dict(keep_vars=True).values() if t.is_floating_point() and id(t) not in adapter}
+    found = {
+        t.dtype
+        for t in base_of(model).state_dict(keep_vars=True).values()
+        if t.is_floating_point() and id(t) not in adapter
+    }
     return "mixed" if len(found) > 1 else str(*found).removeprefix("torch.")
 
 
 def freeze_towers(model: torch.nn.Module) -> None:
-    """Freeze, with a UserWarning, what text does not pass through: the parts of a model that see or hear, and what joins them to the text."""
+    """Freeze, with a UserWarning, what text does not pass through: the parts of a model that see or hear, and what
+    joins them to the text."""
     base = base_of(model)
     kinds = tuple(map(type, _towers(getattr(base, "config", None))))
     if not kinds:
         return
-    outside = {id(p) for module in base.modules() if isinstance(getattr(module, "config", None), kinds) for p in module.parameters()}
+    outside = {
+        id(p)
+        for module in base.modules()
+        if isinstance(getattr(module, "config", None), kinds)
+        for p in module.parameters()
+    }
     if "text_config" in base.config.sub_configs:
-        text = [part for part in (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()) if part is not None]
+        text = [
+            part
+            for part in (base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings())
+            if part is not None
+        ]
         outside |= {id(p) for p in base.parameters()} - {id(p) for part in text for p in part.parameters()}
     frozen = {name: p for name, p in base.named_parameters() if p.requires_grad and id(p) in outside}
     for p in frozen.values():
@@ -141,13 +172,15 @@ def freeze_towers(model: torch.nn.Module) -> None:
 
 def _towers(config: Any) -> list[Any]:
     """The configs of the parts that see or hear."""
-    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if key.startswith(("vision", "audio"))]
+    parts = [
+        getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if key.startswith(("vision", "audio"))
+    ]
     return [part for part in parts if part is not None]
 
 
 def path_of(name: str) -> str:
-    """Where a model of this name is, for transformers and engines: the embedded one is a folder of the package. ValueError for what can only be a
-    path, and is no folder."""
+    """Where a model of this name is, for transformers and engines: the embedded one is a folder of the package.
+    ValueError for what can only be a path, and is no folder."""
     path = Path(name)
     if path.is_file():
         raise ValueError(f"model {name} is a file: give its folder")
@@ -158,7 +191,8 @@ def path_of(name: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the GPU if there is one. ValueError for one that torch does not know or see."""
+    """The device of this name; "auto" is the GPU if there is one. ValueError for one that torch does not know or
+    see."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -171,14 +205,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike, *, merge_lora: bool = False) -> None:
-    """Write what `from_pretrained` reads: safetensors, configs, tokenizer. `folder` is whole or, as before the call, what it was;
-    an older one of the name is replaced. OSError if it cannot be written.
+    """Write what `from_pretrained` reads: safetensors, configs, tokenizer. `folder` is whole or, as before the call,
+    what it was; an older one of the name is replaced. OSError if it cannot be written.
 
-    A merged model is first compared, in float32, with the adapter over its base: ValueError, and nothing written, where it computes otherwise.
-    Of a model that also sees or hears all parts are written, and the settings of its processor if it came from a folder or the hub.
-    Of a model with a PEFT adapter the adapter is written, or with merge_lora the full model with the adapter added into its
-    weights (made on the CPU; `model` stays as it is). A model of several dtypes is written as it is and load_model reads it so, while
-    transformers rounds all of it to the dtype of its first weight.
+    A merged model is first compared, in float32, with the adapter over its base: ValueError, and nothing written, where
+    it computes otherwise. Of a model that also sees or hears all parts are written, and the settings of its processor
+    if it came from a folder or the hub. Of a model with a PEFT adapter the adapter is written, or with merge_lora the
+    full model with the adapter added into its weights (made on the CPU; `model` stays as it is). A model of several
+    dtypes is written as it is and load_model reads it so, while transformers rounds all of it to the dtype of its first
+    weight.
     """
     from safetensors import SafetensorError
 
@@ -218,13 +253,16 @@ def _copy_processor(model: torch.nn.Module, folder: Path) -> None:
 
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
         with contextlib.suppress(OSError):  # a model made in memory has no folder
-            if path := cached_file(model.name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False):
+            if path := cached_file(
+                model.name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
+            ):
                 shutil.copy(path, folder / name)
 
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Any failure as a ValueError of one line: what transformers, peft and the hub say, in any type of error, can be a page."""
+    """Any failure as a ValueError of one line: what transformers, peft and the hub say, in any type of error, can be a
+    page."""
     try:
         yield
     except Exception as error:
@@ -237,8 +275,9 @@ def first_line(error: BaseException) -> str:
 
 
 def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, torch.dtype]:
-    """(model without memory, its tokenizer, dtype of its weights): what an engine needs to know that loads the weights by itself. Its
-    parameters, without the tied ones, have the checkpoint's names and shapes. ValueError, of one line, as of load_model."""
+    """(model without memory, its tokenizer, dtype of its weights): what an engine needs to know that loads the weights
+    by itself. Its parameters, without the tied ones, have the checkpoint's names and shapes. ValueError, of one line,
+    as of load_model."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import find_adapter_config_file
 
@@ -246,10 +285,15 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
     with _one_line(f"model {name}"):
         adapter = find_adapter_config_file(path) is not None
     if adapter:
-        raise ValueError(f"model {name} is an adapter, which this engine cannot perturb: give the whole model, or use --engine hf")
+        raise ValueError(
+            f"model {name} is an adapter, which this engine cannot perturb: give the whole model, or use --engine hf"
+        )
     config = _load_config(path, f"model {name}")
     if dtype == "auto" and getattr(config, _MIXED, False):
-        raise ValueError(f"model {name} has tensors of several dtypes, which this engine would make one: give --dtype, or use --engine hf")
+        raise ValueError(
+            f"model {name} has tensors of several dtypes, which this engine would make one: give --dtype, or use "
+            "--engine hf"
+        )
     found = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     with _one_line(f"model {name}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=found)
@@ -265,11 +309,16 @@ def _load_config(path: str, what: str) -> Any:
     with _one_line(what):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{what} has quantised weights, and noise is added to float32, bfloat16 and float16 only: give the unquantised model")
+        raise ValueError(
+            f"{what} has quantised weights, and noise is added to float32, bfloat16 and float16 only: give the "
+            "unquantised model"
+        )
     return config
 
 
-def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None, mixed: bool) -> tuple[torch.nn.Module, bool]:
+def _load_base(
+    path: str, what: str, dtype: str, attn_implementation: str | None, mixed: bool
+) -> tuple[torch.nn.Module, bool]:
     """The model, and whether each tensor has the dtype of its file."""
     from transformers import AutoModelForCausalLM
 
@@ -279,14 +328,21 @@ def _load_base(path: str, what: str, dtype: str, attn_implementation: str | None
         dtype = "float32"  # holds every value of the others
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _one_line(what):
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
+        )
     # transformers fills them with random numbers, others on every machine.
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{what} lacks {len(missing)} weight(s) of {type(model).__name__}, e.g. {missing[0]}: give a complete checkpoint of a causal LM"
+            f"{what} lacks {len(missing)} weight(s) of {type(model).__name__}, e.g. {missing[0]}: give a complete "
+            "checkpoint of a causal LM"
         )
     if _towers(config) and not _towers(model.config):
-        warnings.warn(f"of {what} only the text part, {type(model).__name__}, is loaded: what is tuned and saved is without the rest", stacklevel=3)
+        warnings.warn(
+            f"of {what} only the text part, {type(model).__name__}, is loaded: what is tuned and saved is without the "
+            "rest",
+            stacklevel=3,
+        )
     if mixed:
         with _one_line(what):
             _cast_as_in_files(model, _dtypes_in_files(path))
@@ -314,7 +370,8 @@ def _dtypes_in_files(path: str) -> dict[str, torch.dtype]:
 
 
 def _cast_as_in_files(model: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Give each parameter and buffer the dtype of the file's tensor, or of the tensors that it is made of the widest."""
+    """Give each parameter and buffer the dtype of the file's tensor, or of the tensors that it is made of the
+    widest."""
     for name, tensor, *segments in itertools.chain(named_segments(model), model.named_buffers()):
         found = [dtypes[key] for key in ({s.name for s in segments[0]} if segments else {name}) if dtypes.get(key)]
         if found and tensor.is_floating_point():
@@ -334,16 +391,21 @@ def _load_tokenizer(name: str, path: str, base_path: str) -> Any:
 def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: torch.nn.Module) -> None:
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise ValueError(f"pad_token {pad_token!r} is no token of {name}: give one that its tokenizer knows, e.g. {tokenizer.eos_token!r}")
+            raise ValueError(
+                f"pad_token {pad_token!r} is no token of {name}: give one that its tokenizer knows, e.g. "
+                f"{tokenizer.eos_token!r}"
+            )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            f"the tokenizer of {name} has no pad token, which batches need: give --pad_token with an existing one, e.g. {tokenizer.eos_token!r}"
+            f"the tokenizer of {name} has no pad token, which batches need: give --pad_token with an existing one, "
+            f"e.g. {tokenizer.eos_token!r}"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id >= rows:
         raise ValueError(
-            f"pad token {tokenizer.pad_token!r} of {name} is number {tokenizer.pad_token_id}, but the model embeds {rows} tokens: give another --pad_token"
+            f"pad token {tokenizer.pad_token!r} of {name} is number {tokenizer.pad_token_id}, but the model embeds "
+            f"{rows} tokens: give another --pad_token"
         )
 
 
@@ -357,23 +419,30 @@ def _peft():
 def _add_lora(base: torch.nn.Module, rank: int) -> torch.nn.Module:
     peft = _peft()
     # Llama 4's and PhiMoE's routers are linear layers that return a tuple, which PEFT cannot wrap.
-    routers = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")]
+    routers = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")
+    ]
     options = {"target_modules": "all-linear", "exclude_modules": routers or None}
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
     with _one_line(f"LoRA adapter of {type(base).__name__}"), torch.random.fork_rng(devices=[]):
         model = peft.get_peft_model(base, config)
-    # Instead of PEFT's own draw for A, which depends on the device and on torch's version: the kernels' noise, with the same
-    # variance, 1 / (3 * inputs). B starts at 0.
+    # Instead of PEFT's own draw for A, which depends on the device and on torch's version: the kernels' noise, with the
+    # same variance, 1 / (3 * inputs). B starts at 0.
     with torch.no_grad():
         for name, parameter, *_ in named_segments(model):
             if parameter.requires_grad and "lora_A" in name.split("."):
-                es_kernels.add_noise_(parameter.zero_(), [LORA_SEED], [1 / math.sqrt(3 * parameter.shape[1])], name=name)
+                es_kernels.add_noise_(
+                    parameter.zero_(), [LORA_SEED], [1 / math.sqrt(3 * parameter.shape[1])], name=name
+                )
     return model
 
 
 def _merged(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the CPU with the adapter added into the weights. ValueError where the copy computes otherwise: PEFT adds more than once into weights
-    that layers share (Zamba), and into some that its layers do not compute with (Jamba)."""
+    """A copy on the CPU with the adapter added into the weights. ValueError where the copy computes otherwise: PEFT
+    adds more than once into weights that layers share (Zamba), and into some that its layers do not compute with
+    (Jamba)."""
     exact = _on_cpu(model, torch.float32)
     attention = base_of(exact).config._attn_implementation
     if attention not in ("eager", "sdpa"):  # what is for GPUs
@@ -381,10 +450,13 @@ def _merged(model: torch.nn.Module) -> torch.nn.Module:
     ids = torch.arange(16)[None] % base_of(exact).config.get_text_config().vocab_size
     with torch.no_grad():
         before = exact(input_ids=ids, use_cache=False).logits
-        error = (exact.merge_and_unload()(input_ids=ids, use_cache=False).logits - before).abs().max() / before.abs().max()
+        error = (
+            exact.merge_and_unload()(input_ids=ids, use_cache=False).logits - before
+        ).abs().max() / before.abs().max()
     if not error <= _SAME_LOGITS:
         raise ValueError(
-            f"PEFT cannot add this adapter into the weights of {type(base_of(model)).__name__}: logits would be off by {error:.1g} of the largest; "
+            f"PEFT cannot add this adapter into the weights of {type(base_of(model)).__name__}: logits would be off by "
+            f"{error:.1g} of the largest; "
             "write the adapter, without merge_lora"
         )
     del exact
@@ -398,14 +470,16 @@ def _on_cpu(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.n
         copied = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
         return torch.nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else copied
 
-    memo = {id(t): moved(t) for t in itertools.chain(model.parameters(), model.buffers())}  # of which deepcopy makes no copies of its own
+    # Of which deepcopy makes no copies of its own
+    memo = {id(t): moved(t) for t in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager
 def _savable_generation_config(model: torch.nn.Module, folder: Path) -> Iterator[None]:
-    """Within, the model's generation config is one that can be saved: transformers refuses options of sampling without do_sample,
-    which published models have. They are left out of what is written; greedy text does not depend on them."""
+    """Within, the model's generation config is one that can be saved: transformers refuses options of sampling without
+    do_sample, which published models have. They are left out of what is written; greedy text does not depend on
+    them."""
     config = model.generation_config
     try:
         config.save_pretrained(folder)

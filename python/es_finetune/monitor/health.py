@@ -1,4 +1,5 @@
-"""How a run is doing: how much of the noise and of the step reaches the weights, how far they have moved, and what to do about it.
+"""How a run is doing: how much of the noise and of the step reaches the weights, how far they have moved, and what to
+do about it.
 
 Weights in bf16 swallow what is smaller than half of their last digit. How much that is depends on the tensor, so it is
 measured on a sample of each: a contiguous chunk at a place that its name decides.
@@ -20,7 +21,8 @@ import es_kernels
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_kernels.noise import stream_id
 
-# Elements of a chunk. An unrelated chunk of 4096 has |correlation| < 0.05, drift is off by 1 %; 16384 cost four times as much.
+# Elements of a chunk. An unrelated chunk of 4096 has |correlation| < 0.05, drift is off by 1 %; 16384 cost four times
+# as much.
 SAMPLES = 4096
 _LEAST = 64  # with fewer elements a correlation is a matter of chance
 FAITHFUL = 0.9  # correlation under which a tensor is named: a fifth of what moves it is then rounding (1 - 0.9^2)
@@ -43,7 +45,9 @@ class _Chunk(NamedTuple):
         """Its elements in that table: a view of rows * cols elements."""
         tensor, part = table.tensors[self.tensor].detach(), self.part
         if not self.whole:
-            return tensor.as_strided((part.rows, part.cols), (part.row_stride, 1), tensor.storage_offset() + part.offset)
+            return tensor.as_strided(
+                (part.rows, part.cols), (part.row_stride, 1), tensor.storage_offset() + part.offset
+            )
         if tensor.is_contiguous():
             return tensor.view(-1)[part.first : part.first + part.cols]
         *row, first = np.unravel_index(part.first, tensor.shape)
@@ -51,11 +55,11 @@ class _Chunk(NamedTuple):
 
 
 class Health:
-    """Looks at an optimizer's weights, in this order: `measure_member` while a member is in place, `measure_before_update` and
-    `measure_after_update` around `tell`. Changes nothing.
+    """Looks at an optimizer's weights, in this order: `measure_member` while a member is in place,
+    `measure_before_update` and `measure_after_update` around `tell`. Changes nothing.
 
-    Make it before the first update: drift is counted from the weights of then. It keeps a chunk of up to `samples` elements
-    of each tensor, four times in f32. A look waits for a GPU once or twice.
+    Make it before the first update: drift is counted from the weights of then. It keeps a chunk of up to `samples`
+    elements of each tensor, four times in f32. A look waits for a GPU once or twice.
     """
 
     def __init__(self, optimizer: EvolutionStrategy, samples: int = SAMPLES):
@@ -63,10 +67,13 @@ class Health:
         chunks = [
             _Chunk(group, number, *chunk)
             for group, tables in enumerate(optimizer.tables)
-            for number, (name, tensor, segments) in enumerate(zip(tables.live.names, tables.live.tensors, tables.live.layout.segments))
+            for number, (name, tensor, segments) in enumerate(
+                zip(tables.live.names, tables.live.tensors, tables.live.layout.segments)
+            )
             for chunk in _sample(name, tensor, segments, samples)
         ]
-        self.chunks = sorted(chunks, key=lambda chunk: chunk.size)  # those of one size make one matrix, to be summed in one go
+        # Those of one size make one matrix, to be summed in one go
+        self.chunks = sorted(chunks, key=lambda chunk: chunk.size)
         self.names = list(dict.fromkeys(chunk.part.name for chunk in self.chunks))
         places = {name: place for place, name in enumerate(self.names)}
         self._places = [places[chunk.part.name] for chunk in self.chunks]
@@ -78,19 +85,24 @@ class Health:
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._noise: dict[str, Any] = {}
 
-    # --- three looks ---------------------------------------------------------------------------------------------------
+    # --- three looks
+    # ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def measure_member(self) -> dict[str, Any]:
-        """Compare what the member now in place does to live with the noise that it should have, sigma * eps: the first three
-        entries of what `measure_after_update` returns.
+        """Compare what the member now in place does to live with the noise that it should have, sigma * eps: the first
+        three entries of what `measure_after_update` returns.
 
-        Done to live means: against live without it, round-to-nearest(theta). With base=None there is no theta as long as a
-        member is in it; then it is taken out of the sample in the way the optimizer will take it out of the weights.
+        Done to live means: against live without it, round-to-nearest(theta). With base=None there is no theta as long
+        as a member is in it; then it is taken out of the sample in the way the optimizer will take it out of the
+        weights.
         """
         inside = [tables.inside for tables in self.optimizer.tables]
         if None in inside:
-            raise RuntimeError("measure_member() was called without a member in the weights: call it in the closure of evaluate(), or in perturbed()")
+            raise RuntimeError(
+                "measure_member() was called without a member in the weights: call it in the closure of evaluate(), or "
+                "in perturbed()"
+            )
         live = self._read("live")
         if self.optimizer.base is None:
             self._scratch.copy_(live)
@@ -113,7 +125,10 @@ class Health:
         ratio = np.sqrt(xx / yy)
         lowest, weakest = (int(np.where(large, values, np.inf).argmin()) for values in (correlation, ratio))
         self._noise = {
-            "correlation": {self.names[i]: [float(correlation[i]), float(ratio[i])] for i in np.flatnonzero(large & (correlation < FAITHFUL))},
+            "correlation": {
+                self.names[i]: [float(correlation[i]), float(ratio[i])]
+                for i in np.flatnonzero(large & (correlation < FAITHFUL))
+            },
             "correlation_min": [self.names[lowest], float(correlation[lowest])],
             "rms_ratio_min": [self.names[weakest], float(ratio[weakest])],
         }
@@ -125,13 +140,18 @@ class Health:
 
     @torch.no_grad()
     def measure_after_update(self) -> dict[str, Any]:
-        """What metrics.jsonl holds as a generation's health. Over all tuned weights, each tensor's chunk standing for the tensor:
+        """What metrics.jsonl holds as a generation's health. Over all tuned weights, each tensor's chunk standing for
+        the tensor:
 
-        correlation         name -> [correlation of realised and intended noise, rms of realised / rms of intended noise], of
+        correlation         name -> [correlation of realised and intended noise, rms of realised / rms of intended
+        noise], of
                             tensors with a correlation under 0.9
-        correlation_min     [name, correlation] of the tensor with the lowest, rms_ratio_min [name, rms ratio] of the one with
-                            the smallest; tensors of under 64 elements are left out, and these are None without any others
-        step_correlation    of the change of live by this update with the update before any rounding (made again in f32, decay
+        correlation_min     [name, correlation] of the tensor with the lowest, rms_ratio_min [name, rms ratio] of the
+        one with
+                            the smallest; tensors of under 64 elements are left out, and these are None without any
+                            others
+        step_correlation    of the change of live by this update with the update before any rounding (made again in f32,
+        decay
                             and momentum included); None if there was no update. With base "fp32" and "host" what live
                             does not show yet is kept in theta; with "copy" and None the rest is noise or lost.
         step_rms            of the change of live
@@ -146,7 +166,9 @@ class Health:
         anchors = self._anchors() if any(step.decay for step in steps) else [None] * len(steps)
         for table, step, anchor in zip(self._tables, steps, anchors):
             if step.seeds:
-                es_kernels.add_noise_(table, step.seeds, step.coefs, decay=step.decay, anchor=anchor if step.decay else None)
+                es_kernels.add_noise_(
+                    table, step.seeds, step.coefs, decay=step.decay, anchor=anchor if step.decay else None
+                )
         step = self._pooled(self._sums(self._read("live").sub_(live), self._scratch.sub_(theta)))
         moved = self._pooled(self._sums(self._read("theta").sub_(self._theta0), self._theta0))
         n = step[0]
@@ -160,7 +182,8 @@ class Health:
         self._noise = {}
         return found
 
-    # --- the sample ----------------------------------------------------------------------------------------------------
+    # --- the sample
+    # ----------------------------------------------------------------------------------------------------
 
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The part of each chunk in a buffer of all."""
@@ -173,12 +196,15 @@ class Health:
         entries: list[list] = [[] for _ in self.optimizer.tables]
         for number, (chunk, view) in enumerate(zip(self.chunks, self._views(buffer))):
             part = chunk.part
-            segment = es_kernels.Segment(part.name, part.rows, part.cols, first=part.first, index_stride=part.index_stride)
+            segment = es_kernels.Segment(
+                part.name, part.rows, part.cols, first=part.first, index_stride=part.index_stride
+            )
             entries[chunk.group].append((str(number), view, [segment]))
         return buffer, [es_kernels.ParamTable(of_group) for of_group in entries]
 
     def _read(self, kind: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """All chunks of "live", "theta" or "anchor", one after the other, in f32. Of a group without an anchor they stay as they are."""
+        """All chunks of "live", "theta" or "anchor", one after the other, in f32. Of a group without an anchor they
+        stay as they are."""
         buffer = torch.empty(len(self._scratch), device=self._device) if into is None else into
         tables = [getattr(of_group, kind) for of_group in self.optimizer.tables]
         for chunk, view in zip(self.chunks, self._views(buffer)):
@@ -220,7 +246,8 @@ def _correlation(n, sx, sy, xx, yy, xy):
 def _sample(
     name: str, tensor: torch.Tensor, segments: Sequence[es_kernels.Segment] | None, samples: int
 ) -> Iterator[tuple[es_kernels.Segment, bool, int]]:
-    """(part, whole, elements it stands for): one chunk of a tensor, or one of each of its segments, which share the samples."""
+    """(part, whole, elements it stands for): one chunk of a tensor, or one of each of its segments, which share the
+    samples."""
     if segments is None:
         if tensor.numel():
             run = tensor.numel() if tensor.is_contiguous() else tensor.shape[-1]  # elements in a row in memory
@@ -238,10 +265,15 @@ def _sample(
         rows = min(part.rows, samples // cols)
         row, col = stream % (part.rows - rows + 1), stream % (part.cols - cols + 1)
         offset, first = part.offset + row * part.row_stride + col, part.first + row * part.index_stride + col
-        yield es_kernels.Segment(part.name, rows, cols, offset, part.row_stride, first, part.index_stride), False, part.rows * part.cols
+        yield (
+            es_kernels.Segment(part.name, rows, cols, offset, part.row_stride, first, part.index_stride),
+            False,
+            part.rows * part.cols,
+        )
 
 
-# --- in plain words ------------------------------------------------------------------------------------------------------
+# --- in plain words
+# ------------------------------------------------------------------------------------------------------
 
 # The beginning of each warning, by which it is known again in the rows that follow.
 _NO_SIGNAL = "every member scored the same"
@@ -265,14 +297,19 @@ _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
 def is_norm(name: str) -> bool:
-    """Whether a tensor of this name belongs to a norm. Such weights are near 1, where bf16 knows no step smaller than 0.004: of sigma 0.001
-    about a third arrives (correlation 0.36), in the run of the paper as in this one."""
+    """Whether a tensor of this name belongs to a norm. Such weights are near 1, where bf16 knows no step smaller than
+    0.004: of sigma 0.001 about a third arrives (correlation 0.36), in the run of the paper as in this one."""
     return any(_NORM.search(part) for part in name.split(".")[-2:])
 
 
 def swallowed(row: dict[str, Any], norms: bool) -> dict[str, list[float]]:
-    """The tensors whose noise a look found swallowed, norms or all others: name -> [correlation, rms realised / meant]."""
-    return {name: found for name, found in (row.get("health") or {}).get("correlation", {}).items() if is_norm(name) == norms}
+    """The tensors whose noise a look found swallowed, norms or all others: name -> [correlation, rms realised /
+    meant]."""
+    return {
+        name: found
+        for name, found in (row.get("health") or {}).get("correlation", {}).items()
+        if is_norm(name) == norms
+    }
 
 
 def norms_note(rows: Sequence[dict[str, Any]]) -> str | None:
@@ -282,20 +319,26 @@ def norms_note(rows: Sequence[dict[str, Any]]) -> str | None:
         return None
     lowest = min(correlation for correlation, _ in found.values())
     return (
-        f"part of the noise is lost in {len(found)} norm weight(s), which are near 1, where their dtype is too coarse for it (lowest correlation "
+        f"part of the noise is lost in {len(found)} norm weight(s), which are near 1, where their dtype is too coarse "
+        "for it (lowest correlation "
         f"{lowest:.2f}); so it is in the paper's run, and nothing needs to be done"
     )
 
 
 def warnings_of(rows: Sequence[dict[str, Any]], config: Any, look: dict[str, Any] | None = None) -> list[str]:
-    """What a user should know after the last of `rows` (of metrics.jsonl, from the first generation on), one sentence each.
+    """What a user should know after the last of `rows` (of metrics.jsonl, from the first generation on), one sentence
+    each.
 
-    `config`: what was asked for (`sigma` and `population` are read). `look`: the latest row of evals.jsonl, where there is one. A kind of warning that
-    was given within the last 50 generations is not given again.
+    `config`: what was asked for (`sigma` and `population` are read). `look`: the latest row of evals.jsonl, where there
+    is one. A kind of warning that was given within the last 50 generations is not given again.
     """
     row = rows[-1]
     recent = [warning for earlier in rows[-REPEAT:-1] for warning in earlier.get("warnings", ())]
-    return [f"{kind}{text}" for kind, text in _findings(rows, row, config, look) if not any(warning.startswith(kind) for warning in recent)]
+    return [
+        f"{kind}{text}"
+        for kind, text in _findings(rows, row, config, look)
+        if not any(warning.startswith(kind) for warning in recent)
+    ]
 
 
 def _findings(rows, row, config, look) -> Iterator[tuple[str, str]]:
@@ -309,28 +352,52 @@ def _findings(rows, row, config, look) -> Iterator[tuple[str, str]]:
     elif alike > _MOST_ALIKE:
         yield _IDENTICAL, f": {alike:.0%} of them give the very answers of another: raise {sigma}"
     if (fallen := _collapse([row["reward_mean"] for row in rows], [row["reward_std"] for row in rows])) is not None:
-        yield _COLLAPSE, f" from {fallen[0]:.3g} to {fallen[1]:.3g} (it began at {rows[0]['reward_mean']:.3g}): lower lr (now {row['lr']:g}) or {sigma}"
+        yield (
+            _COLLAPSE,
+            f" from {fallen[0]:.3g} to {fallen[1]:.3g} (it began at {rows[0]['reward_mean']:.3g}): lower lr (now "
+            f"{row['lr']:g}) or {sigma}",
+        )
     if look is not None and _far_below(row, look):
-        here, there = (f"{of[mean]:.3g} ({of['reward_low']:.3g} to {of['reward_high']:.3g})" for of, mean in ((row, "reward_mean"), (look, "reward")))
-        yield _FAR, f": reward {here} on the training prompts, {there} without noise on the held-out ones: lower {sigma}"
+        here, there = (
+            f"{of[mean]:.3g} ({of['reward_low']:.3g} to {of['reward_high']:.3g})"
+            for of, mean in ((row, "reward_mean"), (look, "reward"))
+        )
+        yield (
+            _FAR,
+            f": reward {here} on the training prompts, {there} without noise on the held-out ones: lower {sigma}",
+        )
     lost = sorted(swallowed(row, norms=False).items(), key=lambda item: item[1])
     if lost:
         named = "; ".join(f"{name} {correlation:.2f}, {ratio:.2f}" for name, (correlation, ratio) in lost[:3])
         named += "; ..." if len(lost) > 3 else ""
         remedy = "give them a larger sigma with --sigma_for, or float32 with --dtype, or --freeze them"
-        yield _SWALLOWED, f" in {len(lost)} tensor(s), being too small for their dtype (correlation, rms realised / meant: {named}): {remedy}"
+        yield (
+            _SWALLOWED,
+            f" in {len(lost)} tensor(s), being too small for their dtype (correlation, rms realised / meant: {named}): "
+            f"{remedy}",
+        )
     if row["failed"]:
-        yield _FAILED, f" for {row['failed']} answers, {row['failed'] / config.population:.3g} of each member; the first: {row['failed_example']}"
+        yield (
+            _FAILED,
+            f" for {row['failed']} answers, {row['failed'] / config.population:.3g} of each member; the first: "
+            f"{row['failed_example']}",
+        )
     outside = [earlier["share_outside"] for earlier in rows[-_NOW:]]
     if len(outside) == _NOW and min(outside) > _OUTSIDE_SHARE:
-        yield _OUTSIDE, f": {row['share_outside']:.0%} of it is spent outside of generating and scoring; with more prompts per member that is less"
+        yield (
+            _OUTSIDE,
+            f": {row['share_outside']:.0%} of it is spent outside of generating and scoring; with more prompts per "
+            "member that is less",
+        )
 
 
 def _collapse(means: Sequence[float], stds: Sequence[float]) -> tuple[float, float] | None:
-    """(best, present) reward, if the present one has lost half of what the best had gained, or more, and fallen far from it.
+    """(best, present) reward, if the present one has lost half of what the best had gained, or more, and fallen far
+    from it.
 
-    Far is _DROP times the members' median spread, or the median change from one generation to the next if that is more: at a
-    small sigma, prompts drawn anew move the mean by six times the spread. Not a share of the best: rewards may be negative.
+    Far is _DROP times the members' median spread, or the median change from one generation to the next if that is more:
+    at a small sigma, prompts drawn anew move the mean by six times the spread. Not a share of the best: rewards may be
+    negative.
     """
     if len(means) < _SMOOTH + _NOW:
         return None
@@ -342,8 +409,9 @@ def _collapse(means: Sequence[float], stds: Sequence[float]) -> tuple[float, flo
 
 
 def _far_below(row: dict[str, Any], look: dict[str, Any]) -> bool:
-    """Whether the noise costs more than half of the reward, more than three times what sets members apart, and more than the choice of questions
-    can explain: members answer training prompts and theta held-out ones, so that their 95 % intervals must be disjoint.
+    """Whether the noise costs more than half of the reward, more than three times what sets members apart, and more
+    than the choice of questions can explain: members answer training prompts and theta held-out ones, so that their 95
+    % intervals must be disjoint.
 
     On the embedded model sigma 0.03 is such a one: after 30 generations 68 % are right, where 0.01 comes to 86 %.
     """

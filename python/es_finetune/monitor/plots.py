@@ -1,7 +1,7 @@
 """The pictures of a run: reward.png, and the same axes as inline SVG for report.html.
 
-Rows are those of metrics.jsonl, evals those of evals.jsonl. Generations are counted from 1 on the axes: a row's place is the
-number of updates done after it, so both kinds share one axis.
+Rows are those of metrics.jsonl, evals those of evals.jsonl. Generations are counted from 1 on the axes: a row's place
+is the number of updates done after it, so both kinds share one axis.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def plot_run(path: Path, title: str, metric: str, rows: list[Row], evals: list[R
 
 
 def svg(label: str, draw: Callable[[Any], None]) -> str:
-    """What `draw` does to a pair of axes, as an <svg> element to stand inside HTML; `label` is read to those who do not see it."""
+    """What `draw` does to a pair of axes, as an <svg> element to stand inside HTML; `label` is read to those who do not
+    see it."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # hashsalt: ids that differ between the plots of a page and not between two reports of a run. fonttype: text stays text.
+    # hashsalt: ids that differ between the plots of a page and not between two reports of a run. fonttype: text stays
+    # text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
@@ -66,11 +68,14 @@ def svg(label: str, draw: Callable[[Any], None]) -> str:
         figure.get_layout_engine().set(w_pad=8 / 72)  # the page's font may be wider than the one measured here
         figure.draw_without_rendering()  # a layout changes which ticks there are, so it takes two
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     body = out.getvalue()
     box = re.search(r'viewBox="[^"]*"', body)[0]
     body = body[body.index(">", body.index("<svg")) + 1 :]
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # axes_1 and its like: nothing refers to them, every plot has them, and a page may have an id once
+    # Axes_1 and its like: nothing refers to them, every plot has them, and a page may have an id once
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)  # the page's font
     for colour, name in _NAMES.items():
         body = body.replace(colour, f"var(--{name})")
@@ -82,7 +87,15 @@ def draw_rewards(axes: Any, rows: list[Row]) -> None:
     x = _updates(rows)
     low, mean, high = (_series(rows, name) for name in ("reward_min", "reward_mean", "reward_max"))
     if len(x) == 1:
-        axes.errorbar(x, mean, yerr=[[mean[0] - low[0]], [high[0] - mean[0]]], color=INK, fmt="o", capsize=4, label="mean, min to max")
+        axes.errorbar(
+            x,
+            mean,
+            yerr=[[mean[0] - low[0]], [high[0] - mean[0]]],
+            color=INK,
+            fmt="o",
+            capsize=4,
+            label="mean, min to max",
+        )
     else:
         axes.fill_between(x, low, high, color=BAND, alpha=0.6, linewidth=0, label="min to max of the members")
         axes.plot(x, mean, color=INK, linewidth=1.8, label="mean")
@@ -107,12 +120,14 @@ def draw_held_out(axes: Any, metric: str, evals: list[Row]) -> None:
         markersize=4,
     )
     top, bottom = max(ends[1]), min(ends[0])
-    room = 0.18 * ((top if metric == "exact" else top - bottom) or 1.0)  # above the last point, where its value is written
+    # Above the last point, where its value is written
+    room = 0.18 * ((top if metric == "exact" else top - bottom) or 1.0)
     axes.set_ylim(0.0 if metric == "exact" else bottom - room, top + room)
     if metric == "exact":
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     for index in {0, len(x) - 1}:
-        above = index > 0 or ends[0][0] - room < axes.get_ylim()[0]  # the base model's below its point, if there is room: the curve goes up from it
+        # The base model's below its point, if there is room: the curve goes up from it
+        above = index > 0 or ends[0][0] - room < axes.get_ylim()[0]
         axes.annotate(
             value(metric, y[index]),
             (x[index], ends[1 if above else 0][index]),
@@ -126,7 +141,13 @@ def draw_held_out(axes: Any, metric: str, evals: list[Row]) -> None:
     axes.set_xlabel("updates")
 
 
-def draw_lines(axes: Any, rows: list[Row], lines: dict[str, Callable[[Row], float | None]], percent: bool = False, correlation: bool = False) -> None:
+def draw_lines(
+    axes: Any,
+    rows: list[Row],
+    lines: dict[str, Callable[[Row], float | None]],
+    percent: bool = False,
+    correlation: bool = False,
+) -> None:
     """One line for each label: f(row), where it is not None. Several lines get a legend. The axis begins at 0; of a
     `correlation` it ends at 1 and begins at 0.9 or below."""
     for (label, read), colour in zip(lines.items(), (INK, SCORE, ACCENT)):
@@ -164,7 +185,9 @@ def draw_time(axes: Any, rows: list[Row]) -> None:
     for name, colour in {**parts, "other": REST}.items():
         share = [part / total for part, total in zip(seconds[name], whole) for _ in range(2)]
         above = [a + b for a, b in zip(below, share)]
-        axes.fill_between(x, below, above, color=colour, linewidth=0, label=f"{name} {sum(seconds[name]) / sum(whole):.1%}")
+        axes.fill_between(
+            x, below, above, color=colour, linewidth=0, label=f"{name} {sum(seconds[name]) / sum(whole):.1%}"
+        )
         below = above
     axes.set(ylim=(0, 1), xlim=(x[0], x[-1]))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -182,7 +205,16 @@ def _series(rows: list[Row], name: str) -> list[float]:
 
 def _legend(axes: Any) -> None:
     """Below the axes, where it hides no data."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=4, frameon=False, labelcolor=TEXT, fontsize=9, handlelength=1, columnspacing=1)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.19),
+        ncols=4,
+        frameon=False,
+        labelcolor=TEXT,
+        fontsize=9,
+        handlelength=1,
+        columnspacing=1,
+    )
 
 
 def _dress(axes: Any) -> None:

@@ -32,18 +32,22 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Use as a context manager; `update` after every generation. `metric`: the headline on held-out items, exact or reward. `done`: generations
-    that an earlier process did."""
+    """Use as a context manager; `update` after every generation. `metric`: the headline on held-out items, exact or
+    reward. `done`: generations that an earlier process did."""
 
     def __init__(self, generations: int, metric: str = "exact", console: Console | None = None, done: int = 0):
         self.generations, self.metric = generations, metric
         self.console = console or Console(highlight=False, soft_wrap=True)
         # In a notebook rich draws its live line with ipywidgets; without them it would only complain.
-        self.live = self.console.is_terminal or (self.console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
-        # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower still, its end is cut.
+        self.live = self.console.is_terminal or (
+            self.console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+        )
+        # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower
+        # still, its end is cut.
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self.bar = Bar(text, console=self.console, disable=not self.live)
-        self.latest = self.line = f"{done}/{generations}"  # what the live line says of the generations done, in short and in full
+        # What the live line says of the generations done, in short and in full
+        self.latest = self.line = f"{done}/{generations}"
         self.row = self.bar.add_task(self.latest, total=generations)
         self.first: tuple[int, float] | None = None
 
@@ -56,7 +60,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays: a warning, an estimate, an eval on the held-out items."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.live)  # on a terminal broken between words
+        # On a terminal broken between words
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.live)
 
     def now(self, text: str) -> None:
         """What is being done, on the live line behind what the generations came to."""
@@ -72,12 +77,15 @@ class Progress:
         self.now(f"member {number}/{population}{about}")
 
     def update(self, row: dict[str, Any], held_out: float | None, seconds: float) -> None:
-        """`row`: the generation's metrics; `held_out`: the latest headline on held-out items; `seconds`: since this process began the run."""
+        """`row`: the generation's metrics; `held_out`: the latest headline on held-out items; `seconds`: since this
+        process began the run."""
         done = row["generation"] + 1
         # Looks at the held-out items between generations count, what came before the first one does not.
         first, then = self.first = self.first or (done, seconds)
         each = (seconds - then) / (done - first) if done > first else row["seconds"]
-        held = value(self.metric, held_out) if self.metric == "reward" else f"{self.metric} {value(self.metric, held_out)}"
+        held = (
+            value(self.metric, held_out) if self.metric == "reward" else f"{self.metric} {value(self.metric, held_out)}"
+        )
         self.latest = (
             f"{done:{len(str(self.generations))}d}/{self.generations}  reward {value('reward', row['reward_mean'])}  "
             f"held-out {held}  {duration(seconds)}, {duration(each * (self.generations - done))} left"
@@ -92,6 +100,8 @@ class Progress:
 def counting(what: str) -> Iterator[Callable[[int], None]]:
     """A live line "what: n" on a terminal, nothing elsewhere; call what it gives with n."""
     console = Console()
-    with Bar(TextColumn("{task.description}", markup=False), console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(
+        TextColumn("{task.description}", markup=False), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         row = bar.add_task(what, total=None)
         yield lambda n: bar.update(row, description=f"{what}: {n}")

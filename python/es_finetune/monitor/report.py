@@ -1,7 +1,7 @@
 """report.html: what a run did, on one page that needs nothing else, no network and no script.
 
-Everything is read from the run's folder. What is not there is left out or called not measured, so that the page can be made
-at any time, also of a run that is going on or was killed. One folder gives one page, byte for byte.
+Everything is read from the run's folder. What is not there is left out or called not measured, so that the page can be
+made at any time, also of a run that is going on or was killed. One folder gives one page, byte for byte.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ LONGEST = 1200  # characters of a text that are shown
 
 
 def report(folder: str | Path) -> Path:
-    """Write `folder`/report.html and return its path. ValueError if the folder holds no run of es_finetune, or a damaged one."""
+    """Write `folder`/report.html and return its path. ValueError if the folder holds no run of es_finetune, or a
+    damaged one."""
     from jinja2 import Environment, StrictUndefined
 
     run = _read(Path(folder))
-    page = Environment(autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+    )
     page.globals.update(duration=duration, value=value)
     template = page.from_string(Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8"))
     path = Path(folder) / "report.html"
@@ -84,7 +87,11 @@ def _read(folder: Path) -> dict[str, Any]:
         "samples": samples,
         "config": {name: _plain(found) for name, found in config.items()},
         "header": header,
-        "facts": {name: summary[name] for name in ("backend", "noise_version", "seed") if name in summary and name not in header},
+        "facts": {
+            name: summary[name]
+            for name in ("backend", "noise_version", "seed")
+            if name in summary and name not in header
+        },
         "fingerprints": _fingerprints(header, rows, summary),
         "log_bytes": (folder / "run.log").stat().st_size if (folder / "run.log").exists() else None,
         "has_model": (folder / "model").is_dir(),
@@ -105,7 +112,8 @@ def _object(path: Path) -> Row | None:
 
 
 def _header(path: Path) -> dict[str, str]:
-    """What run.log says of the run beside its config: versions, model, fingerprints at the start; nested names joined by a space."""
+    """What run.log says of the run beside its config: versions, model, fingerprints at the start; nested names joined
+    by a space."""
     if not path.exists():
         return {}
     try:
@@ -135,11 +143,16 @@ def _when(path: Path) -> str | None:
 def _outside(rows: list[Row]) -> float | None:
     """Share of the generations' seconds outside generating and scoring."""
     whole = sum(row["seconds"] for row in rows)
-    return 1 - sum((row.get("seconds_generate") or 0) + (row.get("seconds_score") or 0) for row in rows) / whole if whole else None
+    return (
+        1 - sum((row.get("seconds_generate") or 0) + (row.get("seconds_score") or 0) for row in rows) / whole
+        if whole
+        else None
+    )
 
 
 def _health(name: str):
-    """row -> that number of its sampled health, None where it was not sampled; of a pair [tensor, number] the number."""
+    """row -> that number of its sampled health, None where it was not sampled; of a pair [tensor, number] the
+    number."""
 
     def read(row: Row) -> float | None:
         found = (row.get("health") or {}).get(name)
@@ -191,15 +204,22 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                 ),
                 (
                     "Distance from the base model",
-                    "Root mean square of the change of the tuned weights" + (", in percent of the weights'." if relative else "."),
+                    "Root mean square of the change of the tuned weights"
+                    + (", in percent of the weights'." if relative else "."),
                     has(drift),
                     lines(relative, drift=drift),
                 ),
                 (
                     "Realised noise and step",
-                    f"Correlation of the change that was meant with the one the weights' dtype could hold. 1 is all of it. {kept}",
+                    "Correlation of the change that was meant with the one the weights' dtype could hold. 1 is all of "
+                    f"it. {kept}",
                     has(noise) or has(step),
-                    partial(drawing.draw_lines, rows=rows, lines={label: read for label, read in realised.items() if has(read)}, correlation=True),
+                    partial(
+                        drawing.draw_lines,
+                        rows=rows,
+                        lines={label: read for label, read in realised.items() if has(read)},
+                        correlation=True,
+                    ),
                 ),
                 (
                     "Members with identical answers",
@@ -212,13 +232,28 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
         (
             "Time",
             [
-                ("Where a generation's time goes", "Shares of its seconds; below, of the whole run.", rows, partial(drawing.draw_time, rows=rows)),
-                ("Tokens per second", "Generated tokens of all members.", has(of("tokens_per_second")), lines(tokens=of("tokens_per_second"))),
+                (
+                    "Where a generation's time goes",
+                    "Shares of its seconds; below, of the whole run.",
+                    rows,
+                    partial(drawing.draw_time, rows=rows),
+                ),
+                (
+                    "Tokens per second",
+                    "Generated tokens of all members.",
+                    has(of("tokens_per_second")),
+                    lines(tokens=of("tokens_per_second")),
+                ),
             ],
         ),
     ]
     return [
-        {"title": title, "plots": [(name, about, Markup(drawing.svg(name, draw)) if there else None) for name, about, there, draw in plots]}
+        {
+            "title": title,
+            "plots": [
+                (name, about, Markup(drawing.svg(name, draw)) if there else None) for name, about, there, draw in plots
+            ],
+        }
         for title, plots in groups
     ]
 
@@ -231,7 +266,10 @@ def _warnings(rows: list[Row]) -> list[dict[str, Any]]:
             entry = found.setdefault(re.sub(r"[\d.]+", "#", text), {"generations": []})
             entry["text"] = text
             entry["generations"].append(row["generation"] + 1)
-    return [{"text": entry["text"], "count": len(entry["generations"]), "where": _ranges(entry["generations"])} for entry in found.values()]
+    return [
+        {"text": entry["text"], "count": len(entry["generations"]), "where": _ranges(entry["generations"])}
+        for entry in found.values()
+    ]
 
 
 def _ranges(numbers: list[int], most: int = 8) -> str:
@@ -243,12 +281,14 @@ def _ranges(numbers: list[int], most: int = 8) -> str:
         else:
             runs.append([number, number])
     text = ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs[:most])
-    return text + (f" and {sum(b - a + 1 for a, b in runs[most:])} more, the last {runs[-1][1]}" if len(runs) > most else "")
+    return text + (
+        f" and {sum(b - a + 1 for a, b in runs[most:])} more, the last {runs[-1][1]}" if len(runs) > most else ""
+    )
 
 
 def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
-    """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name, worst, its rms ratio and generation,
-    how often."""
+    """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name,
+    worst, its rms ratio and generation, how often."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name, (correlation, ratio) in swallowed(row, norms).items():
@@ -260,7 +300,8 @@ def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
 
 
 def _change(evals: list[Row], metric: str, chance: float | None) -> str:
-    """"gain" or "loss", where what became of the same answers says so (`chance`), or without them intervals that do not meet; else ""."""
+    """ "gain" or "loss", where what became of the same answers says so (`chance`), or without them intervals that do
+    not meet; else ""."""
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
     before, after = first.get(metric), last.get(metric)
     if before == after:
@@ -311,15 +352,23 @@ def _samples(folder: Path, metric: str) -> tuple[list[dict[str, Any]], dict[str,
     for kind, pairs in kinds.items():
         count = min(SAMPLES, len(pairs))
         for before, after in (pairs[i * len(pairs) // count] for i in range(count)):
-            sides = [{"text": _cut(row.get("completion") or ""), "reward": row.get("reward"), "exact": row.get("exact")} for row in (before, after)]
-            samples.append({"kind": kind, "word": words[kind], "prompt": _cut(_prompt(before.get("prompt"))), "sides": sides})
+            sides = [
+                {"text": _cut(row.get("completion") or ""), "reward": row.get("reward"), "exact": row.get("exact")}
+                for row in (before, after)
+            ]
+            samples.append(
+                {"kind": kind, "word": words[kind], "prompt": _cut(_prompt(before.get("prompt"))), "sides": sides}
+            )
     return samples, {kind: len(pairs) for kind, pairs in kinds.items()}
 
 
 def _prompt(prompt: Any) -> str:
     """A text as it is; chat messages each under its role."""
     if isinstance(prompt, list):
-        return "\n\n".join(f"{message.get('role')}: {message.get('content')}" if isinstance(message, dict) else str(message) for message in prompt)
+        return "\n\n".join(
+            f"{message.get('role')}: {message.get('content')}" if isinstance(message, dict) else str(message)
+            for message in prompt
+        )
     return str(prompt)
 
 
@@ -328,7 +377,8 @@ def _cut(text: str) -> str:
 
 
 def _chance(better: int, worse: int) -> float | None:
-    """Two-sided sign test: how probable a split at least this uneven is if an item becomes better or worse by chance. None for no items."""
+    """Two-sided sign test: how probable a split at least this uneven is if an item becomes better or worse by chance.
+    None for no items."""
     n, ways, sum_of_ways = better + worse, 1, 0
     for i in range(min(better, worse) + 1):  # ways: to choose i of n
         sum_of_ways += ways
@@ -342,4 +392,8 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 
 def _visible(found: Any) -> Any:
     """Text as a page can hold it: a character of _UNSEEN is named instead."""
-    return found if not isinstance(found, str) or hasattr(found, "__html__") else _UNSEEN.sub(lambda mark: f"[U+{ord(mark[0]):04X}]", found)
+    return (
+        found
+        if not isinstance(found, str) or hasattr(found, "__html__")
+        else _UNSEEN.sub(lambda mark: f"[U+{ord(mark[0]):04X}]", found)
+    )

@@ -1,4 +1,5 @@
-"""What a run measures of itself: lines of the journal, rows of metrics.jsonl and evals.jsonl, summary.json. Plain numbers, seconds and bytes."""
+"""What a run measures of itself: lines of the journal, rows of metrics.jsonl and evals.jsonl, summary.json. Plain
+numbers, seconds and bytes."""
 
 from __future__ import annotations
 
@@ -44,11 +45,13 @@ def rewards_by_prompt(task: Task, members: Sequence[Row]) -> list[list[float]]:
 
 
 def population_row(members: Sequence[Row], by_prompt: Sequence[Sequence[float]], seconds: float, workers: int) -> Row:
-    """The part of a row of metrics.jsonl that the members' lines and rewards [member][prompt] give; `seconds`: of the whole generation, of which
-    each of the workers had as many."""
+    """The part of a row of metrics.jsonl that the members' lines and rewards [member][prompt] give; `seconds`: of the
+    whole generation, of which each of the workers had as many."""
     means = [math.fsum(rewards) / len(rewards) for rewards in by_prompt]
     mean = math.fsum(means) / len(means)
-    generating, scoring = (math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score"))
+    generating, scoring = (
+        math.fsum(member[key] for member in members) for key in ("seconds_generate", "seconds_score")
+    )
     tokens = sum(member["tokens"] for member in members)
     return {
         "reward_mean": mean,
@@ -78,7 +81,8 @@ def _reward_interval(rewards: Sequence[float]) -> Row:
 
 
 def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> Row:
-    """A row of evals.jsonl: what the held-out answers are worth after `done` updates, with the headline metric's 95 % interval."""
+    """A row of evals.jsonl: what the held-out answers are worth after `done` updates, with the headline metric's 95 %
+    interval."""
     values, rewards = headline(task, evaluation.scores), rewards_of(task, evaluation.scores)
     low, high = interval(values)
     return {
@@ -97,10 +101,14 @@ def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
 
 
 def summary(metric: str, rows: Sequence[Row], evals: Sequence[Row]) -> Row:
-    """What the rows come to. Unknown is None: the base model's part, if the first look was lost, and shares of no time at all."""
+    """What the rows come to. Unknown is None: the base model's part, if the first look was lost, and shares of no time
+    at all."""
     last = evals[-1]
     first = next((look for look in evals if look["generation"] == 0), {metric: None, "low": None, "high": None})
-    seconds = {f"seconds{part}": math.fsum(row[f"seconds{part}"] for row in rows) for part in ("", "_generate", "_score", "_kernels")}
+    seconds = {
+        f"seconds{part}": math.fsum(row[f"seconds{part}"] for row in rows)
+        for part in ("", "_generate", "_score", "_kernels")
+    }
     del seconds["seconds"]
     training = math.fsum(row["seconds"] * row["workers"] for row in rows)
     return {
@@ -127,7 +135,8 @@ def estimate(seconds: float, look: Row, generations: int, eval_every: int) -> st
     each = f"{seconds:.1f} s" if seconds < 120 else duration(seconds)
     evals = 2 + ((generations - 1) // eval_every if eval_every else 0)
     return (
-        f"{duration(seconds * generations + look['seconds'] * evals)} for {generations} generations of {each} and {evals} "
+        f"{duration(seconds * generations + look['seconds'] * evals)} for {generations} generations of {each} and "
+        f"{evals} "
         f"evals on the held-out prompts of {look['seconds']:.1f} s"
     )
 

@@ -1,7 +1,7 @@
 """Scalars of a run sent to TensorBoard, W&B or trackio.
 
-What goes wrong before the run is an error (a name nobody knows, a package that is missing, a login that is refused); what
-goes wrong during it is a warning, once: no tracker may end a run of hours.
+What goes wrong before the run is an error (a name nobody knows, a package that is missing, a login that is refused);
+what goes wrong during it is a warning, once: no tracker may end a run of hours.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ def require(report_to: Sequence[str]) -> None:
         if name != "none":
             _load(name)
     if "none" in report_to and len(report_to) > 1:
-        raise ValueError(f"report_to holds none beside {next(name for name in report_to if name != 'none')}: give one or the other")
+        raise ValueError(
+            f"report_to holds none beside {next(name for name in report_to if name != 'none')}: give one or the other"
+        )
 
 
 class Tracker:
-    """`report_to`: names of TRACKERS. `folder`: of the run; its name is the run's name, and TensorBoard's events go to its tensorboard/.
+    """`report_to`: names of TRACKERS. `folder`: of the run; its name is the run's name, and TensorBoard's events go to
+    its tensorboard/.
 
-    `done`: updates already done, of a run that goes on; what was logged after them is dropped from TensorBoard's curves. W&B keeps the run's id
-    in the folder and continues it; trackio continues the run of this name.
+    `done`: updates already done, of a run that goes on; what was logged after them is dropped from TensorBoard's
+    curves. W&B keeps the run's id in the folder and continues it; trackio continues the run of this name.
     """
 
     def __init__(self, report_to: Sequence[str], folder: str | Path, config: dict[str, Any], done: int = 0):
@@ -47,10 +50,13 @@ class Tracker:
                 self._open.append(make(name, Path(folder), config, done))
             except Exception as error:  # a refused login, a folder that cannot be written
                 self.close()
-                raise ValueError(f"{name} could not be started: {_line(error)}; take it out of report_to or put that right") from error
+                raise ValueError(
+                    f"{name} could not be started: {_line(error)}; take it out of report_to or put that right"
+                ) from error
 
     def log(self, row: dict[str, Any], step: int, prefix: str = "train") -> None:
-        """Every number of `row`, nested ones too, under `prefix`/its name. `step`: updates done, which may only grow."""
+        """Every number of `row`, nested ones too, under `prefix`/its name. `step`: updates done, which may only
+        grow."""
         values = dict(scalars(row, prefix))
         for tracker in self._open:
             self._try(tracker, tracker.log, values, step)
@@ -70,11 +76,15 @@ class Tracker:
 
 
 def scalars(row: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a row, by path: {"health": {"drift": 1.0}} gives prefix/health/drift. A pair [name, number] gives its number,
-    any other list each of its numbers, under its place: prefix/health/correlation/w/0 and /1."""
+    """The numbers of a row, by path: {"health": {"drift": 1.0}} gives prefix/health/drift. A pair [name, number] gives
+    its number, any other list each of its numbers, under its place: prefix/health/correlation/w/0 and /1."""
     for key, found in row.items():
         if isinstance(found, (list, tuple)):
-            found = found[1] if len(found) == 2 and isinstance(found[0], str) else {str(place): part for place, part in enumerate(found)}
+            found = (
+                found[1]
+                if len(found) == 2 and isinstance(found[0], str)
+                else {str(place): part for place, part in enumerate(found)}
+            )
         if isinstance(found, dict):
             yield from scalars(found, f"{prefix}/{key}")
         elif isinstance(found, (int, float)):  # true and false are 1 and 0
@@ -104,7 +114,11 @@ class _Hosted:
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any], done: int):
         self.name, self.module = name, _load(name)
-        options = {"project": os.environ.get(f"{name.upper()}_PROJECT", "es-finetune"), "name": folder.resolve().name, "config": config}
+        options = {
+            "project": os.environ.get(f"{name.upper()}_PROJECT", "es-finetune"),
+            "name": folder.resolve().name,
+            "config": config,
+        }
         options["resume"] = "allow" if done else "never"
         if name == "wandb":  # knows a run by its id only
             kept = folder / "wandb-id"
@@ -124,7 +138,9 @@ def _load(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        raise ValueError(f"report_to names {name}, which is not installed: pip install {name}, or take it out") from None
+        raise ValueError(
+            f"report_to names {name}, which is not installed: pip install {name}, or take it out"
+        ) from None
 
 
 def _line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """Sharded models: which part of the whole tensor the memory of this process is.
 
-A DTensor (FSDP2, tensor parallelism) draws the noise of its place in the whole tensor, so that neither the number of processes nor the layout changes
-a bit of the model. No parameter is gathered, and only `fingerprint` communicates. Without DTensors nothing here touches torch.distributed.
+A DTensor (FSDP2, tensor parallelism) draws the noise of its place in the whole tensor, so that neither the number of
+processes nor the layout changes a bit of the model. No parameter is gathered, and only `fingerprint` communicates.
+Without DTensors nothing here touches torch.distributed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | No
     for name, parameter, _ in entries:
         if getattr(parameter, "_fsdp_flattened", False):
             raise ValueError(
-                f"{name!r} is a part of a FullyShardedDataParallel's flat parameter, which has lost its place: shard the model with fully_shard"
+                f"{name!r} is a part of a FullyShardedDataParallel's flat parameter, which has lost its place: shard "
+                "the model with fully_shard"
             )
     if modules or any(is_sharded(parameter) for _, parameter, _ in entries):
         return ShardedTable(entries, modules)
@@ -33,7 +35,8 @@ def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | No
 
 
 def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> int:
-    """Of the whole tensors of `table`, which is laid out as `live`: with sharded ones a collective of the processes that share them."""
+    """Of the whole tensors of `table`, which is laid out as `live`: with sharded ones a collective of the processes
+    that share them."""
     if not isinstance(live, ShardedTable):
         return es_kernels.fingerprint(table)
     table.check_unmoved()
@@ -44,10 +47,14 @@ def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> in
 
 
 def whole_tensors(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> dict[str, torch.Tensor]:
-    """The tensors of `table`, which is laid out as `live`, by name: as DTensors over the same memory where `live` has them."""
+    """The tensors of `table`, which is laid out as `live`, by name: as DTensors over the same memory where `live` has
+    them."""
     parameters = live.parameters if isinstance(live, ShardedTable) else {}
     tensors = {name: tensor.detach() for name, tensor in zip(table.names, table.tensors)}
-    return {name: _like(parameters[name], tensor) if is_sharded(parameters.get(name)) else tensor for name, tensor in tensors.items()}
+    return {
+        name: _like(parameters[name], tensor) if is_sharded(parameters.get(name)) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def is_sharded(tensor: object) -> bool:
@@ -59,8 +66,9 @@ def is_sharded(tensor: object) -> bool:
 class ShardedTable(es_kernels.ParamTable):
     """A ParamTable of parameters of which some are DTensors: over the memory they have in this process.
 
-    parameters: name -> the parameter. groups: name -> the (device type, process group) pairs over which a sharded one is spread.
-    Before each use of it FSDP gives up what it gathered for a forward, which would hold the weights of before the write.
+    parameters: name -> the parameter. groups: name -> the (device type, process group) pairs over which a sharded one
+    is spread. Before each use of it FSDP gives up what it gathered for a forward, which would hold the weights of
+    before the write.
     """
 
     def __init__(self, entries, modules):
@@ -69,7 +77,9 @@ class ShardedTable(es_kernels.ParamTable):
         gathered = parameters - {id(parameter) for module in modules for parameter in module.parameters()}
         for name, parameter, _ in entries:
             if id(parameter) in gathered:
-                raise ValueError(f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again")
+                raise ValueError(
+                    f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again"
+                )
         self._modules = modules
         self.parameters = {name: parameter for name, parameter, _ in entries}
         entries = [local_entry(*entry) if is_sharded(entry[1]) else entry for entry in entries]
@@ -81,7 +91,8 @@ class ShardedTable(es_kernels.ParamTable):
         super().check_unmoved()
 
     def _changed(self):
-        # Of the parameters, not of the table's own tensors: model.to() and load_state_dict(assign=True) give a DTensor another local tensor.
+        # Of the parameters, not of the table's own tensors: model.to() and load_state_dict(assign=True) give a DTensor
+        # another local tensor.
         moved = self._moved()
         return super()._changed() if moved is None else moved
 
@@ -93,13 +104,17 @@ class ShardedTable(es_kernels.ParamTable):
 
     def refresh(self):
         if self._moved() is not None:
-            raise RuntimeError("a sharded parameter has another local tensor than when the table was built: build a new one")
+            raise RuntimeError(
+                "a sharded parameter has another local tensor than when the table was built: build a new one"
+            )
         return super().refresh()
 
 
-def local_entry(name: str, parameter: torch.Tensor, segments: Sequence[Segment] | None = None) -> tuple[str, torch.Tensor, list[Segment]]:
-    """(name, its memory in this process, the Segments of that) of the DTensor `parameter`; `segments` are those of the whole tensor, if it is not
-    one. ValueError for a layout that does not tell each element's place."""
+def local_entry(
+    name: str, parameter: torch.Tensor, segments: Sequence[Segment] | None = None
+) -> tuple[str, torch.Tensor, list[Segment]]:
+    """(name, its memory in this process, the Segments of that) of the DTensor `parameter`; `segments` are those of the
+    whole tensor, if it is not one. ValueError for a layout that does not tell each element's place."""
     here, mesh = local(parameter), parameter.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -111,37 +126,49 @@ def local_entry(name: str, parameter: torch.Tensor, segments: Sequence[Segment] 
     shape = [sum(length for _, length in of_dim) for of_dim in runs]
     if list(here.shape) != shape and (here.numel() or math.prod(shape)):
         raise ValueError(
-            f"{name!r} has {tuple(here.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} gives {tuple(shape)}: "
+            f"{name!r} has {tuple(here.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} "
+            f"gives {tuple(shape)}: "
             "shard it as distribute_tensor does"
         )
     if not (here.is_contiguous() and parameter.is_contiguous()):
         raise ValueError(
-            f"{name!r} is sharded and not contiguous, with strides {here.stride()} of {parameter.stride()}: make it contiguous before sharding it"
+            f"{name!r} is sharded and not contiguous, with strides {here.stride()} of {parameter.stride()}: make it "
+            "contiguous before sharding it"
         )
     if segments is None:
         segments = [Segment(name, 1, parameter.numel())]
     boxes = list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS + 1)) if here.numel() else []
     found = _merged(piece for whole in segments for box in boxes for piece in _meeting(whole, box))
     if max(len(boxes), len(found)) > MAX_SEGMENTS:
-        raise ValueError(f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS} pieces in a process: shard it in another dimension")
+        raise ValueError(
+            f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS} pieces in a process: shard it in "
+            "another dimension"
+        )
     return name, here, found
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a DTensor in this process; of any other tensor, itself."""
-    return tensor._local_tensor.detach() if is_sharded(tensor) else tensor  # to_local() would cost a dispatch for each parameter and use
+    # To_local() would cost a dispatch for each parameter and use
+    return tensor._local_tensor.detach() if is_sharded(tensor) else tensor
 
 
 def check_same_layout(name: str, saved: torch.Tensor, mine: torch.Tensor) -> None:
     """Raises ValueError unless each process has the same part of both."""
     both = is_sharded(saved), is_sharded(mine)
-    if any(both) and not (all(both) and saved.device_mesh == mine.device_mesh and _splits(name, saved) == _splits(name, mine)):
+    if any(both) and not (
+        all(both) and saved.device_mesh == mine.device_mesh and _splits(name, saved) == _splits(name, mine)
+    ):
         here, there = (_layout(tensor) if is_sharded(tensor) else "whole" for tensor in (mine, saved))
-        raise ValueError(f"{name!r} is {here}, and in the saved state {there}: load the state by torch.distributed.checkpoint, which shards it anew")
+        raise ValueError(
+            f"{name!r} is {here}, and in the saved state {there}: load the state by torch.distributed.checkpoint, "
+            "which shards it anew"
+        )
 
 
 def _like(parameter: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-    """`here` as a DTensor laid out as `parameter`, whatever its dtype and device: from_local would copy it to the mesh's device."""
+    """`here` as a DTensor laid out as `parameter`, whatever its dtype and device: from_local would copy it to the
+    mesh's device."""
     from torch.distributed.tensor import DTensor
 
     meta = parameter._spec.tensor_meta._replace(dtype=here.dtype)
@@ -153,13 +180,14 @@ def _layout(parameter: torch.Tensor) -> str:
 
 
 def _splits(name: str, parameter: torch.Tensor) -> list[tuple[int, int, int]]:
-    """The splits that made the shards, in order: (dimension of the tensor, of the mesh, factor). What there is of the dimension is cut into `factor`
-    pieces, and each of these over the dimension of the mesh.
+    """The splits that made the shards, in order: (dimension of the tensor, of the mesh, factor). What there is of the
+    dimension is cut into `factor` pieces, and each of these over the dimension of the mesh.
 
-    Placements are read from left to right, each with its split_factor (1 for Shard), unless another order of splits with factor 1 explains them: a
-    _StridedShard's factor is then the number of pieces that dimensions to its right had made before. That is how FSDP2 says that it splits what
-    tensor parallelism has split. The readings differ in uneven sizes, where torch's compute_local_shape_and_global_offset is wrong about FSDP2: of 9
-    rows over 4 x 2 processes the last is elsewhere.
+    Placements are read from left to right, each with its split_factor (1 for Shard), unless another order of splits
+    with factor 1 explains them: a _StridedShard's factor is then the number of pieces that dimensions to its right had
+    made before. That is how FSDP2 says that it splits what tensor parallelism has split. The readings differ in uneven
+    sizes, where torch's compute_local_shape_and_global_offset is wrong about FSDP2: of 9 rows over 4 x 2 processes the
+    last is elsewhere.
     """
     from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
@@ -167,13 +195,17 @@ def _splits(name: str, parameter: torch.Tensor) -> list[tuple[int, int, int]]:
     for placement in placements:
         if type(placement) not in (Replicate, Shard, _StridedShard):
             raise ValueError(
-                f"{name!r} is placed {placement} on its mesh, which does not tell each element's place: redistribute it to Shard or Replicate first"
+                f"{name!r} is placed {placement} on its mesh, which does not tell each element's place: redistribute "
+                "it to Shard or Replicate first"
             )
     split = [(i, placement) for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
     explicit = getattr(parameter._spec, "shard_order", None)
     if explicit is not None:  # newer versions of torch, where no placement is a _StridedShard
         return [(entry.tensor_dim, mesh_dim, 1) for entry in explicit for mesh_dim in entry.mesh_dims]
-    left_to_right = [(placement.dim, i, placement.split_factor if isinstance(placement, _StridedShard) else 1) for i, placement in split]
+    left_to_right = [
+        (placement.dim, i, placement.split_factor if isinstance(placement, _StridedShard) else 1)
+        for i, placement in split
+    ]
     orders: dict[int, list[int]] = {}
     for dim, mesh_dim, factor in reversed(left_to_right):
         order = orders.setdefault(dim, [])
@@ -199,7 +231,8 @@ def _chunk(runs: list[tuple[int, int]], n: int, number: int) -> list[tuple[int, 
 
 
 def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Sequence[int]) -> Iterator[Segment]:
-    """The local memory, of this shape, as Segments of the row-major index of the whole: some for each choice of a run in every dimension."""
+    """The local memory, of this shape, as Segments of the row-major index of the whole: some for each choice of a run
+    in every dimension."""
     strides, whole_strides = ([math.prod(sizes[i + 1 :]) for i in range(len(sizes))] for sizes in (shape, whole))
     places = []  # per dimension: (start in memory, start in the whole, length) of each run
     for of_dim in runs:
@@ -208,7 +241,8 @@ def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Seque
     for box in itertools.product(*places):
         offset = sum(start * stride for (start, _, _), stride in zip(box, strides))
         first = sum(start * stride for (_, start, _), stride in zip(box, whole_strides))
-        dims: list[tuple[int, int, int]] = []  # (size, stride in memory, in the whole), innermost last, neighbours joined where both go on
+        # (size, stride in memory, in the whole), innermost last, neighbours joined where both go on
+        dims: list[tuple[int, int, int]] = []
         longer = [(n, *steps) for (_, _, n), *steps in zip(box, strides, whole_strides) if n > 1]
         for n, stride, whole_stride in (*longer, (1, 1, 1)):
             if dims and dims[-1][1:] == (n * stride, n * whole_stride):
@@ -223,20 +257,35 @@ def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Seque
 
 
 def _meeting(whole: Segment, box: Segment) -> Iterator[Segment]:
-    """The part of `whole`, a Segment of the whole tensor, that is in `box`, a Segment of memory in the index of the whole tensor."""
+    """The part of `whole`, a Segment of the whole tensor, that is in `box`, a Segment of memory in the index of the
+    whole tensor."""
     a, b = (whole.offset, whole.rows, whole.cols, whole.row_stride), (box.first, box.rows, box.cols, box.index_stride)
     few, many = (a, b) if whole.rows <= box.rows else (b, a)
     for row in range(few[1]):
         begin = few[0] + row * few[3]
         for at, rows, cols, stride in _in_rows(begin, begin + few[2], *many):
-            in_whole, in_box = ([divmod(i - start, step) if n > 1 else (0, i - start) for i in (at, at + stride)] for start, n, _, step in (a, b))
+            in_whole, in_box = (
+                [divmod(i - start, step) if n > 1 else (0, i - start) for i in (at, at + stride)]
+                for start, n, _, step in (a, b)
+            )
             offset, next_offset = (box.offset + r * box.row_stride + c for r, c in in_box)
             first, next_first = (whole.first + r * whole.index_stride + c for r, c in in_whole)
-            yield Segment(whole.name, rows, cols, offset, next_offset - offset if rows > 1 else None, first, next_first - first if rows > 1 else None)
+            yield Segment(
+                whole.name,
+                rows,
+                cols,
+                offset,
+                next_offset - offset if rows > 1 else None,
+                first,
+                next_first - first if rows > 1 else None,
+            )
 
 
-def _in_rows(begin: int, end: int, first: int, rows: int, cols: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
-    """The places begin <= i < end in these rows, as (first, rows, cols, stride): part of a row, whole rows, part of a row."""
+def _in_rows(
+    begin: int, end: int, first: int, rows: int, cols: int, stride: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """The places begin <= i < end in these rows, as (first, rows, cols, stride): part of a row, whole rows, part of a
+    row."""
     stride = stride if rows > 1 else cols
     low, high = max(0, (begin - first - cols) // stride + 1), min(rows, -(-(end - first) // stride))
     whole = range(low + (begin > first + low * stride), high - (end < first + (high - 1) * stride + cols))
@@ -254,7 +303,10 @@ def _merged(pieces: Iterable[Segment]) -> list[Segment]:
     for piece in pieces:
         if found and piece.rows == 1 and (piece.name, piece.cols) == (found[-1].name, found[-1].cols):
             last = found[-1]
-            steps = (piece.offset - last.offset - (last.rows - 1) * last.row_stride, piece.first - last.first - (last.rows - 1) * last.index_stride)
+            steps = (
+                piece.offset - last.offset - (last.rows - 1) * last.row_stride,
+                piece.first - last.first - (last.rows - 1) * last.index_stride,
+            )
             if min(steps) >= piece.cols and (last.rows == 1 or steps == (last.row_stride, last.index_stride)):
                 found[-1] = Segment(last.name, last.rows + 1, last.cols, last.offset, steps[0], last.first, steps[1])
                 continue
@@ -263,9 +315,14 @@ def _merged(pieces: Iterable[Segment]) -> list[Segment]:
 
 
 def _groups(parameter: torch.Tensor) -> tuple:
-    """The (device type, process group) pairs whose processes hold different parts of a DTensor: not those that hold the same."""
+    """The (device type, process group) pairs whose processes hold different parts of a DTensor: not those that hold the
+    same."""
     mesh = parameter.device_mesh
-    return tuple((mesh.device_type, mesh.get_group(dim)) for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+    return tuple(
+        (mesh.device_type, mesh.get_group(dim))
+        for dim, placement in enumerate(parameter.placements)
+        if not placement.is_replicate()
+    )
 
 
 def _summed(value: int, groups: Iterable[tuple]) -> int:

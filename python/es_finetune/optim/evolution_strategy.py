@@ -31,12 +31,21 @@ class Update(NamedTuple):
     generation: int  # counted from 0
     mean: float  # of the rewards of the members not dropped; with shaping="per_prompt" of their means over the prompts
     scored: int  # how many members that is
-    z: tuple[float, ...] | None  # f32 values, 0 for dropped members; None: the rewards hold no signal, nothing was changed
+    # F32 values, 0 for dropped members; None: the rewards hold no signal, nothing was changed
+    z: tuple[float, ...] | None
 
 
-def make_update(generation: int, fitness: Sequence, dropped: Collection[int] = (), *, population: int, shaping: str, antithetic: bool) -> Update:
-    """What `EvolutionStrategy.tell` would do with these rewards, without any weights: for who hands it to several workers, each of which
-    will `apply` it. Arguments and errors as there."""
+def make_update(
+    generation: int,
+    fitness: Sequence,
+    dropped: Collection[int] = (),
+    *,
+    population: int,
+    shaping: str,
+    antithetic: bool,
+) -> Update:
+    """What `EvolutionStrategy.tell` would do with these rewards, without any weights: for who hands it to several
+    workers, each of which will `apply` it. Arguments and errors as there."""
     if len(fitness) != population:
         raise ValueError(f"tell() needs {population} rewards, one per member, and got {len(fitness)}")
     out = set(dropped)
@@ -46,7 +55,9 @@ def make_update(generation: int, fitness: Sequence, dropped: Collection[int] = (
         out |= {member ^ 1 for member in out}
     if len(out) == population:
         raise ValueError("every member was dropped: there is nothing to learn from")
-    rewards = [None if member in out else checked_reward(reward, member, shaping) for member, reward in enumerate(fitness)]
+    rewards = [
+        None if member in out else checked_reward(reward, member, shaping) for member, reward in enumerate(fitness)
+    ]
     scored = [reward for reward in rewards if reward is not None]
     if shaping == "per_prompt":
         scored = [math.fsum(reward) / len(reward) for reward in scored]
@@ -54,12 +65,17 @@ def make_update(generation: int, fitness: Sequence, dropped: Collection[int] = (
 
 
 def checked_reward(reward: Any, member: int, shaping: str) -> float | list[float]:
-    """What the shaping takes: one number of at most 1e100, or with "per_prompt" a list of them. ValueError for anything else."""
+    """What the shaping takes: one number of at most 1e100, or with "per_prompt" a list of them. ValueError for anything
+    else."""
     if shaping != "per_prompt":
         return _finite(reward, member)
-    is_sequence = getattr(reward, "ndim", 0) == 1 or (isinstance(reward, Sequence) and not isinstance(reward, (str, bytes)))
+    is_sequence = getattr(reward, "ndim", 0) == 1 or (
+        isinstance(reward, Sequence) and not isinstance(reward, (str, bytes))
+    )
     if not is_sequence or not len(reward):
-        raise ValueError(f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}')
+        raise ValueError(
+            f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}'
+        )
     return [_finite(of_prompt, member) for of_prompt in reward]
 
 
@@ -76,42 +92,49 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Z_i = (R_i - mean R) / std R                                        (std with ddof 0; see shaping)
         theta <- theta - decay * (theta - anchor) + lr / N * sum_i Z_i * eps_i,   decay = lr * weight_decay
 
-    theta is kept apart from the live weights that the model computes with (`base`), so that undoing a perturbation is exact.
-    live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `restore`, `apply`, `replay`, `load_state_dict`
-    and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every device and backend.
+    theta is kept apart from the live weights that the model computes with (`base`), so that undoing a perturbation is
+    exact. live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `restore`, `apply`, `replay`,
+    `load_state_dict` and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every
+    device and backend.
 
-    Who else writes the weights between two of these calls (another optimizer, the model's load_state_dict, a merge) calls `adopt_live`
-    before the next one. Until then each of them is refused with RuntimeError, since it would undo that write: they compare the
-    fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a member with `perturbed`.
-    With base=None live is theta, whoever writes it.
+    Who else writes the weights between two of these calls (another optimizer, the model's load_state_dict, a merge)
+    calls `adopt_live` before the next one. Until then each of them is refused with RuntimeError, since it would undo
+    that write: they compare the fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a
+    member with `perturbed`. With base=None live is theta, whoever writes it.
 
     params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
                  "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
                  unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
-                 [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require grad
-                 are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is perturbed
-                 where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
-    sigma, lr:   scale of the noise and of the step, per group, read anew in every generation. The paper: 1e-3 and sigma / 2.
-    weight_decay, anchored:  decay toward zero, or with anchored=True toward the weights at construction (of which it keeps
+                 [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require
+                 grad are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is
+                 perturbed where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
+    sigma, lr:   scale of the noise and of the step, per group, read anew in every generation. The paper: 1e-3 and sigma
+                 / 2.
+    weight_decay, anchored:  decay toward zero, or with anchored=True toward the weights at construction (of which it
+                             keeps
                  a copy in storage precision); per group.
     population:  members per generation, at least 2; even with antithetic.
     seed:        of the whole run, any u64. Generation and member number are the only other sources of the noise.
-    base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in the
-                 storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which reads
-                 it over the bus for every member, while the CPU computes the update). None: the live weights themselves,
-                 nothing extra; each member is subtracted again, and bf16 and f16 weights drift by rounding. At the paper's setting a
-                 generation of 30 members that learns nothing changes 24% of bf16 weights, by half a step (rms).
+    base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy
+                 in the storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU,
+                 which reads it over the bus for every member, while the CPU computes the update). None: the live
+                 weights themselves, nothing extra; each member is subtracted again, and bf16 and f16 weights drift by
+                 rounding. At the paper's setting a generation of 30 members that learns nothing changes 24% of bf16
+                 weights, by half a step (rms).
     antithetic:  members 2k and 2k + 1 use the same noise with opposite signs.
     shaping:     how rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
-                 sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three,
-                 so lr keeps its meaning (es_finetune.optim.shaping).
-    momentum, momentum_window:  heavy ball, as in torch's SGD without dampening, over the last momentum_window generations,
-                 this one included. No state tensor: the update makes the noise of each of them again, oldest first, with
-                 coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation
-                 without signal changes nothing and is not part of any sum, but the others age by it.
-    perturb_rounding, update_rounding:  "nearest" or "stochastic", for writing theta + sigma * eps into live and the update
-                 into theta. The update rounds stochastically by default where theta is kept in the weights' dtype ("copy" and
-                 None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else to nearest.
+                 sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all
+                 three, so lr keeps its meaning (es_finetune.optim.shaping).
+    momentum, momentum_window:  heavy ball, as in torch's SGD without dampening, over the last momentum_window
+                                generations,
+                 this one included. No state tensor: the update makes the noise of each of them again, oldest first,
+                 with coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A
+                 generation without signal changes nothing and is not part of any sum, but the others age by it.
+    perturb_rounding, update_rounding:  "nearest" or "stochastic", for writing theta + sigma * eps into live and the
+                                        update
+                 into theta. The update rounds stochastically by default where theta is kept in the weights' dtype
+                 ("copy" and None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else to
+                 nearest.
 
     There are no gradients here; `step`, `evaluate` and their closures run without autograd.
     """
@@ -148,7 +171,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if rounding not in ROUNDINGS:
                 raise ValueError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
         if base is None and perturb_rounding != "nearest":
-            raise ValueError('perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"')
+            raise ValueError(
+                'perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"'
+            )
         population = whole("population", population, 2, COUNT)  # one reward alone has no direction
         if antithetic and population % 2:
             raise ValueError(f"antithetic members come in pairs: population must be even, not {population}")
@@ -190,7 +215,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for entry in params:
             if not _is_named(entry):
                 raise ValueError(
-                    "EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not unnamed parameters "
+                    "EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not "
+                    "unnamed parameters "
                     "(an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
                 )
             name, parameter, segments = (*entry, None)[:3]
@@ -198,14 +224,19 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 continue
             if not has_plain_memory(parameter):
                 kind = type(parameter).__name__
-                raise ValueError(f"{name!r} is a {kind}, whose values are not in its memory as they are: give the unquantised weights")
+                raise ValueError(
+                    f"{name!r} is a {kind}, whose values are not in its memory as they are: give the unquantised "
+                    "weights"
+                )
             clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
             if clash:
                 raise ValueError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
             entries.append((name, parameter, segments))
             seen.add(id(parameter))
         if not entries:
-            raise ValueError("no parameter to tune in this group: each is frozen (requires_grad=False) or already in another group")
+            raise ValueError(
+                "no parameter to tune in this group: each is frozen (requires_grad=False) or already in another group"
+            )
         return entries
 
     # --- one generation ---------------------------------------------------------------------------------------------
@@ -214,9 +245,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float | Sequence[float]]) -> float:
         """Run one generation: call `closure` once per member, with that member's weights in place, then update.
 
-        closure() returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one per prompt.
-        Returns the mean reward. If closure raises, or returns something that is no finite number, theta is unchanged and live
-        is theta again.
+        closure() returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one per
+        prompt. Returns the mean reward. If closure raises, or returns something that is no finite number, theta is
+        unchanged and live is theta again.
         """
         self._refuse_if_perturbed("step()")
         try:
@@ -234,8 +265,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def evaluate(self, closure: Callable[[int], _Result]) -> list[_Result]:
         """Call `closure(member)` once per member of this generation, in order, with that member's weights in place.
 
-        Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by exception
-        too.
+        Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by
+        exception too.
         """
         self._refuse_if_perturbed("evaluate()")
         results = []
@@ -270,9 +301,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def tell(self, fitness: Sequence[float] | Sequence[Sequence[float]], dropped: Collection[int] = ()) -> Update:
         """Update theta from the reward of every member, in member order, and begin the next generation.
 
-        With shaping="per_prompt" the reward of a member is a sequence, one number per prompt. A missing (None) or non-finite
-        one, or one beyond 1e100, is refused with ValueError and nothing changed, unless its member is named in `dropped`: then mean, std and N are
-        over the rest. With antithetic, a dropped member's partner goes too.
+        With shaping="per_prompt" the reward of a member is a sequence, one number per prompt. A missing (None) or
+        non-finite one, or one beyond 1e100, is refused with ValueError and nothing changed, unless its member is named
+        in `dropped`: then mean, std and N are over the rest. With antithetic, a dropped member's partner goes too.
         """
         self._refuse_if_perturbed("tell()")
         self._refuse_changed()
@@ -281,10 +312,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def replay(self, update: Update) -> Update:
         """Do again what a recorded `update` of this generation did, from its z and scored, without evaluating anything.
 
-        The bits are those of the original run if the param_groups' options are those of then, and the generations before were
-        replayed too. With base=None each member leaves its rounding, so all of them are repeated, in the order of `step` and
-        `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update is not of this generation
-        and population.
+        The bits are those of the original run if the param_groups' options are those of then, and the generations
+        before were replayed too. With base=None each member leaves its rounding, so all of them are repeated, in the
+        order of `step` and `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update
+        is not of this generation and population.
         """
         self._refuse_if_perturbed("replay()")
         self._refuse_changed()
@@ -295,8 +326,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def apply(self, update: Update) -> Update:
-        """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped already
-        (`make_update`). ValueError, with nothing changed, if it is not of this generation and population."""
+        """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped
+        already (`make_update`). ValueError, with nothing changed, if it is not of this generation and population."""
         self._refuse_if_perturbed("apply()")
         self._refuse_changed()
         self._refuse_other(update)
@@ -304,15 +335,26 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _refuse_other(self, update: Update) -> None:
         if update.generation != self.generation:
-            raise ValueError(f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay in order")
+            raise ValueError(
+                f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay "
+                "in order"
+            )
         if update.z is not None and len(update.z) != self.population:
             raise ValueError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
 
     def _shaped(self, fitness, dropped=()) -> Update:
-        return make_update(self.generation, fitness, dropped, population=self.population, shaping=self.shaping, antithetic=self.antithetic)
+        return make_update(
+            self.generation,
+            fitness,
+            dropped,
+            population=self.population,
+            shaping=self.shaping,
+            antithetic=self.antithetic,
+        )
 
     def _apply(self, update: Update) -> Update:
-        """Change theta by this update and those before it that momentum still carries, and begin the next generation."""
+        """Change theta by this update and those before it that momentum still carries, and begin the next
+        generation."""
         history = [past for past in self._history if self.generation - past.generation < self.momentum_window]
         terms = [] if update.z is None else [*history, update]  # oldest first
         # All numbers before any weight: one that is no number is refused here, with nothing changed.
@@ -321,7 +363,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
         decays = [as_f32(group["lr"] * group["weight_decay"]) for group in self.param_groups]
         for group, numbers in zip(self.param_groups, zip(coefs, decays)):
             if not all(map(math.isfinite, [*numbers[0], numbers[1]])):
-                raise ValueError(f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not hold: lower it")
+                raise ValueError(
+                    f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not "
+                    "hold: lower it"
+                )
         if self.base is None:
             self._put_back()
         for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights):
@@ -330,7 +375,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 weights.proof = None  # until live is written too: an interrupt in between is nobody's change
                 pull = {"decay": decay, "anchor": weights.anchor} if decay else {}
                 weights.wait_for_readers()
-                self._add(weights.theta, seeds, coefs_of_group, **pull, **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING))
+                self._add(
+                    weights.theta,
+                    seeds,
+                    coefs_of_group,
+                    **pull,
+                    **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING),
+                )
                 weights.step = Step(seeds, coefs_of_group, decay)
             if self.base is not None:
                 self._restore(weights)
@@ -343,7 +394,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _noise_seeds(self, update: Update) -> list[int]:
         """Of the members of that generation, or of its antithetic pairs."""
-        return [self._noise_seed(update.generation, member) for member in range(0, len(update.z), 2 if self.antithetic else 1)]
+        return [
+            self._noise_seed(update.generation, member)
+            for member in range(0, len(update.z), 2 if self.antithetic else 1)
+        ]
 
     def _coefs(self, update: Update, lr: float) -> list[float]:
         """Coefficient of each noise seed, f32: lr / N * momentum^age * Z in f64, from the f32 Z, cast once."""
@@ -356,8 +410,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def perturb(self, member: int) -> None:
-        """Make the model compute with theta + sigma * eps of this member, whichever was in place before. `restore` ends it; `perturbed`
-        and `evaluate` do so by themselves."""
+        """Make the model compute with theta + sigma * eps of this member, whichever was in place before. `restore` ends
+        it; `perturbed` and `evaluate` do so by themselves."""
         if member not in self.ask():
             raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
         sign = -1.0 if self.antithetic and member % 2 else 1.0
@@ -372,7 +426,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
             self._put_back()
         for weights, (seed, coef) in zip(self._weights, wanted):
             weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
-            base = {} if self.base is None else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
+            base = (
+                {}
+                if self.base is None
+                else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
+            )
             self._write_live(weights, [seed], [coef], **base)
         for weights in self._weights:
             weights.versions = _versions(weights.live)
@@ -393,8 +451,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if self.base is not None:
                 self._restore(weights)
             else:
-                # A pass of its own, before the next member's: most weights are then back where they were. Both in one pass would save
-                # half the memory traffic and never come back: one rounding a member, which add up (bench/FACTS.md).
+                # A pass of its own, before the next member's: most weights are then back where they were. Both in one
+                # pass would save half the memory traffic and never come back: one rounding a member, which add up
+                # (bench/FACTS.md).
                 seed, coef = weights.inside
                 self._write_live(weights, [seed], [-coef])
                 weights.inside = None
@@ -403,10 +462,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """live <- nearest(theta)."""
         self._write_live(weights, [], [], base=weights.theta)
         weights.inside = None
-        weights.wait_for_readers()  # theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
+        # Theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
+        weights.wait_for_readers()
 
     def _write_live(self, weights: _Weights, seeds, coefs, **options) -> None:
-        for group in self._weights:  # all, since groups may be views of one tensor, as vLLM's q, k and v are, which share a count of writes
+        # All, since groups may be views of one tensor, as vLLM's q, k and v are, which share a count of writes
+        for group in self._weights:
             group.versions = None
         self._add(weights.live, seeds, coefs, **options)
 
@@ -424,17 +485,21 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _refuse_if_perturbed(self, what: str) -> None:
         if any(weights.inside is not None for weights in self._weights):
-            raise RuntimeError(f"{what} was called while a member's noise is in the weights: leave perturbed(), evaluate() or step() first")
+            raise RuntimeError(
+                f"{what} was called while a member's noise is in the weights: leave perturbed(), evaluate() or step() "
+                "first"
+            )
 
     # --- weights that somebody else writes --------------------------------------------------------------------------
 
     @torch.no_grad()
     def adopt_live(self) -> None:
-        """Take the live weights, changed or moved in memory by others, as theta: what else starts from theta then starts from them.
+        """Take the live weights, changed or moved in memory by others, as theta: what else starts from theta then
+        starts from them.
 
-        Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does not hold this, so
-        that it cannot be replayed past it. RuntimeError, with nothing changed, inside of a member; ValueError where a tensor has another
-        shape than at construction, or with base="copy" another dtype.
+        Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does
+        not hold this, so that it cannot be replayed past it. RuntimeError, with nothing changed, inside of a member;
+        ValueError where a tensor has another shape than at construction, or with base="copy" another dtype.
         """
         self._refuse_if_perturbed("adopt_live()")
         for weights in self._weights:
@@ -456,12 +521,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
             name = weights.changed()
             if name and weights.inside is not None:
                 raise RuntimeError(
-                    f"{name!r} was written by others while a member's noise was in the weights, which restoring undoes: write weights between "
+                    f"{name!r} was written by others while a member's noise was in the weights, which restoring "
+                    "undoes: write weights between "
                     "members, and call adopt_live() after it"
                 )
             if name:
                 raise RuntimeError(
-                    f"{name!r} was changed by others since this optimizer wrote it, and the next restore would undo that: call adopt_live() "
+                    f"{name!r} was changed by others since this optimizer wrote it, and the next restore would undo "
+                    "that: call adopt_live() "
                     "to take the live weights as theta, or load_state_dict(state_dict()) to have theta in them again"
                 )
 
@@ -469,8 +536,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @property
     def tables(self) -> tuple[_Weights, ...]:
-        """Per param_group the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient of the noise
-        now in live, or None) and the last update's `step`: to look at, never to change."""
+        """Per param_group the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient
+        of the noise now in live, or None) and the last update's `step`: to look at, never to change."""
         return tuple(self._weights)
 
     @property
@@ -481,31 +548,40 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def fingerprint(self, of: str = "theta") -> int:
         """64-bit fingerprint of "theta" or "live" over all groups: equal weights, equal number, on every machine.
 
-        Of sharded parameters it is that of the whole tensors, and a collective: every process that holds a part must call it. Without
-        them, nothing is communicated. Replicas are not compared: each has the fingerprint of what it holds.
+        Of sharded parameters it is that of the whole tensors, and a collective: every process that holds a part must
+        call it. Without them, nothing is communicated. Replicas are not compared: each has the fingerprint of what it
+        holds.
         """
         with torch.no_grad():
             return sum(dtensor.fingerprint(getattr(weights, of), weights.live) for weights in self._weights) % 2**64
 
     def __getstate__(self):
-        """What copy, deepcopy, pickle and torch.save ask for. torch.optim's own holds neither theta nor what else is needed, and a copy's
-        weights would be those of no model."""
+        """What copy, deepcopy, pickle and torch.save ask for. torch.optim's own holds neither theta nor what else is
+        needed, and a copy's weights would be those of no model."""
         raise TypeError(
-            "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its state_dict(), make a new one over "
+            "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its "
+            "state_dict(), make a new one over "
             "the other model, and load_state_dict() there"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what momentum carries.
+        """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what
+        momentum carries.
 
-        With the same model built again, `load_state_dict` of it continues to the same bits. Of sharded parameters theta is DTensors, which
-        torch.distributed.checkpoint saves and, into the state_dict() of an optimizer over other processes, loads.
+        With the same model built again, `load_state_dict` of it continues to the same bits. Of sharded parameters theta
+        is DTensors, which torch.distributed.checkpoint saves and, into the state_dict() of an optimizer over other
+        processes, loads.
         """
         self._refuse_if_perturbed("state_dict()")
 
         def whole(kind: str) -> dict[str, torch.Tensor]:
             tables = [(getattr(weights, kind), weights.live) for weights in self._weights]
-            return {name: t for table, live in tables if table is not None for name, t in dtensor.whole_tensors(table, live).items()}
+            return {
+                name: t
+                for table, live in tables
+                if table is not None
+                for name, t in dtensor.whole_tensors(table, live).items()
+            }
 
         state = super().state_dict()
         state["es"] = {
@@ -520,8 +596,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict()`: theta, live, generation, settings (all but base), group options. ValueError, with
-        nothing changed, where the state is of another noise version, another base, or other tensors, or sharded otherwise."""
+        """Continue from a `state_dict()`: theta, live, generation, settings (all but base), group options. ValueError,
+        with nothing changed, where the state is of another noise version, another base, or other tensors, or sharded
+        otherwise."""
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
@@ -533,8 +610,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for kind in ("theta", "anchor"):
             described = [{name: (t.dtype, tuple(t.shape)) for name, t in es[kind].items()} for es in (saved, mine)]
             if described[0] != described[1]:
-                different = sorted(name for name in described[0].keys() | described[1].keys() if described[0].get(name) != described[1].get(name))
-                raise ValueError(f"the saved {kind} and this optimizer's differ in {len(different)} tensor(s), e.g. {different[0]!r}")
+                different = sorted(
+                    name
+                    for name in described[0].keys() | described[1].keys()
+                    if described[0].get(name) != described[1].get(name)
+                )
+                raise ValueError(
+                    f"the saved {kind} and this optimizer's differ in {len(different)} tensor(s), e.g. {different[0]!r}"
+                )
             for name, tensor in mine[kind].items():
                 dtensor.check_same_layout(name, saved[kind][name], tensor)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
@@ -550,7 +633,17 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 weights.prove()
 
 
-_SETTINGS = ("generation", "seed", "population", "antithetic", "shaping", "momentum", "momentum_window", "perturb_rounding", "update_rounding")
+_SETTINGS = (
+    "generation",
+    "seed",
+    "population",
+    "antithetic",
+    "shaping",
+    "momentum",
+    "momentum_window",
+    "perturb_rounding",
+    "update_rounding",
+)
 
 
 class Step(NamedTuple):
@@ -578,7 +671,8 @@ class _Weights:
         live = dtensor.live_table(entries)
         device = torch.device("cpu") if base == "host" else live.tensors[0].device
         if base == "host":
-            es_kernels.active_backend(device)  # which will compute the updates: if none can, say so before the first generation
+            # Which will compute the updates: if none can, say so before the first generation
+            es_kernels.active_backend(device)
 
         def copy(memory: list[torch.Tensor]) -> es_kernels.ParamTable:
             copies = [to.copy_(t.detach()) for to, t in zip(memory, live.tensors)]
@@ -590,7 +684,11 @@ class _Weights:
         if base is None:
             theta = live
         elif base == "host":
-            theta = copy(host_memory.empty_like(live.tensors, torch.float32, live.tensors[0].device if live.tensors[0].is_cuda else None))
+            theta = copy(
+                host_memory.empty_like(
+                    live.tensors, torch.float32, live.tensors[0].device if live.tensors[0].is_cuda else None
+                )
+            )
         else:
             theta = copy(empty(None if base == "copy" else torch.float32))
         weights = cls(live, theta, copy(empty()) if anchored else None)
@@ -603,19 +701,25 @@ class _Weights:
         self.proof = es_kernels.fingerprint(self.live)
 
     def changed(self) -> str | None:
-        """The name of a tensor of live that others have written, if there is one. At rest the contents say so; with a member in place, whose
-        bits nobody has counted, the tensors' versions, which do not know of writes through `.data`. RuntimeError where memory moved."""
+        """The name of a tensor of live that others have written, if there is one. At rest the contents say so; with a
+        member in place, whose bits nobody has counted, the tensors' versions, which do not know of writes through
+        `.data`. RuntimeError where memory moved."""
         if self.inside is not None:
             if self.versions is None:
                 return None
-            return next((name for name, then, now in zip(self.live.names, self.versions, _versions(self.live)) if then != now), None)
+            return next(
+                (name for name, then, now in zip(self.live.names, self.versions, _versions(self.live)) if then != now),
+                None,
+            )
         if self.proof is None:
             return None
         try:
             self.live.check_unmoved()
         except RuntimeError as error:
             moved = str(error).partition(":")[0]
-            raise RuntimeError(f"{moved}: call adopt_live() to take the live weights, where they are now, as theta") from None
+            raise RuntimeError(
+                f"{moved}: call adopt_live() to take the live weights, where they are now, as theta"
+            ) from None
         if es_kernels.fingerprint(self.live) == self.proof:
             return None
         pairs = zip(self.live.names, self.theta.tensors, self.live.tensors)
@@ -626,16 +730,21 @@ class _Weights:
         for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors):
             if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
                 raise ValueError(
-                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} {tuple(theta.shape)}, cannot hold: "
+                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} "
+                    f"{tuple(theta.shape)}, cannot hold: "
                     "make a new EvolutionStrategy"
                 )
 
     def names(self) -> set[str]:
         """Of the tensors and of the segments in them."""
-        return {*self.live.names, *(segment.name for segments in self.live.layout.segments for segment in segments or ())}
+        return {
+            *self.live.names,
+            *(segment.name for segments in self.live.layout.segments for segment in segments or ()),
+        }
 
     def wait_for_readers(self) -> None:
-        """Returns when no kernel of the device reads a theta in host memory any more: what the CPU does next is in no queue."""
+        """Returns when no kernel of the device reads a theta in host memory any more: what the CPU does next is in no
+        queue."""
         if self.live.tensors[0].is_cuda and not self.theta.tensors[0].is_cuda:
             torch.cuda.synchronize(self.live.tensors[0].device)
 
@@ -675,10 +784,17 @@ def _versions(table: es_kernels.ParamTable) -> list[int]:
 
 def _is_named(entry: Any) -> bool:
     """Whether it is (name, tensor) or (name, tensor, segments or None)."""
-    if not (isinstance(entry, tuple) and len(entry) in (2, 3) and isinstance(entry[0], str) and isinstance(entry[1], torch.Tensor)):
+    if not (
+        isinstance(entry, tuple)
+        and len(entry) in (2, 3)
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], torch.Tensor)
+    ):
         return False
     segments = (*entry, None)[2]
-    return segments is None or (isinstance(segments, (list, tuple)) and all(isinstance(segment, es_kernels.Segment) for segment in segments))
+    return segments is None or (
+        isinstance(segments, (list, tuple)) and all(isinstance(segment, es_kernels.Segment) for segment in segments)
+    )
 
 
 def _finite(reward: Any, member: int) -> float:
@@ -687,6 +803,10 @@ def _finite(reward: Any, member: int) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
         raise ValueError(f"the reward of member {member} must be one number, not {reward!r}") from None
     if not abs(value) <= LARGEST:
-        problem = "a member that failed must be declared dropped" if not math.isfinite(value) else f"its size must be at most {LARGEST:g}"
+        problem = (
+            "a member that failed must be declared dropped"
+            if not math.isfinite(value)
+            else f"its size must be at most {LARGEST:g}"
+        )
         raise ValueError(f"the reward of member {member} is {value}; {problem}")
     return value

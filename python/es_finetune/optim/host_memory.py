@@ -14,12 +14,15 @@ _ALIGNMENT = 64  # bytes, of each tensor: a line of the processor's cache
 _PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped: every GPU reads it at the host's address
 
 
-def empty_like(tensors: Sequence[torch.Tensor], dtype: torch.dtype, gpu: torch.device | None = None) -> list[torch.Tensor]:
-    """For each tensor one in host memory, not initialised, of its shape and strides and of `dtype`; pinned if `gpu` is a CUDA device.
+def empty_like(
+    tensors: Sequence[torch.Tensor], dtype: torch.dtype, gpu: torch.device | None = None
+) -> list[torch.Tensor]:
+    """For each tensor one in host memory, not initialised, of its shape and strides and of `dtype`; pinned if `gpu` is
+    a CUDA device.
 
-    Each has a storage of its own, so that it is copied and saved without the others, and the block is freed with the last of them. It is as
-    large as they are: torch's pinned memory rounds every tensor up to a power of two, 57.9 GB for the 30.5 GB of Qwen2.5-7B. RuntimeError if
-    CUDA cannot pin it.
+    Each has a storage of its own, so that it is copied and saved without the others, and the block is freed with the
+    last of them. It is as large as they are: torch's pinned memory rounds every tensor up to a power of two, 57.9 GB
+    for the 30.5 GB of Qwen2.5-7B. RuntimeError if CUDA cannot pin it.
     """
     forms = [torch.empty_like(t, dtype=dtype, device="meta") for t in tensors]
     sizes = [form.untyped_storage().nbytes() for form in forms]
@@ -27,10 +30,14 @@ def empty_like(tensors: Sequence[torch.Tensor], dtype: torch.dtype, gpu: torch.d
     memory = mmap.mmap(-1, max(starts[-1], 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block = np.frombuffer(memory, np.uint8)
     if gpu is not None:
-        memory.madvise(mmap.MADV_DONTFORK)  # a child that shared the pages would have us write to copies, which the GPU does not see
+        # A child that shared the pages would have us write to copies, which the GPU does not see
+        memory.madvise(mmap.MADV_DONTFORK)
         _register(block, gpu)
     storages = [torch.from_numpy(block[start : start + size]).untyped_storage() for start, size in zip(starts, sizes)]
-    return [torch.empty(0, dtype=dtype).set_(storage, 0, form.shape, form.stride()) for storage, form in zip(storages, forms)]
+    return [
+        torch.empty(0, dtype=dtype).set_(storage, 0, form.shape, form.stride())
+        for storage, form in zip(storages, forms)
+    ]
 
 
 def _register(block: np.ndarray, gpu: torch.device) -> None:
@@ -40,5 +47,8 @@ def _register(block: np.ndarray, gpu: torch.device) -> None:
         status = int(cudart.cudaHostRegister(block.ctypes.data, block.nbytes, _PORTABLE_AND_MAPPED))
     if status:
         size = f"{block.nbytes / 1e9:.1f} GB"
-        raise RuntimeError(f'CUDA cannot pin {size} of host memory for base="host" (error {status}): free some, or choose base="copy"')
-    weakref.finalize(block, cudart.cudaHostUnregister, block.ctypes.data).atexit = False  # the driver does so when the process ends
+        raise RuntimeError(
+            f'CUDA cannot pin {size} of host memory for base="host" (error {status}): free some, or choose base="copy"'
+        )
+    # The driver does so when the process ends
+    weakref.finalize(block, cudart.cudaHostUnregister, block.ctypes.data).atexit = False

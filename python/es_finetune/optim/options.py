@@ -1,5 +1,5 @@
-"""What a number must be, wherever it is given: an argument of EvolutionStrategy or an option of a config. Each function returns the plain Python
-number; ValueError, by name, for anything else."""
+"""What a number must be, wherever it is given: an argument of EvolutionStrategy or an option of a config. Each function
+returns the plain Python number; ValueError, by name, for anything else."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """From the rewards of a generation to Z, what each member's noise counts in the update.
 
-Each function takes one entry per member, None for a dropped member, of which at least one is not None, and returns one f32
-value per member, 0 for a dropped one; or None where the rewards hold no signal. The others have mean 0 and standard deviation
-1 (ddof 0) whatever the shaping, so that changing it leaves the meaning of lr alone.
+Each function takes one entry per member, None for a dropped member, of which at least one is not None, and returns one
+f32 value per member, 0 for a dropped one; or None where the rewards hold no signal. The others have mean 0 and standard
+deviation 1 (ddof 0) whatever the shaping, so that changing it leaves the meaning of lr alone.
 
-Computed in f64 by operations that IEEE 754 defines exactly (and exactly rounded sums), cast to f32 once: the same bits on
-every machine.
+Computed in f64 by operations that IEEE 754 defines exactly (and exactly rounded sums), cast to f32 once: the same bits
+on every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Sums of z-scores that should cancel leave about 1e-16 * prompts; divided by their own std it would make a step of full size.
+# Sums of z-scores that should cancel leave about 1e-16 * prompts; divided by their own std it would make a step of full
+# size.
 _ROUNDING = 1e-9
 
 
@@ -28,8 +29,8 @@ def z_scores(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
 def centred_ranks(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
     """The centred ranks of Salimans et al. (arXiv:1703.03864), ties sharing their mean rank, divided by their std.
 
-    They run from -0.5 to 0.5 there, with std 0.30 for N = 30: a third of the step. Here (rank - mean) / std, of which the
-    scale of the ranks is no part. None if all rewards are equal.
+    They run from -0.5 to 0.5 there, with std 0.30 for N = 30: a third of the step. Here (rank - mean) / std, of which
+    the scale of the ranks is no part. None if all rewards are equal.
     """
     ordered = sorted(reward for reward in rewards if reward is not None)
     mean_rank: dict[float, float] = {}
@@ -44,15 +45,18 @@ def centred_ranks(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
 def per_prompt(rewards: Sequence[Sequence[float] | None]) -> tuple[float, ...] | None:
     """z-scores over the members for each prompt alone, their mean over the prompts, and the z-scores of that.
 
-    Every member has one reward per prompt, in the same order; ValueError if not equally many. A prompt on which all members
-    are equal says nothing about them and is left out; each of the others counts the same, however large its rewards. None if
-    there is no such prompt, or if they cancel.
+    Every member has one reward per prompt, in the same order; ValueError if not equally many. A prompt on which all
+    members are equal says nothing about them and is left out; each of the others counts the same, however large its
+    rewards. None if there is no such prompt, or if they cancel.
     """
     scored = {member: reward for member, reward in enumerate(rewards) if reward is not None}
     prompts = {len(reward): member for member, reward in scored.items()}
     if len(prompts) > 1:
         (one, a), (other, b) = list(prompts.items())[:2]
-        raise ValueError(f"member {a} has {one} rewards and member {b} has {other}: all members need one for each of the same prompts")
+        raise ValueError(
+            f"member {a} has {one} rewards and member {b} has {other}: all members need one for each of the same "
+            "prompts"
+        )
     columns = [z for z in map(_standardized, zip(*scored.values())) if z is not None]
     means = [math.fsum(of_member) / len(columns) for of_member in zip(*columns)]
     if not means or max(means) - min(means) < _ROUNDING:
@@ -60,12 +64,16 @@ def per_prompt(rewards: Sequence[Sequence[float] | None]) -> tuple[float, ...] |
     return _spread(rewards, _standardized(means))
 
 
-SHAPINGS: dict[str, Callable[[Sequence], tuple[float, ...] | None]] = {"zscore": z_scores, "ranks": centred_ranks, "per_prompt": per_prompt}
+SHAPINGS: dict[str, Callable[[Sequence], tuple[float, ...] | None]] = {
+    "zscore": z_scores,
+    "ranks": centred_ranks,
+    "per_prompt": per_prompt,
+}
 
 
 def _standardized(values: Sequence[float]) -> list[float] | None:
-    """(value - mean) / std in f64, ddof 0; None if all are equal. That is asked of the values and not of std: thirty times
-    0.015 has std 1.7e-18."""
+    """(value - mean) / std in f64, ddof 0; None if all are equal. That is asked of the values and not of std: thirty
+    times 0.015 has std 1.7e-18."""
     if max(values) == min(values):
         return None
     mean = math.fsum(values) / len(values)

@@ -34,7 +34,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, of a missing one none. A torn last line, which a killed writer leaves, is dropped."""
+    """The objects of a .jsonl file, of a missing one none. A torn last line, which a killed writer leaves, is
+    dropped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -49,7 +50,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
         elif any(later.strip() for later in lines[index + 1 :]):
-            raise ValueError(f"{path} is damaged in line {index + 1}, which is not the last: it is no JSON object; remove that line")
+            raise ValueError(
+                f"{path} is damaged in line {index + 1}, which is not the last: it is no JSON object; remove that line"
+            )
     return rows
 
 
@@ -58,5 +61,7 @@ def generation_rows(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         if type(row.get("generation")) is not int:
-            raise ValueError(f"{path} is damaged in row {number}: it does not say of which generation it is; remove that row")
+            raise ValueError(
+                f"{path} is damaged in row {number}: it does not say of which generation it is; remove that row"
+            )
     return rows

@@ -12,19 +12,36 @@ from es_finetune.runs.log import is_begun, read_log
 from es_finetune.runs.replay import config_of
 
 # All that a run may leave in its folder. Another name in it means that the folder is somebody else's.
-FILES = ("config.json", "run.log", "journal", "metrics.jsonl", "evals.jsonl", "summary.json", "reward.png", "report.html")
+FILES = (
+    "config.json",
+    "run.log",
+    "journal",
+    "metrics.jsonl",
+    "evals.jsonl",
+    "summary.json",
+    "reward.png",
+    "report.html",
+)
 FOLDERS = ("answers", "snapshots", "model")
 CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
 
 
 def check_folder(folder: Path, config: TrainConfig) -> None:
-    """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced. Changes nothing."""
+    """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced. Changes
+    nothing."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is a file: give a folder")
     if is_begun(folder / "run.log"):
         if not (config.resume or config.overwrite):
-            raise ValueError(f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another folder")
-        inside = [path for path in (config.model, config.data, config.test_data) if path and folder.resolve() in Path(path).resolve().parents]
+            raise ValueError(
+                f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another "
+                "folder"
+            )
+        inside = [
+            path
+            for path in (config.model, config.data, config.test_data)
+            if path and folder.resolve() in Path(path).resolve().parents
+        ]
         if config.overwrite and inside:
             raise ValueError(f"--overwrite would remove {inside[0]}, which the run needs: give another --output")
         if config.resume:
@@ -43,7 +60,8 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
 
 
 def inherit(config: TrainConfig) -> None:
-    """Fill in, from the log of a run that is resumed, the number of prompts that was left open: it is the one the run began with."""
+    """Fill in, from the log of a run that is resumed, the number of prompts that was left open: it is the one the run
+    began with."""
     log = Path(config.output) / "run.log"
     if config.resume and config.prompts is None and is_begun(log):
         config.prompts = read_log(log)[0]["config"]["prompts"]
@@ -57,12 +75,17 @@ def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
             continue
         if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
             continue  # only then does the number of generations decide nothing before its end
-        raise ValueError(f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another folder")
+        raise ValueError(
+            f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another "
+            "folder"
+        )
 
 
 def is_ours(name: str) -> bool:
     """Whether a run, or eval of it, leaves something of this name in its folder."""
-    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(("eval-", ".model-", "journal-"))
+    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(
+        ("eval-", ".model-", "journal-")
+    )
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -2,19 +2,22 @@
 
 run.log is JSON, one object a line, each with a CRC-32 of what stands before it as its last key:
 
-    {"run": ..., "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}                     the header
+    {"run": ..., "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}                     the
+    header
     {"generation": 0, "z": "<base64 of N little-endian f32>", "scored": 30, "reward": 0.41, "lr": [...], "sigma": [...],
-     "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}                                                one per generation
+     "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}                                                one per
+     generation
 
-z is null where all rewards were equal and nothing was changed; "dropped" names members that a pool of workers gave up, if any. lr and sigma are one number for each param_group, theta and
-live the fingerprints after the update. About 400 bytes a generation with N = 30.
+z is null where all rewards were equal and nothing was changed; "dropped" names members that a pool of workers gave up,
+if any. lr and sigma are one number for each param_group, theta and live the fingerprints after the update. About 400
+bytes a generation with N = 30.
 
 The journal beside it has the same form, one line for each member of the generation in progress that has been scored. A
-score that is in it is never computed again: greedy text may differ between machines, and the run must not. Under torchrun every
-rank but the first has one of its own, journal-RANK.
+score that is in it is never computed again: greedy text may differ between machines, and the run must not. Under
+torchrun every rank but the first has one of its own, journal-RANK.
 
-Both files only grow, a line per write, so what a killed writer leaves is whole lines and at most one torn last one, without
-its newline, which is dropped. A line of run.log has reached the disk before the run goes on.
+Both files only grow, a line per write, so what a killed writer leaves is whole lines and at most one torn last one,
+without its newline, which is dropped. A line of run.log has reached the disk before the run goes on.
 """
 
 from __future__ import annotations
@@ -54,10 +57,24 @@ class Generation(NamedTuple):
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Generation:
-        z = None if found["z"] is None else tuple(np.frombuffer(base64.b64decode(found["z"]), "<f4").astype(float).tolist())
+        z = (
+            None
+            if found["z"] is None
+            else tuple(np.frombuffer(base64.b64decode(found["z"]), "<f4").astype(float).tolist())
+        )
         lr, sigma = tuple(found["lr"]), tuple(found["sigma"])
         theta, live = int(found["theta"], 16), int(found["live"], 16)
-        return cls(found["generation"], z, found["scored"], found["reward"], lr, sigma, theta, live, tuple(found.get("dropped", ())))
+        return cls(
+            found["generation"],
+            z,
+            found["scored"],
+            found["reward"],
+            lr,
+            sigma,
+            theta,
+            live,
+            tuple(found.get("dropped", ())),
+        )
 
 
 class SealedLines:
@@ -66,16 +83,19 @@ class SealedLines:
     def __init__(self, path: Path, sync: bool = True):
         """Open `path` or make it, drop a torn last line, and hold a lock on it until it is closed.
 
-        sync=False leaves it to the system when a line reaches the disk: enough where the process may be killed, but not the
-        machine, after which lines are dropped from the first damaged one on. With sync a damaged line is a ValueError, as is a
-        file that another process holds.
+        sync=False leaves it to the system when a line reaches the disk: enough where the process may be killed, but not
+        the machine, after which lines are dropped from the first damaged one on. With sync a damaged line is a
+        ValueError, as is a file that another process holds.
         """
         self.path, self._sync = path, sync
         self._file = open(path, "ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path} is being written by another process or Trainer: wait for it, close() it, or give another output folder") from None
+            raise ValueError(
+                f"{path} is being written by another process or Trainer: wait for it, close() it, or give another "
+                "output folder"
+            ) from None
         self.lines, whole = _read(path, strict=sync)
         self._file.truncate(whole)
 
@@ -102,7 +122,8 @@ class SealedLines:
 
 
 def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
-    """Header and generations of a run.log, also of one that is being written. ValueError if it is damaged or no run.log."""
+    """Header and generations of a run.log, also of one that is being written. ValueError if it is damaged or no
+    run.log."""
     try:
         lines, _ = _read(path, strict=True)
     except OSError as error:
@@ -111,7 +132,8 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
 
 
 def read_journals(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of the journals of all workers that ever wrote into the folder; of which generation each is, it says."""
+    """The whole lines of the journals of all workers that ever wrote into the folder; of which generation each is, it
+    says."""
     return [line for path in sorted(folder.glob("journal*")) for line in _read(path, strict=False)[0]]
 
 
@@ -146,8 +168,8 @@ def is_begun(path: Path) -> bool:
 
 
 def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
-    """The lines of the file before the first that is not whole, and the length in bytes of what they take. With `strict` that one must be the last,
-    and torn: without its newline."""
+    """The lines of the file before the first that is not whole, and the length in bytes of what they take. With
+    `strict` that one must be the last, and torn: without its newline."""
     data = path.read_bytes()
     lines, at = [], 0
     while at < len(data):
@@ -159,7 +181,11 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
                 if not lines and not line.startswith(b'{"run": '):
                     raise ValueError(f"{path} is no log of a run (format {FORMAT})")
                 last = lines and end == len(data)
-                remedy = "remove that line, and the run goes on from the one before" if last else "to begin the run anew, remove the file"
+                remedy = (
+                    "remove that line, and the run goes on from the one before"
+                    if last
+                    else "to begin the run anew, remove the file"
+                )
                 raise ValueError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {remedy}")
             break
         lines.append(json.loads(line))

@@ -32,11 +32,19 @@ class Rebuilt:
     optimizer: EvolutionStrategy
 
 
-def rebuild(run: str | Path, *, model: str | None = None, device: str = "auto", generation: int | None = None, on_generation: Callable[[int], None] | None = None) -> Rebuilt:
-    """The run's model after `generation` updates (all of them if None), made again from its base model and its log alone.
+def rebuild(
+    run: str | Path,
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    generation: int | None = None,
+    on_generation: Callable[[int], None] | None = None,
+) -> Rebuilt:
+    """The run's model after `generation` updates (all of them if None), made again from its base model and its log
+    alone.
 
-    Every update is proven by the fingerprints in the log. ValueError where the log is damaged, the base model is another
-    one, the noise is of another version, or a fingerprint differs.
+    Every update is proven by the fingerprints in the log. ValueError where the log is damaged, the base model is
+    another one, the noise is of another version, or a fingerprint differs.
     """
     header, generations = read_log(Path(run) / "run.log")
     if generation is not None and generation > len(generations):
@@ -49,8 +57,11 @@ def rebuild(run: str | Path, *, model: str | None = None, device: str = "auto", 
     return Rebuilt(config, header, generations, loaded, tokenizer, optimizer)
 
 
-def _load_start(header: dict[str, Any], name: str, device: str, config: TrainConfig) -> tuple[torch.nn.Module, Any, list[tuple]]:
-    """(model, tokenizer, its parameters). Weights of several dtypes in memory, which a run was given, may be in files that do not say so."""
+def _load_start(
+    header: dict[str, Any], name: str, device: str, config: TrainConfig
+) -> tuple[torch.nn.Module, Any, list[tuple]]:
+    """(model, tokenizer, its parameters). Weights of several dtypes in memory, which a run was given, may be in files
+    that do not say so."""
     for mixed in (False, True):
         loaded, tokenizer, _ = load_model(name, device=pick_device(device), **model_options(config), mixed=mixed)
         entries = list(named_segments(loaded))
@@ -63,11 +74,14 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
     try:
         return TrainConfig(**header["config"])
     except TypeError as error:
-        raise ValueError(f"{run} was written by es_finetune {header['es_finetune']}, whose configs differ: {error}") from None
+        raise ValueError(
+            f"{run} was written by es_finetune {header['es_finetune']}, whose configs differ: {error}"
+        ) from None
 
 
 def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str, Any]:
-    """What the log's header says of the weights before the first update; `entries`: of all parameters, as named_segments gives them."""
+    """What the log's header says of the weights before the first update; `entries`: of all parameters, as
+    named_segments gives them."""
     return {
         "noise_version": es_kernels.noise.VERSION,
         "base_fingerprint": base_fingerprint(entries),
@@ -83,16 +97,31 @@ def base_fingerprint(entries: Sequence[tuple]) -> str:
 
 
 def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
-    """ValueError unless the log's first update was made on weights that started as `here` says (start_of) and with this noise."""
+    """ValueError unless the log's first update was made on weights that started as `here` says (start_of) and with this
+    noise."""
     if header["noise_version"] != here["noise_version"]:
-        raise ValueError(f"the run was made with noise version {header['noise_version']}, this es_kernels has version {here['noise_version']}")
+        raise ValueError(
+            f"the run was made with noise version {header['noise_version']}, this es_kernels has version "
+            f"{here['noise_version']}"
+        )
     if header["base_fingerprint"] != here["base_fingerprint"]:
-        raise ValueError(f"model {name} is not the one the run began with: its fingerprint is {here['base_fingerprint']}, the log says {header['base_fingerprint']}")
+        raise ValueError(
+            f"model {name} is not the one the run began with: its fingerprint is {here['base_fingerprint']}, the log "
+            f"says {header['base_fingerprint']}"
+        )
     if header["theta"] != here["theta"]:
-        raise ValueError(f"the parameters to tune are not those of the run: their fingerprint is {here['theta']}, the log says {header['theta']}")
+        raise ValueError(
+            f"the parameters to tune are not those of the run: their fingerprint is {here['theta']}, the log says "
+            f"{header['theta']}"
+        )
 
 
-def fast_forward(optimizer: EvolutionStrategy, generations: Sequence[Generation], on_generation: Callable[[int], None] | None = None, snapshots: Path | None = None) -> None:
+def fast_forward(
+    optimizer: EvolutionStrategy,
+    generations: Sequence[Generation],
+    on_generation: Callable[[int], None] | None = None,
+    snapshots: Path | None = None,
+) -> None:
     """Apply the logged generations to an optimizer at its start; ValueError at the first whose fingerprints differ."""
     done = load_snapshot(snapshots, optimizer, generations) if snapshots is not None else 0
     for generation in generations[done:]:
@@ -102,7 +131,8 @@ def fast_forward(optimizer: EvolutionStrategy, generations: Sequence[Generation]
         found = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
         if found != (generation.theta, generation.live):
             raise ValueError(
-                f"generation {generation.generation}: theta and live have the fingerprints {found[0]:016x} and {found[1]:016x}, "
+                f"generation {generation.generation}: theta and live have the fingerprints {found[0]:016x} and "
+                f"{found[1]:016x}, "
                 f"the log says {generation.theta:016x} and {generation.live:016x}"
             )
         if on_generation is not None:

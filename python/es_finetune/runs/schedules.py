@@ -1,4 +1,5 @@
-"""From a model and a config to its optimizer: which parameters are tuned, with which sigma, and how sigma and lr fall."""
+"""From a model and a config to its optimizer: which parameters are tuned, with which sigma, and how sigma and lr
+fall."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from es_finetune.optim.evolution_strategy import EvolutionStrategy
 
 
 def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionStrategy:
-    """The optimizer of this config over the parameters that require grad, one group for each sigma. `entries`: of all parameters, as
-    segments.named_segments gives them.
+    """The optimizer of this config over the parameters that require grad, one group for each sigma. `entries`: of all
+    parameters, as segments.named_segments gives them.
 
-    A pattern is matched with the whole name, as a shell does it: * stands for anything. A parameter that a checkpoint holds
-    as several tensors is matched by its own name in memory, or by the names of all of them. ValueError for a pattern that fits no
-    parameter, or some of these tensors only.
+    A pattern is matched with the whole name, as a shell does it: * stands for anything. A parameter that a checkpoint
+    holds as several tensors is matched by its own name in memory, or by the names of all of them. ValueError for a
+    pattern that fits no parameter, or some of these tensors only.
     """
     own_sigma = own_sigmas(config)
     unused = {*config.tune, *config.freeze, *(pattern for pattern, _ in own_sigma)}
@@ -32,7 +33,8 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
             if found and len(found) < len(parts) and not whole:
                 other = next(part for part in parts if part not in found)
                 raise ValueError(
-                    f"the pattern {pattern!r} fits {found[0]!r} but not {other!r}, which are one parameter in memory, {name!r}: "
+                    f"the pattern {pattern!r} fits {found[0]!r} but not {other!r}, which are one parameter in memory, "
+                    f"{name!r}: "
                     "give a pattern that fits all of it"
                 )
             if found or whole:
@@ -46,10 +48,15 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
         if tuned and not frozen:
             groups.setdefault(sigmas[0] if sigmas else config.sigma, []).append(entry)
     if unused:
-        raise ValueError(f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {name!r}")
+        raise ValueError(
+            f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {name!r}"
+        )
     if not groups:
         raise ValueError("tune and freeze leave no parameter to tune")
-    return EvolutionStrategy([{"params": entries, "sigma": sigma, "initial_sigma": sigma} for sigma, entries in groups.items()], **optimizer_options(config))
+    return EvolutionStrategy(
+        [{"params": entries, "sigma": sigma, "initial_sigma": sigma} for sigma, entries in groups.items()],
+        **optimizer_options(config),
+    )
 
 
 def set_schedules(optimizer: EvolutionStrategy, config: TrainConfig) -> None:

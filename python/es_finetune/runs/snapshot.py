@@ -1,4 +1,5 @@
-"""Snapshots of the exact weights, so that a long run resumes without repeating every update. The log alone is enough."""
+"""Snapshots of the exact weights, so that a long run resumes without repeating every update. The log alone is
+enough."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
 
 
 def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Sequence[Generation]) -> int:
-    """Put the newest snapshot of a generation in `generations` into the optimizer, if there is one; returns its updates.
+    """Put the newest snapshot of a generation in `generations` into the optimizer, if there is one; returns its
+    updates.
 
     `generations` are those of the log, from the first; what momentum remembers comes of them. A snapshot is
     used only if its fingerprints are those of the log: otherwise ValueError.
@@ -47,7 +49,10 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
 
     for path in folder.glob("theta-*.safetensors"):
         if not _NAME.fullmatch(path.name):
-            raise ValueError(f"{path} does not say of which generation it is, as theta-000100.safetensors does: rename it, or move it away")
+            raise ValueError(
+                f"{path} does not say of which generation it is, as theta-000100.safetensors does: rename it, or move "
+                "it away"
+            )
     for done, path in reversed(_snapshots(folder)):
         if not 0 < done <= len(generations):
             continue
@@ -61,7 +66,10 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
             raise ValueError(f"{damaged} ({error})") from error
         state["es"] = {**state["es"], "theta": theta, "generation": done, "history": history}
         optimizer.load_state_dict(state)
-        if (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) != (generations[done - 1].theta, generations[done - 1].live):
+        if (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) != (
+            generations[done - 1].theta,
+            generations[done - 1].live,
+        ):
             raise ValueError(f"{damaged} (its fingerprint is not that of generation {done - 1} in the log)")
         return done
     return 0

@@ -17,10 +17,10 @@ from es_finetune.errors import did_you_mean
 class Item(NamedTuple):
     """One question.
 
-    `prompt` is what the model is given: raw text, or chat messages ({"role": ..., "content": ...}) which the engine renders
-    with the tokenizer's chat template. `key` says which question it is; two items with one key are the same question,
-    however their prompts differ. `data` is what scoring needs beyond the key. `source` says in messages where the question is
-    from, as "train.jsonl, line 7".
+    `prompt` is what the model is given: raw text, or chat messages ({"role": ..., "content": ...}) which the engine
+    renders with the tokenizer's chat template. `key` says which question it is; two items with one key are the same
+    question, however their prompts differ. `data` is what scoring needs beyond the key. `source` says in messages where
+    the question is from, as "train.jsonl, line 7".
     """
 
     prompt: str | tuple[dict, ...]
@@ -32,9 +32,9 @@ class Item(NamedTuple):
 class Score(NamedTuple):
     """What one completion is worth: `reward` is what ES maximises, `exact` and `format` (0 to 1) are parts to report.
 
-    `reward` is None where the reward function failed: the trainer then takes the task's `floor`. `exact` is None where the
-    task knows no right answer. `error` is one line saying what failed; a task that knows what a failure is worth gives a
-    number all the same (math: an answer that cannot be graded in time is wrong).
+    `reward` is None where the reward function failed: the trainer then takes the task's `floor`. `exact` is None where
+    the task knows no right answer. `error` is one line saying what failed; a task that knows what a failure is worth
+    gives a number all the same (math: an answer that cannot be graded in time is wrong).
     """
 
     reward: float | None
@@ -44,7 +44,8 @@ class Score(NamedTuple):
 
 
 class Task(Protocol):
-    """`train` and `test` share no key; `score` is a pure function of its arguments and never raises, whatever the text."""
+    """`train` and `test` share no key; `score` is a pure function of its arguments and never raises, whatever the
+    text."""
 
     name: str
     max_new_tokens: int
@@ -54,7 +55,8 @@ class Task(Protocol):
     floor: float | None  # reward of an answer whose scoring failed; None: the lowest of its generation
     eval_samples: int  # answers per held-out question: 1 is greedy, more are sampled at temperature 1
     notes: Sequence[str]  # what loading left out or changed, one sentence each, to be shown when a run starts
-    # A task whose scoring is the user's code may have code_digest: str | None, by which a resumed run knows that it is the same.
+    # A task whose scoring is the user's code may have code_digest: str | None, by which a resumed run knows that it is
+    # the same.
 
     def score(self, item: Item, completion: str) -> Score: ...
 
@@ -83,12 +85,12 @@ def load_task(
                            levels 3 to 5 and MATH-500
     reasoning-gym:<name>   any dataset of the package reasoning-gym; `seed` decides the questions
     custom                 `data`: a JSON lines file or dicts, each with a "prompt"; `reward`: "module:function" or
-                           "file.py:function", run in a process of its own, or a callable, run in this one without a time
-                           limit. Without `test_data` the share `test_share` of the prompts is held out
+                           "file.py:function", run in a process of its own, or a callable, run in this one without a
+                           time limit. Without `test_data` the share `test_share` of the prompts is held out
 
     `time_limit`: seconds that scoring one answer may take where it runs in a process of its own.
-    ValueError, in one sentence, for an unknown name, an argument that the task does not take, bad data, a reward that is
-    none, a package that is not installed, and splits that overlap.
+    ValueError, in one sentence, for an unknown name, an argument that the task does not take, bad data, a reward that
+    is none, a package that is not installed, and splits that overlap.
     """
     if not (math.isfinite(time_limit) and time_limit > 0):
         raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
@@ -97,7 +99,9 @@ def load_task(
     if reward is not None and name != "custom":
         raise ValueError(f"task {name!r} has a reward of its own; reward is for the task 'custom'")
     if (data is not None or test_data is not None) and name not in ("custom", "math"):
-        raise ValueError(f"task {name!r} makes its own questions; data and test_data are for the tasks 'math' and 'custom'")
+        raise ValueError(
+            f"task {name!r} makes its own questions; data and test_data are for the tasks 'math' and 'custom'"
+        )
 
     if name == "countdown":
         from es_finetune.tasks.countdown import Countdown
@@ -124,7 +128,10 @@ def load_task(
 
         task = Custom(data, reward, test_data, time_limit, test_share)
     else:
-        raise ValueError(f"unknown task {name!r}{did_you_mean(name.partition(':')[0], NAMES) or '; choose one of: ' + ', '.join(NAMES)}")
+        raise ValueError(
+            "unknown task "
+            f"{name!r}{did_you_mean(name.partition(':')[0], NAMES) or '; choose one of: ' + ', '.join(NAMES)}"
+        )
     check_disjoint(task)
     return task
 
@@ -134,4 +141,6 @@ def check_disjoint(task: Task) -> None:
     shared = {item.key for item in task.train} & {item.key for item in task.test}
     if shared:
         example = str(min(shared, key=str))
-        raise ValueError(f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {example[:200]}")
+        raise ValueError(
+            f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {example[:200]}"
+        )

@@ -4,9 +4,9 @@
     term       := factor (("*" | "/") factor)*
     factor     := "-" factor | number | "(" expression ")"
 
-Numbers are ASCII integers without leading zeros; only the space is white space. The work is bounded before it starts: by
-the length of the text, then by the digits of a number and by the nesting depth. There are no powers, so a value has at most
-as many digits as the text.
+Numbers are ASCII integers without leading zeros; only the space is white space. The work is bounded before it starts:
+by the length of the text, then by the digits of a number and by the nesting depth. There are no powers, so a value has
+at most as many digits as the text.
 """
 
 from __future__ import annotations

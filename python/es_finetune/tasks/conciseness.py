@@ -1,4 +1,5 @@
-"""Conciseness, as in "Evolution Strategies at Scale" (arXiv:2509.24372): answers as long as a short target, whatever they say.
+"""Conciseness, as in "Evolution Strategies at Scale" (arXiv:2509.24372): answers as long as a short target, whatever
+they say.
 
 Two questions to train on, eight to test. The wording and the test questions are our own.
 """
@@ -14,7 +15,10 @@ TRAIN = (
 TEST = (
     ("What is 7 + 6? Give just the result.", "13"),
     ("What is 9 times 4? Give just the result.", "36"),
-    ("All squares are rectangles. All rectangles have four sides. Does it follow that all squares have four sides?", "Yes"),
+    (
+        "All squares are rectangles. All rectangles have four sides. Does it follow that all squares have four sides?",
+        "Yes",
+    ),
     ("Some musicians are teachers. Some teachers are tall. Does it follow that some musicians are tall?", "No"),
     ("What is the capital of Italy?", "Rome"),
     ("What is the chemical symbol of gold?", "Au"),
@@ -35,7 +39,8 @@ class Conciseness:
 
     def __init__(self):
         self.train, self.test = (
-            [Item(({"role": "user", "content": question},), question, {"target": target}) for question, target in part] for part in (TRAIN, TEST)
+            [Item(({"role": "user", "content": question},), question, {"target": target}) for question, target in part]
+            for part in (TRAIN, TEST)
         )
 
     def score(self, item: Item, completion: str) -> Score:

@@ -45,8 +45,8 @@ class Countdown:
         """reward = exact + 0.1 * format.
 
         exact: the LAST answer block is an expression over + - * / ( ) that uses exactly the given numbers and is within
-        1e-5 of the target. format: 1 for exactly a think block, a newline and an answer block; else 0.1 for a think block
-        plus 0.5 for an answer block. Only the completion counts, the opened think tag put back in front of it. A
+        1e-5 of the target. format: 1 for exactly a think block, a newline and an answer block; else 0.1 for a think
+        block plus 0.5 for an answer block. Only the completion counts, the opened think tag put back in front of it. A
         completion of more than 50,000 characters is worth 0.
         """
         if len(completion) > MAX_COMPLETION:
@@ -60,15 +60,19 @@ class Countdown:
             format = 0.1 * (thought is not None) + 0.5 * (answer is not None)
         numbers, target = item.key
         result = evaluate(answer.strip()) if answer is not None else None
-        exact = float(result is not None and tuple(sorted(result[1])) == numbers and abs(result[0] - target) <= TOLERANCE)
+        exact = float(
+            result is not None and tuple(sorted(result[1])) == numbers and abs(result[0] - target) <= TOLERANCE
+        )
         return Score(exact + 0.1 * format, exact, format)
 
 
 def prompt(numbers: list[int], target: int) -> str:
     """Raw text, no chat template; it ends with an opened think tag."""
     return (
-        "You are a helpful assistant. You reason about the problem in your mind first and then give the user the answer.\n"
-        f"With the numbers [{' '.join(map(str, numbers))}], write an equation that equals {target}. Use each number exactly once, "
+        "You are a helpful assistant. You reason about the problem in your mind first and then give the user the "
+        "answer.\n"
+        f"With the numbers [{' '.join(map(str, numbers))}], write an equation that equals {target}. Use each number "
+        "exactly once, "
         "and only the operations +, -, * and /. Put your work inside <think> </think> tags and the final answer inside "
         "<answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>. Solve this step by step.\n" + OPENED
     )
@@ -83,7 +87,9 @@ def _random_value(draws: random.Random, numbers: list[int]) -> int | None:
         operation = "+-*/"[_below(draws, 4)]
         if operation == "/" and b == 0:
             return None
-        values.append(a + b if operation == "+" else a - b if operation == "-" else a * b if operation == "*" else a / b)
+        values.append(
+            a + b if operation == "+" else a - b if operation == "-" else a * b if operation == "*" else a / b
+        )
     return int(values[0]) if values[0].denominator == 1 else None
 
 

@@ -23,11 +23,11 @@ _FORMAT = re.compile(r"[1-9][-+*][1-9][-+*][1-9]")
 class CountdownChar:
     """All 1345 questions, of which 269 are held out.
 
-    A question is a multiset of numbers and a target, so no order of the numbers of a test question is ever trained on, by
-    ES or by the script that made the embedded model. A prompt names its numbers in the order of one of the answers; each
-    such order is a prompt of its own in the train split, and one of them stands in the test split. (Any order of answer
-    is right. Prompts in any order would be too hard for this model: it got 46% of held-out questions right after 100 s of
-    training, against 84% after 60 s.)
+    A question is a multiset of numbers and a target, so no order of the numbers of a test question is ever trained on,
+    by ES or by the script that made the embedded model. A prompt names its numbers in the order of one of the answers;
+    each such order is a prompt of its own in the train split, and one of them stands in the test split. (Any order of
+    answer is right. Prompts in any order would be too hard for this model: it got 46% of held-out questions right after
+    100 s of training, against 84% after 60 s.)
     """
 
     name = "countdown-char"
@@ -63,7 +63,8 @@ def prompt(answer: str, target: int) -> str:
 
 
 def solutions(targets: range = range(100)) -> dict[tuple[tuple[int, ...], int], list[str]]:
-    """(sorted numbers, target) -> all its answers, for every question with a target in `targets`; the task's own by default."""
+    """(sorted numbers, target) -> all its answers, for every question with a target in `targets`; the task's own by
+    default."""
     found: dict[tuple[tuple[int, ...], int], list[str]] = {}
     for a, b, c in itertools.product(range(1, 10), repeat=3):
         for first, second in itertools.product("+-*", repeat=2):

@@ -27,18 +27,19 @@ MIN_PROMPTS = 5  # fewer cannot be cut into a train and a test split that say an
 class Custom:
     """A record is a dict with a "prompt" (text, or a list of chat messages) and whatever else the reward needs.
 
-    `reward(completion: str, record: dict)` returns a finite number, or a dict with "reward" and, if wanted, "exact" and "format"
-    (each 0 to 1). Given as "module:function" or "file.py:function" it runs in a process of its own that is killed where an answer
-    takes more than `seconds`. A callable runs in this process, without any time limit: one that hangs, hangs the run. A reward that
-    raises, hangs, ends its process or returns no finite number scores `reward=None` with an `error`, and the run goes on. A function
-    may declare what such an answer is worth: `reward.floor = 0.0`.
+    `reward(completion: str, record: dict)` returns a finite number, or a dict with "reward" and, if wanted, "exact" and
+    "format" (each 0 to 1). Given as "module:function" or "file.py:function" it runs in a process of its own that is
+    killed where an answer takes more than `seconds`. A callable runs in this process, without any time limit: one that
+    hangs, hangs the run. A reward that raises, hangs, ends its process or returns no finite number scores `reward=None`
+    with an `error`, and the run goes on. A function may declare what such an answer is worth: `reward.floor = 0.0`.
 
-    `code_digest` tells one reward from another by content, not by path (reward_process.code_digest says what it covers): `RewardFailed` ends a run
-    whose reward was changed, and a resumed one refuses another. Of a callable it is None: that it is the same, nobody checks.
+    `code_digest` tells one reward from another by content, not by path (reward_process.code_digest says what it
+    covers): `RewardFailed` ends a run whose reward was changed, and a resumed one refuses another. Of a callable it is
+    None: that it is the same, nobody checks.
 
-    The prompt says which question a record is. Equal records are dropped and counted in `notes`; different records with one prompt
-    are all kept, and on the same side of the split. Without `test_data` the prompts with the lowest hashes, `share` of them, are held
-    out: whatever the order of the records, and the same ones in every run.
+    The prompt says which question a record is. Equal records are dropped and counted in `notes`; different records with
+    one prompt are all kept, and on the same side of the split. Without `test_data` the prompts with the lowest hashes,
+    `share` of them, are held out: whatever the order of the records, and the same ones in every run.
     """
 
     name = "custom"
@@ -46,9 +47,19 @@ class Custom:
     metric = "reward"
     eval_samples = 1
 
-    def __init__(self, data: Data | None, reward: str | Callable[[str, dict], Any] | None, test_data: Data | None, seconds: float, share: float):
+    def __init__(
+        self,
+        data: Data | None,
+        reward: str | Callable[[str, dict], Any] | None,
+        test_data: Data | None,
+        seconds: float,
+        share: float,
+    ):
         if data is None or reward is None:
-            raise ValueError("the task 'custom' needs data (a .jsonl file or dicts) and a reward (module:function, file.py:function or a callable)")
+            raise ValueError(
+                "the task 'custom' needs data (a .jsonl file or dicts) and a reward (module:function, file.py:function "
+                "or a callable)"
+            )
         self.notes: list[str] = []
         in_process = callable(reward)
         records = self._items(data, "data", in_process)
@@ -57,7 +68,10 @@ class Custom:
         else:
             ranked = sorted({item.key for item in records}, key=lambda key: hashlib.blake2b(key.encode()).digest())
             if len(ranked) < MIN_PROMPTS:
-                raise ValueError(f"data has {len(ranked)} different prompts, too few to hold some out; give at least {MIN_PROMPTS}, or test_data")
+                raise ValueError(
+                    f"data has {len(ranked)} different prompts, too few to hold some out; give at least {MIN_PROMPTS}, "
+                    "or test_data"
+                )
             held_out = set(ranked[: max(1, round(share * len(ranked)))])
             self.train = [item for item in records if item.key not in held_out]
             self.test = [item for item in records if item.key in held_out]
@@ -72,7 +86,11 @@ class Custom:
 
     def _items(self, source: Data, what: str, in_process: bool) -> list[Item]:
         items, seen = [], set()
-        name, records = (str(source), _read(Path(source))) if isinstance(source, (str, Path)) else (what, enumerate(_iterate(source, what)))
+        name, records = (
+            (str(source), _read(Path(source)))
+            if isinstance(source, (str, Path))
+            else (what, enumerate(_iterate(source, what)))
+        )
         count = 0
         for place, record in records:
             count += 1
@@ -85,7 +103,9 @@ class Custom:
                 try:
                     json.dumps(record)
                 except (TypeError, ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: a reward in a process of its own takes records that are JSON: {one_line(error)}") from None
+                    raise ValueError(
+                        f"{where}: a reward in a process of its own takes records that are JSON: {one_line(error)}"
+                    ) from None
             same = repr(sorted(record.items(), key=lambda field: field[0]))
             if same not in seen:
                 seen.add(same)
@@ -97,17 +117,21 @@ class Custom:
         return items
 
     def _probe(self) -> None:
-        """Refuses at once a reward that returns something of the wrong type. That it may fail on an empty completion is no fault."""
+        """Refuses at once a reward that returns something of the wrong type. That it may fail on an empty completion is
+        no fault."""
         try:
             value = self._reward("", dict(self.train[0].data))
             parts(value)
         except WrongType as error:
-            raise ValueError(f"reward {self._label}, tried on the first record and an empty completion: {error}") from None
+            raise ValueError(
+                f"reward {self._label}, tried on the first record and an empty completion: {error}"
+            ) from None
         except (Exception, SystemExit):
             return
 
     def score(self, item: Item, completion: str) -> Score:
-        """What the reward function returns for the completion as the model gave it. RewardFailed where it is no longer the same function."""
+        """What the reward function returns for the completion as the model gave it. RewardFailed where it is no longer
+        the same function."""
         try:
             value = self._reward(completion, dict(item.data))
         except RewardFailed:
@@ -121,16 +145,22 @@ class Custom:
                 return Score(*parts(value))
             except ValueError as error:
                 problem = str(error)
-        return Score(None, error=f"{self._label}: {problem}; prompt {_shortened(item.prompt)}, completion {_shortened(completion)}")
+        return Score(
+            None,
+            error=f"{self._label}: {problem}; prompt {_shortened(item.prompt)}, completion {_shortened(completion)}",
+        )
 
 
 def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any, str, str | None]:
-    """The function to call, its declared floor, what to call it in a message, and the digest of its code where that is known."""
+    """The function to call, its declared floor, what to call it in a message, and the digest of its code where that is
+    known."""
     if isinstance(reward, str):
         process = RewardProcess(reward, seconds)
         return process, process.attributes["floor"], f"{reward.rpartition(':')[2]}()", process.attributes["code"]
     if not callable(reward):
-        raise ValueError(f"the reward is of type {type(reward).__name__}; give a callable, module:function or file.py:function")
+        raise ValueError(
+            f"the reward is of type {type(reward).__name__}; give a callable, module:function or file.py:function"
+        )
     label = f"{getattr(reward, '__name__', type(reward).__name__)}()"
     try:
         check_signature(reward)
@@ -142,7 +172,8 @@ def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any,
 def _read(path: Path):
     """(line number, value) of each line that is not blank. ValueError says which line is no JSON."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() also cuts at characters that a JSON text may hold
+        # Splitlines() also cuts at characters that a JSON text may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(f"data {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -169,14 +200,21 @@ def _prompt(record: dict[str, Any], where: str) -> str | tuple[dict, ...]:
         raise ValueError(f"{where}: no field 'prompt'; its fields are {fields[:100]}")
     prompt = record["prompt"]
     if isinstance(prompt, (list, tuple)):
-        if not prompt or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt):
-            raise ValueError(f"{where}: a prompt of chat messages is a list of objects, each with the texts 'role' and 'content'")
+        if not prompt or not all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in prompt
+        ):
+            raise ValueError(
+                f"{where}: a prompt of chat messages is a list of objects, each with the texts 'role' and 'content'"
+            )
         prompt = tuple(dict(message) for message in prompt)
         texts = [message["content"] for message in prompt]
     elif isinstance(prompt, str) and prompt:
         texts = [prompt]
     else:
-        raise ValueError(f"{where}: the prompt is {prompt!r:.40}; it must be text that is not empty, or a list of chat messages")
+        raise ValueError(
+            f"{where}: the prompt is {prompt!r:.40}; it must be text that is not empty, or a list of chat messages"
+        )
     if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
         raise ValueError(f"{where}: the prompt holds half of a surrogate pair, which is no text")
     return prompt

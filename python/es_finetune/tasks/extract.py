@@ -1,4 +1,5 @@
-"""The part of a completion that is graded. Each function is linear in the length of the text, unlike a lazy regular expression."""
+"""The part of a completion that is graded. Each function is linear in the length of the text, unlike a lazy regular
+expression."""
 
 from __future__ import annotations
 

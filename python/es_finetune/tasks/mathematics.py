@@ -14,7 +14,8 @@ from es_finetune.tasks.reward_process import RewardError, RewardProcess
 
 TRAIN = "DigitalLearningGmbH/MATH-lighteval"
 TEST = "HuggingFaceH4/MATH-500"
-SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what Qwen's math models were trained with
+# What Qwen's math models were trained with
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 MAX_NESTING = 20  # brackets in an answer; a thousand keep a LaTeX parser busy for seconds
 
 _EASY = re.compile(r"(Level )?[12?]")
@@ -22,12 +23,13 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class Mathematics:
-    """`data` and `test_data`: the name of a hub dataset, a .json, .jsonl or .parquet file, a folder of such files or one written by
-    `save_to_disk`, or rows as dicts. Of the splits of `data`, "train" is taken, of `test_data` "test", else the only one there is.
+    """`data` and `test_data`: the name of a hub dataset, a .json, .jsonl or .parquet file, a folder of such files or
+    one written by `save_to_disk`, or rows as dicts. Of the splits of `data`, "train" is taken, of `test_data` "test",
+    else the only one there is.
 
-    Columns: "problem" or "question"; "answer" or "final_answer", else the last \\boxed{} of "solution". A "level" of 1 or 2 in the
-    training data is left out, as is a row without an answer, a problem asked twice, and a training problem that is in the test
-    data; `notes` counts them. Problems are compared with white space normalised.
+    Columns: "problem" or "question"; "answer" or "final_answer", else the last \\boxed{} of "solution". A "level" of 1
+    or 2 in the training data is left out, as is a row without an answer, a problem asked twice, and a training problem
+    that is in the test data; `notes` counts them. Problems are compared with white space normalised.
     """
 
     name = "math"
@@ -48,10 +50,15 @@ class Mathematics:
         items: dict[str, Item] = {}
         easy = unanswered = again = shared = 0
         for number, row in enumerate(rows, 1):
-            columns = [column for column in ("problem", "question") if row.get(column)] if isinstance(row, Mapping) else []
+            columns = (
+                [column for column in ("problem", "question") if row.get(column)] if isinstance(row, Mapping) else []
+            )
             problem = row[columns[0]] if columns else None
             if not isinstance(problem, str):
-                raise ValueError(f"{name}, row {number}: no problem; math reads the columns problem (or question) and answer (or solution)")
+                raise ValueError(
+                    f"{name}, row {number}: no problem; math reads the columns problem (or question) and answer (or "
+                    "solution)"
+                )
             key = " ".join(problem.split())
             gold = _gold(row)
             if split == "train" and _EASY.fullmatch(str(row.get("level", ""))):
@@ -79,10 +86,11 @@ class Mathematics:
         return list(items.values())
 
     def score(self, item: Item, completion: str) -> Score:
-        r"""reward = exact: 1 if the last \boxed{} of the completion equals the answer, else 0. format: 1 if there is one.
+        r"""reward = exact: 1 if the last \boxed{} of the completion equals the answer, else 0. format: 1 if there is
+        one.
 
-        Only the inside of that box, at most 1,000 characters, is parsed, in a process that is killed at the time limit; an answer
-        that cannot be graded is wrong, and `error` says why it could not.
+        Only the inside of that box, at most 1,000 characters, is parsed, in a process that is killed at the time limit;
+        an answer that cannot be graded is wrong, and `error` says why it could not.
         """
         answer = last_boxed(completion)
         if answer is None:
@@ -133,7 +141,9 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
             if not path.is_file():
                 raise ValueError("there is no such file")
             # Streaming reads the file itself and leaves no copy of it in a cache.
-            return list(datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)), str(source)
+            return list(
+                datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
+            ), str(source)
         if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(str(path))
         else:
@@ -145,6 +155,8 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
         names = list(loaded)
         chosen = split if split in loaded else names[0] if len(names) == 1 else None
         if chosen is None:
-            raise ValueError(f"{split} data {str(source)!r} has the splits {', '.join(names)}, and none is called {split}")
+            raise ValueError(
+                f"{split} data {str(source)!r} has the splits {', '.join(names)}, and none is called {split}"
+            )
         loaded = loaded[chosen]
     return list(loaded), str(source)

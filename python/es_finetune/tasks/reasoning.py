@@ -1,4 +1,5 @@
-"""Any dataset of the package reasoning-gym: puzzles with generators and scorers of their own (mini_sudoku, arc_agi, ...)."""
+"""Any dataset of the package reasoning-gym: puzzles with generators and scorers of their own (mini_sudoku, arc_agi,
+...)."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ MAX_ANSWER = 20_000  # characters; a 30 x 30 grid of arc_agi has 1,800
 class Reasoning:
     """200 questions to train on, 500 to test, from one stream with repetitions dropped; `seed` decides them.
 
-    A dataset with fewer than 700 different questions is cut in the same proportion. Questions are made and answers scored in a
-    process that can be killed: some datasets are slow, some scorers evaluate what they are given.
+    A dataset with fewer than 700 different questions is cut in the same proportion. Questions are made and answers
+    scored in a process that can be killed: some datasets are slow, some scorers evaluate what they are given.
     """
 
     max_new_tokens = 1024
@@ -33,7 +34,9 @@ class Reasoning:
         require(f"the task {self.name!r}", "tasks", "reasoning_gym")
         # The package counts seeds up question by question, so its streams of neighbouring seeds are nearly the same.
         stream = int(random.Random(f"reasoning-gym {seed}").random() * (1 << 31))
-        self._process = RewardProcess(f"{Path(__file__).with_name('graders') / 'reasoning.py'}:serve", GENERATION_SECONDS)
+        self._process = RewardProcess(
+            f"{Path(__file__).with_name('graders') / 'reasoning.py'}:serve", GENERATION_SECONDS
+        )
         try:
             made = self._process(name, {"seed": stream, "count": TRAIN + TEST})
         except RewardError as error:
@@ -45,9 +48,15 @@ class Reasoning:
             raise ValueError(f"reasoning-gym has no dataset {name!r}{hint}")
         questions = made["questions"]
         if len(questions) < 10:
-            raise ValueError(f"task {self.name!r}: only {len(questions)} different questions, too few to train and test on")
+            raise ValueError(
+                f"task {self.name!r}: only {len(questions)} different questions, too few to train and test on"
+            )
         train = min(TRAIN, len(questions) * TRAIN // (TRAIN + TEST))
-        self.notes = [] if len(questions) == TRAIN + TEST else [f"{self.name} has no more than {len(questions)} different questions"]
+        self.notes = (
+            []
+            if len(questions) == TRAIN + TEST
+            else [f"{self.name} has no more than {len(questions)} different questions"]
+        )
         items = [
             Item(
                 ({"role": "system", "content": made["system"].strip()}, {"role": "user", "content": question}),
@@ -59,10 +68,11 @@ class Reasoning:
         self.train, self.test = items[:train], items[train:]
 
     def score(self, item: Item, completion: str) -> Score:
-        """reward: the dataset's score of the last <answer> block, which gives part of the credit for some wrong answers; exact: 1 if
-        that score is 1; format: 1 if there is such a block.
+        """reward: the dataset's score of the last <answer> block, which gives part of the credit for some wrong
+        answers; exact: 1 if that score is 1; format: 1 if there is such a block.
 
-        No block, an answer of more than 20,000 characters or one that the scorer fails on is worth 0; `error` then says why.
+        No block, an answer of more than 20,000 characters or one that the scorer fails on is worth 0; `error` then says
+        why.
         """
         answer = last_block(completion, "answer")
         if answer is None:

@@ -1,13 +1,15 @@
-"""A function that runs in a process of its own and can be killed: rewards given by file or module, and graders that parse.
+"""A function that runs in a process of its own and can be killed: rewards given by file or module, and graders that
+parse.
 
-`RewardProcess` is the parent's side. This file, run as a script, is the child's; it imports nothing but the standard library
-and the function's own module, so that a child starts in a fraction of a second and holds no copy of torch. It is a plain
-subprocess and no `multiprocessing` one, which would import the caller's main module again and fail in a notebook.
+`RewardProcess` is the parent's side. This file, run as a script, is the child's; it imports nothing but the standard
+library and the function's own module, so that a child starts in a fraction of a second and holds no copy of torch. It
+is a plain subprocess and no `multiprocessing` one, which would import the caller's main module again and fail in a
+notebook.
 
-The two speak JSON, one [number of the request, what is said] a line, over pipes that no code of the function sees: in the child,
-file descriptor 0 is /dev/null and 1 is standard error, so `print` and `input` cannot come between. Everything that can go wrong in
-the child is a `RewardError` for that one answer; the next one gets a fresh child, of the same code: a function that was changed
-meanwhile is `RewardFailed`, which ends the run.
+The two speak JSON, one [number of the request, what is said] a line, over pipes that no code of the function sees: in
+the child, file descriptor 0 is /dev/null and 1 is standard error, so `print` and `input` cannot come between.
+Everything that can go wrong in the child is a `RewardError` for that one answer; the next one gets a fresh child, of
+the same code: a function that was changed meanwhile is `RewardFailed`, which ends the run.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ PR_SET_PDEATHSIG = 1
 
 
 class RewardError(Exception):
-    """The function failed on one answer: it raised, ended its process, or was killed at its time limit. One line of text."""
+    """The function failed on one answer: it raised, ended its process, or was killed at its time limit. One line of
+    text."""
 
 
 class RewardFailed(RuntimeError):
@@ -54,18 +57,21 @@ class _NotLoaded(RewardError):
 
 
 class WrongType(ValueError):
-    """What the function returned is no number, nor a dict of numbers: a mistake in the function, whatever the answer was."""
+    """What the function returned is no number, nor a dict of numbers: a mistake in the function, whatever the answer
+    was."""
 
 
 class RewardProcess:
-    """`RewardProcess("file.py:function" or "module:function", seconds)(*arguments)` is the function's value, by way of JSON.
+    """`RewardProcess("file.py:function" or "module:function", seconds)(*arguments)` is the function's value, by way of
+    JSON.
 
-    The function is imported at once, in the child: ValueError if that fails. `attributes` holds the function's own `floor`, and `code`,
-    a digest of what was imported (`code_digest`). A call that takes more than `seconds` ends with the whole process group of the child
-    killed; every such answer costs that long, and the next one the start of a new child. Not thread-safe.
+    The function is imported at once, in the child: ValueError if that fails. `attributes` holds the function's own
+    `floor`, and `code`, a digest of what was imported (`code_digest`). A call that takes more than `seconds` ends with
+    the whole process group of the child killed; every such answer costs that long, and the next one the start of a new
+    child. Not thread-safe.
 
-    The child sees no GPU, has one OpenMP thread, a fixed hash seed and `MEMORY_BYTES` of memory to work with. It dies with
-    its parent, however that ends. Its working directory and import path are the parent's at construction.
+    The child sees no GPU, has one OpenMP thread, a fixed hash seed and `MEMORY_BYTES` of memory to work with. It dies
+    with its parent, however that ends. Its working directory and import path are the parent's at construction.
     """
 
     def __init__(self, target: str, seconds: float):
@@ -77,7 +83,12 @@ class RewardProcess:
                 raise ValueError(f"reward {target!r}: there is no file {where}")
             where = os.path.abspath(where)
         self.target, self.seconds = target, seconds
-        self._hello = {"where": where, "function": function, "path": [str(entry) for entry in sys.path], "memory": MEMORY_BYTES}
+        self._hello = {
+            "where": where,
+            "function": function,
+            "path": [str(entry) for entry in sys.path],
+            "memory": MEMORY_BYTES,
+        }
         self._folder = os.getcwd()
         self._process: subprocess.Popen | None = None
         self._asked = 0  # number of the last request
@@ -99,14 +110,18 @@ class RewardProcess:
             self._kill()
 
     def _restart(self) -> None:
-        """RewardFailed where the function is another by now: half of a run's answers would be scored by the one, half by the other."""
+        """RewardFailed where the function is another by now: half of a run's answers would be scored by the one, half
+        by the other."""
         try:
             same, problem = self._start()["code"] == self.attributes["code"], "was changed"
         except _NotLoaded as error:
             same, problem = False, f"was changed, and {error}"
         if not same:
             self.close()
-            raise RewardFailed(f"reward {self.target!r} {problem} while answers were scored by it: put it back as it was and go on, or begin again")
+            raise RewardFailed(
+                f"reward {self.target!r} {problem} while answers were scored by it: put it back as it was and go on, "
+                "or begin again"
+            )
 
     def _start(self) -> dict[str, Any]:
         self.close()
@@ -114,7 +129,13 @@ class RewardProcess:
         command = [sys.executable, os.path.abspath(__file__), str(os.getpid())]
         try:
             process = subprocess.Popen(
-                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=self._folder, start_new_session=True
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                cwd=self._folder,
+                start_new_session=True,
             )
         except OSError as error:
             raise RewardError(f"cannot start its process: {error}") from None
@@ -125,8 +146,8 @@ class RewardProcess:
         return self._ask(self._hello, LOAD_SECONDS)
 
     def _ended(self) -> bool:
-        # Between questions the child has nothing to say, so anything to read is its end. Linux kills it when the thread that
-        # started it ends (PR_SET_PDEATHSIG), which is no fault of the function.
+        # Between questions the child has nothing to say, so anything to read is its end. Linux kills it when the thread
+        # that started it ends (PR_SET_PDEATHSIG), which is no fault of the function.
         waiting = select.poll()  # select.select knows no descriptor above 1023
         waiting.register(self._process.stdout, select.POLLIN)
         return bool(waiting.poll(0))
@@ -158,8 +179,8 @@ class RewardProcess:
 
 
 def _exchange(process: subprocess.Popen, line: bytes, number: int, seconds: float) -> dict[str, Any]:
-    """Sends the line of a request and gives its reply; late ones of requests before it are dropped. TimeoutError, EOFError; ValueError for what is
-    no reply, or grows beyond `MAX_REPLY`."""
+    """Sends the line of a request and gives its reply; late ones of requests before it are dropped. TimeoutError,
+    EOFError; ValueError for what is no reply, or grows beyond `MAX_REPLY`."""
     deadline = time.monotonic() + seconds
     to, back = process.stdin.fileno(), process.stdout.fileno()
     waiting = select.poll()
@@ -188,14 +209,21 @@ def _exchange(process: subprocess.Popen, line: bytes, number: int, seconds: floa
             continue
         *lines, received = received.split(b"\n")
         for reply in map(json.loads, lines):
-            if not (isinstance(reply, list) and len(reply) == 2 and type(reply[0]) is int and reply[0] <= number and isinstance(reply[1], dict)):
+            if not (
+                isinstance(reply, list)
+                and len(reply) == 2
+                and type(reply[0]) is int
+                and reply[0] <= number
+                and isinstance(reply[1], dict)
+            ):
                 raise ValueError
             if reply[0] == number:
                 return reply[1]
 
 
 def _wait(waiting: select.poll, deadline: float) -> None:
-    if not waiting.poll(min(1000 * max(deadline - time.monotonic(), 0), 2**31 - 1)):  # more milliseconds poll() does not know
+    # More milliseconds poll() does not know
+    if not waiting.poll(min(1000 * max(deadline - time.monotonic(), 0), 2**31 - 1)):
         raise TimeoutError
 
 
@@ -217,11 +245,13 @@ def _ending(code: int) -> str:
     return f"its process was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-# --- what both sides, and rewards in this process, make of values and exceptions ----------------------------------------
+# --- what both sides, and rewards in this process, make of values and exceptions
+# ----------------------------------------
 
 
 def number(value: Any, what: str) -> float:
-    """`value` as a finite float: numbers, bools, NumPy and torch scalars, but no text. WrongType, or ValueError for NaN, infinities and what is nearly one."""
+    """`value` as a finite float: numbers, bools, NumPy and torch scalars, but no text. WrongType, or ValueError for
+    NaN, infinities and what is nearly one."""
     kind = type(value)
     if isinstance(value, (str, bytes)) or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
         raise WrongType(f"{what} is {'None' if value is None else 'of type ' + kind.__name__}, not a number")
@@ -237,7 +267,8 @@ def number(value: Any, what: str) -> float:
 
 
 def parts(value: Any) -> tuple[float, float | None, float | None]:
-    """(reward, exact, format) of what a reward function returned: a number, or a dict of them. WrongType, or ValueError for a bad number."""
+    """(reward, exact, format) of what a reward function returned: a number, or a dict of them. WrongType, or ValueError
+    for a bad number."""
     if not isinstance(value, dict):
         return number(value, "the reward"), None, None
     unknown = sorted(set(map(str, value)) - {"reward", "exact", "format"})
@@ -254,21 +285,27 @@ def parts(value: Any) -> tuple[float, float | None, float | None]:
 
 
 def one_line(error: BaseException, file: str | None = None) -> str:
-    """Type, text and, if the exception passed through `file`, the line there; printable, at most some 300 characters."""
+    """Type, text and, if the exception passed through `file`, the line there; printable, at most some 300
+    characters."""
     try:
         text = " ".join(str(error).split())
     except Exception:  # an exception whose own __str__ fails
         text = ""
     text = text[:240].encode("utf-8", "backslashreplace").decode()
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file and frame.filename == file]
-    return type(error).__name__ + (f": {text}" if text else "") + (f" ({os.path.basename(file)}:{lines[-1]})" if lines else "")
+    return (
+        type(error).__name__
+        + (f": {text}" if text else "")
+        + (f" ({os.path.basename(file)}:{lines[-1]})" if lines else "")
+    )
 
 
 # --- the child --------------------------------------------------------------------------------------------------------
 
 
 def import_function(where: str, name: str) -> Any:
-    """The callable `name` of a module or of a file that ends in .py. ValueError, in one line, for whatever stands against it."""
+    """The callable `name` of a module or of a file that ends in .py. ValueError, in one line, for whatever stands
+    against it."""
     try:
         if where.endswith(".py"):
             # At the end: a file beside it can be imported, and none can stand in for an installed package.
@@ -290,10 +327,10 @@ def import_function(where: str, name: str) -> Any:
 
 
 def code_digest(where: str, name: str) -> str | None:
-    """16 hex digits of the code behind `import_function(where, name)`: the function's name, the content of the file it was asked of, and of each
-    module that has been imported from beside or below that file (of module "a.b": beside or below package a). Wherever the files lie, equal code
-    has equal digits. Not covered: the interpreter and installed packages, and what the function imports or reads when it is called. None where
-    there is no file."""
+    """16 hex digits of the code behind `import_function(where, name)`: the function's name, the content of the file it
+    was asked of, and of each module that has been imported from beside or below that file (of module "a.b": beside or
+    below package a). Wherever the files lie, equal code has equal digits. Not covered: the interpreter and installed
+    packages, and what the function imports or reads when it is called. None where there is no file."""
     own = where if where.endswith(".py") else getattr(sys.modules[where], "__file__", None)
     if not own:
         return None
@@ -302,16 +339,24 @@ def code_digest(where: str, name: str) -> str | None:
     if not where.endswith(".py"):
         for _ in range(where.count(".") + (os.path.basename(own) == "__init__.py")):
             root = os.path.dirname(root)
-    installed = tuple(os.path.join(os.path.realpath(sysconfig.get_path(kind)), "") for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    installed = tuple(
+        os.path.join(os.path.realpath(sysconfig.get_path(kind)), "")
+        for kind in ("stdlib", "platstdlib", "purelib", "platlib")
+    )
     found = (getattr(module, "__file__", None) for key, module in list(sys.modules.items()) if key != "__main__")
     files = {os.path.realpath(file) for file in found if isinstance(file, str)}
-    beside = {path for path in files if path.startswith(os.path.join(root, "")) and not path.startswith(installed) and os.path.isfile(path)}
+    beside = {
+        path
+        for path in files
+        if path.startswith(os.path.join(root, "")) and not path.startswith(installed) and os.path.isfile(path)
+    }
     state = hashlib.blake2b(digest_size=8)
     for label, path in [(name, own), *sorted((os.path.relpath(path, root), path) for path in beside - {own})]:
         with open(path, "rb") as file:
             content = file.read()
         for part in (label.encode("utf-8", "surrogateescape"), content):
-            state.update(len(part).to_bytes(8, "little") + part)  # with its length, so that no two lists of files run together
+            # With its length, so that no two lists of files run together
+            state.update(len(part).to_bytes(8, "little") + part)
     return state.hexdigest()
 
 
@@ -329,7 +374,9 @@ def check_signature(function: Any) -> None:
     try:
         signature.bind("", {})
     except TypeError:
-        raise ValueError(f"is called as reward(completion, item), but its signature is {str(signature)[:100]}") from None
+        raise ValueError(
+            f"is called as reward(completion, item), but its signature is {str(signature)[:100]}"
+        ) from None
 
 
 def _answer(function: Any, arguments: list[Any], file: str | None) -> bytes:
@@ -376,7 +423,8 @@ def _main() -> None:
         replies.flush()
         line = requests.readline()
         if not line:
-            os._exit(0)  # the parent is gone or has closed; threads that the function left behind must not keep this alive
+            # The parent is gone or has closed; threads that the function left behind must not keep this alive
+            os._exit(0)
         number, arguments = json.loads(line)
         reply = _answer(function, arguments, file)
 

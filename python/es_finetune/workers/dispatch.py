@@ -1,4 +1,5 @@
-"""Which member goes to which worker next. Nothing but this: no clock, no wire; the pool drives it, and so does the simulation of many workers."""
+"""Which member goes to which worker next. Nothing but this: no clock, no wire; the pool drives it, and so does the
+simulation of many workers."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ from collections.abc import Hashable, Iterable
 
 
 class Dispatch:
-    """The members of one generation, handed out one at a time to whoever is free, so that no worker waits for a slow one.
+    """The members of one generation, handed out one at a time to whoever is free, so that no worker waits for a slow
+    one.
 
-    A member that has been out for more than `limit` seconds is handed out once more as soon as a worker has nothing else to do (the first result
-    counts), or with `drop` given up. limit=None: as long as it takes. Times are seconds of any clock.
+    A member that has been out for more than `limit` seconds is handed out once more as soon as a worker has nothing
+    else to do (the first result counts), or with `drop` given up. limit=None: as long as it takes. Times are seconds of
+    any clock.
     """
 
     def __init__(self, members: Iterable[int], limit: float | None = None, drop: bool = False):
         self.waiting = deque(members)
         self.limit, self.drop = limit, drop
-        # Member -> who has it since when. Only members that still count; the one that was handed out last the longest ago comes first.
+        # Member -> who has it since when. Only members that still count; the one that was handed out last the longest
+        # ago comes first.
         self.out: dict[int, dict[Hashable, float]] = {}
         self.dropped: list[int] = []
 
@@ -58,7 +62,8 @@ class Dispatch:
         return late
 
     def overdue(self) -> float | None:
-        """When the next member will be late, or since when one is that has not been handed out again; None if none can be."""
+        """When the next member will be late, or since when one is that has not been handed out again; None if none can
+        be."""
         if self.limit is None or not self.out:
             return None
         return max(next(iter(self.out.values())).values()) + self.limit

@@ -1,8 +1,8 @@
-"""Several workers on one run. A generation costs N seeds out and N scores back, whatever the size of the model: each worker makes the noise
-itself and repeats every update, and fingerprints prove that all came to the same weights.
+"""Several workers on one run. A generation costs N seeds out and N scores back, whatever the size of the model: each
+worker makes the noise itself and repeats every update, and fingerprints prove that all came to the same weights.
 
-`Workers` is what a Trainer knows of them. worker.Worker is one alone; torchrun.Ranks are the processes of torchrun; ray_pool.RayPool is a pool of Ray
-actors.
+`Workers` is what a Trainer knows of them. worker.Worker is one alone; torchrun.Ranks are the processes of torchrun;
+ray_pool.RayPool is a pool of Ray actors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Workers(Protocol):
 def require_shared_master(config: TrainConfig) -> None:
     """ValueError for weights that are a worker's own."""
     if config.base == "none":
-        raise ValueError("base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or host")
+        raise ValueError(
+            "base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or "
+            "host"
+        )
 
 
 class WorkersDiffer(RuntimeError):
@@ -60,18 +63,23 @@ class WorkersDiffer(RuntimeError):
 def require_same_run(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """WorkersDiffer unless a worker's start is the expected one."""
     for what, value in expected.items():
-        if found[what] != value and what != "model":  # its name and form may differ: the weights are known by fingerprint
-            raise WorkersDiffer(f"{name} is not on the same run as the others: its {what} is {found[what]!r}, not {value!r}")
+        # Its name and form may differ: the weights are known by fingerprint
+        if found[what] != value and what != "model":
+            raise WorkersDiffer(
+                f"{name} is not on the same run as the others: its {what} is {found[what]!r}, not {value!r}"
+            )
 
 
 def require_agreement(update: Update, found: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
-    """What `update` of several workers returns: of `one`, with the seconds of all. WorkersDiffer, by name, where weights differ."""
+    """What `update` of several workers returns: of `one`, with the seconds of all. WorkersDiffer, by name, where
+    weights differ."""
     proofs = {name: f"theta {of['theta']:016x}, live {of['live']:016x}" for name, of in found.items()}
     (most, agree), *others = Counter(proofs.values()).most_common()
     if others:
         odd = "; ".join(f"{name} has {proof}" for name, proof in proofs.items() if proof != most)
         raise WorkersDiffer(
-            f"after generation {update.generation + 1} the weights of the workers differ: {odd}; {agree} of {len(found)} have {most}. The generation "
+            f"after generation {update.generation + 1} the weights of the workers differ: {odd}; {agree} of "
+            f"{len(found)} have {most}. The generation "
             "is not in the log: resume the run; if it happens again, look for faulty memory or different builds"
         )
     return {**one, "seconds_kernels": math.fsum(of["seconds_kernels"] for of in found.values())}

@@ -1,6 +1,8 @@
-"""A pool of Ray actors as workers. Members go out one at a time; an actor that dies is replaced, and the new one repeats the log.
+"""A pool of Ray actors as workers. Members go out one at a time; an actor that dies is replaced, and the new one
+repeats the log.
 
-The driver holds no weights: log, scores and questions only. What it keeps of a generation (run.log, journal) is all that a run needs to go on.
+The driver holds no weights: log, scores and questions only. What it keeps of a generation (run.log, journal) is all
+that a run needs to go on.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ class Actor:
     def start(self) -> dict[str, Any]:
         self.worker = Worker(TrainConfig(**self.config))  # not in the constructor, whose errors Ray reports as a death
         start = self.worker.start()
-        return {"start": start, "host": socket.gethostname(), "backend": self.worker.backend, "parameters": self.worker.parameters}
+        return {
+            "start": start,
+            "host": socket.gethostname(),
+            "backend": self.worker.backend,
+            "parameters": self.worker.parameters,
+        }
 
     def fast_forward(self, generations: Sequence[Row], snapshots: Path | None) -> None:
         self.worker.fast_forward(generations, snapshots)
@@ -81,9 +88,11 @@ class Slot:
 
 
 class RayPool:
-    """The workers of a run in a Ray cluster: the one that RAY_ADDRESS names or that was started on this machine, else one of this process.
+    """The workers of a run in a Ray cluster: the one that RAY_ADDRESS names or that was started on this machine, else
+    one of this process.
 
-    config.ray_workers actors, by default one for each GPU (each config.tensor_parallel GPUs); model and task are loaded in each of them.
+    config.ray_workers actors, by default one for each GPU (each config.tensor_parallel GPUs); model and task are loaded
+    in each of them.
     """
 
     model = None  # it is in the actors
@@ -96,7 +105,13 @@ class RayPool:
         try:
             self.count, gpus = _capacity(self.ray, config)
             self._options = {"num_gpus": gpus, "num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-            self._asked = {**dataclasses.asdict(config), **_absolute(config), "resume": False, "overwrite": False, "workers": "alone"}
+            self._asked = {
+                **dataclasses.asdict(config),
+                **_absolute(config),
+                "resume": False,
+                "overwrite": False,
+                "workers": "alone",
+            }
             self._log: list[Row] = []  # lines of the generations done, which a new actor repeats
             self._snapshots: Path | None = None
             self._start: dict[str, Any] | None = None
@@ -109,7 +124,8 @@ class RayPool:
             self.close()
             raise
 
-    # --- what a Trainer asks -------------------------------------------------------------------------------------------
+    # --- what a Trainer asks
+    # -------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
         while any(slot.what == ("start",) for slot in self.slots):
@@ -120,7 +136,9 @@ class RayPool:
         """The actors do it when they are first asked for something: all at once, and a slow one holds nobody up."""
         self._log, self._snapshots = list(generations), None if snapshots is None else snapshots.resolve()
 
-    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False) -> tuple[list[Row], list[int]]:
+    def evaluate(
+        self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
+    ) -> tuple[list[Row], list[int]]:
         lines = dict(known)
 
         def take(member: int, line: Row) -> None:
@@ -142,7 +160,8 @@ class RayPool:
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         found: dict[str, dict[str, Any]] = {}
         one = None
-        # All that are free do it now, at the same time; who is late with a member, or new, repeats it from the log before its next work.
+        # All that are free do it now, at the same time; who is late with a member, or new, repeats it from the log
+        # before its next work.
         while True:
             self._catch_up_and_replace()
             for slot in self._ready():
@@ -150,7 +169,9 @@ class RayPool:
                 measures = with_health and slot.actor == self._health_actor
                 self._ask(slot, ("update", measures), slot.actor.update.remote(update, measures), self._limit)
             pending = [slot for slot in self.slots if slot.what[:1] == ("update",)]
-            if found and (not pending or (self._limit and time.monotonic() - min(slot.since for slot in pending) > self._limit)):
+            if found and (
+                not pending or (self._limit and time.monotonic() - min(slot.since for slot in pending) > self._limit)
+            ):
                 break
             for slot, what, result in self._wait(self._limit):
                 if what[0] == "update":
@@ -176,7 +197,8 @@ class RayPool:
         self._spread(Dispatch([0]), lambda slot, _: slot.actor.save_model.remote(folder), lambda *_: None)
         if not folder.is_dir():
             raise ValueError(
-                f"the model was written to {folder} on another machine of the cluster: use a shared folder, or --save_model false and es-finetune export, "
+                f"the model was written to {folder} on another machine of the cluster: use a shared folder, or "
+                "--save_model false and es-finetune export, "
                 "which needs the log alone"
             )
 
@@ -191,10 +213,12 @@ class RayPool:
         if self._own:
             self.ray.shutdown()
 
-    # --- actors ----------------------------------------------------------------------------------------------------------
+    # --- actors
+    # ----------------------------------------------------------------------------------------------------------
 
     def _spread(self, dispatch: Dispatch, ask: Callable[[Slot, int], Any], take: Callable[[int, Any], None]) -> None:
-        """Have every job of the dispatch done by some actor, whatever becomes of others. `take` gets the first result of each."""
+        """Have every job of the dispatch done by some actor, whatever becomes of others. `take` gets the first result
+        of each."""
         spread = object()  # results of another are too late
         while True:
             self._catch_up_and_replace(dispatch)
@@ -213,7 +237,11 @@ class RayPool:
                 elif what[0] == "update":  # of one that was late with it
                     done = self._log[slot.generation - 1]
                     proof = {key: int(done[key], 16) for key in ("theta", "live")}
-                    require_agreement(Update(done["generation"], 0.0, 0, None), {"the log": {**result, **proof}, slot.name: result}, result)
+                    require_agreement(
+                        Update(done["generation"], 0.0, 0, None),
+                        {"the log": {**result, **proof}, slot.name: result},
+                        result,
+                    )
 
     def _ready(self) -> list[Slot]:
         """The actors that have nothing to do and all updates done."""
@@ -231,14 +259,18 @@ class RayPool:
                 slot.generation = len(self._log)
                 self._ask(slot, ("catch up",), slot.actor.fast_forward.remote(behind, snapshots))
             elif slot.call is not None and slot.limit and time.monotonic() - slot.since > _HANGS * slot.limit:
-                self._replace(slot, f"it took more than {_HANGS} times the straggler limit of {slot.limit:g} s", dispatch)
+                self._replace(
+                    slot, f"it took more than {_HANGS} times the straggler limit of {slot.limit:g} s", dispatch
+                )
 
     def _wait(self, timeout: float | None, dispatch: Dispatch | None = None) -> list[tuple[Slot, tuple, Any]]:
-        """What one of the actors came back with, as (slot, what it was asked, result); nothing after `timeout` seconds, or where one died or
-        hangs."""
+        """What one of the actors came back with, as (slot, what it was asked, result); nothing after `timeout` seconds,
+        or where one died or hangs."""
         calls = {slot.call: slot for slot in self.slots if slot.call is not None}
         now = time.monotonic()
-        waits = [slot.since + _HANGS * slot.limit - now for slot in calls.values() if slot.limit] + ([] if timeout is None else [timeout])
+        waits = [slot.since + _HANGS * slot.limit - now for slot in calls.values() if slot.limit] + (
+            [] if timeout is None else [timeout]
+        )
         ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=max(0.05, min(waits)) if waits else None)
         if not ready:
             return []
@@ -317,7 +349,9 @@ def _connect(ray) -> bool:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"the Ray cluster {address or 'of this machine'} cannot be reached: {first_line(error)}") from None
+        raise ValueError(
+            f"the Ray cluster {address or 'of this machine'} cannot be reached: {first_line(error)}"
+        ) from None
     return True
 
 
@@ -327,10 +361,13 @@ def _capacity(ray, config: TrainConfig) -> tuple[int, int]:
     gpus = config.tensor_parallel if have.get("GPU") and config.device != "cpu" else 0
     count = config.ray_workers or int(have.get("GPU", 0)) // config.tensor_parallel
     if not count:
-        raise ValueError("the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs")
+        raise ValueError(
+            "the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs"
+        )
     for what, needed in (("GPU", gpus * count), ("CPU", count)):
         if needed > have.get(what, 0):
             raise ValueError(
-                f"{count} workers need {needed} {what}s, and the Ray cluster has {have.get(what, 0):g}: lower --ray_workers, or add machines"
+                f"{count} workers need {needed} {what}s, and the Ray cluster has {have.get(what, 0):g}: lower "
+                "--ray_workers, or add machines"
             )
     return count, gpus

@@ -1,6 +1,8 @@
-"""The processes of torchrun as workers: each rank has a replica, takes members from a counter that all share, and repeats every update.
+"""The processes of torchrun as workers: each rank has a replica, takes members from a counter that all share, and
+repeats every update.
 
-What crosses the wire in a generation: a number drawn for each member, and the members' lines, gathered (2 kB each with 200 questions).
+What crosses the wire in a generation: a number drawn for each member, and the members' lines, gathered (2 kB each with
+200 questions).
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from es_finetune.runs.log import SealedLines, is_begun
 from es_finetune.workers.protocol import require_agreement, require_same_run, require_shared_master
 from es_finetune.workers.worker import Worker, update_of
 
-# What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait: torchrun notices at once and
-# ends the others.
+# What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait:
+# torchrun notices at once and ends the others.
 _PATIENCE = timedelta(days=1)
 _OPTION = "option "
 _runs = itertools.count()
@@ -52,7 +54,8 @@ def for_this_rank(config: TrainConfig) -> TrainConfig:
         rank = int(os.environ["LOCAL_RANK"])
         if rank >= torch.cuda.device_count():
             raise ValueError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are {torch.cuda.device_count()} GPUs: lower --nproc-per-node"
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
+                f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node"
             )
         config.device = f"cuda:{rank}"
         torch.cuda.set_device(rank)
@@ -63,8 +66,8 @@ def for_this_rank(config: TrainConfig) -> TrainConfig:
 
 @functools.cache
 def _meet() -> dist.Store:
-    """Joins the process group of all ranks, once. Gloo carries what is exchanged (objects of a few kB); with GPUs the group has NCCL too, as
-    torch chooses."""
+    """Joins the process group of all ranks, once. Gloo carries what is exchanged (objects of a few kB); with GPUs the
+    group has NCCL too, as torch chooses."""
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
     store.set_timeout(_PATIENCE)
     # torchrun keeps its store when it restarts the processes, and with it the addresses of the dead.
@@ -75,18 +78,26 @@ def _meet() -> dist.Store:
 
 
 class Ranks:
-    """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order; only `answer_held_out`,
-    `save_model` and `save_snapshot` are its own."""
+    """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order;
+    only `answer_held_out`, `save_model` and `save_snapshot` are its own."""
 
     def __init__(self, worker: Worker):
         self.worker, self.config = worker, worker.config
-        self.model, self.task, self.backend, self.parameters = worker.model, worker.task, worker.backend, worker.parameters
+        self.model, self.task, self.backend, self.parameters = (
+            worker.model,
+            worker.task,
+            worker.backend,
+            worker.parameters,
+        )
         self._store = dist.PrefixStore(f"run{next(_runs)}", _meet())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def start(self) -> dict[str, Any]:
         """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
-        mine = {**self.worker.start(), **{f"{_OPTION}{name}": value for name, value in recorded_options(self.config).items() if name not in FREE}}
+        mine = {
+            **self.worker.start(),
+            **{f"{_OPTION}{name}": value for name, value in recorded_options(self.config).items() if name not in FREE},
+        }
         everyone = self._gathered((socket.gethostname(), mine))
         _, first = everyone[0]
         for rank, (host, other) in enumerate(everyone):
@@ -100,7 +111,9 @@ class Ranks:
         self.generation = len(sent[0])
         self.worker.fast_forward(*sent)
 
-    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False) -> tuple[list[Row], list[int]]:
+    def evaluate(
+        self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
+    ) -> tuple[list[Row], list[int]]:
         """What is known is the first rank's to say: it has read the journals of all."""
         sent = [known]
         dist.broadcast_object_list(sent)
@@ -122,7 +135,8 @@ class Ranks:
         return require_agreement(update, dict(everyone), mine)
 
     def follow(self) -> None:
-        """What a rank does that does not lead: the same run, without its folder. Its journal is beside the first rank's."""
+        """What a rank does that does not lead: the same run, without its folder. Its journal is beside the first
+        rank's."""
         config = self.config
         self.start()
         self.fast_forward([])
@@ -132,8 +146,8 @@ class Ranks:
         held = journal.lines[-1]["generation"] if journal.lines else None
 
         def keep(line: Row) -> None:
-            # Not when a generation begins here: the first rank may die before it has logged the one before, whose members are in here. It has
-            # when it takes part in the next.
+            # Not when a generation begins here: the first rank may die before it has logged the one before, whose
+            # members are in here. It has when it takes part in the next.
             nonlocal held
             if line["generation"] != held:
                 journal.clear()

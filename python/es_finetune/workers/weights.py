@@ -19,8 +19,8 @@ from es_finetune.runs.snapshot import save_snapshot
 
 
 class Weights:
-    """The optimizer of a run over the parameters of one model. Arguments and results are plain numbers, texts, lists and dicts, so that
-    all of it can be called in another process, where an engine keeps the model.
+    """The optimizer of a run over the parameters of one model. Arguments and results are plain numbers, texts, lists
+    and dicts, so that all of it can be called in another process, where an engine keeps the model.
 
     entries: of all parameters, as segments.named_segments gives them; those that require grad are tuned.
     """
@@ -28,7 +28,8 @@ class Weights:
     def __init__(self, entries: Sequence[tuple], config: TrainConfig):
         self.entries, self.config = entries, config
         self.optimizer = make_optimizer(entries, config)
-        self.health = Health(self.optimizer) if config.health_every else None  # before any update: it counts the drift from here
+        # Before any update: it counts the drift from here
+        self.health = Health(self.optimizer) if config.health_every else None
         self._kernels = 0.0
         device = self._device()
         if device.type == "cuda":
@@ -39,9 +40,14 @@ class Weights:
         return start_of(self.entries, self.optimizer)
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
-        """Repeat logged updates from where these weights are; `generations`: lines of the log, the first of them the next to be done. Faster
-        from a snapshot in that folder, for weights at their start. ValueError at the first whose fingerprints differ."""
-        fast_forward(self.optimizer, [Generation.from_json(line) for line in generations], snapshots=None if snapshots is None else Path(snapshots))
+        """Repeat logged updates from where these weights are; `generations`: lines of the log, the first of them the
+        next to be done. Faster from a snapshot in that folder, for weights at their start. ValueError at the first
+        whose fingerprints differ."""
+        fast_forward(
+            self.optimizer,
+            [Generation.from_json(line) for line in generations],
+            snapshots=None if snapshots is None else Path(snapshots),
+        )
 
     def perturb(self, member: int) -> None:
         """Put this member of the present generation in place."""
@@ -57,8 +63,9 @@ class Weights:
         self.health.measure_member()
 
     def apply(self, update: Sequence, with_health: bool = False) -> dict[str, Any]:
-        """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr and sigma of each
-        param_group, the seconds in kernels since the update before, peak memory, and if `with_health` its health."""
+        """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr
+        and sigma of each param_group, the seconds in kernels since the update before, peak memory, and if `with_health`
+        its health."""
         set_schedules(self.optimizer, self.config)
         groups = self.optimizer.param_groups
         lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
@@ -66,7 +73,12 @@ class Weights:
             self.health.measure_before_update()
         generation, mean, scored, z = update
         self.optimizer.apply(Update(generation, mean, scored, None if z is None else tuple(z)))
-        found = {"theta": self.optimizer.fingerprint("theta"), "live": self.optimizer.fingerprint("live"), "lr": lr, "sigma": sigma}
+        found = {
+            "theta": self.optimizer.fingerprint("theta"),
+            "live": self.optimizer.fingerprint("live"),
+            "lr": lr,
+            "sigma": sigma,
+        }
         before, self._kernels = self._kernels, self.optimizer.kernel_seconds
         found |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
         return found | ({"health": self.health.measure_after_update()} if with_health else {})

@@ -1,4 +1,5 @@
-"""A worker: one copy of the model with its engine and the task. It evaluates members and repeats every update; alone it is all that a run needs."""
+"""A worker: one copy of the model with its engine and the task. It evaluates members and repeats every update; alone it
+is all that a run needs."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ from es_kernels.noise import PROMPT_CHOICE, member_seed
 
 
 class Worker:
-    """What a run asks of the model and the task. `start`, `evaluate`, `update` and the rest are also the interface of several workers
-    (es_finetune.workers): a Trainer does not know whether it has one or many.
+    """What a run asks of the model and the task. `start`, `evaluate`, `update` and the rest are also the interface of
+    several workers (es_finetune.workers): a Trainer does not know whether it has one or many.
 
     config:            what to do. Its `model` and `task` are loaded, unless objects are given, as to the Trainer.
     """
@@ -45,11 +46,13 @@ class Worker:
         self.backend, self.parameters = self.replica.backend, self.replica.parameters
         engine, task = self.replica.engine, self.task
         self._held_out = Evaluator(engine, task, held_out_items(task, config))
-        every = Evaluator(engine, task, task.train)  # so that one that cannot be asked is found now, and not when it is drawn
+        # So that one that cannot be asked is found now, and not when it is drawn
+        every = Evaluator(engine, task, task.train)
         self._training = None if config.prompts else every
 
     def start(self) -> dict[str, Any]:
-        """What the run's log says of its start, and all workers must agree on: the weights, the noise, the questions, how answers are scored."""
+        """What the run's log says of its start, and all workers must agree on: the weights, the noise, the questions,
+        how answers are scored."""
         found = {"model": self.replica.identity, **self.weights.start(), "metric": self.task.metric}
         for split in ("train", "test"):
             items = getattr(self.task, split)
@@ -58,19 +61,28 @@ class Worker:
         return {**found, "reward": getattr(self.task, "code_digest", None)}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
-        """Repeat logged updates, given as the log's lines, from the model's start. A folder of snapshots that is not there, as on another machine, holds none."""
+        """Repeat logged updates, given as the log's lines, from the model's start. A folder of snapshots that is not
+        there, as on another machine, holds none."""
         self.weights.fast_forward(generations, None if snapshots is None else str(snapshots))
 
-    def evaluate(self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False) -> tuple[list[Row], list[int]]:
-        """The lines of all members of the generation in order, those in `known` as they are; and which were dropped (none). `keep` gets every
-        new line at once. `with_health`: the update after it will tell the health."""
-        # Without a base every member leaves its rounding in the weights, so that each must be put in place, whether known or not.
+    def evaluate(
+        self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
+    ) -> tuple[list[Row], list[int]]:
+        """The lines of all members of the generation in order, those in `known` as they are; and which were dropped
+        (none). `keep` gets every new line at once. `with_health`: the update after it will tell the health."""
+        # Without a base every member leaves its rounding in the weights, so that each must be put in place, whether
+        # known or not.
         members = range(self.config.population) if self.config.base == "none" else members_left(self.config, known)
         lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, with_health, known)}}
         return [lines[member] for member in sorted(lines)], []
 
     def run(
-        self, generation: int, members: Iterable[int], keep: Callable[[Row], None], with_health: bool = False, known: dict[int, Row] | None = None
+        self,
+        generation: int,
+        members: Iterable[int],
+        keep: Callable[[Row], None],
+        with_health: bool = False,
+        known: dict[int, Row] | None = None,
     ) -> list[Row]:
         """The lines of these members, which are drawn one at a time."""
         training = self._training or Evaluator(self.replica.engine, self.task, self._draw(generation))
@@ -118,14 +130,17 @@ class Worker:
 
 
 def check_task(task: Task, config: TrainConfig) -> Task:
-    """ValueError unless the task has what the config asks for. A number of prompts that the config left open is settled here."""
+    """ValueError unless the task has what the config asks for. A number of prompts that the config left open is settled
+    here."""
     for split in ("train", "test"):
         if not getattr(task, split):
             raise ValueError(f"task {config.task} has no {split} items")
     if config.prompts is None:
         config.prompts = CUSTOM_PROMPTS if len(task.train) > CUSTOM_PROMPTS else 0
     if config.prompts > len(task.train):
-        raise ValueError(f"prompts must be at most {len(task.train)}, the training prompts of {config.task}, not {config.prompts}")
+        raise ValueError(
+            f"prompts must be at most {len(task.train)}, the training prompts of {config.task}, not {config.prompts}"
+        )
     return task
 
 
@@ -153,11 +168,18 @@ def line_of(update: Update, found: dict[str, Any], dropped: Sequence[int] = ()) 
 def known_members(lines: Sequence[Row], generation: int, config: TrainConfig) -> dict[int, Row]:
     """The members of a generation that a journal holds, without those whose failure shall stop the run again."""
     stop = config.on_reward_error == "stop"
-    return {line["member"]: line for line in lines if line["generation"] == generation and not (stop and None in line["rewards"])}
+    return {
+        line["member"]: line
+        for line in lines
+        if line["generation"] == generation and not (stop and None in line["rewards"])
+    }
 
 
-def update_of(task: Task, config: TrainConfig, generation: int, lines: Sequence[Row], dropped: Sequence[int]) -> tuple[Update, list[list[float]]]:
-    """The update that the members' lines ask for, and the rewards [member][prompt] of those that were not dropped. The same on every worker."""
+def update_of(
+    task: Task, config: TrainConfig, generation: int, lines: Sequence[Row], dropped: Sequence[int]
+) -> tuple[Update, list[list[float]]]:
+    """The update that the members' lines ask for, and the rewards [member][prompt] of those that were not dropped. The
+    same on every worker."""
     by_prompt = rewards_by_prompt(task, lines)
     means = [math.fsum(row) / len(row) for row in by_prompt]
     rewards: list[Any] = [None] * config.population
@@ -177,16 +199,25 @@ def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
             raise ValueError("engine vllm loads the model by itself: name it in the config")
         return load(config, task)
     if model is None:
-        model, tokenizer, identity = load_model(config.model, device=pick_device(config.device), **model_options(config))
+        model, tokenizer, identity = load_model(
+            config.model, device=pick_device(config.device), **model_options(config)
+        )
     else:
         refuse_untunable(model)
         freeze_towers(model)
-        identity = {"model": config.model, "class": type(base_of(model)).__name__, "dtype": dtype_of(model), "in_memory": True}
+        identity = {
+            "model": config.model,
+            "class": type(base_of(model)).__name__,
+            "dtype": dtype_of(model),
+            "in_memory": True,
+        }
     engine = make_engine(config, task, model, tokenizer)
     weights = Weights(list(named_segments(model)), config)
     parameters = sum(p.numel() for p in model.parameters())
     backend = es_kernels.active_backend(base_of(model).device)
-    return Replica(weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model)
+    return Replica(
+        weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model
+    )
 
 
 def _digest(text: str) -> str:
@@ -194,10 +225,13 @@ def _digest(text: str) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """Equal for equal data in any process: dicts and sets in the order of their entries' texts, arrays as lists, other objects by their type alone."""
+    """Equal for equal data in any process: dicts and sets in the order of their entries' texts, arrays as lists, other
+    objects by their type alone."""
     if hasattr(value, "tolist"):  # of NumPy and torch
         value = value.tolist()
-    if value is None or isinstance(value, (str, bytes, numbers.Number, datetime.date, datetime.time, datetime.timedelta)):
+    if value is None or isinstance(
+        value, (str, bytes, numbers.Number, datetime.date, datetime.time, datetime.timedelta)
+    ):
         return repr(value)
     if isinstance(value, Mapping):
         return f"{{{','.join(sorted(f'{_canonical(key)}:{_canonical(entry)}' for key, entry in value.items()))}}}"

@@ -1,8 +1,8 @@
 """Contract under test: `calibrate` recommends a sigma.
 
-It finds the sigma where noise begins to cost, whatever the scale and sign of the rewards, and says so where there is none;
-it stops once the reward is gone; it measures what it says it measures; the model is as before; bad input is refused before a
-model is loaded.
+It finds the sigma where noise begins to cost, whatever the scale and sign of the rewards, and says so where there is
+none; it stops once the reward is gone; it measures what it says it measures; the model is as before; bad input is
+refused before a model is loaded.
 """
 
 import json
@@ -28,7 +28,15 @@ def rows(*lost, base=1.0, spread=0.05, sigma=0.001, error=0.001):
     """As measure_sigma's, sigma doubling; spread: of all, or of each."""
     spreads = [spread] * len(lost) if isinstance(spread, float) else spread
     return [
-        {"sigma": sigma * 2**i, "reward": base - x, "lost": x, "lost_error": error, "spread": s, "correlation": ["w", 1.0], "swallowed": 0}
+        {
+            "sigma": sigma * 2**i,
+            "reward": base - x,
+            "lost": x,
+            "lost_error": error,
+            "spread": s,
+            "correlation": ["w", 1.0],
+            "swallowed": 0,
+        }
         for i, (x, s) in enumerate(zip(lost, spreads))
     ]
 
@@ -49,13 +57,15 @@ def test_scale_and_sign_of_the_rewards_do_not_matter(scale):
 
 
 def test_a_loss_within_its_error_is_none():
-    assert recommend(0.1, rows(0.0, 0.02, 0.02, 0.09, error=0.015, base=0.1))[0] == 0.004  # twice what they may lose, if it were certain
+    # Twice what they may lose, if it were certain
+    assert recommend(0.1, rows(0.0, 0.02, 0.02, 0.09, error=0.015, base=0.1))[0] == 0.004
 
 
 def test_one_sigma_that_does_harm_is_chance_two_in_a_row_are_a_limit():
     assert recommend(1.0, rows(0.0, 0.4, 0.0, 0.0)) == recommend(1.0, rows(0.0, 0.0, 0.0, 0.0))
     assert recommend(1.0, rows(0.3, 0.0, 0.05, 0.2, 0.8))[0] == recommend(1.0, rows(0.0, 0.0, 0.05, 0.2, 0.8))[0]
-    assert recommend(1.0, rows(0.0, 0.05, 0.2, 0.4))[0] == recommend(1.0, rows(0.0, 0.05, 0.2))[0]  # of the last one nothing says otherwise
+    # Of the last one nothing says otherwise
+    assert recommend(1.0, rows(0.0, 0.05, 0.2, 0.4))[0] == recommend(1.0, rows(0.0, 0.05, 0.2))[0]
 
 
 def test_a_base_model_without_reward():
@@ -83,7 +93,10 @@ def test_caveats():
     assert sigma == 0.004 and "a larger one may learn faster" in reason
     measured = rows(0.0, 0.1, 0.4)
     measured[1] |= {"swallowed": 3, "correlation": ["norm.weight", 0.36]}
-    assert "In 3 tensor(s) the dtype swallows part of the noise (norm.weight: correlation 0.36)" in recommend(1.0, measured)[1]
+    assert (
+        "In 3 tensor(s) the dtype swallows part of the noise (norm.weight: correlation 0.36)"
+        in recommend(1.0, measured)[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +107,8 @@ def embedded():
 def test_a_result(embedded):
     assert json.loads(json.dumps(embedded)) == embedded
     tried = embedded["sigmas"]
-    assert [row["sigma"] for row in tried] == [0.001, 0.01, 0.3, 0.4]  # smallest first, and none after a collapse that is confirmed
+    # Smallest first, and none after a collapse that is confirmed
+    assert [row["sigma"] for row in tried] == [0.001, 0.01, 0.3, 0.4]
     assert 0 < embedded["base_reward"] < 1
     for row in tried:
         assert row["reward"] + row["lost"] == pytest.approx(embedded["base_reward"])
@@ -111,7 +125,15 @@ def test_what_is_printed(capsys):
     assert head.split() == ["sigma", *(line.partition(":")[0] for line in legend), "seconds"]
     assert (base.split()[0], tried.split()[0]) == ("0", "0.01")
     assert max(map(len, (*legend, head, base, tried))) < 80 and found["reason"] in result
-    widest = {"sigma": 0.000123, "reward": -12345.6, "lost": -12345.6, "lost_error": 1234.5, "spread": 0.000012345, "signal": 0.000012345, "identical": 1.0}
+    widest = {
+        "sigma": 0.000123,
+        "reward": -12345.6,
+        "lost": -12345.6,
+        "lost_error": 1234.5,
+        "spread": 0.000012345,
+        "signal": 0.000012345,
+        "identical": 1.0,
+    }
     line = _line(_cells({**widest, "correlation": ["w", 0.5], "swallowed": 123, "norms": 0, "seconds": 12345.6}))
     assert len(line) <= 80 and len(line.split()) == 12  # no column runs into another
 
@@ -125,8 +147,14 @@ def test_one_seed_one_result(embedded):
 
 def test_bf16_that_swallows_the_noise():
     (row,) = calibrate(CalibrateConfig(sigmas=[1e-4], dtype="bfloat16", **QUICK))["sigmas"]
-    assert row["correlation"][1] < 0.9 and "norm" not in row["correlation"][0] and row["swallowed"] > 5 and row["norms"] == 5
-    (row,) = calibrate(CalibrateConfig(sigmas=[1e-3], dtype="bfloat16", **QUICK))["sigmas"]  # as in the paper's run: norms alone
+    assert (
+        row["correlation"][1] < 0.9
+        and "norm" not in row["correlation"][0]
+        and row["swallowed"] > 5
+        and row["norms"] == 5
+    )
+    # As in the paper's run: norms alone
+    (row,) = calibrate(CalibrateConfig(sigmas=[1e-3], dtype="bfloat16", **QUICK))["sigmas"]
     assert row["swallowed"] == 0 < row["norms"] and "norm" in row["correlation"][0]
 
 
@@ -181,7 +209,8 @@ def test_what_is_measured():
 
 
 class Lottery:
-    """29 questions, of which the model without noise gets `right`; any noise loses the first of them, a large one half of the rest too."""
+    """29 questions, of which the model without noise gets `right`; any noise loses the first of them, a large one half
+    of the rest too."""
 
     floor = 0.0
 
@@ -202,7 +231,8 @@ class Lottery:
 
 @pytest.mark.parametrize("worth", [1.0, 1000.0])
 def test_one_answer_that_all_members_lose_is_no_certainty(worth):
-    """Alike in all members, so that their spread says nothing; of 6 right answers it is more than a tenth of the reward."""
+    """Alike in all members, so that their spread says nothing; of 6 right answers it is more than a tenth of the
+    reward."""
     weight = torch.nn.Parameter(torch.tensor(0.5))
     optimizer = EvolutionStrategy([("weight", weight)], population=4, antithetic=True, base="copy")
     lottery = Lottery(weight, right=6, worth=worth)
@@ -227,7 +257,10 @@ def test_one_answer_that_all_members_lose_is_no_certainty(worth):
     ],
 )
 def test_a_base_model_that_earns_too_little_is_refused(rewards, words):
-    with pytest.raises(ValueError, match=f"the base model {words}.* which takes 5: use more or easier prompts, or a reward that also pays for a part$"):
+    with pytest.raises(
+        ValueError,
+        match=f"the base model {words}.* which takes 5: use more or easier prompts, or a reward that also pays for a part$",
+    ):
         refuse_too_few(rewards)
     refuse_too_few([*rewards, *[max(rewards) or 1.0] * 5])
 
@@ -247,7 +280,9 @@ def test_graded_rewards_of_fewer_prompts_than_that_are_taken():
 
 
 def test_it_is_refused_before_a_sigma_is_tried(capsys, monkeypatch):
-    monkeypatch.setattr("es_finetune.tasks.countdown_char.CountdownChar.score", lambda self, item, completion: Score(0.0, 0.0))
+    monkeypatch.setattr(
+        "es_finetune.tasks.countdown_char.CountdownChar.score", lambda self, item, completion: Score(0.0, 0.0)
+    )
     assert main(["calibrate", "--prompts", "8"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: the base model succeeds at 0 of 8 prompts") and "sigma" not in captured.out
@@ -273,7 +308,10 @@ def test_bad_options(options, words):
 
 @pytest.mark.parametrize(
     "options, words",
-    [({"prompts": 10**6}, "prompts must be at most"), ({"task": "no-such-task", "model": "embedded"}, "unknown task 'no-such-task'")],
+    [
+        ({"prompts": 10**6}, "prompts must be at most"),
+        ({"task": "no-such-task", "model": "embedded"}, "unknown task 'no-such-task'"),
+    ],
 )
 def test_refused_before_a_model_is_loaded(options, words, monkeypatch):
     monkeypatch.setattr(calibrate_module, "load_model", None)
@@ -291,7 +329,12 @@ def test_defaults():
 def test_command_line(capsys):
     assert main(["calibrate", "--sigmas", "0.01", "0.001", "--members", "4", "--prompts", "16"]) == 0
     assert "sigma 0.01" in capsys.readouterr().out
-    for flags in (["--sigmas", "-1"], ["--sigmas", "much"], ["--members", "7"], ["--model", "/no/such/folder", "--task", "countdown"]):
+    for flags in (
+        ["--sigmas", "-1"],
+        ["--sigmas", "much"],
+        ["--members", "7"],
+        ["--model", "/no/such/folder", "--task", "countdown"],
+    ):
         assert main(["calibrate", *flags]) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("error: ") and len(captured.err.splitlines()) == 1 and not captured.out
@@ -300,6 +343,12 @@ def test_command_line(capsys):
 def test_a_reward_that_always_fails_is_named(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"^{n}:"}) + "\n" for n in range(20)))
     (tmp_path / "r.py").write_text("def reward(completion, item):\n    return 1 / 0\n")
-    config = CalibrateConfig(data=str(tmp_path / "data.jsonl"), reward=f"{tmp_path}/r.py:reward", model="embedded", max_new_tokens=4, members=4)
+    config = CalibrateConfig(
+        data=str(tmp_path / "data.jsonl"),
+        reward=f"{tmp_path}/r.py:reward",
+        model="embedded",
+        max_new_tokens=4,
+        members=4,
+    )
     with pytest.raises(ValueError, match="no answer could be scored; .*ZeroDivisionError"):
         calibrate(config)

@@ -1,8 +1,8 @@
 """Contract under test: `es-finetune eval`.
 
-The accuracy of a run's base and tuned weights is what the run itself measured, and that of a saved folder is that of the run
-it came from; the answers are saved; several samples are drawn at temperature 1 from the seed; the divergence of a model from
-itself is 0 and of a tuned one is not; bad input is one line.
+The accuracy of a run's base and tuned weights is what the run itself measured, and that of a saved folder is that of
+the run it came from; the answers are saved; several samples are drawn at temperature 1 from the seed; the divergence of
+a model from itself is 0 and of a tuned one is not; bad input is one line.
 """
 
 import json
@@ -29,7 +29,11 @@ def evaluate(capsys, *flags):
 def test_a_runs_weights_are_measured_as_the_run_did(run, capsys):
     for look in read_rows(run / "evals.jsonl"):
         found = evaluate(capsys, "--run", str(run), "--generation", str(look["generation"]))
-        assert (found["value"], found["interval_95"], found["questions"]) == (look["exact"], [look["low"], look["high"]], 269)
+        assert (found["value"], found["interval_95"], found["questions"]) == (
+            look["exact"],
+            [look["low"], look["high"]],
+            269,
+        )
         assert found["generation"] == look["generation"] and found["decoding"] == "greedy"
         assert json.loads((run / f"eval-{look['generation']}" / "result.json").read_text())["value"] == look["exact"]
     last = evaluate(capsys, "--run", str(run))
@@ -39,7 +43,18 @@ def test_a_runs_weights_are_measured_as_the_run_did(run, capsys):
 
 
 def test_a_saved_folder_is_measured_like_its_run(run, capsys, tmp_path):
-    flags = ["--model", str(run / "model"), "--task", "countdown-char", "--batch_size", "128", "--threads", "1", "--output", str(tmp_path / "out")]
+    flags = [
+        "--model",
+        str(run / "model"),
+        "--task",
+        "countdown-char",
+        "--batch_size",
+        "128",
+        "--threads",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert evaluate(capsys, *flags)["value"] == read_rows(run / "evals.jsonl")[-1]["exact"]
     train = evaluate(capsys, *flags, "--split", "train", "--items", "50")
     assert train["questions"] == 50 and train["split"] == "train"
@@ -49,7 +64,11 @@ def test_samples_are_drawn_from_the_seed(run, capsys):
     flags = ["--run", str(run), "--items", "20", "--samples", "4"]
     first, again, other = (evaluate(capsys, *flags, "--seed", seed) for seed in "001")
     assert first["decoding"].startswith("temperature 1") and len(read_rows(run / "eval-3" / "answers.jsonl")) == 80
-    assert first["value"] == again["value"] and first["tokens"] == again["tokens"] and (first["value"], first["tokens"]) != (other["value"], other["tokens"])
+    assert (
+        first["value"] == again["value"]
+        and first["tokens"] == again["tokens"]
+        and (first["value"], first["tokens"]) != (other["value"], other["tokens"])
+    )
 
 
 def test_the_divergence_from_the_base_model(run, capsys):

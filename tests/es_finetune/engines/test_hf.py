@@ -1,13 +1,16 @@
 """Contract under test: the engine over a transformers model, in each of its ways of decoding.
 
-- An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the decoding or what was
-  generated before (no KV block survives a weight change). It is greedy, or sampled from the model's own distribution, whatever sampling
-  options the checkpoint carries; sampled answers repeat, and torch's generators stay as they were.
+- An answer depends on its prompt and on the weights of this moment only: not on its place, its batch's padding, the
+decoding or what was
+  generated before (no KV block survives a weight change). It is greedy, or sampled from the model's own distribution,
+  whatever sampling options the checkpoint carries; sampled answers repeat, and torch's generators stay as they were.
 - A model for which padding or the prompts beside one matter is found, and asked one prompt at a time.
 - An answer's ids end with its first end token; text leaves special tokens out.
-- Prompts are text as it is, or chats as the tokenizer's template writes them, with special tokens once. What cannot be asked is refused
+- Prompts are text as it is, or chats as the tokenizer's template writes them, with special tokens once. What cannot be
+asked is refused
   before any work.
-- A model that cannot generate, or not by the decoding asked for, is refused before any work, in one line; no error and a wrong answer is worse.
+- A model that cannot generate, or not by the decoding asked for, is refused before any work, in one line; no error and
+a wrong answer is worse.
 - log_probs are those of the model at temperature 1, whatever the batches.
 """
 
@@ -28,7 +31,14 @@ from es_finetune.engines.prompts import tokenize
 from es_finetune.tasks import load_task
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "embedded"
 PROMPTS = [item.prompt for item in load_task("countdown-char").test[:40]]
@@ -47,7 +57,8 @@ def model():
 
 @pytest.fixture
 def long_model(build_model):
-    """Random weights, large enough that each change of them changes what is written; positions for prompts of several cache blocks."""
+    """Random weights, large enough that each change of them changes what is written; positions for prompts of several
+    cache blocks."""
     return build_model("llama", vocab_size=22, max_position_embeddings=1024, initializer_range=0.5)
 
 
@@ -119,7 +130,11 @@ def test_calls_leave_nothing_behind(model, tokenizer, decoding):
     for _ in range(2):
         engine.generate(encoded)
         assert set(threading.enumerate()) <= threads and torch.equal(torch.get_rng_state(), state)
-        assert model.config._attn_implementation == "eager" and model.generation_config is theirs and set(vars(model)) == names
+        assert (
+            model.config._attn_implementation == "eager"
+            and model.generation_config is theirs
+            and set(vars(model)) == names
+        )
 
 
 def test_a_static_cache_is_kept_at_its_address_and_serves_prompts_of_any_length(long_model, tokenizer):
@@ -130,7 +145,8 @@ def test_a_static_cache_is_kept_at_its_address_and_serves_prompts_of_any_length(
     for prompts in (short, long, short, long):
         assert engine.generate(engine.encode(prompts)) == expected[tuple(prompts)]
         addresses.append(sorted(cache.layers[0].keys.data_ptr() for _, cache in engine._caches.values()))
-    assert addresses[1] == addresses[2] == addresses[3] and len(addresses[1]) == 2  # one for two rows, one for the third
+    # One for two rows, one for the third
+    assert addresses[1] == addresses[2] == addresses[3] and len(addresses[1]) == 2
 
 
 def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(model, tokenizer, monkeypatch):
@@ -152,12 +168,16 @@ def test_failure_of_continuous_batching_is_raised_and_leaves_nothing_behind(mode
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["rwkv", "llama", "qwen2", "mixtral", "gemma", "jamba"])
-def test_a_model_that_does_not_ignore_padding_is_asked_one_prompt_at_a_time(build_model, tokenizer, kind, dtype, recwarn):
+def test_a_model_that_does_not_ignore_padding_is_asked_one_prompt_at_a_time(
+    build_model, tokenizer, kind, dtype, recwarn
+):
     engine = HFEngine(build_model(kind, vocab_size=64).to(dtype), tokenizer, 4, 16)
     options = copy.deepcopy(engine.options)
     engine.prove()
     said = [str(warning.message) for warning in recwarn if "padding" in str(warning.message)]
-    assert said == (["models of type rwkv do not ignore padding: they are asked one prompt at a time"] if kind == "rwkv" else [])
+    assert said == (
+        ["models of type rwkv do not ignore padding: they are asked one prompt at a time"] if kind == "rwkv" else []
+    )
     assert engine.batch_size == (1 if kind == "rwkv" else 16) and engine.options == options
     if dtype == torch.float32:
         together, alone = (engine.generate(engine.encode(prompts)) for prompts in (PROMPTS[:4], PROMPTS[:1]))
@@ -191,7 +211,14 @@ def test_an_answer_without_end_has_all_its_tokens(model, tokenizer, decoding):
 def test_sampling_options_of_the_checkpoint_do_not_matter(model, tokenizer, decoding):
     before = generate(model, tokenizer, decoding=decoding)
     model.generation_config.update(
-        do_sample=True, temperature=5.0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=5.0, max_new_tokens=2, suppress_tokens=[5, 6, 7]
+        do_sample=True,
+        temperature=5.0,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.1,
+        repetition_penalty=5.0,
+        max_new_tokens=2,
+        suppress_tokens=[5, 6, 7],
     )
     assert generate(model, tokenizer, decoding=decoding) == before
 
@@ -220,7 +247,9 @@ def test_samples_come_from_the_whole_distribution_at_the_temperature(model, toke
 
 def test_samples_come_from_a_large_vocabulary_too(tokenizer):
     """transformers' own top_k is 50, more than the tokens of the model above."""
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=200, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).eval()
     engine = HFEngine(model, tokenizer, 1, 4000, temperature=1.0)
     found = model.generate(**engine.encode(PROMPTS[:1] * 4000)[0][1], generation_config=engine.options)[:, -1]
     assert len(found.unique()) > 190
@@ -232,7 +261,12 @@ def test_samples_come_from_a_large_vocabulary_too(tokenizer):
 def test_text_is_taken_as_it_is_and_chats_by_the_template_with_special_tokens_once(tiny_llama, chat_tokenizer):
     engine = HFEngine(tiny_llama, chat_tokenizer, 4, 4)
     chat = ({"role": "user", "content": "ab"}, {"role": "user", "content": "c"})
-    assert tokenize(engine.tokenizer, ["abc", chat, "d", list(chat)]) == [[1, 5, 6, 7], [1, 3, 5, 6, 3, 7, 4], [1, 8], [1, 3, 5, 6, 3, 7, 4]]
+    assert tokenize(engine.tokenizer, ["abc", chat, "d", list(chat)]) == [
+        [1, 5, 6, 7],
+        [1, 3, 5, 6, 3, 7, 4],
+        [1, 8],
+        [1, 3, 5, 6, 3, 7, 4],
+    ]
     encoded = engine.encode(["abc", chat])
     assert [rows for rows, _ in encoded] == [[1, 0]]
     assert len(engine.generate(encoded)) == 2
@@ -242,7 +276,10 @@ def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, 
     engine = HFEngine(model, tokenizer, 12, 16)
     with pytest.raises(ValueError, match="prompt 1 is a chat, but the tokenizer has no chat template"):
         engine.encode(["1", [{"role": "user", "content": "2"}]])
-    with pytest.raises(ValueError, match=r"prompt 2 has 53 tokens, too many for 12 new ones within the model's 64 positions: shorten it, or"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt 2 has 53 tokens, too many for 12 new ones within the model's 64 positions: shorten it, or",
+    ):
         engine.encode(["1", "2", "3" * 53])
     engine.encode(["3" * 52])
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
@@ -250,7 +287,9 @@ def test_prompts_that_cannot_be_asked_are_refused(model, tokenizer, tiny_llama, 
     with pytest.raises(ValueError, match="prompt 0 is refused by the tokenizer's chat template: no system role"):
         HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "system", "content": "a"}]])
     chat_tokenizer.chat_template = "{{ messages[0].content + 1 }}"
-    with pytest.raises(ValueError, match="prompt 0 is refused by the tokenizer's chat template: can only concatenate str"):
+    with pytest.raises(
+        ValueError, match="prompt 0 is refused by the tokenizer's chat template: can only concatenate str"
+    ):
         HFEngine(tiny_llama, chat_tokenizer, 4, 4).encode([[{"role": "user", "content": "a"}]])
     tiny_llama.resize_token_embeddings(10)
     with pytest.raises(ValueError, match="prompt 1 has token number 10, but the model embeds 10 tokens"):
@@ -278,7 +317,13 @@ def test_options_that_cannot_be_are_refused(model):
 
 
 NEOX = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+NEO = {
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 8,
+}
 XLNET = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
 MAMBA = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 
@@ -286,10 +331,26 @@ MAMBA = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 @pytest.mark.parametrize(
     "family, config, refused",
     [
-        ("GPTNeoXForCausalLM", NEOX, {"continuous": r"models of type gpt_neox cannot generate with decoding 'continuous' \(.*\)"}),
-        ("XLNetLMHeadModel", XLNET, dict.fromkeys(["continuous", "static"], "models of type xlnet do not support decoding")),
-        ("GPTNeoForCausalLM", NEO, dict.fromkeys(["continuous", "static"], "models of type gpt_neo do not support decoding")),
-        ("MambaForCausalLM", MAMBA, dict.fromkeys(["continuous", "static"], "models of type mamba do not support decoding")),
+        (
+            "GPTNeoXForCausalLM",
+            NEOX,
+            {"continuous": r"models of type gpt_neox cannot generate with decoding 'continuous' \(.*\)"},
+        ),
+        (
+            "XLNetLMHeadModel",
+            XLNET,
+            dict.fromkeys(["continuous", "static"], "models of type xlnet do not support decoding"),
+        ),
+        (
+            "GPTNeoForCausalLM",
+            NEO,
+            dict.fromkeys(["continuous", "static"], "models of type gpt_neo do not support decoding"),
+        ),
+        (
+            "MambaForCausalLM",
+            MAMBA,
+            dict.fromkeys(["continuous", "static"], "models of type mamba do not support decoding"),
+        ),
         ("LlamaForCausalLM", NEOX, {}),
     ],
 )
@@ -305,14 +366,18 @@ def test_a_decoding_that_a_model_cannot_do_is_refused_in_one_line(tokenizer, cap
             assert "\n" not in str(raised.value)
         else:
             engine.prove()
-            assert engine.generate(engine.encode(["1", "2+2"])) == engines["dynamic"].generate(engines["dynamic"].encode(["1", "2+2"]))
+            assert engine.generate(engine.encode(["1", "2+2"])) == engines["dynamic"].generate(
+                engines["dynamic"].encode(["1", "2+2"])
+            )
             assert engine.options.max_new_tokens == 4
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_model_that_cannot_generate_at_all_is_refused_in_one_line(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: 1 / 0)
-    with pytest.raises(ValueError, match=r"^models of type llama cannot generate with decoding 'dynamic' \(division by zero\)$"):
+    with pytest.raises(
+        ValueError, match=r"^models of type llama cannot generate with decoding 'dynamic' \(division by zero\)$"
+    ):
         HFEngine(model, tokenizer, 4, 4).prove()
 
 
@@ -332,15 +397,22 @@ def test_log_probs_are_those_of_each_token_at_temperature_1(model, tokenizer, mo
         with torch.no_grad():
             whole = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
         begin = len(ids) - len(answer.ids)
-        expected = torch.stack([whole[place - 1, ids[place]] for place in range(begin, len(ids))]) if answer.ids else torch.empty(0)
+        expected = (
+            torch.stack([whole[place - 1, ids[place]] for place in range(begin, len(ids))])
+            if answer.ids
+            else torch.empty(0)
+        )
         assert log_p.dtype == torch.float32 and not log_p.requires_grad
         torch.testing.assert_close(log_p, expected, rtol=0, atol=1e-5)
 
 
 def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model, tokenizer):
     import peft
+
     base = generate(model, tokenizer)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
     theirs = model.generation_config
     adapted = generate(wrapped, tokenizer)
     assert adapted != base and model.generation_config is theirs

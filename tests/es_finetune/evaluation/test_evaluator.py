@@ -1,7 +1,7 @@
 """Contract under test: an evaluation.
 
-Each item is scored by its own answer. Means leave out what a score does not have and do not depend on order; digests are equal where all
-answers are identical, and only there; failures are counted and the first is told.
+Each item is scored by its own answer. Means leave out what a score does not have and do not depend on order; digests
+are equal where all answers are identical, and only there; failures are counted and the first is told.
 """
 
 import json
@@ -44,16 +44,25 @@ def test_a_question_that_cannot_be_asked_is_named_by_where_it_is_from():
     engine = HFEngine(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval(), tokenizer, 12, 16)
     good, long = Item("1+1", 0, None, "a.jsonl, line 1"), "3" * 64
     for bad, words in (
-        (Item(long, 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt has 64 tokens, too many for 12 new ones within"),
+        (
+            Item(long, 1, None, "a.jsonl, line 7"),
+            "^a.jsonl, line 7: the prompt has 64 tokens, too many for 12 new ones within",
+        ),
         (Item(long, 1), r"^prompt 1, '3{57}...', has 64 tokens"),
-        (Item(({"role": "user", "content": "hi"},), 1, None, "a.jsonl, line 7"), "^a.jsonl, line 7: the prompt is a chat, but the tokenizer has no"),
+        (
+            Item(({"role": "user", "content": "hi"},), 1, None, "a.jsonl, line 7"),
+            "^a.jsonl, line 7: the prompt is a chat, but the tokenizer has no",
+        ),
         (Item(({"role": "user", "content": "hi"},), 1), "^prompt 1, 'hi', is a chat"),
     ):
         with pytest.raises(Unaskable, match=words):
             Evaluator(engine, load_task("countdown-char"), [good, bad])
 
 
-@pytest.mark.parametrize("reward, problem", [(math.nan, "the reward is nan"), (-1e200, r"reward is -1e\+200"), ("1", "of type str, not a number")])
+@pytest.mark.parametrize(
+    "reward, problem",
+    [(math.nan, "the reward is nan"), (-1e200, r"reward is -1e\+200"), ("1", "of type str, not a number")],
+)
 def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, problem):
     class Given:
         def encode(self, prompts):
@@ -68,7 +77,9 @@ def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, prob
     given = Given()
     found = Evaluator(given, given, [Item("a", 0, np.float32(2.5)), Item("b", 1, reward)])()
     assert found.scores[0] == (2.5, 0.5, None, None) and json.dumps(found.scores[0])
-    assert found.scores[1][:3] == (None, None, None) and re.search(problem, found.scores[1].error) and not found.all_failed
+    assert (
+        found.scores[1][:3] == (None, None, None) and re.search(problem, found.scores[1].error) and not found.all_failed
+    )
 
 
 def test_means_leave_out_what_is_missing_and_do_not_depend_on_order():

@@ -1,8 +1,8 @@
 """Contract under test: measurements.
 
-The headline is the task's metric over all answers, failures included; its interval is Wilson's for right and wrong, and takes the question,
-not the answer, as what varies. The KL estimate is that of the k3 formula and converges to the true divergence, within its standard error.
-Saved answers can be read back line by line.
+The headline is the task's metric over all answers, failures included; its interval is Wilson's for right and wrong, and
+takes the question, not the answer, as what varies. The KL estimate is that of the k3 formula and converges to the true
+divergence, within its standard error. Saved answers can be read back line by line.
 """
 
 import json
@@ -83,7 +83,13 @@ def test_failed_answers_count():
 
 @pytest.mark.parametrize(
     "right, n, low, high",
-    [(15, 50, 0.1910, 0.4375), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1.0), (1740, 2000, 0.8545, 0.8841)],
+    [
+        (15, 50, 0.1910, 0.4375),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (1, 1, 0.2065, 1.0),
+        (1740, 2000, 0.8545, 0.8841),
+    ],
 )
 def test_wilson_interval(right, n, low, high):
     """The roots of |p - right / n| = z sqrt(p (1 - p) / n), and published or easily computed values of them."""
@@ -132,7 +138,10 @@ def test_kl_converges_to_the_divergence_within_its_standard_error():
     truth = (p * (p / q).log()).sum().item()
     values, errors = [], []
     for _ in range(200):
-        answers = [Answer("", tuple(torch.multinomial(p, length, True, generator=generator).tolist())) for length in range(1, 40)]
+        answers = [
+            Answer("", tuple(torch.multinomial(p, length, True, generator=generator).tolist()))
+            for length in range(1, 40)
+        ]
         picked = [torch.tensor(answer.ids) for answer in answers]
         found = kl_to_base(answers, [p.log()[ids] for ids in picked], [q.log()[ids] for ids in picked])
         values.append(found.value)
@@ -161,7 +170,9 @@ def test_saved_answers_can_be_read_back(tmp_path):
     items = [Item("a\u2028", 0), Item(chat, 1)]
     path = tmp_path / "base.jsonl"
     path.write_text("of an earlier look")
-    save_answers(path, items, [Answer("x\ny\ud800", (1,)), Answer("8", (2,))], [Score(0.5, 1.0), Score(None, error="broke")])
+    save_answers(
+        path, items, [Answer("x\ny\ud800", (1,)), Answer("8", (2,))], [Score(0.5, 1.0), Score(None, error="broke")]
+    )
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"prompt": "a\u2028", "completion": "x\ny\ud800", "reward": 0.5, "exact": 1.0},
         {"prompt": list(chat), "completion": "8", "reward": None, "exact": None, "error": "broke"},

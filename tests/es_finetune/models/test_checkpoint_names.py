@@ -1,7 +1,8 @@
-"""Contract under test: named_segments gives every parameter the names, shapes and indices of the tensors in the files that
-`save_pretrained` writes, whatever wraps, fuses or adapts the model in memory. So one fingerprint serves for the model and the
-files, and noise added in memory is, to the bit, noise added to the files' tensors. What cannot be named so keeps its name in
-memory, and a warning says it. Weights that are not plain numbers in memory, and prompts that an adapter learns, are refused."""
+"""Contract under test: named_segments gives every parameter the names, shapes and indices of the tensors in the files
+that `save_pretrained` writes, whatever wraps, fuses or adapts the model in memory. So one fingerprint serves for the
+model and the files, and noise added in memory is, to the bit, noise added to the files' tensors. What cannot be named
+so keeps its name in memory, and a warning says it. Weights that are not plain numbers in memory, and prompts that an
+adapter learns, are refused."""
 
 import re
 import sys
@@ -53,7 +54,9 @@ def fingerprint(named):
 
 
 def checkpoint_names(entries):
-    return {segment.name for entry in entries if len(entry) == 3 for segment in entry[2]} | {entry[0] for entry in entries if len(entry) == 2}
+    return {segment.name for entry in entries if len(entry) == 3 for segment in entry[2]} | {
+        entry[0] for entry in entries if len(entry) == 2
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,8 +123,17 @@ def test_wrappers_do_not_show(build_model, tmp_path, kind, wrap):
 
 @pytest.mark.parametrize("family", ["Camembert", "XLMRoberta", "Roberta"])
 def test_tied_weights_have_the_name_of_the_file_where_that_is_not_their_first(tmp_path, family):
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes, is_decoder=True))
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": 1,
+    }
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**sizes, is_decoder=True)
+    )
     files = saved(model, tmp_path)
     assert fingerprint(named_segments(model)) == fingerprint(files)
 
@@ -138,9 +150,12 @@ def compile_a_layer(model):
     return model
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile, torch.nn.DataParallel, compile_a_layer, checkpoint_wrapper])
 @pytest.mark.parametrize(
-    "adapter", [{}, {"modules_to_save": ["lm_head", "norm"]}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+    "wrap", [lambda m: m, torch.compile, torch.nn.DataParallel, compile_a_layer, checkpoint_wrapper]
+)
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"modules_to_save": ["lm_head", "norm"]}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}],
 )
 def test_an_adapter_has_the_names_of_its_file(build_model, tmp_path, adapter, wrap):
     model = build_model("lora", **adapter)
@@ -183,12 +198,14 @@ def test_a_pattern_that_fits_a_part_of_a_parameter_is_refused(tiny_mixtral, opti
         said = f".*{part}.*but not.*{other}.*one parameter in memory.*{whole}"
         with pytest.raises(ValueError, match=re.escape(f"the pattern {pattern!r} fits") + said):
             make(pattern)
-    for pattern in ("*experts*", "*.experts.gate_up_proj", "*.w2.weight"):  # all files' tensors, the name in memory, all of another parameter
+    # All files' tensors, the name in memory, all of another parameter
+    for pattern in ("*experts*", "*.experts.gate_up_proj", "*.w2.weight"):
         make(pattern)
 
 
 def conversions(*operations):
-    """Put a conversion of the MLP's weights on a model: one that the mapping of this version of transformers has for some model."""
+    """Put a conversion of the MLP's weights on a model: one that the mapping of this version of transformers has for
+    some model."""
     loading = pytest.importorskip("transformers.core_model_loading")
     source, target, *names = operations
     return [loading.WeightConverter(source, target, [getattr(loading, name)(**options) for name, options in names])]
@@ -200,7 +217,9 @@ def test_parts_of_a_joined_tensor(build_model, tmp_path):
         "self_attn.qkv.weight", [f"self_attn.{n}_proj.weight" for n in "qkv"], ("Split", {"dim": 0})
     ) + conversions("mlp.gate_up.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ("Chunk", {"dim": 1}))
     files = saved(model, tmp_path)
-    assert files["model.layers.0.self_attn.qkv.weight"].shape == (32, 16) and files["model.layers.0.mlp.gate_up.weight"].shape == (24, 32)
+    assert files["model.layers.0.self_attn.qkv.weight"].shape == (32, 16) and files[
+        "model.layers.0.mlp.gate_up.weight"
+    ].shape == (24, 32)
     assert fingerprint(named_segments(model)) == fingerprint(files)
 
 
@@ -220,7 +239,9 @@ def test_warns_of_a_layout_that_is_no_view(build_model, tmp_path, operation):
 
 def test_warns_of_a_conversion_that_fails(build_model):
     model = build_model("llama")
-    model._weight_conversions = conversions("mlp.up.weight", ["mlp.up_proj.weight"], ("Chunk", {"dim": 0}), ("Chunk", {"dim": 9}))
+    model._weight_conversions = conversions(
+        "mlp.up.weight", ["mlp.up_proj.weight"], ("Chunk", {"dim": 0}), ("Chunk", {"dim": 9})
+    )
     with pytest.warns(UserWarning, match="cannot be found out"):
         names = [name for name, _ in named_segments(model)]
     assert names == [name for name, _ in model.named_parameters()]
@@ -234,7 +255,9 @@ def test_no_memory_is_needed():
     entries = list(named_segments(model))
     assert sum(len(entry[2]) for entry in entries if len(entry) == 3) == 32 * 8 * 3
     covered = sum(s.rows * s.cols for entry in entries if len(entry) == 3 for s in entry[2])
-    assert covered + sum(entry[1].numel() for entry in entries if len(entry) == 2) == sum(p.numel() for p in model.parameters())
+    assert covered + sum(entry[1].numel() for entry in entries if len(entry) == 2) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_before_version_5_nothing_is_fused(tiny_mixtral, monkeypatch):
@@ -250,7 +273,8 @@ def test_a_plain_module():
 # --- what cannot be tuned
 
 
-def noted_in_the_config(model):  # as transformers does for torchao, bitsandbytes, GPTQ and the rest, from files and at loading
+# As transformers does for torchao, bitsandbytes, GPTQ and the rest, from files and at loading
+def noted_in_the_config(model):
     model.config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
 
 
@@ -261,7 +285,9 @@ def noted_on_the_model(model):
 def in_another_dtype(model):  # as bitsandbytes
     for name, p in list(model.named_parameters()):
         if name.endswith("_proj.weight"):
-            model.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(p.to(torch.int8), requires_grad=False)
+            model.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(
+                p.to(torch.int8), requires_grad=False
+            )
 
 
 def in_eight_bit_floats(model):
@@ -281,7 +307,14 @@ def in_packed_modules(model):  # torch's own; GPTQ's and AWQ's layers are such t
         torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
 
 
-QUANTISED = [noted_in_the_config, noted_on_the_model, in_another_dtype, in_eight_bit_floats, in_a_subclass, in_packed_modules]
+QUANTISED = [
+    noted_in_the_config,
+    noted_on_the_model,
+    in_another_dtype,
+    in_eight_bit_floats,
+    in_a_subclass,
+    in_packed_modules,
+]
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, torch.nn.DataParallel])
@@ -289,10 +322,14 @@ QUANTISED = [noted_in_the_config, noted_on_the_model, in_another_dtype, in_eight
 def test_quantised_weights_are_refused(build_model, quantise, wrap):
     model = build_model("llama")
     quantise(model)
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has quantised weights \(.*\), of which only such as .* LoRA adapter"):
+    with pytest.raises(
+        ValueError, match=r"^LlamaForCausalLM has quantised weights \(.*\), of which only such as .* LoRA adapter"
+    ):
         list(named_segments(wrap(model)))
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has quantised weights \([^)]*\): give the unquantised model"):
+    with pytest.raises(
+        ValueError, match=r"^LlamaForCausalLM has quantised weights \([^)]*\): give the unquantised model"
+    ):
         list(named_segments(wrap(model)))
 
 
@@ -305,7 +342,9 @@ def test_an_adapter_over_quantised_weights_is_tuned(build_model, tmp_path, quant
     if quantise is in_another_dtype:
         for name, p in list(base.named_parameters()):
             if "base_layer" in name:
-                base.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(p.to(torch.int8), requires_grad=False)
+                base.get_submodule(name.removesuffix(".weight")).weight = torch.nn.Parameter(
+                    p.to(torch.int8), requires_grad=False
+                )
     else:
         quantise(base)
         base.lm_head.weight.requires_grad_(False)
@@ -362,7 +401,11 @@ def test_a_quantised_model_is_refused_by_the_trainer_and_its_tensors_by_the_opti
     model = build_model("llama")
     in_a_subclass(model)
     with pytest.raises(ValueError, match="has quantised weights"):
-        Trainer(TrainConfig(model="mine", task="countdown-char", output=str(tmp_path / "run")), model=model, tokenizer=tokenizer)
+        Trainer(
+            TrainConfig(model="mine", task="countdown-char", output=str(tmp_path / "run")),
+            model=model,
+            tokenizer=tokenizer,
+        )
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="'lm_head.weight' is a TwoTensor, whose values are not in its memory"):
         EvolutionStrategy(model.named_parameters())

@@ -1,6 +1,6 @@
-"""Contract under test: load_model gives a model, its tokenizer and what identifies them, or a ValueError of one line; a new LoRA
-adapter has the same first values everywhere; what save_model writes, from_pretrained reads, with the same bits and the same text,
-and the folder is at no time half of it."""
+"""Contract under test: load_model gives a model, its tokenizer and what identifies them, or a ValueError of one line; a
+new LoRA adapter has the same first values everywhere; what save_model writes, from_pretrained reads, with the same bits
+and the same text, and the folder is at no time half of it."""
 
 import functools
 import json
@@ -24,7 +24,9 @@ def text(model, tokenizer):
 
 
 def fingerprint(model, trainable=False):
-    return es_kernels.fingerprint(es_kernels.ParamTable(e for e in named_segments(model) if e[1].requires_grad or not trainable))
+    return es_kernels.fingerprint(
+        es_kernels.ParamTable(e for e in named_segments(model) if e[1].requires_grad or not trainable)
+    )
 
 
 def refused(match, *args, **kwargs):
@@ -60,11 +62,16 @@ def test_dtype(save_tiny, build_model, tmp_path, stored, dtype):
     build_model("llama").to(stored).save_pretrained(tmp_path)
     model, _, identity = load_model(tmp_path, device="cpu", dtype=dtype)
     expected = stored if dtype == "auto" else getattr(torch, dtype)
-    assert {p.dtype for p in model.parameters()} == {expected} and identity["dtype"] == str(expected).removeprefix("torch.")
+    assert {p.dtype for p in model.parameters()} == {expected} and identity["dtype"] == str(expected).removeprefix(
+        "torch."
+    )
 
 
 def test_attn_implementation(save_tiny, tmp_path):
-    assert load_model(save_tiny(tmp_path), device="cpu", attn_implementation="eager")[0].config._attn_implementation == "eager"
+    assert (
+        load_model(save_tiny(tmp_path), device="cpu", attn_implementation="eager")[0].config._attn_implementation
+        == "eager"
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "qwen3_moe"])
@@ -78,7 +85,9 @@ def test_saved_and_loaded_again(save_tiny, tmp_path, kind):
     assert text(again, its_tokenizer) == text(model, tokenizer)
     assert {**identity, "model": ""} == {**its_identity, "model": ""}
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "model", dtype="auto")
-    assert text(plain.eval(), transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "model")) == text(model, tokenizer)
+    assert text(plain.eval(), transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "model")) == text(
+        model, tokenizer
+    )
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["model"]
 
 
@@ -98,7 +107,10 @@ def test_weights_of_several_dtypes_are_loaded_as_they_were_saved(build_model, tm
     assert fingerprint(load_model(tmp_path / "again", device="cpu")[0]) == fingerprint(model)
     uniform, _, identity = load_model(tmp_path / "model", device="cpu", dtype="bfloat16")
     assert identity["dtype"] == "bfloat16" == str(uniform.dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match="tensors of several dtypes, which this engine would make one: give --dtype, or use --engine hf"):
+    with pytest.raises(
+        ValueError,
+        match="tensors of several dtypes, which this engine would make one: give --dtype, or use --engine hf",
+    ):
         empty_model(str(tmp_path / "model"))
     assert empty_model(str(tmp_path / "model"), "bfloat16")[2] == torch.bfloat16
 
@@ -200,10 +212,24 @@ def test_a_run_saves_all_that_was_loaded(seeing, build_model, tmp_path):
     from es_finetune import TrainConfig, Trainer
 
     before = transformers.AutoModelForCausalLM.from_pretrained(seeing).state_dict()
-    options = {"generations": 1, "population": 2, "prompts": 2, "eval_items": 2, "max_new_tokens": 2, "sigma": 0.1, "lr": 0.1, "report_to": ["none"]}
-    for given in ({}, {"model": build_model("gemma3_vision"), "tokenizer": transformers.AutoTokenizer.from_pretrained(seeing)}):
+    options = {
+        "generations": 1,
+        "population": 2,
+        "prompts": 2,
+        "eval_items": 2,
+        "max_new_tokens": 2,
+        "sigma": 0.1,
+        "lr": 0.1,
+        "report_to": ["none"],
+    }
+    for given in (
+        {},
+        {"model": build_model("gemma3_vision"), "tokenizer": transformers.AutoTokenizer.from_pretrained(seeing)},
+    ):
         run = tmp_path / f"run{len(given)}"
-        Trainer(TrainConfig(model=seeing, task="countdown-char", shaping="ranks", output=str(run), **options), **given).train()
+        Trainer(
+            TrainConfig(model=seeing, task="countdown-char", shaping="ranks", output=str(run), **options), **given
+        ).train()
         after = transformers.AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before if SEES.search(name))
@@ -236,7 +262,9 @@ def test_a_new_adapter_is_all_that_is_trainable(save_tiny, tmp_path):
 
 def test_a_router_that_returns_a_tuple_is_left_out_of_an_adapter(tmp_path):
     """Llama 4's is a linear layer to PEFT; wrapped, every forward pass would fail."""
-    config = transformers.Llama4TextConfig(**{**TINY_LLAMA4, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
+    config = transformers.Llama4TextConfig(
+        **{**TINY_LLAMA4, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    )
     transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path)
     model, tokenizer, _ = load_model(tmp_path, device="cpu", lora_rank=2)
@@ -245,12 +273,26 @@ def test_a_router_that_returns_a_tuple_is_left_out_of_an_adapter(tmp_path):
     assert any("shared_expert" in name for name in trained) and not any("router" in name for name in trained)
 
 
-TINY_LLAMA4 = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-TINY_LLAMA4 |= {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_layers": [1], "max_position_embeddings": 64}
+TINY_LLAMA4 = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+}
+TINY_LLAMA4 |= {
+    "num_key_value_heads": 1,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_layers": [1],
+    "max_position_embeddings": 64,
+}
 
 
 def test_the_first_values_of_an_adapter(save_tiny, bits, tmp_path):
-    """They are the kernels' noise for seed 0, of variance 1 / (3 * inputs), whatever torch's generator holds, which stays as it was."""
+    """They are the kernels' noise for seed 0, of variance 1 / (3 * inputs), whatever torch's generator holds, which
+    stays as it was."""
     folder = save_tiny(tmp_path)
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -272,18 +314,26 @@ def tuned(save_tiny, tmp_path):
     """(model with a moved adapter, tokenizer) over a bfloat16 base in tmp_path/base."""
     model, tokenizer, _ = load_model(save_tiny(tmp_path / "base"), device="cpu", dtype="bfloat16", lora_rank=2)
     with torch.no_grad():
-        es_kernels.add_noise_(es_kernels.ParamTable((n, p) for n, p in named_segments(model) if p.requires_grad), [5], [0.3])
+        es_kernels.add_noise_(
+            es_kernels.ParamTable((n, p) for n, p in named_segments(model) if p.requires_grad), [5], [0.3]
+        )
     return model, tokenizer
 
 
 def test_an_adapter_saved_and_loaded_again(tuned, tmp_path):
     model, tokenizer = tuned
     save_model(model, tokenizer, tmp_path / "adapter")
-    assert fingerprint(model, trainable=True) == es_kernels.fingerprint(safetensors.load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert fingerprint(model, trainable=True) == es_kernels.fingerprint(
+        safetensors.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    )
     again, its_tokenizer, identity = load_model(tmp_path / "adapter", device="cpu", dtype="bfloat16")
-    assert fingerprint(again, trainable=True) == fingerprint(model, trainable=True) and fingerprint(again) == fingerprint(model)
+    assert fingerprint(again, trainable=True) == fingerprint(model, trainable=True) and fingerprint(
+        again
+    ) == fingerprint(model)
     assert text(again, its_tokenizer) == text(model, tokenizer)
-    assert identity["base_model"] == str(tmp_path / "base") and identity["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert identity["base_model"] == str(tmp_path / "base") and identity["trainable"] == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_an_adapter_without_tokenizer_uses_that_of_its_base(tuned, tmp_path):
@@ -316,7 +366,10 @@ def test_a_merged_mixture_keeps_its_checkpoint_names(save_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, wrong", [("llama", False), ("qwen2", False), ("mixtral", False), ("gemma", False), ("zamba", True), ("jamba", True)])
+@pytest.mark.parametrize(
+    "kind, wrong",
+    [("llama", False), ("qwen2", False), ("mixtral", False), ("gemma", False), ("zamba", True), ("jamba", True)],
+)
 def test_a_merge_that_would_compute_otherwise_is_refused(build_model, tmp_path, kind, wrong, dtype):
     import peft
 

@@ -1,8 +1,8 @@
 """Contract under test: what a run says of itself.
 
-The realised noise and step and the drift are those of the weights, computed by hand from all elements, for every base, for
-fused and strided tensors and with members of opposite noise; a sample of them is close to that; looking changes no bit. A
-warning comes with its cause, not without it, and not every generation.
+The realised noise and step and the drift are those of the weights, computed by hand from all elements, for every base,
+for fused and strided tensors and with members of opposite noise; a sample of them is close to that; looking changes no
+bit. A warning comes with its cause, not without it, and not every generation.
 """
 
 import math
@@ -75,11 +75,15 @@ def test_realised_noise_is_that_of_the_weights(base):
         found = health.measure_member()
     expected = correlation(realised, noise(name, weight))
     assert 0.2 < expected < 0.6
-    # With base=None the noise is taken out of the sample to find the weights without it: the same statistics, not the same bits.
+    # With base=None the noise is taken out of the sample to find the weights without it: the same statistics, not the
+    # same bits.
     close = 0.05 if base is None else 1e-5
     ratio = rms(realised) / rms(SIGMA * noise(name, weight))
     assert found["correlation"] == {name: [pytest.approx(expected, abs=close), pytest.approx(ratio, rel=2 * close)]}
-    assert found["correlation_min"] == [name, found["correlation"][name][0]] and found["rms_ratio_min"] == [name, found["correlation"][name][1]]
+    assert found["correlation_min"] == [name, found["correlation"][name][0]] and found["rms_ratio_min"] == [
+        name,
+        found["correlation"][name][1],
+    ]
 
 
 def test_noise_that_vanishes_has_correlation_0():
@@ -112,7 +116,9 @@ def test_every_tensor_draws_the_noise_of_its_place(base, antithetic, samples):
     ]
     strided = torch.nn.Parameter(torch.zeros(5, 30, 160)[:, ::2, 10:140])
     scalar = torch.nn.Parameter(torch.zeros(()))
-    optimizer = make(("qkv", fused, rows), ("strided", strided), small(), ("scalar", scalar), base=base, antithetic=antithetic)
+    optimizer = make(
+        ("qkv", fused, rows), ("strided", strided), small(), ("scalar", scalar), base=base, antithetic=antithetic
+    )
     for member in (0, 1, 3):
         with optimizer.perturbed(member):
             found = Health(optimizer, samples).measure_member()
@@ -143,15 +149,24 @@ def test_tensors_too_small_for_a_correlation_are_left_out():
     optimizer = make(tiny)
     health = Health(optimizer)
     found = generation(optimizer, health)
-    assert found["correlation"] == {} and found["correlation_min"] is None and found["rms_ratio_min"] is None and found["step_correlation"] is None
+    assert (
+        found["correlation"] == {}
+        and found["correlation_min"] is None
+        and found["rms_ratio_min"] is None
+        and found["step_correlation"] is None
+    )
     optimizer = make(around_one("tiny", (63,)), around_one("large", (64,)))
     assert set(generation(optimizer, Health(optimizer))["correlation"]) == {"large"}
-    halves = [es_kernels.Segment("whole", 1, 40, offset=40 * i, first=40 * i) for i in range(2)]  # one tensor of a checkpoint, in two parts
+    # One tensor of a checkpoint, in two parts
+    halves = [es_kernels.Segment("whole", 1, 40, offset=40 * i, first=40 * i) for i in range(2)]
     optimizer = make((*around_one("memory", (80,)), halves))
     assert set(generation(optimizer, Health(optimizer))["correlation"]) == {"whole"}
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 1e3}, {"weight_decay": 1e3, "anchored": True}, {"antithetic": True}, {"momentum": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 1e3}, {"weight_decay": 1e3, "anchored": True}, {"antithetic": True}, {"momentum": 0.9}],
+)
 @pytest.mark.parametrize("base", ["fp32", "copy", None])
 def test_in_f32_the_whole_step_arrives(base, options):
     name, weight = small()
@@ -242,7 +257,8 @@ def test_looks_out_of_order_are_refused():
         health.measure_after_update()
 
 
-# --- warnings ------------------------------------------------------------------------------------------------------------
+# --- warnings
+# ------------------------------------------------------------------------------------------------------------
 
 CONFIG = types.SimpleNamespace(population=30, sigma=0.001)
 
@@ -278,7 +294,11 @@ def run(rows, **options):
 
 
 CAUSES = [
-    (row(0.3, 0.0, identical=1.0), "every member scored the same, and 100% of them with the same answers", "raise sigma (now 0.001)"),
+    (
+        row(0.3, 0.0, identical=1.0),
+        "every member scored the same, and 100% of them with the same answers",
+        "raise sigma (now 0.001)",
+    ),
     (row(0.0, 0.0), "every member scored the same, with different answers", "a reward that also pays for a part"),
     (row(identical=0.6), "members answer alike: 60%", "raise sigma"),
     (row(failed=60, failed_example="prompt 3: boom"), "scoring failed for 60 answers, 2 of each member", "boom"),
@@ -315,7 +335,11 @@ def test_a_persistent_cause_is_repeated_seldom():
 @pytest.mark.parametrize("scale, shift", [(1, 0), (1000, -2000), (0.01, 0)])
 def test_collapse_whatever_the_rewards_scale_and_sign(scale, shift):
     def fallen(means, std=0.03):
-        return [w for w in warnings_of([row(shift + scale * mean, scale * std) for mean in means], CONFIG) if w.startswith("the reward has fallen from ")]
+        return [
+            w
+            for w in warnings_of([row(shift + scale * mean, scale * std) for mean in means], CONFIG)
+            if w.startswith("the reward has fallen from ")
+        ]
 
     climb = [0.3 + 0.02 * i for i in range(20)]
     assert fallen(climb + [0.2] * 3) and fallen([0.5] * 8 + [0.3] * 3)  # with a rise before or without
@@ -329,25 +353,43 @@ def test_collapse_whatever_the_rewards_scale_and_sign(scale, shift):
 def test_members_far_below_theta():
     (warning,) = run([row(0.1)], look=held_out(0.8))
     assert warning.startswith("members do far worse") and "lower sigma (now 0.001)" in warning
-    assert "reward 0.1 (0.09 to 0.11) on the training prompts, 0.8 (0.79 to 0.81) without noise on the held-out ones" in warning
+    assert (
+        "reward 0.1 (0.09 to 0.11) on the training prompts, 0.8 (0.79 to 0.81) without noise on the held-out ones"
+        in warning
+    )
     assert run([row(0.7)], look=held_out(0.8)) == []
     assert run([row(0.0, 0.004)], look=held_out(0.01)) == []  # few rewards at all: within the members' own spread
     assert run([row(-160, 5)], look=held_out(-100)) != [] and run([row(-110, 5)], look=held_out(-100)) == []
 
 
 def test_members_that_met_other_questions_than_theta_are_no_cause():
-    """Theta is known by held-out prompts, the members by training prompts: where one draw of questions may be so much harder, nothing is said."""
+    """Theta is known by held-out prompts, the members by training prompts: where one draw of questions may be so much
+    harder, nothing is said."""
     wide = {"reward_low": 0.0, "reward_high": 0.31}
     assert run([row(0.1, **wide)], look=held_out(0.8, 0.5)) == []  # from 0.3
     assert run([row(0.1, **wide)], look=held_out(0.8, 0.48)) != []  # from 0.32
-    for unknown in (None, {"reward": 0.8}, {"reward": 0.8, "reward_low": None, "reward_high": None}):  # too few questions, or a run of an older version
+    # Too few questions, or a run of an older version
+    for unknown in (None, {"reward": 0.8}, {"reward": 0.8, "reward_low": None, "reward_high": None}):
         assert run([row(0.1)], look=unknown) == []
     assert run([row(0.1, reward_low=None, reward_high=None)], look=held_out(0.8)) == []
 
 
 def test_norms_are_said_once_and_are_no_warning():
-    names = ["model.layers.0.input_layernorm.weight", "model.norm.weight", "h.3.ln_2.weight", "transformer.ln_f.bias", "self_attn.q_norm.weight", "ln1.weight"]
-    others = ["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "norm.linear.weight", "vln.proj.weight", "q_proj.bias"]
+    names = [
+        "model.layers.0.input_layernorm.weight",
+        "model.norm.weight",
+        "h.3.ln_2.weight",
+        "transformer.ln_f.bias",
+        "self_attn.q_norm.weight",
+        "ln1.weight",
+    ]
+    others = [
+        "model.layers.0.mlp.up_proj.weight",
+        "lm_head.weight",
+        "norm.linear.weight",
+        "vln.proj.weight",
+        "q_proj.bias",
+    ]
     assert [is_norm(name) for name in names + others] == [True] * 6 + [False] * 5
 
     def look(*tensors):
@@ -356,9 +398,17 @@ def test_norms_are_said_once_and_are_no_warning():
     rows = [row(), look(*names), row(), look(*names)]
     assert run(rows) == [] and [bool(norms_note(rows[: i + 1])) for i in range(4)] == [False, True, False, False]
     note = norms_note(rows[:2])
-    assert note.startswith("part of the noise is lost in 6 norm weight(s)") and "lowest correlation 0.30" in note and "so it is in the paper's run" in note
+    assert (
+        note.startswith("part of the noise is lost in 6 norm weight(s)")
+        and "lowest correlation 0.30" in note
+        and "so it is in the paper's run" in note
+    )
     (warning,) = run([look(*names, *others)])
-    assert "does not fully arrive in 5 tensor(s)" in warning and "model.layers.0.mlp.up_proj.weight 0.90" in warning and "norm.weight" not in warning
+    assert (
+        "does not fully arrive in 5 tensor(s)" in warning
+        and "model.layers.0.mlp.up_proj.weight 0.90" in warning
+        and "norm.weight" not in warning
+    )
 
 
 def test_time_outside_has_to_last():

@@ -1,9 +1,9 @@
 """Contract under test: the progress of a run.
 
-On a terminal one live line, below 80 columns in ordinary runs and cut, not wrapped, in narrower ones; in a pipe a plain line
-for the first generation, every tenth part and the last, without escape codes. The time left is what the generations since the
-first took, evals on the held-out items included. Within a generation the live line moves with every member; a pipe gets nothing of that. Notes
-stay, as they are, in both.
+On a terminal one live line, below 80 columns in ordinary runs and cut, not wrapped, in narrower ones; in a pipe a plain
+line for the first generation, every tenth part and the last, without escape codes. The time left is what the
+generations since the first took, evals on the held-out items included. Within a generation the live line moves with
+every member; a pipe gets nothing of that. Notes stay, as they are, in both.
 """
 
 import io
@@ -16,7 +16,8 @@ ROW = {"reward_mean": 0.5123, "reward_max": 0.9, "exact_mean": None, "seconds": 
 
 
 def run(generations, metric="exact", held_out=0.4321, row=ROW, begin=0, **console):
-    """What is written by a run whose generations take 60 s, each followed by a look of 12 s, after 100 s for the base model."""
+    """What is written by a run whose generations take 60 s, each followed by a look of 12 s, after 100 s for the base
+    model."""
     out = io.StringIO()
     with Progress(generations, metric, Console(file=out, highlight=False, soft_wrap=True, **console)) as progress:
         for generation in range(begin, generations):
@@ -43,7 +44,10 @@ def test_a_resumed_run_counts_its_own_seconds_only():
     assert lines[0].startswith("400/500") and " 2.0 h left" in lines[0]  # 100 * 72 s
 
 
-@pytest.mark.parametrize("metric, held_out, row", [("exact", 1.0, ROW), ("reward", -123.456, {**ROW, "reward_mean": -123.456}), ("exact", None, ROW)])
+@pytest.mark.parametrize(
+    "metric, held_out, row",
+    [("exact", 1.0, ROW), ("reward", -123.456, {**ROW, "reward_mean": -123.456}), ("exact", None, ROW)],
+)
 def test_the_line_fits_80_columns(metric, held_out, row):
     lines = run(500, metric, held_out, row).splitlines()
     assert max(map(len, lines)) < 80
@@ -51,7 +55,8 @@ def test_the_line_fits_80_columns(metric, held_out, row):
 
 def test_a_terminal_shows_one_live_line_and_cuts_it():
     wide = run(500, force_terminal=True, width=100)
-    assert "500/500  reward 0.512  held-out exact 43.2%" in wide and wide.count("\n") <= 3  # the last state and the note
+    # The last state and the note
+    assert "500/500  reward 0.512  held-out exact 43.2%" in wide and wide.count("\n") <= 3
     assert "[bold]a note[/bold] 7" in wide
     narrow = run(500, force_terminal=True, width=30)
     assert "…" in narrow and "outside" not in narrow
@@ -80,4 +85,11 @@ def test_the_live_line_moves_with_every_member():
 def test_numbers_and_times_in_words():
     assert [value("exact", x) for x in (0, 0.5, 1, None)] == ["0.0%", "50.0%", "100.0%", "?"]
     assert [value("reward", x) for x in (0.12345, -9.5, 123.456, 1e7)] == ["0.123", "-9.500", "123.5", "1e+07"]
-    assert [duration(s) for s in (0, 119, 120, 7100, 7200, 360_000)] == ["0 s", "119 s", "2 min", "118 min", "2.0 h", "100 h"]
+    assert [duration(s) for s in (0, 119, 120, 7100, 7200, 360_000)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "118 min",
+        "2.0 h",
+        "100 h",
+    ]

@@ -1,9 +1,10 @@
 """Contract under test: report.html.
 
-One page from a run's folder: self-contained (no script, no address, nothing fetched), under 3 MB for 500 generations, the
-same bytes for the same folder, whole or not there. It says what the run's files say (headline with intervals, warnings once
-with their generations, tensors that lost their noise, failed rewards, answers of base and tuned for the same prompts) and
-of what they do not say, that it was not measured. Text that a model or a user wrote can neither become markup nor break it.
+One page from a run's folder: self-contained (no script, no address, nothing fetched), under 3 MB for 500 generations,
+the same bytes for the same folder, whole or not there. It says what the run's files say (headline with intervals,
+warnings once with their generations, tensors that lost their noise, failed rewards, answers of base and tuned for the
+same prompts) and of what they do not say, that it was not measured. Text that a model or a user wrote can neither
+become markup nor break it.
 """
 
 import errno
@@ -88,7 +89,14 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         rows.append(row)
         log.append(
             Generation(
-                generation, tuple(draws.gauss(0, 1) for _ in range(30)), 30, mean, (5e-4,), (1e-3,), int(row["theta"], 16), int(row["live"], 16)
+                generation,
+                tuple(draws.gauss(0, 1) for _ in range(30)),
+                30,
+                mean,
+                (5e-4,),
+                (1e-3,),
+                int(row["theta"], 16),
+                int(row["live"], 16),
             ).to_json()
         )
         if (generation + 1) % 25 == 0 or (finished and generation + 1 == generations):
@@ -169,7 +177,9 @@ def page(folder):
 
 def assert_self_contained(path):
     text, found = path.read_text(encoding="utf-8"), Page(path)
-    assert not {"script", "iframe", "object", "embed", "link", "img", "base", "form", "foreignobject"} & {tag for tag, _ in found.tags}
+    assert not {"script", "iframe", "object", "embed", "link", "img", "base", "form", "foreignobject"} & {
+        tag for tag, _ in found.tags
+    }
     for tag, attributes in found.tags:
         for name, content in attributes.items():
             assert not name.startswith("on"), (tag, name)
@@ -182,7 +192,10 @@ def assert_self_contained(path):
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))  # of two plots with one id the second would draw with the first one's parts
     used = {
-        match for _, attributes in found.tags for content in attributes.values() for match in re.findall(r"^#(.+)|url\(#([^)]+)\)", content or "")
+        match
+        for _, attributes in found.tags
+        for content in attributes.values()
+        for match in re.findall(r"^#(.+)|url\(#([^)]+)\)", content or "")
     }
     assert {a or b for a, b in used} <= set(ids)
 
@@ -205,8 +218,12 @@ def test_it_says_what_the_files_say(long):
     for look in (looks[0], looks[-1]):
         assert f"{look['exact']:.1%}" in text and f"{look['low']:.1%} to {look['high']:.1%}" in text
     assert "1,000 items" in text and "500 generations" in text and "not finished" not in text
-    # of 300 items those divisible by 3 were right before only if also by 21, and never after; one above a multiple always; the rest only after
-    assert "Of 300 answers compared, 100 became right, 15 became wrong, 185 scored as before (p < 0.001 by the sign test)." in text
+    # of 300 items those divisible by 3 were right before only if also by 21, and never after; one above a multiple
+    # always; the rest only after
+    assert (
+        "Of 300 answers compared, 100 became right, 15 became wrong, 185 scored as before (p < 0.001 by the sign test)."
+        in text
+    )
     assert "overlap" not in text and "shows no change" not in text
     assert rows[-1]["theta"] in text and rows[-1]["live"] in text and "00ba5e" in text
     assert "2.13.0" in text and "Qwen2ForCausalLM" in text and "*.embed_tokens.*" in text
@@ -224,7 +241,11 @@ def test_a_warning_is_shown_once_with_its_generations(long):
 def test_tensors_that_lost_noise_are_named_with_their_worst(long):
     text = Page(long).text
     biases = "model.layers.3.self_attn.q_proj.bias"
-    seen = [row["health"]["correlation"][biases] for row in read_rows(long.parent / "metrics.jsonl") if biases in row.get("health", {}).get("correlation", {})]
+    seen = [
+        row["health"]["correlation"][biases]
+        for row in read_rows(long.parent / "metrics.jsonl")
+        if biases in row.get("health", {}).get("correlation", {})
+    ]
     (worst, ratio), last = min(seen), seen[-1]
     columns = "tensor lowest correlation rms, realised / meant in generation times seen"
     assert worst < last[0] and f"{columns} {biases} {worst:.3f} {ratio:.3f}" in text
@@ -233,19 +254,33 @@ def test_tensors_that_lost_noise_are_named_with_their_worst(long):
 
 def test_norm_weights_are_counted_and_not_named_among_them(long):
     text = Page(long).text
-    assert "Part of the noise is lost in norm weights (1), which are near 1" in text and "(lowest correlation 0.36). So it is in the paper's run" in text
+    assert (
+        "Part of the noise is lost in norm weights (1), which are near 1" in text
+        and "(lowest correlation 0.36). So it is in the paper's run" in text
+    )
     assert "model.norm.weight" not in text
 
 
 def number_class(folder):
     """How the tuned model's number is painted: as a gain, a loss, or neither."""
-    (_, tuned) = (attributes["class"] for tag, attributes in page(folder).tags if attributes.get("class", "").startswith("number"))
+    (_, tuned) = (
+        attributes["class"] for tag, attributes in page(folder).tags if attributes.get("class", "").startswith("number")
+    )
     return tuned
 
 
 def test_only_what_is_no_chance_is_painted(no_plots, tmp_path):
     folder = make_run(tmp_path / "short", 3)
-    base = {"generation": 0, "items": 50, "reward": 0.3, "exact": 0.4, "format": None, "low": 0.3, "high": 0.5, "seconds": 1}
+    base = {
+        "generation": 0,
+        "items": 50,
+        "reward": 0.3,
+        "exact": 0.4,
+        "format": None,
+        "low": 0.3,
+        "high": 0.5,
+        "seconds": 1,
+    }
 
     def painted(exact, low, high, answers=None):
         write_rows(folder / "evals.jsonl", [base, {**base, "generation": 3, "exact": exact, "low": low, "high": high}])
@@ -253,19 +288,31 @@ def test_only_what_is_no_chance_is_painted(no_plots, tmp_path):
             path = folder / "answers" / f"{name}.jsonl"
             path.unlink(missing_ok=True)
             if answers:
-                write_rows(path, [{"prompt": str(i), "completion": "x", "reward": 0.0, "exact": float(c)} for i, c in enumerate(answers[name == "tuned"])])
+                write_rows(
+                    path,
+                    [
+                        {"prompt": str(i), "completion": "x", "reward": 0.0, "exact": float(c)}
+                        for i, c in enumerate(answers[name == "tuned"])
+                    ],
+                )
         return number_class(folder).split()[1:]
 
     assert painted(0.4, 0.3, 0.5) == painted(0.45, 0.35, 0.55) == []
     assert painted(0.7, 0.6, 0.8) == ["gain"] and painted(0.1, 0.0, 0.2) == ["loss"]
-    # The same answers, before and after, say more than two intervals: here that the numbers differ by chance, and here that they do not.
+    # The same answers, before and after, say more than two intervals: here that the numbers differ by chance, and here
+    # that they do not.
     assert painted(0.7, 0.6, 0.8, ("0000000011", "0000000111")) == [] and painted(0.4, 0.3, 0.5, ("0011", "0011")) == []
-    assert painted(0.45, 0.35, 0.55, ("0000000011", "1111111111")) == ["gain"] and painted(0.35, 0.25, 0.45, ("11111111", "00000000")) == ["loss"]
+    assert painted(0.45, 0.35, 0.55, ("0000000011", "1111111111")) == ["gain"] and painted(
+        0.35, 0.25, 0.45, ("11111111", "00000000")
+    ) == ["loss"]
 
 
 def test_failed_rewards_are_counted_and_shown(long):
     text = Page(long).text
-    assert "failed on 3 answers, which got the task's floor as reward, or the lowest of their generation if it declares none." in text
+    assert (
+        "failed on 3 answers, which got the task's floor as reward, or the lowest of their generation if it declares "
+        "none." in text
+    )
     assert "ZeroDivisionError" in text
 
 
@@ -293,7 +340,16 @@ def test_a_run_of_three_generations(tmp_path):
 def test_what_may_be_chance_is_called_so(no_plots, tmp_path):
     folder = make_run(tmp_path / "short", 3)
     looks = [
-        {"generation": g, "items": 50, "reward": 0.3, "exact": e, "format": None, "low": e - 0.1, "high": e + 0.1, "seconds": 1}
+        {
+            "generation": g,
+            "items": 50,
+            "reward": 0.3,
+            "exact": e,
+            "format": None,
+            "low": e - 0.1,
+            "high": e + 0.1,
+            "seconds": 1,
+        }
         for g, e in ((0, 0.4), (3, 0.5))
     ]
     write_rows(folder / "evals.jsonl", looks)
@@ -362,7 +418,8 @@ def test_a_name_cannot_become_markup(tmp_path):
     found = page(folder)
     assert_self_contained(folder / "report.html")
     assert "<script>alert(1)" in found.text
-    assert html.escape("""'"'"'""") in (folder / "report.html").read_text() or """'"'"'""" in found.text  # the command can be pasted in a shell
+    # The command can be pasted in a shell
+    assert html.escape("""'"'"'""") in (folder / "report.html").read_text() or """'"'"'""" in found.text
 
 
 def test_a_generation_done_again_counts_once(no_plots, tmp_path):
@@ -416,7 +473,14 @@ def drawn(monkeypatch, **options):
 def test_reward_png_draws_the_rows_and_the_intervals(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", 75)
     rows, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
-    rewards, held_out = drawn(monkeypatch, path=tmp_path / "reward.png", title=r"ES on $\nosuch$ and more", metric="exact", rows=rows, evals=evals)
+    rewards, held_out = drawn(
+        monkeypatch,
+        path=tmp_path / "reward.png",
+        title=r"ES on $\nosuch$ and more",
+        metric="exact",
+        rows=rows,
+        evals=evals,
+    )
     assert rewards.lines[0].get_ydata().tolist() == [row["reward_mean"] for row in rows]
     container = held_out.containers[0]
     assert container[0].get_xdata().tolist() == [0, 25, 50, 75]

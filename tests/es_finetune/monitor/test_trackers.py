@@ -1,8 +1,8 @@
 """Contract under test: trackers.
 
-Every number of a row arrives at its step under its path, nothing else does; a resumed run goes on in the same curves, and
-what was logged after the update it resumes from is replaced. What is wrong before a run is one clear ValueError; what goes wrong
-during it is one warning and never ends the run.
+Every number of a row arrives at its step under its path, nothing else does; a resumed run goes on in the same curves,
+and what was logged after the update it resumes from is replaced. What is wrong before a run is one clear ValueError;
+what goes wrong during it is one warning and never ends the run.
 """
 
 import sys
@@ -103,7 +103,10 @@ def test_a_hosted_tracker_gets_project_name_config_and_numbers(hosted, tmp_path,
     tracker.close()
     (_, options), log, finish = hosted.calls
     assert (
-        options["project"] == "es-finetune" and options["name"] == "my-run" and options["config"] == {"sigma": 0.01} and options["resume"] == "never"
+        options["project"] == "es-finetune"
+        and options["name"] == "my-run"
+        and options["config"] == {"sigma": 0.01}
+        and options["resume"] == "never"
     )
     assert log == ("log", {f"train/{name}": number for name, number in NUMBERS.items()}, 4) and finish == ("finish",)
     monkeypatch.setenv(f"{name.upper()}_PROJECT", "mine")
@@ -136,7 +139,8 @@ def test_a_failure_before_the_run_is_an_error(hosted, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
 def test_a_missing_package_is_named_with_its_remedy(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)  # import raises
+    # Import raises
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     for ask in (lambda: require([name]), lambda: Tracker([name], tmp_path, {})):
         with pytest.raises(ValueError, match=f"{name}, which is not installed: pip install {name}"):
             ask()
@@ -144,7 +148,9 @@ def test_a_missing_package_is_named_with_its_remedy(name, tmp_path, monkeypatch)
 
 
 def test_unknown_names_and_contradictions_are_refused():
-    with pytest.raises(ValueError, match="unknown tracker 'tensorbord' in report_to; choose from: tensorboard, wandb, trackio, none"):
+    with pytest.raises(
+        ValueError, match="unknown tracker 'tensorbord' in report_to; choose from: tensorboard, wandb, trackio, none"
+    ):
         require(["tensorbord"])
     with pytest.raises(ValueError, match="none beside tensorboard"):
         require(["none", "tensorboard"])

@@ -2,14 +2,18 @@
 
 - theta and live: live == nearest(theta) after construction, step, tell, load_state_dict and on leaving perturbed(), by
   exception too, to the bit, for every base that is kept apart.
-- The update is the formula of its docstring: one add_noise_ of the members' seeds, with momentum also those of the generations
-  before, oldest first; equal rewards change nothing; a reward that is missing or no finite number is refused before any weight
-  changed. (The Z of each shaping: test_shaping.py.)
+- The update is the formula of its docstring: one add_noise_ of the members' seeds, with momentum also those of the
+generations
+  before, oldest first; equal rewards change nothing; a reward that is missing or no finite number is refused before any
+  weight changed. (The Z of each shaping: test_shaping.py.)
 - Each option changes what it says and nothing else.
-- Equal rewards give equal bits on every backend, after a resume from state_dict, and in a replay of the recorded updates.
-- Weights that others wrote are refused by every call that would undo it, and adopt_live takes them as theta. A copy is refused.
+- Equal rewards give equal bits on every backend, after a resume from state_dict, and in a replay of the recorded
+updates.
+- Weights that others wrote are refused by every call that would undo it, and adopt_live takes them as theta. A copy is
+refused.
 - base="host" has the bits of "fp32", and writes theta only when no kernel reads it any more.
-- It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes; a tensor given with segments draws the noise
+- It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes; a tensor given with segments draws
+the noise
   of the tensors that these name.
 """
 
@@ -36,7 +40,11 @@ DTYPES = [(F32,), (BF16,), (F16,), (F32, BF16, F16)]
 
 
 def tensors(opt, kind="theta"):
-    return {name: t.detach().clone() for w in opt._weights for name, t in zip(getattr(w, kind).names, getattr(w, kind).tensors)}
+    return {
+        name: t.detach().clone()
+        for w in opt._weights
+        for name, t in zip(getattr(w, kind).names, getattr(w, kind).tensors)
+    }
 
 
 def assert_same(bits, left, right):
@@ -70,7 +78,9 @@ def run(opt, generations):
 @pytest.mark.parametrize("base", ["fp32", "copy", "host"])
 @pytest.mark.parametrize("perturb_rounding", ["nearest", "stochastic"])
 def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, base, perturb_rounding):
-    opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=6, base=base, perturb_rounding=perturb_rounding)
+    opt = EvolutionStrategy(
+        weights(*dtypes), sigma=0.05, lr=0.02, population=6, base=base, perturb_rounding=perturb_rounding
+    )
     assert_live_is_theta(bits, opt)
     start = tensors(opt)
     for generation in range(3):
@@ -160,9 +170,11 @@ def test_without_a_base_f32_comes_back_nearly(weights):
 
 
 def test_without_a_base_most_bf16_weights_come_back():
-    """A member is taken out before the next is put in: what is left is in weights that changed their power of two in between. A swap in one
-    pass would leave a rounding of every member, in 3 of 4 weights."""
-    weight = torch.nn.Parameter(torch.empty(1 << 14).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).bfloat16())
+    """A member is taken out before the next is put in: what is left is in weights that changed their power of two in
+    between. A swap in one pass would leave a rounding of every member, in 3 of 4 weights."""
+    weight = torch.nn.Parameter(
+        torch.empty(1 << 14).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
+    )
     before = weight.detach().clone()
     EvolutionStrategy([("w", weight)], sigma=1e-3, lr=5e-4, population=30, base=None).step(lambda: 0.0)
     assert 0 < (weight != before).float().mean() < 0.3
@@ -333,7 +345,10 @@ def test_what_theta_cannot_hold_is_not_adopted(weights):
 def test_groups_may_be_views_of_one_tensor():
     """As q, k and v are of what an engine fuses: torch counts the writes to all of them together."""
     fused = torch.zeros(12, 8)
-    groups = [{"params": [(name, fused[4 * i : 4 * i + 4].detach().requires_grad_())], "sigma": 0.1 + i} for i, name in enumerate("qkv")]
+    groups = [
+        {"params": [(name, fused[4 * i : 4 * i + 4].detach().requires_grad_())], "sigma": 0.1 + i}
+        for i, name in enumerate("qkv")
+    ]
     optimizer = EvolutionStrategy(groups, population=4, seed=1)
     rewards = iter(range(100))
     for _ in range(2):
@@ -414,7 +429,9 @@ def test_antithetic_pairs_share_noise_and_fold_their_scores(bits, weights):
     theta = tensors(opt)
     for member in opt.ask():
         expected = {name: torch.empty_like(t) for name, t in theta.items()}
-        es_kernels.add_noise_(expected, [member_seed(2, 0, member // 2)], [0.05 if member % 2 == 0 else -0.05], base=theta)
+        es_kernels.add_noise_(
+            expected, [member_seed(2, 0, member // 2)], [0.05 if member % 2 == 0 else -0.05], base=theta
+        )
         with opt.perturbed(member):
             assert_same(bits, expected, tensors(opt, "live"))
     z = z_scores(rewards(0))
@@ -432,7 +449,9 @@ def test_dropped_members_have_coefficient_zero_and_do_not_count(bits, weights):
     rest = [None if m in (1, 4) else r for m, r in enumerate(fitness)]
     update = opt.tell([math.nan if r is None else r for r in rest], dropped=[1, 4])
     assert update.scored == 4 and update.z == z_scores(rest) and update.z[1] == update.z[4] == 0
-    es_kernels.add_noise_(theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 4 * z)) for z in update.z])
+    es_kernels.add_noise_(
+        theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 4 * z)) for z in update.z]
+    )
     assert_same(bits, theta, tensors(opt))
 
     paired = EvolutionStrategy(weights(F32), population=6, antithetic=True)
@@ -468,7 +487,11 @@ def test_a_copy_rounds_its_update_stochastically_with_the_seed_of_the_generation
     theta = tensors(opt)
     coefs = [float(np.float32(1e-4 / 6 * z)) for z in z_scores(rewards(0))]
     es_kernels.add_noise_(
-        theta, [member_seed(5, 0, m) for m in range(6)], coefs, rounding="stochastic", rounding_seed=member_seed(5, 0, 0, purpose=3)
+        theta,
+        [member_seed(5, 0, m) for m in range(6)],
+        coefs,
+        rounding="stochastic",
+        rounding_seed=member_seed(5, 0, 0, purpose=3),
     )
     opt.tell(rewards(0))
     assert_same(bits, theta, tensors(opt))
@@ -479,16 +502,22 @@ def test_the_update_uses_the_z_of_its_shaping(bits, weights, shaping, shaped):
     opt = EvolutionStrategy(weights(BF16), lr=0.03, population=6, shaping=shaping)
     theta, fitness = tensors(opt), [3.0, 1.0, 1.0, None, -2.0, 1e9]
     z = shaped(fitness)
-    es_kernels.add_noise_(theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 5 * value)) for value in z])
+    es_kernels.add_noise_(
+        theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 5 * value)) for value in z]
+    )
     assert opt.tell(fitness, dropped=[3]) == Update(0, math.fsum([3.0, 1.0, 1.0, -2.0, 1e9]) / 5, 5, z)
     assert_same(bits, theta, tensors(opt))
 
 
 def test_per_prompt_takes_a_sequence_of_rewards_from_each_member(bits, weights):
-    told, stepped = (EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.03, population=4, shaping="per_prompt") for _ in range(2))
+    told, stepped = (
+        EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.03, population=4, shaping="per_prompt") for _ in range(2)
+    )
     fitness = [[0.0, 10.0, 1.0], [1.0, 10.0, 3.0], [1.0, 10.0, 2.5], [0.5, 10.0, -1.0]]
     theta, z = tensors(told), per_prompt(fitness)
-    es_kernels.add_noise_(theta, [member_seed(0, 0, m) for m in range(4)], [float(np.float32(0.03 / 4 * value)) for value in z])
+    es_kernels.add_noise_(
+        theta, [member_seed(0, 0, m) for m in range(4)], [float(np.float32(0.03 / 4 * value)) for value in z]
+    )
     update = told.tell([tuple(fitness[0]), np.array(fitness[1]), torch.tensor(fitness[2]), fitness[3]])
     assert update.z == z and update.scored == 4
     assert update.mean == math.fsum(math.fsum(row) / 3 for row in fitness) / 4
@@ -527,9 +556,17 @@ def test_per_prompt_refuses_what_is_no_reward_for_each_prompt(bits, weights, bad
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weights, antithetic):
-    """Generation 2 has no signal, generation 3 drops two members, lr changes: every coefficient takes the present lr and its own N."""
+    """Generation 2 has no signal, generation 3 drops two members, lr changes: every coefficient takes the present lr
+    and its own N."""
     opt = EvolutionStrategy(
-        weights(BF16), lr=0.5, weight_decay=0.1, population=6, momentum=0.7, momentum_window=4, antithetic=antithetic, update_rounding="stochastic"
+        weights(BF16),
+        lr=0.5,
+        weight_decay=0.1,
+        population=6,
+        momentum=0.7,
+        momentum_window=4,
+        antithetic=antithetic,
+        update_rounding="stochastic",
     )
     past = []
     for generation in range(8):
@@ -548,14 +585,26 @@ def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weigh
                 z = [a - b for a, b in zip(then.z[::2], then.z[1::2])] if antithetic else then.z
                 seeds += [member_seed(0, then.generation, m) for m in range(len(z))]
                 coefs += [float(np.float32(lr / (4 if then.generation == 3 else 6) * 0.7**age * value)) for value in z]
-        es_kernels.add_noise_(theta, seeds, coefs, decay=lr * 0.1, rounding="stochastic", rounding_seed=member_seed(0, generation, 0, purpose=3))
+        es_kernels.add_noise_(
+            theta,
+            seeds,
+            coefs,
+            decay=lr * 0.1,
+            rounding="stochastic",
+            rounding_seed=member_seed(0, generation, 0, purpose=3),
+        )
         assert_same(bits, theta, tensors(opt))
         assert_live_is_theta(bits, opt)
 
 
-@pytest.mark.parametrize("options", [{"momentum": 0.0, "momentum_window": 3}, {"momentum": 0.9, "momentum_window": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.0, "momentum_window": 3}, {"momentum": 0.9, "momentum_window": 1}], ids=str
+)
 def test_without_momentum_nothing_is_carried_over(bits, weights, options):
-    plain, other = EvolutionStrategy(weights(BF16), population=6), EvolutionStrategy(weights(BF16), population=6, **options)
+    plain, other = (
+        EvolutionStrategy(weights(BF16), population=6),
+        EvolutionStrategy(weights(BF16), population=6, **options),
+    )
     run(plain, 3)
     run(other, 3)
     assert_same(bits, tensors(plain), tensors(other))
@@ -586,7 +635,9 @@ def test_what_changes_the_update_does_not_change_the_members(bits, weights, opti
             assert_same(bits, tensors(plain, "live"), tensors(other, "live"))
     for opt in (plain, other):
         for generation in range(2):
-            fitness = [[r, -(r**2)] for r in rewards(generation)] if opt.shaping == "per_prompt" else rewards(generation)
+            fitness = (
+                [[r, -(r**2)] for r in rewards(generation)] if opt.shaping == "per_prompt" else rewards(generation)
+            )
             opt.tell(fitness)
     same = all(torch.equal(bits(t), bits(tensors(other)[name])) for name, t in tensors(plain).items())
     assert same == ("base" in options or "update_rounding" in options)
@@ -598,7 +649,9 @@ def test_what_changes_the_update_does_not_change_the_members(bits, weights, opti
 @pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
 def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, base):
     """Then told, it is a step; asked for nothing else, it is nothing."""
-    opt, stepped, looked = (EvolutionStrategy(weights(F32), sigma=0.05, population=6, base=base, seed=4) for _ in range(3))
+    opt, stepped, looked = (
+        EvolutionStrategy(weights(F32), sigma=0.05, population=6, base=base, seed=4) for _ in range(3)
+    )
     before, seen = tensors(opt), []
 
     def closure(member):
@@ -628,7 +681,9 @@ def test_a_generation_passes_over_memory_so_often(weights, monkeypatch):
     passes = []
     add_noise_ = es_kernels.add_noise_
     monkeypatch.setattr(
-        es_kernels, "add_noise_", lambda out, seeds, coefs, **rest: passes.append(len(seeds)) or add_noise_(out, seeds, coefs, **rest)
+        es_kernels,
+        "add_noise_",
+        lambda out, seeds, coefs, **rest: passes.append(len(seeds)) or add_noise_(out, seeds, coefs, **rest),
     )
     looks = []
     fingerprint = es_kernels.fingerprint
@@ -657,8 +712,11 @@ REPLAYED = [
 
 @pytest.mark.parametrize("config", REPLAYED, ids=str)
 def test_a_replay_of_the_updates_is_the_run(bits, weights, config):
-    """In bf16, where with base=None each member leaves its rounding; the second generation has no signal, and lr and sigma change."""
-    original, replayed = (EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.02, population=6, seed=3, **config) for _ in range(2))
+    """In bf16, where with base=None each member leaves its rounding; the second generation has no signal, and lr and
+    sigma change."""
+    original, replayed = (
+        EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.02, population=6, seed=3, **config) for _ in range(2)
+    )
     shaped = centred_ranks if "shaping" in config else z_scores
     for generation in range(4):
         for opt in (original, replayed):
@@ -693,7 +751,14 @@ def test_an_update_of_another_generation_or_population_is_refused(bits, weights)
 
 
 def test_host_has_the_bits_of_fp32_and_its_state_is_on_the_cpu(bits, weights):
-    options = {"sigma": 0.05, "lr": 0.02, "population": 6, "weight_decay": 0.1, "anchored": True, "perturb_rounding": "stochastic"}
+    options = {
+        "sigma": 0.05,
+        "lr": 0.02,
+        "population": 6,
+        "weight_decay": 0.1,
+        "anchored": True,
+        "perturb_rounding": "stochastic",
+    }
     fp32, host = (EvolutionStrategy(weights(F32, BF16, F16), base=base, **options) for base in ("fp32", "host"))
     for generation in range(3):
         for member in fp32.ask():
@@ -707,8 +772,8 @@ def test_host_has_the_bits_of_fp32_and_its_state_is_on_the_cpu(bits, weights):
 
 
 def test_host_is_not_written_before_the_device_has_read_it(weights, monkeypatch):
-    """On a GPU kernels are queued, while the CPU writes at once: of each table that was read, a wait must come before the write. And
-    before the caller goes on, who may free it."""
+    """On a GPU kernels are queued, while the CPU writes at once: of each table that was read, a wait must come before
+    the write. And before the caller goes on, who may free it."""
     opt = EvolutionStrategy([{"params": weights(F32)[:2]}, {"params": weights(F32)[2:]}], population=4, base="host")
     add_noise_, pending, writes = es_kernels.add_noise_, set(), []
 
@@ -721,7 +786,9 @@ def test_host_is_not_written_before_the_device_has_read_it(weights, monkeypatch)
         return add_noise_(out, seeds, coefs, base=base, **options)
 
     monkeypatch.setattr(es_kernels, "add_noise_", watched)
-    monkeypatch.setattr("es_finetune.optim.evolution_strategy._Weights.wait_for_readers", lambda self: pending.discard(id(self.theta)))
+    monkeypatch.setattr(
+        "es_finetune.optim.evolution_strategy._Weights.wait_for_readers", lambda self: pending.discard(id(self.theta))
+    )
     fitness = iter(rewards(0, 4))
     opt.step(lambda: next(fitness))
     assert not pending and len(writes) == 2
@@ -769,7 +836,8 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(bits, weights, co
     run(whole, 4)
 
     other = [(name, torch.nn.Parameter(torch.zeros_like(p))) for name, p in weights(F32, BF16)]
-    resumed = EvolutionStrategy(other, base=config["base"], sigma=0.05, population=2, anchored="anchored" in config)  # the rest is in the state
+    # The rest is in the state
+    resumed = EvolutionStrategy(other, base=config["base"], sigma=0.05, population=2, anchored="anchored" in config)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.generation == 3 and resumed.seed == 2**64 - 1
@@ -782,7 +850,14 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(bits, weights, co
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda opt: torch.save(opt, io.BytesIO()), lambda opt: copy.deepcopy({"optimizer": opt})]
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        pickle.dumps,
+        lambda opt: torch.save(opt, io.BytesIO()),
+        lambda opt: copy.deepcopy({"optimizer": opt}),
+    ],
 )
 def test_a_copy_is_refused_and_the_state_serves(bits, weights, copied):
     opt, other = (EvolutionStrategy(weights(BF16), population=4) for _ in range(2))
@@ -825,12 +900,20 @@ def test_groups_have_their_own_sigma_lr_and_decay(bits, weights):
     assert [(g["sigma"], g["lr"], g["weight_decay"]) for g in opt.param_groups] == [(0.5, 0.0, 0.0), (0.01, 0.02, 0.1)]
     theta = tensors(opt)
     with opt.perturbed(1):
-        moved = {name: (t.float() - theta[name]).square().mean().sqrt().item() for name, t in tensors(opt, "live").items() if t.numel() > 30}
+        moved = {
+            name: (t.float() - theta[name]).square().mean().sqrt().item()
+            for name, t in tensors(opt, "live").items()
+            if t.numel() > 30
+        }
     assert moved.pop("layer2.weight") == pytest.approx(0.01, rel=0.3)
     assert all(rms == pytest.approx(0.5, rel=0.3) for rms in moved.values())
     opt.tell(rewards(0, 4))
     after = tensors(opt)
-    assert_same(bits, {n: theta[n] for n in ("layer0.weight", "layer1.weight")}, {n: after[n] for n in ("layer0.weight", "layer1.weight")})
+    assert_same(
+        bits,
+        {n: theta[n] for n in ("layer0.weight", "layer1.weight")},
+        {n: after[n] for n in ("layer0.weight", "layer1.weight")},
+    )
     assert not torch.equal(theta["layer2.weight"], after["layer2.weight"])
 
 
@@ -856,9 +939,17 @@ def test_a_fused_tensor_is_the_tensors_of_its_segments(bits, dtype, config):
     def parameter(tensor):
         return torch.nn.Parameter(tensor.to(dtype, copy=True))
 
-    fused = EvolutionStrategy([("experts.up", parameter(value), FUSED), ("norm", parameter(torch.ones(3)))], sigma=0.05, population=6, **config)
+    fused = EvolutionStrategy(
+        [("experts.up", parameter(value), FUSED), ("norm", parameter(torch.ones(3)))],
+        sigma=0.05,
+        population=6,
+        **config,
+    )
     apart = EvolutionStrategy(
-        [*((f"experts.{i}.up", parameter(value[i])) for i in range(2)), ("norm", parameter(torch.ones(3)))], sigma=0.05, population=6, **config
+        [*((f"experts.{i}.up", parameter(value[i])) for i in range(2)), ("norm", parameter(torch.ones(3)))],
+        sigma=0.05,
+        population=6,
+        **config,
     )
 
     def compare(kind):
@@ -977,7 +1068,9 @@ def test_bad_options_are_named(weights, options, words):
 
 def test_numbers_of_numpy_are_numbers(bits, weights):
     plain = EvolutionStrategy(weights(F32), sigma=0.5, lr=0, population=4, seed=2**63)
-    opt = EvolutionStrategy(weights(F32), sigma=np.float32(0.5), lr=np.int64(0), population=np.int64(4), seed=np.uint64(2**63))
+    opt = EvolutionStrategy(
+        weights(F32), sigma=np.float32(0.5), lr=np.int64(0), population=np.int64(4), seed=np.uint64(2**63)
+    )
     json.dumps([opt.population, opt.seed, opt.param_groups[0]["sigma"], opt.param_groups[0]["lr"]])  # as a log must
     for each in (plain, opt):
         each.perturb(3)
@@ -985,7 +1078,9 @@ def test_numbers_of_numpy_are_numbers(bits, weights):
 
 
 @pytest.mark.parametrize("base", ["fp32", None])
-@pytest.mark.parametrize("options", [{"sigma": 1e39}, {"sigma": math.nan}, {"lr": 1e40}, {"lr": math.nan}, {"weight_decay": 1e45}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"sigma": 1e39}, {"sigma": math.nan}, {"lr": 1e40}, {"lr": math.nan}, {"weight_decay": 1e45}], ids=str
+)
 def test_a_group_that_was_given_an_impossible_number_is_refused_with_nothing_changed(bits, weights, base, options):
     """In the second group, when the first could have been changed already."""
     first, second = weights(F32)[:2], weights(F32)[2:]
@@ -1006,11 +1101,18 @@ def test_rewards_whose_mean_could_overflow_are_refused(bits, weights, shaping):
     before = tensors(opt)
     for huge in (1e308, -1e308, np.longdouble("1e4000")):
         fitness = [huge, 1e308, 1.0, 2.0]
-        with pytest.raises(ValueError, match=r"the reward of member 0 is .*; its size must be at most 1e\+100|must be declared dropped"):
+        with pytest.raises(
+            ValueError, match=r"the reward of member 0 is .*; its size must be at most 1e\+100|must be declared dropped"
+        ):
             opt.tell([[reward] for reward in fitness] if shaping == "per_prompt" else fitness)
     assert_same(bits, before, tensors(opt))
     fitness = [1e100, -1e100, 1e100, -1e100]
-    assert opt.tell([[reward] for reward in fitness] if shaping == "per_prompt" else fitness).z == (1.0, -1.0, 1.0, -1.0)
+    assert opt.tell([[reward] for reward in fitness] if shaping == "per_prompt" else fitness).z == (
+        1.0,
+        -1.0,
+        1.0,
+        -1.0,
+    )
 
 
 def test_bad_parameters_are_named(weights):
@@ -1022,9 +1124,24 @@ def test_bad_parameters_are_named(weights):
         ([{"params": named}, {"params": named}], "already in another group"),
         ([("fused", named[2][1], ["experts.0.up"])], "es_kernels.Segment"),
         ([("fused", torch.nn.Parameter(torch.zeros(2, 32)), [FUSED[0], FUSED[0]])], "'fused' and 'fused'"),
-        ([("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED), ("experts.1.up", named[0][1])], "'fused' and 'experts.1.up'"),
-        ([{"params": [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED)]}, {"params": [("experts.1.up", named[0][1])]}], "'experts.1.up'"),
-        ([{"params": [("experts.1.up", named[0][1])]}, {"params": [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED)]}], "'experts.1.up'"),
+        (
+            [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED), ("experts.1.up", named[0][1])],
+            "'fused' and 'experts.1.up'",
+        ),
+        (
+            [
+                {"params": [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED)]},
+                {"params": [("experts.1.up", named[0][1])]},
+            ],
+            "'experts.1.up'",
+        ),
+        (
+            [
+                {"params": [("experts.1.up", named[0][1])]},
+                {"params": [("fused", torch.nn.Parameter(torch.zeros(2, 32)), FUSED)]},
+            ],
+            "'experts.1.up'",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             EvolutionStrategy(params)

@@ -1,5 +1,5 @@
-"""Contract: theta in host memory is one block, as large as its tensors, each aligned to 64 bytes and with a storage of its own; CUDA pins it
-once, for as long as a tensor of it lives."""
+"""Contract: theta in host memory is one block, as large as its tensors, each aligned to 64 bytes and with a storage of
+its own; CUDA pins it once, for as long as a tensor of it lives."""
 
 import contextlib
 import copy
@@ -54,7 +54,9 @@ def test_tensors_are_aligned_apart_and_have_the_strides_and_a_storage_of_their_o
         t.fill_(i)
     assert all((t == i).all() for i, t in enumerate(found))
     spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in found if t.numel())
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])) and spans[-1][1] - spans[0][0] < 1000, "one block"
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])) and spans[-1][1] - spans[0][0] < 1000, (
+        "one block"
+    )
     again = copy.deepcopy(found[1])
     found[1].zero_()
     assert (again == 1).all() and again.untyped_storage().nbytes() == 4 * 33
@@ -79,7 +81,9 @@ def cudart(monkeypatch):
         yield
         made.device = None
 
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister))
+    monkeypatch.setattr(
+        torch.cuda, "cudart", lambda: types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    )
     monkeypatch.setattr(torch.cuda, "device", device)
     return made
 
@@ -100,7 +104,9 @@ def test_the_block_is_pinned_until_its_last_tensor_is_gone(cudart):
 
 def test_memory_that_cannot_be_pinned_is_an_error_with_a_remedy(cudart):
     cudart.status = 2
-    with pytest.raises(RuntimeError, match=r'cannot pin 0.1 GB of host memory for base="host" \(error 2\).*base="copy"'):
+    with pytest.raises(
+        RuntimeError, match=r'cannot pin 0.1 GB of host memory for base="host" \(error 2\).*base="copy"'
+    ):
         host_memory.empty_like([torch.empty(25_000_000, device="meta")], F32, torch.device("cuda"))
     gc.collect()
     assert cudart.unregistered == []
@@ -109,7 +115,11 @@ def test_memory_that_cannot_be_pinned_is_an_error_with_a_remedy(cudart):
 def test_the_optimizer_keeps_theta_there(monkeypatch):
     blocks = []
     make = host_memory.empty_like
-    monkeypatch.setattr(host_memory, "empty_like", lambda tensors, dtype, gpu: blocks.append((len(tensors), dtype, gpu)) or make(tensors, dtype, gpu))
+    monkeypatch.setattr(
+        host_memory,
+        "empty_like",
+        lambda tensors, dtype, gpu: blocks.append((len(tensors), dtype, gpu)) or make(tensors, dtype, gpu),
+    )
     named = [(f"w{i}", torch.nn.Parameter(torch.full((30,), float(i), dtype=torch.bfloat16))) for i in range(3)]
     opt = EvolutionStrategy(named, base="host", population=2)
     assert blocks == [(3, F32, None)]

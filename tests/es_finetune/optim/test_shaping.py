@@ -1,8 +1,10 @@
 """Contract under test: es_finetune.optim.shaping.
 
-- Z in f64, cast to f32 once; mean 0 and standard deviation 1 over the scored members, 0 for a dropped one; None where the rewards
+- Z in f64, cast to f32 once; mean 0 and standard deviation 1 over the scored members, 0 for a dropped one; None where
+the rewards
   hold no signal, whatever rounding leaves of it.
-- Ranks see only the order, ties share their mean rank; per_prompt counts every prompt that tells members apart the same.
+- Ranks see only the order, ties share their mean rank; per_prompt counts every prompt that tells members apart the
+same.
 """
 
 import math
@@ -26,7 +28,11 @@ def test_z_are_f32_of_mean_zero_and_std_one_over_the_scored(shaping):
         rewards = normal(seed, 30, 5) if shaping == "per_prompt" else normal(seed, 30)
         rewards[7] = rewards[20] = None
         z = SHAPINGS[shaping](rewards)
-        assert len(z) == 30 and z[7] == z[20] == 0 and all(type(value) is float and value == float(np.float32(value)) for value in z)
+        assert (
+            len(z) == 30
+            and z[7] == z[20] == 0
+            and all(type(value) is float and value == float(np.float32(value)) for value in z)
+        )
         rest = [value for member, value in enumerate(z) if member not in (7, 20)]
         assert abs(np.mean(rest)) < 1e-7 and abs(np.std(rest) - 1) < 1e-7
 
@@ -70,7 +76,9 @@ def test_per_prompt_is_the_mean_of_the_z_scores_of_each_prompt():
 
 def test_a_prompt_counts_the_same_however_large_its_rewards():
     rewards = np.array(normal(4, 8, 3))
-    np.testing.assert_allclose(per_prompt((rewards * [1, 1000, 1] + [0, 0, 5]).tolist()), per_prompt(rewards.tolist()), rtol=1e-5)
+    np.testing.assert_allclose(
+        per_prompt((rewards * [1, 1000, 1] + [0, 0, 5]).tolist()), per_prompt(rewards.tolist()), rtol=1e-5
+    )
 
 
 def test_prompts_without_signal_contribute_nothing():

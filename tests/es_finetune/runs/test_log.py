@@ -1,8 +1,8 @@
 """Contract under test: run.log and journal.
 
-What was appended is read back exactly, f32 and f64 values included. A file cut at any byte loses at most its last line and
-can be appended to again; any other damage is refused by line. A write that fails, as on a full disk, leaves the file as
-it was. Two processes never write one file.
+What was appended is read back exactly, f32 and f64 values included. A file cut at any byte loses at most its last line
+and can be appended to again; any other damage is refused by line. A write that fails, as on a full disk, leaves the
+file as it was. Two processes never write one file.
 """
 
 import errno
@@ -75,7 +75,10 @@ def test_any_other_damage_is_refused_by_line(path):
             SealedLines(path)
         assert path.read_bytes() == damaged
     assert damaged[:place] == data[:place]
-    with pytest.raises(ValueError, match="is damaged in line 5: its CRC does not fit; remove that line, and the run goes on from the one before"):
+    with pytest.raises(
+        ValueError,
+        match="is damaged in line 5: its CRC does not fit; remove that line, and the run goes on from the one before",
+    ):
         read_log(path)
     path.write_bytes(b"".join(lines[:-1]))
     assert len(read_log(path)[1]) == 3
@@ -86,7 +89,10 @@ def test_any_other_damage_is_refused_by_line(path):
 
 def test_a_line_out_of_place_is_refused_by_line(path):
     lines = path.read_bytes().splitlines(keepends=True)
-    for line, words in ((lines[0], "line 3, which is a second header"), (sealed({"generation": 1, "member": 0}), "line 3, which is no generation")):
+    for line, words in (
+        (lines[0], "line 3, which is a second header"),
+        (sealed({"generation": 1, "member": 0}), "line 3, which is no generation"),
+    ):
         path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
         with pytest.raises(ValueError, match=f"run.log is damaged in {words}: remove that line"):
             read_log(path)
@@ -113,7 +119,11 @@ def test_what_is_no_log_is_refused(tmp_path):
 def test_five_hundred_generations_of_thirty_members_take_less_than_300_kB(tmp_path):
     log = SealedLines(tmp_path / "run.log", sync=False)
     for number in range(2, 502):
-        log.append(generation(number, 30)._replace(lr=(5e-4 / 3,), theta=2**64 - 1, live=2**64 - 1, reward=-math.pi / 1e5).to_json())
+        log.append(
+            generation(number, 30)
+            ._replace(lr=(5e-4 / 3,), theta=2**64 - 1, live=2**64 - 1, reward=-math.pi / 1e5)
+            .to_json()
+        )
     assert (tmp_path / "run.log").stat().st_size < 250_000  # the header's kilobyte beside it
 
 
@@ -149,7 +159,9 @@ def test_a_second_writer_is_refused(path):
 def test_other_files_are_whole_or_as_before(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_atomically(path, "before")
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(OSError):
         write_atomically(path, "after")
     assert path.read_text() == "before" and [found.name for found in tmp_path.iterdir()] == ["summary.json"]
@@ -168,5 +180,8 @@ def test_a_row_that_does_not_say_of_which_generation_it_is_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for row in ({"generation": 0}, {"generation": None}, {"generation": 2}):
         append_row(path, row)
-    with pytest.raises(ValueError, match="metrics.jsonl is damaged in row 2: it does not say of which generation it is; remove that row"):
+    with pytest.raises(
+        ValueError,
+        match="metrics.jsonl is damaged in row 2: it does not say of which generation it is; remove that row",
+    ):
         generation_rows(path)

@@ -1,8 +1,8 @@
 """Contract under test: base model + log = tuned model, to the bit.
 
-On every backend, for every base kind, adapter and fused experts included, each generation proven by the fingerprints in the
-log; a log that does not fit the model or was tampered with is refused. What is exported loads in transformers and has the
-weights and the text of the run's own model.
+On every backend, for every base kind, adapter and fused experts included, each generation proven by the fingerprints in
+the log; a log that does not fit the model or was tampered with is refused. What is exported loads in transformers and
+has the weights and the text of the run's own model.
 """
 
 import json
@@ -50,8 +50,19 @@ def runs(save_tiny, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             model = save_tiny(folder / "base", name if name in ("llama", "qwen2", "mixtral") else "llama")
-            options = {"dtype": "bfloat16", "sigma": 0.05, "lr": 0.05, "generations": 3, "population": 4, "prompts": 0, "report_to": ["none"]}
-            Trainer(TrainConfig(output=str(folder / "run"), model=model, task="letters", **options, **CONFIGS[name]), task=Letters()).train()
+            options = {
+                "dtype": "bfloat16",
+                "sigma": 0.05,
+                "lr": 0.05,
+                "generations": 3,
+                "population": 4,
+                "prompts": 0,
+                "report_to": ["none"],
+            }
+            Trainer(
+                TrainConfig(output=str(folder / "run"), model=model, task="letters", **options, **CONFIGS[name]),
+                task=Letters(),
+            ).train()
             assert all(g.z for g in read_log(folder / "run" / "run.log")[1])
             made[name] = folder / "run"
         return made[name]
@@ -93,7 +104,11 @@ def test_every_backend_does(llama, kernel_backend, tmp_path):
 def test_it_stops_at_any_generation(run):
     for done in range(4):
         optimizer = rebuild(run, generation=done).optimizer
-        expected = int(rebuild(run, generation=done).header["theta"], 16) if done == 0 else read_log(run / "run.log")[1][done - 1].theta
+        expected = (
+            int(rebuild(run, generation=done).header["theta"], 16)
+            if done == 0
+            else read_log(run / "run.log")[1][done - 1].theta
+        )
         assert optimizer.generation == done and optimizer.fingerprint() == expected
     with pytest.raises(ValueError, match="has 3 generations, not 4"):
         rebuild(run, generation=4)
@@ -104,16 +119,36 @@ def test_export_writes_what_the_run_wrote(run, tmp_path, capsys):
     ours, theirs = (sorted(folder.glob("*.safetensors")) for folder in (tmp_path / "model", run / "model"))
     assert [path.name for path in ours] == [path.name for path in theirs]
     for a, b in zip(ours, theirs):
-        assert es_kernels.fingerprint(load_file(a)) == es_kernels.fingerprint(load_file(b)) == read_log(run / "run.log")[1][-1].live
+        assert (
+            es_kernels.fingerprint(load_file(a))
+            == es_kernels.fingerprint(load_file(b))
+            == read_log(run / "run.log")[1][-1].live
+        )
     assert main(["export", str(run), "--output", str(tmp_path / "model")]) == 2
     assert "is there already" in capsys.readouterr().err
-    assert main(["export", str(run), "--output", str(tmp_path / "model"), "--overwrite", "--merge_lora", "--generation", "1"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(run),
+                "--output",
+                str(tmp_path / "model"),
+                "--overwrite",
+                "--merge_lora",
+                "--generation",
+                "1",
+            ]
+        )
+        == 0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     rebuilt = rebuild(run, generation=1)
     batch = tokenizer(["^1,2:"], return_tensors="pt", return_token_type_ids=False)
-    texts = [m.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist() for m in (model, rebuilt.model)]
+    texts = [
+        m.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist() for m in (model, rebuilt.model)
+    ]
     if "lora" not in str(run):  # merging rounds
         assert texts[0] == texts[1]
 
@@ -133,7 +168,10 @@ def test_weights_of_several_dtypes(build_model, tmp_path, save):
     header, generations = read_log(tmp_path / "run" / "run.log")
     assert header["model"]["dtype"] == "mixed"
     rebuilt = rebuild(tmp_path / "run")
-    assert (rebuilt.optimizer.fingerprint("theta"), rebuilt.optimizer.fingerprint("live")) == (generations[-1].theta, generations[-1].live)
+    assert (rebuilt.optimizer.fingerprint("theta"), rebuilt.optimizer.fingerprint("live")) == (
+        generations[-1].theta,
+        generations[-1].live,
+    )
     for written in (tmp_path / "run" / "model", tmp_path / "exported"):
         if written.name == "exported":
             assert main(["export", str(tmp_path / "run"), "--output", str(written)]) == 0
@@ -165,11 +203,17 @@ def copy_of(run, folder, change):
     "change, words",
     [
         (lambda lines: lines[2].update(z=lines[1]["z"]), "generation 1: theta and live have the fingerprints"),
-        (lambda lines: lines[1].update(lr=[0.051] * len(lines[1]["lr"])), "generation 0: theta and live have the fingerprints"),
+        (
+            lambda lines: lines[1].update(lr=[0.051] * len(lines[1]["lr"])),
+            "generation 0: theta and live have the fingerprints",
+        ),
         (lambda lines: lines[3].update(theta="0" * 16), "the log says 0000000000000000"),
         (lambda lines: lines[0].update(noise_version=99), "noise version 99"),
         (lambda lines: lines[0].update(base_fingerprint="0" * 16), "is not the one the run began with"),
-        (lambda lines: lines[0]["config"].update(freeze=["*norm*"]), "parameters to tune are not those|fits no parameter"),
+        (
+            lambda lines: lines[0]["config"].update(freeze=["*norm*"]),
+            "parameters to tune are not those|fits no parameter",
+        ),
         (lambda lines: lines[0]["config"].update(unheard_of=1), "whose configs differ"),
         (lambda lines: lines[0]["config"].update(model="/nowhere/at/all"), "/nowhere/at/all"),
     ],

@@ -1,9 +1,11 @@
 """Contract under test: your own task, from records and a reward function (es_finetune.tasks.custom).
 
 - Every mistake in the data or the reward is one sentence that names the line or the function, before any long work.
-- Records keep their order; equal ones are dropped and counted. Held-out prompts depend on nothing but the prompts, and no
+- Records keep their order; equal ones are dropped and counted. Held-out prompts depend on nothing but the prompts, and
+no
   prompt is on both sides.
-- A reward that fails, hangs or returns what is no number scores None and says why; it never raises and never ends the run.
+- A reward that fails, hangs or returns what is no number scores None and says why; it never raises and never ends the
+run.
 """
 
 import json
@@ -79,7 +81,8 @@ def jsonl(tmp_path):
     return write
 
 
-# --- good --------------------------------------------------------------------------------------------------------------
+# --- good
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_file_and_function(jsonl, rewards):
@@ -92,7 +95,10 @@ def test_file_and_function(jsonl, rewards):
 
 def test_an_item_says_where_it_is_from(jsonl):
     path = jsonl(["", *records()])
-    assert [item.source for item in load_task("custom", data=path, reward=length).train[:2]] == [f"{path}, line 3", f"{path}, line 4"]
+    assert [item.source for item in load_task("custom", data=path, reward=length).train[:2]] == [
+        f"{path}, line 3",
+        f"{path}, line 4",
+    ]
     assert load_task("custom", data=records(), reward=length).train[0].source == "data[1]"  # question 0 is held out
 
 
@@ -119,10 +125,14 @@ def test_the_same_in_this_process_and_outside(jsonl, rewards):
 def test_chat_messages(jsonl, rewards):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     data = [*records(5), {"prompt": messages, "length": 1}]
-    task = load_task("custom", data=jsonl(data), reward=f"{rewards}:length", test_data=jsonl(records(8)[6:], "test.jsonl"))
+    task = load_task(
+        "custom", data=jsonl(data), reward=f"{rewards}:length", test_data=jsonl(records(8)[6:], "test.jsonl")
+    )
     assert task.train[-1].prompt == tuple(messages) and task.train[0].prompt == "question 0"
     assert [item.prompt for item in task.test] == ["question 6", "question 7"]
-    assert [item[:3] for item in load_task("custom", data=data, reward=length, test_data=records(8)[6:]).train] == [item[:3] for item in task.train]
+    assert [item[:3] for item in load_task("custom", data=data, reward=length, test_data=records(8)[6:]).train] == [
+        item[:3] for item in task.train
+    ]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_nothing(jsonl, rewards):
@@ -132,7 +142,11 @@ def test_blank_lines_and_a_byte_order_mark_are_nothing(jsonl, rewards):
 
 def test_a_record_may_hold_anything_for_a_callable():
     thing = object()
-    task = load_task("custom", data=[record | {"thing": thing} for record in records()], reward=lambda completion, item: item["thing"] is thing)
+    task = load_task(
+        "custom",
+        data=[record | {"thing": thing} for record in records()],
+        reward=lambda completion, item: item["thing"] is thing,
+    )
     assert task.score(task.train[0], "").reward == 1.0
 
 
@@ -145,19 +159,27 @@ def test_a_reward_cannot_change_its_record():
     assert task.score(task.train[0], "") == task.score(task.train[0], "")
 
 
-# --- the split ---------------------------------------------------------------------------------------------------------
+# --- the split
+# ---------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5), min_size=5, max_size=40, unique=True), st.integers())
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5), min_size=5, max_size=40, unique=True
+    ),
+    st.integers(),
+)
 def test_the_split_knows_nothing_but_the_prompts(prompts, seed):
     shuffled = random.Random(seed).sample(prompts, len(prompts))
     one, other = (
-        load_task("custom", data=[{"prompt": p, "n": n} for n, p in enumerate(order)], reward=lambda c, i: 0) for order in (prompts, shuffled)
+        load_task("custom", data=[{"prompt": p, "n": n} for n, p in enumerate(order)], reward=lambda c, i: 0)
+        for order in (prompts, shuffled)
     )
     assert {item.key for item in one.test} == {item.key for item in other.test}
     assert len(one.test) == max(1, round(0.2 * len(prompts))) and len(one.train) + len(one.test) == len(prompts)
-    assert [item.prompt for item in one.train] == [p for p in prompts if p in {item.prompt for item in one.train}]  # their order is kept
+    # Their order is kept
+    assert [item.prompt for item in one.train] == [p for p in prompts if p in {item.prompt for item in one.train}]
 
 
 def test_the_split_is_the_same_for_ever():
@@ -176,7 +198,8 @@ def test_equal_records_are_dropped_and_different_ones_of_one_prompt_stay_togethe
         load_task("custom", data=records(5), test_data=[{"prompt": "question 3", "length": 9}], reward=length)
 
 
-# --- bad data ----------------------------------------------------------------------------------------------------------
+# --- bad data
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,7 +248,9 @@ def test_files_that_are_no_text(tmp_path, jsonl, rewards):
         load_task("custom", data=tmp_path, reward=length)
     with pytest.raises(ValueError, match="data.jsonl holds no record"):
         load_task("custom", data=jsonl([""]), reward=length)
-    with pytest.raises(ValueError, match=r"data\[0\]: a reward in a process of its own takes records that are JSON: TypeError"):
+    with pytest.raises(
+        ValueError, match=r"data\[0\]: a reward in a process of its own takes records that are JSON: TypeError"
+    ):
         load_task("custom", data=[{"prompt": "a", "thing": object()}], reward=f"{rewards}:length")
 
 
@@ -237,12 +262,17 @@ def test_a_share_that_is_none(share):
         load_task("custom", data=records(), reward=length, test_share=0.99)
 
 
-# --- bad rewards -------------------------------------------------------------------------------------------------------
+# --- bad rewards
+# -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, "1", [1], pytest.param(object(), id="object()"), {"score": 1}, {"reward": None}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [None, "1", [1], pytest.param(object(), id="object()"), {"score": 1}, {"reward": None}], ids=repr
+)
 def test_a_reward_of_the_wrong_type_is_refused_at_once(value):
-    with pytest.raises(ValueError, match=r"reward <lambda>\(\), tried on the first record and an empty completion: the"):
+    with pytest.raises(
+        ValueError, match=r"reward <lambda>\(\), tried on the first record and an empty completion: the"
+    ):
         load_task("custom", data=records(), reward=lambda completion, item: value)
 
 
@@ -282,14 +312,21 @@ def test_a_failure_is_a_score_with_a_reason(rewards, completion, problem):
     assert task.score(task.train[0], "good") == (2.0, 1.0, 0.5, None)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), SystemExit(1), MemoryError(), RecursionError(), ValueError("y")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("x"), SystemExit(1), MemoryError(), RecursionError(), ValueError("y")], ids=repr
+)
 def test_a_failure_in_this_process(error):
     def reward(completion, item):
         raise error
 
     task = load_task("custom", data=records(), reward=reward)
     score = task.score(task.train[0], "")
-    assert score.reward is None and type(error).__name__ in score.error and "reward()" in score.error and "(test_data.py:" in score.error
+    assert (
+        score.reward is None
+        and type(error).__name__ in score.error
+        and "reward()" in score.error
+        and "(test_data.py:" in score.error
+    )
 
 
 def test_an_interrupt_is_no_failure_of_the_reward():

@@ -1,9 +1,11 @@
 """Contract under test: a function in a process of its own (es_finetune.tasks.reward_process).
 
 - It gets its arguments and gives its value exactly, whatever the text; what it prints or reads cannot come between.
-- Raising, ending its process, a crash, too much memory and too much time are each a RewardError of one line for that one
+- Raising, ending its process, a crash, too much memory and too much time are each a RewardError of one line for that
+one
   answer; the next one is answered. A time limit is kept, and nothing that was started outlives it, nor the parent.
-- A reply belongs to its request. A restarted child has the code of the first one, or the run ends; equal code has equal digests wherever it lies.
+- A reply belongs to its request. A restarted child has the code of the first one, or the run ends; equal code has equal
+digests wherever it lies.
 - The child has no GPU, no torch and a fixed hash seed. What cannot be loaded is a ValueError at once.
 """
 
@@ -21,7 +23,15 @@ import numpy
 import pytest
 import torch
 from es_finetune.tasks import reward_process
-from es_finetune.tasks.reward_process import RewardError, RewardFailed, RewardProcess, WrongType, number, one_line, parts
+from es_finetune.tasks.reward_process import (
+    RewardError,
+    RewardFailed,
+    RewardProcess,
+    WrongType,
+    number,
+    one_line,
+    parts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +113,8 @@ def gone(pid: int) -> bool:
     return not alive(pid)
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +131,9 @@ def test_arguments_and_values_pass_unchanged(echo, completion, item):
     assert echo(completion, item) == [completion, item]
 
 
-@pytest.mark.parametrize("text", ["", "\n", "\x00", "\ud800", "\u2028", "(" * 1_000_000], ids=lambda text: ascii(text[:10]))
+@pytest.mark.parametrize(
+    "text", ["", "\n", "\x00", "\ud800", "\u2028", "(" * 1_000_000], ids=lambda text: ascii(text[:10])
+)
 def test_any_text_passes(echo, text):
     assert echo(text, {"text": text}) == [text, {"text": text}]
 
@@ -144,7 +157,8 @@ def behave_target(process):
     return f"{process._hello['where']}:{process._hello['function']}"
 
 
-# --- failures ----------------------------------------------------------------------------------------------------------
+# --- failures
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +191,8 @@ def test_the_time_limit_is_kept(file, completion):
         start = time.perf_counter()
         with pytest.raises(RewardError, match=r"^no result within 0.3 s, killed$"):
             process(completion, {})
-        assert time.perf_counter() - start > 0.29 and not alive(pid)  # not before; and not by itself, which takes a minute
+        # Not before; and not by itself, which takes a minute
+        assert time.perf_counter() - start > 0.29 and not alive(pid)
         assert process("four", {}) == 4
 
 
@@ -240,7 +255,8 @@ def test_a_time_limit_of_ages_is_one(file):
     assert process("four", {}) == 4
 
 
-# --- the code ----------------------------------------------------------------------------------------------------------
+# --- the code
+# ----------------------------------------------------------------------------------------------------------
 
 
 def put(folder, **files):
@@ -276,7 +292,11 @@ def test_equal_code_has_equal_digests_wherever_it_lies(tmp_path, monkeypatch):
 
 def test_a_module_in_a_package_has_its_package_for_neighbours(tmp_path, monkeypatch):
     put(tmp_path / "pack", __init__="", helper="N = 1\n")
-    put(tmp_path / "pack" / "sub", __init__="", reward="from pack import helper\ndef f(completion, item):\n    return 1\n")
+    put(
+        tmp_path / "pack" / "sub",
+        __init__="",
+        reward="from pack import helper\ndef f(completion, item):\n    return 1\n",
+    )
     monkeypatch.syspath_prepend(tmp_path)
     digest = code("pack.sub.reward:f")
     put(tmp_path / "pack", helper="N = 2\n")
@@ -293,13 +313,17 @@ def test_a_function_that_was_changed_is_not_called(tmp_path):
         process.close()
         reward.write_text(changed)
         for _ in range(2):
-            with pytest.raises(RewardFailed, match="reward '.*reward.py:f' was changed.* while answers were scored by it: put it back as it was"):
+            with pytest.raises(
+                RewardFailed,
+                match="reward '.*reward.py:f' was changed.* while answers were scored by it: put it back as it was",
+            ):
                 process("", {})
     reward.write_text(F)
     assert process("", {}) == 1
 
 
-# --- the end -----------------------------------------------------------------------------------------------------------
+# --- the end
+# -----------------------------------------------------------------------------------------------------------
 
 PARENT = """
 import importlib.util, sys
@@ -314,7 +338,11 @@ process(sys.argv[3], {})
 
 @pytest.mark.parametrize("completion", ["no GIL", "sleep"])
 def test_a_killed_parent_leaves_no_child(file, completion):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, reward_process.__file__, f"{file}:behave", completion], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, reward_process.__file__, f"{file}:behave", completion],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     pid = int(parent.stdout.readline())
     time.sleep(0.3)
     assert alive(pid)
@@ -326,7 +354,11 @@ def test_a_killed_parent_leaves_no_child(file, completion):
 
 def test_a_parent_that_ends_leaves_no_child(file):
     done = subprocess.run(
-        [sys.executable, "-c", PARENT, reward_process.__file__, f"{file}:behave", "four"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PARENT, reward_process.__file__, f"{file}:behave", "four"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0 and gone(int(done.stdout))
     assert "printed while importing" in done.stderr
@@ -344,7 +376,8 @@ def test_closed_or_forgotten_it_leaves_no_child(file):
     assert not alive(pid)
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -383,10 +416,13 @@ def test_a_module_and_its_neighbours_are_found(tmp_path, monkeypatch):
     assert process("", {}) == 7
 
 
-# --- what counts as a reward -------------------------------------------------------------------------------------------
+# --- what counts as a reward
+# -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [2, 2.0, numpy.float32(2), numpy.int64(2), torch.tensor(2.0), torch.tensor([2]), Fraction(2)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [2, 2.0, numpy.float32(2), numpy.int64(2), torch.tensor(2.0), torch.tensor([2]), Fraction(2)], ids=repr
+)
 def test_numbers_are_rewards(value):
     assert parts(value) == (2.0, None, None) and type(parts(value)[0]) is float
 
@@ -399,7 +435,21 @@ def test_parts_of_a_reward():
 
 @pytest.mark.parametrize(
     "value",
-    [None, "1", b"1", [1], (1.0,), 1j, pytest.param(object(), id="object()"), torch.ones(2), {}, {"exact": 1}, {"reward": 1, "other": 2}, {"reward": "1"}, {1: 2}],
+    [
+        None,
+        "1",
+        b"1",
+        [1],
+        (1.0,),
+        1j,
+        pytest.param(object(), id="object()"),
+        torch.ones(2),
+        {},
+        {"exact": 1},
+        {"reward": 1, "other": 2},
+        {"reward": "1"},
+        {1: 2},
+    ],
     ids=repr,
 )
 def test_what_is_no_reward(value):
@@ -408,7 +458,16 @@ def test_what_is_no_reward(value):
 
 
 @pytest.mark.parametrize(
-    "value", [math.nan, math.inf, -math.inf, 10**400, {"reward": 1, "exact": 1.5}, {"reward": 1, "format": -0.1}, {"reward": math.nan}]
+    "value",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        10**400,
+        {"reward": 1, "exact": 1.5},
+        {"reward": 1, "format": -0.1},
+        {"reward": math.nan},
+    ],
 )
 def test_bad_numbers(value):
     with pytest.raises(ValueError) as raised:

@@ -194,7 +194,16 @@ def test_countdown_char_knows_every_answer():
 
 @pytest.mark.parametrize(
     "completion, exact, format",
-    [("3+4+7", 1, 1), ("7+3+4", 1, 1), ("3+4*7", 0, 1), ("3+4+8", 0, 1), ("hm,3+4+7", 0, 0), ("3+4+7+", 0, 0), ("3+4", 0, 0), ("7+7+0", 0, 0)],
+    [
+        ("3+4+7", 1, 1),
+        ("7+3+4", 1, 1),
+        ("3+4*7", 0, 1),
+        ("3+4+8", 0, 1),
+        ("hm,3+4+7", 0, 0),
+        ("3+4+7+", 0, 0),
+        ("3+4", 0, 0),
+        ("7+7+0", 0, 0),
+    ],
 )
 def test_countdown_char_scores(completion, exact, format):
     score = CountdownChar.score(None, ITEM, completion)
@@ -246,7 +255,13 @@ def test_extraction_takes_any_text(text, more):
 
 def test_conciseness_is_the_papers():
     task = load_task("conciseness")
-    assert (len(task.train), len(task.test), task.max_new_tokens, task.metric, task.eval_samples) == (2, 8, 100, "reward", 20)
+    assert (len(task.train), len(task.test), task.max_new_tokens, task.metric, task.eval_samples) == (
+        2,
+        8,
+        100,
+        "reward",
+        20,
+    )
     assert [item.data["target"] for item in task.train] == ["8", "No"]
     for item in [*task.train, *task.test]:
         assert [message["role"] for message in item.prompt] == ["user"] and item.prompt[0]["content"] == item.key
@@ -272,14 +287,22 @@ def test_conciseness_of_hostile_answers(text, within):
 
 MATH = [
     {"problem": "What is  1 + 1?", "solution": "It is $\\boxed{2}$.", "level": "Level 3", "type": "Algebra"},
-    {"problem": "Half of 1?", "solution": "\\boxed{1} no, $\\boxed{\\frac{1}{2}}$.", "level": "Level 5", "type": "Algebra"},
+    {
+        "problem": "Half of 1?",
+        "solution": "\\boxed{1} no, $\\boxed{\\frac{1}{2}}$.",
+        "level": "Level 5",
+        "type": "Algebra",
+    },
     {"problem": "Easy?", "solution": "\\boxed{1}", "level": "Level 2", "type": "Algebra"},
     {"problem": "Unknown?", "solution": "\\boxed{1}", "level": "Level ?", "type": "Algebra"},
     {"problem": "Prove it.", "solution": "It is clear.", "level": "Level 4", "type": "Algebra"},
     {"problem": "Half  of 1?", "solution": "\\boxed{0.5}", "level": "Level 4", "type": "Algebra"},
     {"problem": "In both?", "solution": "\\boxed{1}", "level": "Level 4", "type": "Algebra"},
 ]
-MATH_TEST = [{"question": " In\nboth? ", "answer": "1", "level": 1}, {"question": "Two thirds?", "answer": "$\\frac{2}{3}$", "level": 5}]
+MATH_TEST = [
+    {"question": " In\nboth? ", "answer": "1", "level": 1},
+    {"question": "Two thirds?", "answer": "$\\frac{2}{3}$", "level": 5},
+]
 
 
 @pytest.fixture(scope="module")
@@ -290,11 +313,20 @@ def mathematics():
 def test_math_reads_the_columns_and_counts_what_it_leaves_out(mathematics):
     assert [item.key for item in mathematics.train] == ["What is 1 + 1?", "Half of 1?"]
     assert [item.data["gold"] for item in mathematics.train] == ["2", "\\frac{1}{2}"]
-    assert [item.data["gold"] for item in mathematics.test] == ["1", "\\frac{2}{3}"]  # easy questions are left in the test data
+    # Easy questions are left in the test data
+    assert [item.data["gold"] for item in mathematics.test] == ["1", "\\frac{2}{3}"]
     system, user = mathematics.train[0].prompt
-    assert system == {"role": "system", "content": "Please reason step by step, and put your final answer within \\boxed{}."}
+    assert system == {
+        "role": "system",
+        "content": "Please reason step by step, and put your final answer within \\boxed{}.",
+    }
     assert user == {"role": "user", "content": "What is  1 + 1?"}
-    assert (mathematics.metric, mathematics.floor, mathematics.eval_samples, mathematics.max_new_tokens) == ("exact", 0.0, 1, 3000)
+    assert (mathematics.metric, mathematics.floor, mathematics.eval_samples, mathematics.max_new_tokens) == (
+        "exact",
+        0.0,
+        1,
+        3000,
+    )
     assert mathematics.notes == [
         "the train data: 2 of 7 rows left out, not of levels 3 to 5",
         "the train data: 1 of 7 rows left out, without an answer",
@@ -392,7 +424,9 @@ def test_math_scores(mathematics, completion, exact, format):
 
 
 @pytest.mark.parametrize(
-    "text", [*HOSTILE, "9^{9^{9^9}}", "\\frac{1}{" * 200 + "3" + "}" * 200, "10!!!!", "\\text{" + "a" * 900 + "}"], ids=lambda text: ascii(text[:20])
+    "text",
+    [*HOSTILE, "9^{9^{9^9}}", "\\frac{1}{" * 200 + "3" + "}" * 200, "10!!!!", "\\text{" + "a" * 900 + "}"],
+    ids=lambda text: ascii(text[:20]),
 )
 @pytest.mark.parametrize("frame", ["{}", "x \\boxed{{{}}}", "\\boxed{{{}"])
 def test_math_gives_hostile_answers_nothing(mathematics, text, frame, within):
@@ -426,17 +460,33 @@ def solve(puzzle):
     ]
     for cells in itertools.product(itertools.permutations((1, 2, 3, 4)), repeat=4):
         if (
-            all(given in (0, cell) for row, line in zip(rows, cells, strict=True) for given, cell in zip(row, line, strict=True))
+            all(
+                given in (0, cell)
+                for row, line in zip(rows, cells, strict=True)
+                for given, cell in zip(row, line, strict=True)
+            )
             and all(len(set(column)) == 4 for column in zip(*cells, strict=True))
-            and all(len({cells[i][j], cells[i][j + 1], cells[i + 1][j], cells[i + 1][j + 1]}) == 4 for i in (0, 2) for j in (0, 2))
+            and all(
+                len({cells[i][j], cells[i][j + 1], cells[i + 1][j], cells[i + 1][j + 1]}) == 4
+                for i in (0, 2)
+                for j in (0, 2)
+            )
         ):
             return "\n".join(" ".join(map(str, line)) for line in cells)
 
 
 def test_sudoku(sudoku):
-    assert (sudoku.name, len(sudoku.train), len(sudoku.test), sudoku.metric, sudoku.floor) == ("reasoning-gym:mini_sudoku", 200, 500, "exact", 0.0)
+    assert (sudoku.name, len(sudoku.train), len(sudoku.test), sudoku.metric, sudoku.floor) == (
+        "reasoning-gym:mini_sudoku",
+        200,
+        500,
+        "exact",
+        0.0,
+    )
     item = sudoku.train[0]
-    assert [message["role"] for message in item.prompt] == ["system", "user"] and "<answer>" in item.prompt[0]["content"]
+    assert [message["role"] for message in item.prompt] == ["system", "user"] and "<answer>" in item.prompt[0][
+        "content"
+    ]
     answer = solve(item.key)
     assert sudoku.score(item, f"hm <answer>\n{answer}\n</answer>") == (1.0, 1.0, 1.0, None)
     assert sudoku.score(item, f"<answer>1</answer> <answer>{answer}</answer>").exact == 1
@@ -476,7 +526,11 @@ def test_sudoku_gives_hostile_answers_nothing(sudoku, text, frame, within):
 
 def test_a_scorer_that_evaluates_is_killed(within):
     task = load_task("reasoning-gym:binary_matrix", time_limit=2.0)
-    for text, problem in (("9**9**9**9", "no result within 2 s, killed"), ("(" * 10_000, None), ("__import__('os')._exit(0)", None)):
+    for text, problem in (
+        ("9**9**9**9", "no result within 2 s, killed"),
+        ("(" * 10_000, None),
+        ("__import__('os')._exit(0)", None),
+    ):
         with within(5):
             score = task.score(task.train[0], f"<answer>{text}</answer>")
         assert score[:3] == (0.0, 0.0, 1.0) and (problem is None or problem in score.error)
@@ -495,10 +549,16 @@ EVIL = [
 
 
 @pytest.mark.parametrize(
-    "name, good, reward", [("spiral_matrix", "[{}]", 0.1), ("polynomial_multiplication", "({})*1", 1), ("simple_integration", "{} + C - C", 1)]
+    "name, good, reward",
+    [
+        ("spiral_matrix", "[{}]", 0.1),
+        ("polynomial_multiplication", "({})*1", 1),
+        ("simple_integration", "{} + C - C", 1),
+    ],
 )
 def test_no_grader_runs_an_answer(name, good, reward, tmp_path):
-    """Nor does it lose what needs a scorer's own reading: a list is part of the credit, another form of a formula all of it."""
+    """Nor does it lose what needs a scorer's own reading: a list is part of the credit, another form of a formula all
+    of it."""
     task = load_task(f"reasoning-gym:{name}")
     entry = pickle.loads(base64.b64decode(task.train[0].data["entry"]))
     for text in EVIL:
@@ -511,7 +571,10 @@ def test_no_grader_runs_an_answer(name, good, reward, tmp_path):
 def test_an_answer_that_repeats_the_question_is_none():
     task = load_task("reasoning-gym:simple_integration")
     metadata = pickle.loads(base64.b64decode(task.train[0].data["entry"]))["metadata"]
-    assert task.score(task.train[0], f"<answer>Integral({metadata['integrand']}, {metadata['variable']})</answer>").reward == 0
+    assert (
+        task.score(task.train[0], f"<answer>Integral({metadata['integrand']}, {metadata['variable']})</answer>").reward
+        == 0
+    )
 
 
 def test_math_runs_no_answer(mathematics, tmp_path):
@@ -546,7 +609,8 @@ def test_slow_questions_are_given_up(monkeypatch):
 
 def test_an_unknown_task_is_named():
     with pytest.raises(
-        ValueError, match="unknown task 'sudoku'; choose one of: countdown, countdown-char, conciseness, math, reasoning-gym:<name>, custom"
+        ValueError,
+        match="unknown task 'sudoku'; choose one of: countdown, countdown-char, conciseness, math, reasoning-gym:<name>, custom",
     ):
         load_task("sudoku")
 
@@ -575,8 +639,12 @@ def test_countdown_takes_the_seed():
 @pytest.mark.parametrize("name, package", [("math", "math_verify"), ("reasoning-gym:mini_sudoku", "reasoning_gym")])
 def test_a_missing_package_is_named_with_its_extra(name, package, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda module, *rest: None if module == package else find(module, *rest))
-    with pytest.raises(ValueError, match=rf"needs the package {package.replace('_', '-')}: pip install 'es-kernels\[tasks\]'"):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda module, *rest: None if module == package else find(module, *rest)
+    )
+    with pytest.raises(
+        ValueError, match=rf"needs the package {package.replace('_', '-')}: pip install 'es-kernels\[tasks\]'"
+    ):
         load_task(name)
 
 
@@ -584,7 +652,8 @@ def test_packages_are_imported_only_where_they_are_needed():
     script = (
         "import sys\nfrom es_finetune.tasks import load_task\nload_task('countdown'); load_task('conciseness')\n"
         "load_task('custom', data=[{'prompt': str(i)} for i in range(9)], reward=lambda c, i: 0)\n"
-        "print(sorted({'datasets', 'math_verify', 'sympy', 'reasoning_gym', 'transformers'} & set(sys.modules) - {'sympy'}))"
+        "print(sorted({'datasets', 'math_verify', 'sympy', 'reasoning_gym', 'transformers'} & set(sys.modules) - "
+        "{'sympy'}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -1,7 +1,8 @@
-"""Contract under test: whatever is late, lost or repeated, every member is counted once, or dropped where that was asked for.
+"""Contract under test: whatever is late, lost or repeated, every member is counted once, or dropped where that was
+asked for.
 
-The first result counts. A member goes out again only when its worker is gone, or when it is late and a worker has nothing else to do; `overdue` says
-from when on that is.
+The first result counts. A member goes out again only when its worker is gone, or when it is late and a worker has
+nothing else to do; `overdue` says from when on that is.
 """
 
 from es_finetune.workers.dispatch import Dispatch
@@ -75,8 +76,8 @@ def test_a_result_of_a_worker_that_was_thought_lost_counts_and_its_member_does_n
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Workers that ask, finish, die, and whose results arrive after their death or twice, beside the plainest record of it: who has had what since
-    when."""
+    """Workers that ask, finish, die, and whose results arrive after their death or twice, beside the plainest record of
+    it: who has had what since when."""
 
     @initialize(members=st.integers(1, 3), limit=st.sampled_from([3.0, None]), drop=st.booleans())
     def begin(self, members, limit, drop):
@@ -92,7 +93,11 @@ class AnyOrder(RuleBasedStateMachine):
         return found
 
     def late(self):
-        return sorted((since, member) for member, since in self.latest().items() if self.limit is not None and self.now > since + self.limit)
+        return sorted(
+            (since, member)
+            for member, since in self.latest().items()
+            if self.limit is not None and self.now > since + self.limit
+        )
 
     @precondition(lambda self: len(self.has) < 3)
     @rule(seconds=st.sampled_from([0.5, 2.0, 4.0]), data=st.data())
@@ -138,7 +143,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def every_member_is_counted_dropped_or_open(self):
-        assert sorted(self.d.dropped) == sorted(self.dropped) and len(set(self.counted + self.dropped)) == len(self.counted + self.dropped)
+        assert sorted(self.d.dropped) == sorted(self.dropped) and len(set(self.counted + self.dropped)) == len(
+            self.counted + self.dropped
+        )
         assert self.d.finished == (len(self.counted + self.dropped) == len(self.members))
 
     @invariant()

@@ -21,7 +21,9 @@ inline uint16_t to_bf16(float f) {
 }
 }  // namespace cuda_on_cpu
 
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {cuda_on_cpu::to_bf16(x), cuda_on_cpu::to_bf16(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {cuda_on_cpu::to_bf16(x), cuda_on_cpu::to_bf16(y)};
+}
 inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
   using namespace cuda_on_cpu;
   return {to_bf16(from_bf16(a.x) + from_bf16(b.x)), to_bf16(from_bf16(a.y) + from_bf16(b.y))};

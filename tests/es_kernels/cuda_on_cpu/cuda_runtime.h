@@ -1,9 +1,10 @@
-// As much of CUDA as csrc/cuda.cu uses, so that g++ builds it into a library that runs its kernels on the CPU: one device (or as many as
-// a test says) of 3 multiprocessors, whose memory is the host's. What that shows: which thread touches which element in which order, masks,
-// tiles, the walk over segments, barriers, calls of the runtime. What it cannot show: PTX and SASS, speed, memory ordering.
+// As much of CUDA as csrc/cuda.cu uses, so that g++ builds it into a library that runs its kernels on the CPU: one
+// device (or as many as a test says) of 3 multiprocessors, whose memory is the host's. What that shows: which thread
+// touches which element in which order, masks, tiles, the walk over segments, barriers, calls of the runtime. What it
+// cannot show: PTX and SASS, speed, memory ordering.
 //
-// A block's threads are fibers. They run one after the other from barrier to barrier, forwards and backwards in turn, so that what
-// depends on their order gives two results. A barrier that some threads reach and others do not aborts.
+// A block's threads are fibers. They run one after the other from barrier to barrier, forwards and backwards in turn,
+// so that what depends on their order gives two results. A barrier that some threads reach and others do not aborts.
 #pragma once
 #define __CUDACC__  // lanes.h: one lane
 #define __CUDA_ARCH_LIST__ 800
@@ -65,7 +66,8 @@ class Block {
         swapcontext(&scheduler, &fibers[thread_index.x].context);
         ended += fibers[thread_index.x].ended;
       }
-      if (ended && ended < running) fprintf(stderr, "%u of %u threads reached a barrier\n", running - ended, running), abort();
+      if (ended && ended < running)
+        fprintf(stderr, "%u of %u threads reached a barrier\n", running - ended, running), abort();
       running -= ended;
     }
   }
@@ -150,7 +152,9 @@ inline cudaError_t cudaSetDevice(int device) {
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = cuda_on_cpu_state.devices, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = cuda_on_cpu_state.multiprocessors, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = cuda_on_cpu_state.multiprocessors, cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 1, cudaSuccess;
@@ -164,7 +168,8 @@ void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
 }  // namespace cuda_on_cpu
 
 template <class... A>
-cudaError_t cudaLaunchKernel(void (*kernel)(A...), unsigned grid, unsigned threads, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(A...), unsigned grid, unsigned threads, void** arguments, size_t,
+                             cudaStream_t) {
   const unsigned state = _mm_getcsr();
   _mm_setcsr(0x1F80);  // a GPU knows nothing of the host's flush to zero
   gridDim = {grid, 1, 1};

@@ -1,8 +1,8 @@
-"""The interpreter behind the `cuda` and the `triton` backend, on CPU tensors: their own host code chooses the kernel, the grid and the
-parameters, and what nvcc or Triton made for compute capability 9.0 runs.
+"""The interpreter behind the `cuda` and the `triton` backend, on CPU tensors: their own host code chooses the kernel,
+the grid and the parameters, and what nvcc or Triton made for compute capability 9.0 runs.
 
-`Cuda` is csrc/cuda.cu, compiled by nvcc as in setup.py, with cudart.cpp in the place of CUDA's runtime. `Triton` is backends/triton.py with its
-kernels specialised and compiled as its launches ask for.
+`Cuda` is csrc/cuda.cu, compiled by nvcc as in setup.py, with cudart.cpp in the place of CUDA's runtime. `Triton` is
+backends/triton.py with its kernels specialised and compiled as its launches ask for.
 """
 
 import ast
@@ -33,7 +33,8 @@ _SIZES = np.array([4, 2, 2])  # bytes of a DTYPE of es_kernels.table
 
 @contextlib.contextmanager
 def default_floats():
-    """The floating-point state of this thread as a program finds it at its start: a GPU knows nothing of rounding modes and flushing set here."""
+    """The floating-point state of this thread as a program finds it at its start: a GPU knows nothing of rounding modes
+    and flushing set here."""
     libm, state = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 8)()
     libm.fegetenv(state)
     libm.fesetenv(ctypes.c_void_p(-1))
@@ -44,14 +45,18 @@ def default_floats():
 
 
 def reach(segments, n_segments, *others):
-    """The memory that a call may touch: the table, the elements of its segments and no gap between them; others: (address, bytes, writable)."""
+    """The memory that a call may touch: the table, the elements of its segments and no gap between them; others:
+    (address, bytes, writable)."""
     ranges = [(segments, n_segments * SEGMENT.itemsize, False), *others]
     table = np.frombuffer((ctypes.c_char * (n_segments * SEGMENT.itemsize)).from_address(segments), SEGMENT)
     for s in table:
         for what in ("out", "base", "anchor"):
             size = int(_SIZES[s[f"{what}_dtype"]])
             if s[what]:
-                ranges += [(int(s[what]) + row * int(s[f"{what}_stride"]) * size, int(s["cols"]) * size, what == "out") for row in range(s["rows"])]
+                ranges += [
+                    (int(s[what]) + row * int(s[f"{what}_stride"]) * size, int(s["cols"]) * size, what == "out")
+                    for row in range(s["rows"])
+                ]
     return interpreter.process_memory(ranges)
 
 
@@ -60,8 +65,16 @@ class Cuda:
 
     def __init__(self, folder):
         setup = ast.parse((ROOT / "setup.py").read_text())
-        flags = next(ast.literal_eval(n.value) for n in setup.body if isinstance(n, ast.Assign) and n.targets[0].id == "NVCC_FLAGS")
-        flags = [f for f in flags if not f.startswith("-cudart")] + ["-cudart=none", "-gencode=arch=compute_90,code=compute_90", "-shared"]
+        flags = next(
+            ast.literal_eval(n.value)
+            for n in setup.body
+            if isinstance(n, ast.Assign) and n.targets[0].id == "NVCC_FLAGS"
+        )
+        flags = [f for f in flags if not f.startswith("-cudart")] + [
+            "-cudart=none",
+            "-gencode=arch=compute_90,code=compute_90",
+            "-shared",
+        ]
         sources, library = (ROOT / "csrc/cuda.cu", HERE / "cudart.cpp"), folder / "libes_cuda.so"
         subprocess.run([nvcc(), *flags, "--keep", "--keep-dir", folder, *sources, "-o", library], check=True)
         self.library = ctypes.CDLL(str(library))
@@ -103,7 +116,9 @@ class Triton:
 
     def __init__(self):
         with _compiling():
-            spec = importlib.util.spec_from_file_location("es_kernels.backends.triton_ptx", inspect.getfile(triton_backend))
+            spec = importlib.util.spec_from_file_location(
+                "es_kernels.backends.triton_ptx", inspect.getfile(triton_backend)
+            )
             self.backend = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(self.backend)
         for name in ("_add_noise_kernel", "_fingerprint_kernel"):
@@ -130,24 +145,35 @@ class _Launcher:
         if text not in self.owner.kernels:
             (self.owner.kernels[text],) = interpreter.parse(text).values()
         kernel = self.owner.kernels[text]
-        parameters = np.zeros(kernel.parameter_bytes, np.uint8)  # the last two, scratch memory that it does not ask for, stay null
+        # The last two, scratch memory that it does not ask for, stay null
+        parameters = np.zeros(kernel.parameter_bytes, np.uint8)
         for value, (at, size) in zip(values, kernel.parameters.values()):
-            value = np.float32(value) if isinstance(value, float) else np.int64(value.data_ptr() if isinstance(value, torch.Tensor) else value)
+            value = (
+                np.float32(value)
+                if isinstance(value, float)
+                else np.int64(value.data_ptr() if isinstance(value, torch.Tensor) else value)
+            )
             parameters[at : at + size] = np.frombuffer(value.tobytes()[:size], np.uint8)
         tensors = [(v.data_ptr(), v.nbytes, name == "sums") for name, v in named.items() if isinstance(v, torch.Tensor)]
-        memory, threads = reach(named["segments"].data_ptr(), named["n_segments"], *tensors), interpreter.WARP * compiled.metadata.num_warps
+        memory, threads = (
+            reach(named["segments"].data_ptr(), named["n_segments"], *tensors),
+            interpreter.WARP * compiled.metadata.num_warps,
+        )
         with default_floats():
             interpreter.launch(kernel, grid[0], threads, parameters, compiled.metadata.shared, memory)
 
 
 @contextlib.contextmanager
 def _compiling():
-    """Where kernels are compiled for compute capability 9.0, also where tests have them interpreted and there is no GPU. Triton's own library
-    of kernels, tl.sum among them, was made for its interpreter when it was imported: JITFunction serves it here."""
+    """Where kernels are compiled for compute capability 9.0, also where tests have them interpreted and there is no
+    GPU. Triton's own library of kernels, tl.sum among them, was made for its interpreter when it was imported:
+    JITFunction serves it here."""
     from triton.runtime import driver, interpreter
 
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    device = types.SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    device = types.SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setattr(driver, "_active", device)

@@ -1,14 +1,15 @@
 """PTX, run on the CPU by NumPy: what nvcc and Triton make of the kernels, before ptxas and the hardware take over.
 
-Threads are lanes: a register is an array, an instruction one or a few NumPy calls for all threads of up to 1024 / (threads a block) blocks. Where
-threads diverge, those with the least program counter go on first, to the end of their basic block; others at the place where they
-arrive join them. Floating point is that of the PTX manual: subnormals are kept, a NaN that arithmetic makes is 7FFFFFFF (7FFF in 16
-bits), fma rounds once.
+Threads are lanes: a register is an array, an instruction one or a few NumPy calls for all threads of up to 1024 /
+(threads a block) blocks. Where threads diverge, those with the least program counter go on first, to the end of their
+basic block; others at the place where they arrive join them. Floating point is that of the PTX manual: subnormals are
+kept, a NaN that arithmetic makes is 7FFFFFFF (7FFF in 16 bits), fma rounds once.
 
-A launch ends in a `Trap` where a GPU would go on in silence or fault: memory outside the ranges given, or written where it may only be
-read; an address that is not a multiple of the access; a register or shared memory read before it was written; two threads at one
-address of which one writes, in global memory within a launch, in shared memory between barriers; a barrier or shuffle that not all threads
-reach. Decoding refuses what it does not know, and all that lets ptxas choose a rounding: .ftz, and float32 arithmetic without .rn.
+A launch ends in a `Trap` where a GPU would go on in silence or fault: memory outside the ranges given, or written where
+it may only be read; an address that is not a multiple of the access; a register or shared memory read before it was
+written; two threads at one address of which one writes, in global memory within a launch, in shared memory between
+barriers; a barrier or shuffle that not all threads reach. Decoding refuses what it does not know, and all that lets
+ptxas choose a rounding: .ftz, and float32 arithmetic without .rn.
 """
 
 import collections
@@ -38,7 +39,9 @@ class Unknown(ValueError):
 
 Instruction = collections.namedtuple("Instruction", "op operands guard")  # guard: None, or (register, negated)
 _BITS = {"pred": 1} | {f"{kind}{bits}": bits for bits in (8, 16, 32, 64) for kind in "busf"}
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?"
+)
 
 
 class Kernel:
@@ -106,7 +109,8 @@ def parse(text):
 
 
 class Space:
-    """Bytes, of which ranges (address, size, writable) may be touched, all even. Who touched what is kept, for every two bytes."""
+    """Bytes, of which ranges (address, size, writable) may be touched, all even. Who touched what is kept, for every
+    two bytes."""
 
     def __init__(self, name, data, origin, ranges):
         """origin: the address of data[0], a multiple of 8."""
@@ -128,7 +132,8 @@ class Space:
         self.writer[:] = self.reader[:] = 0
 
     def _places(self, address, size, write):
-        """The numbers of the pairs of bytes that an access touches, [lanes, size / 2]; None if nobody may write them."""
+        """The numbers of the pairs of bytes that an access touches, [lanes, size / 2]; None if nobody may write
+        them."""
         misaligned = address % np.uint64(size) != 0
         if misaligned.any():
             raise Trap(f"misaligned: {self.name} address {int(address[misaligned][0]):#x} is no multiple of {size}")
@@ -139,10 +144,15 @@ class Space:
             k = np.minimum(k + 1, last)
             good = good & allowed[k]
         if not good.all():
-            raise Trap(f"out of bounds: {size} bytes at {self.name} address {int(address[~good][0]):#x} may not be {'written' if write else 'read'}")
+            raise Trap(
+                f"out of bounds: {size} bytes at {self.name} address {int(address[~good][0]):#x} may not be "
+                f"{'written' if write else 'read'}"
+            )
         if not (self.writable[first] | self.writable[last]).any():
             return None
-        return (self.first[first] + (address - self.starts[first]).astype(np.int64) // 2)[:, None] + np.arange(size // 2)
+        return (self.first[first] + (address - self.starts[first]).astype(np.int64) // 2)[:, None] + np.arange(
+            size // 2
+        )
 
     def _at(self, address, type):
         return ((address - self.origin) // np.uint64(np.dtype(type).itemsize)).astype(np.int64)
@@ -161,7 +171,12 @@ class Space:
 
     def unwritten(self, address, type, count):
         """Which of the values that `load` gives nobody has written, [count, lanes]."""
-        return ~self.written[self._places(address, np.dtype(type).itemsize * count, False)].reshape(len(address), count, -1).all(2).T
+        return (
+            ~self.written[self._places(address, np.dtype(type).itemsize * count, False)]
+            .reshape(len(address), count, -1)
+            .all(2)
+            .T
+        )
 
     def store(self, address, values, thread):
         """values: a list of unsigned arrays [lanes], what each thread writes one after the other."""
@@ -174,7 +189,9 @@ class Space:
         self.views[type][at] = values
         last = self.writer[places]
         # Threads of one warp may write the same value to one place: Triton's reductions do.
-        if (last != own).any() and (((last - 1) // WARP != (own - 1) // WARP).any() or (self.views[type][at] != values).any()):
+        if (last != own).any() and (
+            ((last - 1) // WARP != (own - 1) // WARP).any() or (self.views[type][at] != values).any()
+        ):
             raise Trap(f"race: threads write to one {self.name} address at once")
 
 
@@ -190,7 +207,8 @@ def process_memory(ranges):
 
 
 def fma(a, b, c):
-    """float32 fma. In float64 the sum rounds twice only next to a tie of float32, or below its normals; there noise.fma is asked."""
+    """float32 fma. In float64 the sum rounds twice only next to a tie of float32, or below its normals; there noise.fma
+    is asked."""
     s = a.astype(np.float64) * b + c
     near = (s.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
     near |= np.abs(s) < 2.0**-125
@@ -208,7 +226,11 @@ def to_f16(x):
 
 
 def from_16(h, format):
-    return h.view(np.float16).astype(np.float32) if format == "f16" else (h.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return (
+        h.view(np.float16).astype(np.float32)
+        if format == "f16"
+        else (h.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    )
 
 
 def truncate(x, type):
@@ -265,9 +287,20 @@ class Group:
         return self._index
 
 
-_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 _COMPARE_FLOAT = {k: _COMPARE[k] for k in ("eq", "lt", "le", "gt", "ge")}
-_COMPARE_FLOAT |= {"num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b), "neu": np.not_equal}
+_COMPARE_FLOAT |= {
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+    "neu": np.not_equal,
+}
 _INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum}
 _INTEGER |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _UNSIGNED = {16: np.uint16, 32: np.uint32, 64: np.uint64, 1: np.bool_}
@@ -290,7 +323,11 @@ class Threads:
         self.number = np.arange(self.n, dtype=np.uint32)
         self.block, self.grid = np.zeros((2, self.n), np.uint32)
         thread = self.number % np.uint32(threads)
-        self.registers = {"%tid.x": thread, "%ntid.x": np.full(self.n, threads, np.uint32), "%laneid": thread % np.uint32(WARP)}
+        self.registers = {
+            "%tid.x": thread,
+            "%ntid.x": np.full(self.n, threads, np.uint32),
+            "%laneid": thread % np.uint32(WARP),
+        }
         self.registers |= {"%ctaid.x": self.block, "%nctaid.x": self.grid}
 
     def run(self, first_block, grid, parameters, shared_bytes, memory):
@@ -404,7 +441,11 @@ class Threads:
 
     def _operand(self, text, type):
         """What an instruction reads, in its type: the array of a register, or a constant [1]."""
-        return self._typed(text, type) if text in self.registers or text in self.kernel.widths else self._constant(text, type)
+        return (
+            self._typed(text, type)
+            if text in self.registers or text in self.kernel.widths
+            else self._constant(text, type)
+        )
 
     def _constant(self, text, type):
         if text in self.kernel.parameters:
@@ -430,7 +471,8 @@ class Threads:
         return write
 
     def _where(self, text, group):
-        """Lanes in which nothing was written yet may be overwritten without harm: where nobody else has written, nearly always, no mask is needed."""
+        """Lanes in which nothing was written yet may be overwritten without harm: where nobody else has written, nearly
+        always, no mask is needed."""
         return group.lanes if self.written[text] & ~group.bits else True
 
     def _decode(self, instruction):
@@ -489,7 +531,9 @@ class Threads:
                 return compute("b32", ["b32"], partial(np.bitwise_and, np.uint32(0x7FFFFFFF)))
             case ("neg", "s32" | "s64"):
                 return compute(type, [type], np.negative)
-            case ("add" | "sub" | "min" | "max" | "and" | "or" | "xor", _) if integer or (type == "pred" and name in ("and", "or", "xor")):
+            case ("add" | "sub" | "min" | "max" | "and" | "or" | "xor", _) if integer or (
+                type == "pred" and name in ("and", "or", "xor")
+            ):
                 return compute(type, [type] * 2, _INTEGER[name])
             case ("not", "b32" | "b64" | "pred"):
                 return compute(type, [type], np.invert)
@@ -515,7 +559,9 @@ class Threads:
                 return compute(type, [type] * 3, partial(funnel, way == "l"))
             case ("bfe", "u32"):
                 at, length = int(operands[2]), int(operands[3])
-                return self._compute(operands[:2], type, [type], lambda a: a >> np.uint32(at) & np.uint32((1 << length) - 1))
+                return self._compute(
+                    operands[:2], type, [type], lambda a: a >> np.uint32(at) & np.uint32((1 << length) - 1)
+                )
             case ("lop3", "b32"):
                 return self._compute(operands[:4], type, [type] * 3, partial(lop3, int(operands[4], 0)))
             case ("prmt", "b32"):
@@ -555,7 +601,12 @@ class Threads:
                 return self._compute(operands, "b16", ["f32"], {"f16": to_f16, "bf16": to_bf16}[target])
             case ["rn", ("f16x2" | "bf16x2") as target, "f32"]:
                 to = {"f16x2": to_f16, "bf16x2": to_bf16}[target]
-                return self._compute(operands, "b32", ["f32"] * 2, lambda high, low: to(high).astype(np.uint32) << np.uint32(16) | to(low))
+                return self._compute(
+                    operands,
+                    "b32",
+                    ["f32"] * 2,
+                    lambda high, low: to(high).astype(np.uint32) << np.uint32(16) | to(low),
+                )
             case [target, source] if target[0] in "us" and source[0] in "us":
                 wide = f"b{self.kernel.widths[operands[1]]}"  # a register may be wider than what is read of it
                 return self._compute(operands, target, [wide], lambda a: a.astype(numpy_type(source)))
@@ -602,7 +653,8 @@ class Threads:
     def _access(self, modifiers, operand):
         """space, how many values, their type."""
         *how, type = modifiers
-        space = how.pop(0) if how and how[0] in ("global", "shared", "param") else "global"  # a generic address of global memory is the same
+        # A generic address of global memory is the same
+        space = how.pop(0) if how and how[0] in ("global", "shared", "param") else "global"
         count = {"v2": 2, "v4": 4}[how.pop(0)] if how else 1
         if how or _BITS[type] < 16:
             raise Unknown("not known")
@@ -661,7 +713,11 @@ class Threads:
     def _atom(self, modifiers, operands):
         if modifiers != ["global", "add", "u64"]:
             raise Unknown("not known")
-        address, term, target = self._address(operands[1]), self._operand(operands[2], "u64"), self._register(operands[0])
+        address, term, target = (
+            self._address(operands[1]),
+            self._operand(operands[2], "u64"),
+            self._register(operands[0]),
+        )
 
         def do(group):
             terms = np.broadcast_to(term, self.n)
@@ -698,7 +754,11 @@ class Threads:
     def _redux(self, modifiers, operands):
         if modifiers != ["sync", "add", "s32"]:
             raise Unknown("not known")
-        write, source, mask = self._target(operands[0], "b32"), self._operand(operands[1], "b32"), self._operand(operands[2], "b32")
+        write, source, mask = (
+            self._target(operands[0], "b32"),
+            self._operand(operands[1], "b32"),
+            self._operand(operands[2], "b32"),
+        )
 
         def do(group):
             self._converged(group, mask)
@@ -725,7 +785,8 @@ def _equal_pairs(result, format, a, b):
 
 
 def launch(kernel, grid, threads, parameters, shared_bytes, memory):
-    """Runs a launch of `grid` blocks. parameters: their bytes, u8. shared_bytes: beside what the kernel declares itself."""
+    """Runs a launch of `grid` blocks. parameters: their bytes, u8. shared_bytes: beside what the kernel declares
+    itself."""
     done = 0
     with np.errstate(all="ignore"):
         while done < grid:

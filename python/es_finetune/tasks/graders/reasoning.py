@@ -1,4 +1,5 @@
-"""Questions and scores of the task `reasoning-gym`, in the worker process: some scorers parse or even evaluate what a model wrote.
+"""Questions and scores of the task `reasoning-gym`, in the worker process: some scorers parse or even evaluate what a
+model wrote.
 
 Imported by its path, so that the worker does not import torch; it therefore imports nothing of es_finetune.
 """
@@ -26,14 +27,16 @@ _NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf|infinity)j?(?![a-z])", re.IGNORECA
 
 def serve(text: str, item: dict) -> dict | float:
     """`questions` for an item that says how many, `grade` for one that is an entry: one process does both."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # codeio runs programs that print
+    # Codeio runs programs that print
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return questions(text, item["seed"], item["count"]) if "count" in item else grade(text, item)
 
 
 def questions(name: str, seed: int, count: int) -> dict:
-    """{"system": the package's system prompt, "questions": [[question, entry], ...]}: the first `count` different questions
-    of the stream that `seed` starts, or fewer if `DRAWS` draws hold no more. {"unknown": names} if there is no
-    such dataset. An entry is what scoring needs, pickled: it holds types that JSON does not know, and some take seconds to make again.
+    """{"system": the package's system prompt, "questions": [[question, entry], ...]}: the first `count` different
+    questions of the stream that `seed` starts, or fewer if `DRAWS` draws hold no more. {"unknown": names} if there is
+    no such dataset. An entry is what scoring needs, pickled: it holds types that JSON does not know, and some take
+    seconds to make again.
     """
     if name not in DATASETS:
         return {"unknown": sorted(DATASETS)}
@@ -59,8 +62,8 @@ def questions(name: str, seed: int, count: int) -> dict:
 
 
 def grade(answer: str, item: dict) -> float:
-    """score_answer of the dataset item["name"] for the entry item["entry"], made by `questions`. NaN and infinities are worth 0, unless
-    the right answer names them: complex_arithmetic takes a NaN for right."""
+    """score_answer of the dataset item["name"] for the entry item["entry"], made by `questions`. NaN and infinities are
+    worth 0, unless the right answer names them: complex_arithmetic takes a NaN for right."""
     entry = pickle.loads(base64.b64decode(item["entry"]))
     if _NOT_FINITE.search(answer) and not _NOT_FINITE.search(str(entry["answer"])):
         return 0.0

@@ -1,4 +1,5 @@
-"""The engine over vLLM. Weights, theta and updates live in vLLM's worker processes (extension.py); what crosses to them is numbers."""
+"""The engine over vLLM. Weights, theta and updates live in vLLM's worker processes (extension.py); what crosses to them
+is numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ _BLOCK = 128  # lengths are rounded up to so many tokens
 
 
 def load(config: TrainConfig, task: Task) -> Replica:
-    """The model of the config in vLLM, with the run's weights over it. ValueError for what vLLM or ES in place cannot do."""
+    """The model of the config in vLLM, with the run's weights over it. ValueError for what vLLM or ES in place cannot
+    do."""
     _refuse(config)
     vllm = _vllm()
     model, tokenizer, dtype = empty_model(config.model, config.dtype)
@@ -36,25 +38,34 @@ def load(config: TrainConfig, task: Task) -> Replica:
     except BaseException:
         engine.close()
         raise
-    identity = {"model": config.model, "class": type(model).__name__, "dtype": str(dtype).removeprefix("torch."), "vllm": vllm.__version__}
+    identity = {
+        "model": config.model,
+        "class": type(model).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vllm": vllm.__version__,
+    }
     identity["parameters"] = sum(p.numel() for p in model.parameters())
 
     def save(folder: Path) -> None:
         save_model(weights.filled(model, dtype), tokenizer, folder)
 
-    return Replica(weights, engine, identity, identity["parameters"], f"{weights.backend} in vLLM", save, close=engine.close)
+    return Replica(
+        weights, engine, identity, identity["parameters"], f"{weights.backend} in vLLM", save, close=engine.close
+    )
 
 
 class VllmEngine:
-    """Greedy answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has them. Its memory for
-    the KV cache is what theta leaves: theta is allocated after it."""
+    """Greedy answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has
+    them. Its memory for the KV cache is what theta leaves: theta is allocated after it."""
 
     temperature = 0.0
 
     def __init__(self, vllm, config: TrainConfig, task: Task, model, tokenizer, dtype: torch.dtype):
         self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens or task.max_new_tokens
         self.vocabulary = vocabulary_of(model)
-        longest = max(map(len, encoded([*task.train, *task.test], lambda prompts: tokenize(tokenizer, prompts))), default=0)
+        longest = max(
+            map(len, encoded([*task.train, *task.test], lambda prompts: tokenize(tokenizer, prompts))), default=0
+        )
         self.length = min(positions_of(model), -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel}
@@ -65,10 +76,12 @@ class VllmEngine:
         if not current_platform.is_cpu():
             bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[config.base]
             theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // config.tensor_parallel
-            free = current_platform.get_device_total_memory() * _UTILISATION  # not by torch, which would begin to use the GPU in this process
+            # Not by torch, which would begin to use the GPU in this process
+            free = current_platform.get_device_total_memory() * _UTILISATION
             if theta >= free:
                 raise ValueError(
-                    f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy or host, or more --tensor_parallel"
+                    f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy "
+                    "or host, or more --tensor_parallel"
                 )
             options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)
         self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
@@ -83,7 +96,9 @@ class VllmEngine:
                 **options,
             )
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"vLLM could not load {config.model}: {first_line(error)}; what it said stands above") from error
+            raise ValueError(
+                f"vLLM could not load {config.model}: {first_line(error)}; what it said stands above"
+            ) from error
 
     def encode(self, prompts: Sequence[Prompt]) -> list[dict[str, list[int]]]:
         tokens = tokenize(self.tokenizer, prompts)
@@ -100,8 +115,8 @@ class VllmEngine:
 
 
 class RemoteWeights:
-    """weights.Weights of all of an engine's workers at once. After each change vLLM forgets what it has computed: its cache of prefixes
-    would give the answers of the weights before."""
+    """weights.Weights of all of an engine's workers at once. After each change vLLM forgets what it has computed: its
+    cache of prefixes would give the answers of the weights before."""
 
     def __init__(self, llm, config: TrainConfig, shapes: dict[str, list[int]]):
         self.llm = llm
@@ -111,18 +126,24 @@ class RemoteWeights:
         for of_worker in built:
             for name, count in of_worker["covered"].items():
                 covered[name] = covered.get(name, 0) + count
-        wrong = {name: covered.get(name, 0) for name, shape in shapes.items() if covered.get(name, 0) != math.prod(shape)}
+        wrong = {
+            name: covered.get(name, 0) for name, shape in shapes.items() if covered.get(name, 0) != math.prod(shape)
+        }
         if wrong:
             name, count = next(iter(wrong.items()))
             raise ValueError(
-                f"{len(wrong)} tensor(s) of the checkpoint are not wholly in vLLM's parameters, e.g. {name}: {count} of {math.prod(shapes[name])} elements; "
+                f"{len(wrong)} tensor(s) of the checkpoint are not wholly in vLLM's parameters, e.g. {name}: {count} "
+                f"of {math.prod(shapes[name])} elements; "
                 "use --engine hf for this model"
             )
         self.shapes = shapes
 
     def start(self) -> dict[str, Any]:
         found = self._call("start")
-        proofs = {key: f"{sum(int(of[key], 16) for of in found) % 2**64:016x}" for key in ("base_fingerprint", "theta", "live")}
+        proofs = {
+            key: f"{sum(int(of[key], 16) for of in found) % 2**64:016x}"
+            for key in ("base_fingerprint", "theta", "live")
+        }
         return {**found[0], **proofs}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
@@ -168,7 +189,8 @@ class RemoteWeights:
         finally:
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError(
-                    "vLLM did not give up its prefix cache, which holds what the weights before have computed: requests are still running"
+                    "vLLM did not give up its prefix cache, which holds what the weights before have computed: "
+                    "requests are still running"
                 )
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -189,15 +211,21 @@ def _refuse(config: TrainConfig) -> None:
         raise ValueError("base 'none' is for engine hf: over vLLM choose fp32, copy or host")
     if config.lora_rank:
         raise ValueError(
-            "vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out lora_rank, or use --engine hf"
+            "vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out "
+            "lora_rank, or use --engine hf"
         )
     if config.tensor_parallel > 1 and config.snapshot_every:
-        raise ValueError("snapshots are of whole weights, which no worker of --tensor_parallel has: leave out snapshot_every, the log is enough")
+        raise ValueError(
+            "snapshots are of whole weights, which no worker of --tensor_parallel has: leave out snapshot_every, the "
+            "log is enough"
+        )
 
 
 def _vllm():
     try:
         import vllm
     except ImportError:
-        raise ValueError("engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md") from None
+        raise ValueError(
+            "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md"
+        ) from None
     return vllm

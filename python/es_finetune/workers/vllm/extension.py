@@ -1,8 +1,9 @@
-"""What runs inside vLLM's own worker processes, beside each of its replicas' shards: the run's weights over vLLM's parameters, under the names of the
-checkpoint.
+"""What runs inside vLLM's own worker processes, beside each of its replicas' shards: the run's weights over vLLM's
+parameters, under the names of the checkpoint.
 
-vLLM fuses q, k, v and gate, up into one tensor, pads the vocabulary and cuts tensors over GPUs. The noise of an element is that of its place in the
-checkpoint's tensor, so each parameter here becomes the checkpoint's tensors again: views of rows, and segments where a tensor is cut.
+vLLM fuses q, k, v and gate, up into one tensor, pads the vocabulary and cuts tensors over GPUs. The noise of an element
+is that of its place in the checkpoint's tensor, so each parameter here becomes the checkpoint's tensors again: views of
+rows, and segments where a tensor is cut.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from es_finetune.config import TrainConfig
 from es_finetune.workers.weights import Weights
 
 if current_platform.is_cpu():
-    # On a CPU vLLM packs the weight of each linear layer for its own matrix product and leaves an empty one behind: a change in place would reach 8 % of
-    # a model. This module is imported before the model is loaded.
+    # On a CPU vLLM packs the weight of each linear layer for its own matrix product and leaves an empty one behind: a
+    # change in place would reach 8 % of a model. This module is imported before the model is loaded.
     def _plain(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
@@ -68,7 +69,8 @@ class Part(NamedTuple):
 
 
 def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
-    """Every parameter of a vLLM model as parts of the checkpoint's tensors. ValueError for a layer whose layout is not known here."""
+    """Every parameter of a vLLM model as parts of the checkpoint's tensors. ValueError for a layer whose layout is not
+    known here."""
     fused = getattr(model, "packed_modules_mapping", {})
     seen: set[int] = set()
     for prefix, layer in model.named_modules():
@@ -79,16 +81,20 @@ def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
             seen.add(id(parameter))
             if not parameter.numel():
                 raise ValueError(
-                    f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be perturbed: turn that off"
+                    f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be "
+                    "perturbed: turn that off"
                 )
             if parameter.dtype not in es_kernels.table.DTYPES:
                 raise ValueError(
-                    f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of bfloat16, float16 or float32"
+                    f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of "
+                    "bfloat16, float16 or float32"
                 )
             yield from _parts(layer, prefix, kind, parameter.data, fused, rank)
 
 
-def _parts(layer, prefix: str, kind: str, tensor: torch.Tensor, fused: dict[str, list[str]], rank: int) -> Iterator[Part]:
+def _parts(
+    layer, prefix: str, kind: str, tensor: torch.Tensor, fused: dict[str, list[str]], rank: int
+) -> Iterator[Part]:
     whole = f"{prefix}.{kind}" if prefix else kind
     cols = tensor.shape[-1] if tensor.ndim > 1 else 1
 
@@ -99,11 +105,15 @@ def _parts(layer, prefix: str, kind: str, tensor: torch.Tensor, fused: dict[str,
     if isinstance(layer, LinearBase):
         if not isinstance(layer.quant_method, UnquantizedLinearMethod):
             raise ValueError(
-                f"{prefix} is quantised ({type(layer.quant_method).__name__}), and such weights cannot be perturbed: give the unquantised model"
+                f"{prefix} is quantised ({type(layer.quant_method).__name__}), and such weights cannot be perturbed: "
+                "give the unquantised model"
             )
         expected = {"weight": 2, "bias": 1}
         if kind not in expected or tensor.ndim != expected[kind]:
-            raise ValueError(f"{whole} has a layout of vLLM's own ({type(layer).__name__}, shape {tuple(tensor.shape)}), which cannot be perturbed")
+            raise ValueError(
+                f"{whole} has a layout of vLLM's own ({type(layer).__name__}, shape {tuple(tensor.shape)}), which "
+                "cannot be perturbed"
+            )
     parent, _, module = prefix.rpartition(".")
     names = [f"{parent}.{part}.{kind}" if parent else f"{part}.{kind}" for part in fused.get(module, [module])]
     if isinstance(layer, QKVParallelLinear):
@@ -126,10 +136,18 @@ def _parts(layer, prefix: str, kind: str, tensor: torch.Tensor, fused: dict[str,
     elif isinstance(layer, VocabParallelEmbedding):
         found = layer.shard_indices
         if found.num_added_elements:
-            raise ValueError(f"{prefix} has tokens added by vLLM, which the checkpoint does not have: load the model without them")
+            raise ValueError(
+                f"{prefix} has tokens added by vLLM, which the checkpoint does not have: load the model without them"
+            )
         yield rows(whole, 0, found.num_org_elements, found.org_vocab_start_index)
-    elif isinstance(layer, LinearBase) and not isinstance(layer, (ReplicatedLinear, RowParallelLinear)) or "expert" in whole:
-        raise ValueError(f"how vLLM lays out {whole} ({type(layer).__name__}) is not known here: use --engine hf for this model")
+    elif (
+        isinstance(layer, LinearBase)
+        and not isinstance(layer, (ReplicatedLinear, RowParallelLinear))
+        or "expert" in whole
+    ):
+        raise ValueError(
+            f"how vLLM lays out {whole} ({type(layer).__name__}) is not known here: use --engine hf for this model"
+        )
     else:
         view = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
         yield Part(whole, view, 0, tensor.shape[-1] if tensor.ndim else 1, rank == 0)
@@ -139,17 +157,22 @@ class Extension:
     """Methods that vLLM adds to its workers (worker_extension_cls); the driver calls them by collective_rpc."""
 
     def es_build(self, config: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
-        """Makes the run's weights over this worker's part of the model. `shapes`: of the checkpoint's tensors. Returns how many elements of
-        each this worker counts, or {"error": why the model is refused}; nothing is changed."""
+        """Makes the run's weights over this worker's part of the model. `shapes`: of the checkpoint's tensors. Returns
+        how many elements of each this worker counts, or {"error": why the model is refused}; nothing is changed."""
         try:
             rank = self.rank
             self.es_parts = list(parts_of(self.get_model(), rank))
             for part in self.es_parts:
                 if part.name not in shapes:
-                    raise ValueError(f"vLLM has a parameter {part.name} that the checkpoint has not: use --engine hf for this model")
+                    raise ValueError(
+                        f"vLLM has a parameter {part.name} that the checkpoint has not: use --engine hf for this model"
+                    )
                 last = part.first + (part.shape[0] - 1) * part.index_stride + part.shape[1]
                 if last > math.prod(shapes[part.name]):
-                    raise ValueError(f"{part.name} has {tuple(part.tensor.shape)} elements in vLLM, and {shapes[part.name]} in the checkpoint")
+                    raise ValueError(
+                        f"{part.name} has {tuple(part.tensor.shape)} elements in vLLM, and {shapes[part.name]} in the "
+                        "checkpoint"
+                    )
             entries = [_entry(part, shapes[part.name]) for part in self.es_parts]
             self.es_weights = _Sharded(entries, TrainConfig(**config), [part.counted for part in self.es_parts])
         except (ValueError, TypeError) as error:
@@ -170,13 +193,16 @@ class Extension:
             return {"error": str(error)}
 
     def es_write(self, folder: str) -> str:
-        """This worker's part of the live weights, as a file in the folder: safetensors of the parts that it counts, with their places as
-        metadata. Returns its path."""
+        """This worker's part of the live weights, as a file in the folder: safetensors of the parts that it counts,
+        with their places as metadata. Returns its path."""
         from safetensors.torch import save_file
 
         counted = [part for part in self.es_parts if part.counted]
         places = {str(number): [part.name, part.first, part.index_stride] for number, part in enumerate(counted)}
-        tensors = {str(number): part.tensor.reshape(part.shape).to("cpu", copy=True).contiguous() for number, part in enumerate(counted)}
+        tensors = {
+            str(number): part.tensor.reshape(part.shape).to("cpu", copy=True).contiguous()
+            for number, part in enumerate(counted)
+        }
         path = Path(folder) / f"part-{self.rank}.safetensors"
         save_file(tensors, path, metadata={"places": json.dumps(places)})
         return str(path)
@@ -191,7 +217,8 @@ def _entry(part: Part, shape: list[int]) -> tuple:
 
 
 class _Sharded(Weights):
-    """Weights of which this process has a part; the fingerprints are of what it counts, so that those of all processes add up to the model's."""
+    """Weights of which this process has a part; the fingerprints are of what it counts, so that those of all processes
+    add up to the model's."""
 
     def __init__(self, entries: list[tuple], config: TrainConfig, counted: list[bool]):
         super().__init__(entries, config)
