@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from es_finetune.errors import FINETUNE, did_you_mean, require
+from es_finetune.errors import FINETUNE, UserError, did_you_mean, require
 from es_finetune.tasks.reward_process import RewardFailed
 
 _NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if arguments[0] not in commands:
-            raise ValueError(
+            raise UserError(
                 "unknown command "
                 f"{arguments[0]!r}{did_you_mean(arguments[0], commands) or '; the commands are ' + ', '.join(commands)}"
             )
@@ -78,7 +78,7 @@ def _train(arguments: list[str]) -> None:
         # The log's config, and over it what was given now: Trainer refuses what would make it another run.
         folder = _flag(arguments, "output")
         if folder is None:
-            raise ValueError("--resume continues the run in a folder: give it with --output")
+            raise UserError("--resume continues the run in a folder: give it with --output")
         arguments = _flags_of(read_log(Path(folder) / "run.log")[0]["config"], TrainConfig) + arguments
     config = _parse(TrainConfig, arguments, "train")
     from huggingface_hub.utils import disable_progress_bars
@@ -176,14 +176,14 @@ def _export(arguments: list[str]) -> None:
     config = _parse(ExportConfig, _run_first(arguments, "export"), "export")
     output = Path(config.output or Path(config.run) / "model")
     if output.exists() and not config.overwrite:
-        raise ValueError(f"{output} is there already: give another --output, or --overwrite to replace it")
+        raise UserError(f"{output} is there already: give another --output, or --overwrite to replace it")
     if output.exists() and not _is_model(output):
-        raise ValueError(
+        raise UserError(
             f"{output} is no folder of a model alone, which --overwrite could replace: give another --output"
         )
     base = config.model or read_log(Path(config.run) / "run.log")[0]["config"]["model"]
     if output.resolve() == Path(base).resolve():
-        raise ValueError(
+        raise UserError(
             f"{output} is the base model, without which the run cannot be made again: give another --output"
         )
     rebuilt = _rebuild(config)
@@ -241,9 +241,9 @@ def _parse(kind: type, arguments: list[str], command: str) -> Any:
     if unknown:
         word = unknown[0]
         if not word.startswith("-"):
-            raise ValueError(f"{word!r} belongs to no flag; usage: {usage}")
+            raise UserError(f"{word!r} belongs to no flag; usage: {usage}")
         near = did_you_mean(word.lstrip("-").partition("=")[0], kind.__dataclass_fields__, prefix="--")
-        raise ValueError(f"unknown flag {word}{near or f'; es-finetune {command} --help lists them'}")
+        raise UserError(f"unknown flag {word}{near or f'; es-finetune {command} --help lists them'}")
     (config,) = parser.parse_args_into_dataclasses(arguments)
     return config
 
@@ -268,14 +268,14 @@ class _Help(argparse.HelpFormatter):
 
 
 def _refuse(message: str) -> None:
-    raise ValueError(message)
+    raise UserError(message)
 
 
 def _run_first(arguments: list[str], command: str) -> list[str]:
     if arguments and not arguments[0].startswith("-"):
         return ["--run", *arguments]
     if not {"-h", "--help"} & {*arguments} and _flag(arguments, "run") is None:
-        raise ValueError(f"{command} needs the folder of a run: es-finetune {command} RUN")
+        raise UserError(f"{command} needs the folder of a run: es-finetune {command} RUN")
     return arguments
 
 
@@ -292,7 +292,7 @@ def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
     flags = []
     for name, value in values.items():
         if name not in kind.__dataclass_fields__:
-            raise ValueError(
+            raise UserError(
                 f"unknown option {name!r}{did_you_mean(name, kind.__dataclass_fields__) or '; --help lists them'}"
             )
         if value in (None, []):
@@ -315,18 +315,18 @@ def _read_yaml(name: str) -> dict[str, Any]:
         ready = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
         flag = f"--task {name}" if name in NAMES else f"--{name}" if "=" in name else ""
         meant = f": did you mean {flag}?" if flag else did_you_mean(name, ready) or f"; ready are {', '.join(ready)}"
-        raise ValueError(f"there is no file {name}, and no ready config of that name{meant}")
+        raise UserError(f"there is no file {name}, and no ready config of that name{meant}")
     if path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{path} is a folder, and a file with options was expected; a run is continued with --resume --output "
             f"{path}"
         )
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {_one_line(error)}") from None
+        raise UserError(f"{path} is no YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no options: it must be lines of NAME: VALUE")
+        raise UserError(f"{path} holds no options: it must be lines of NAME: VALUE")
     return values
 
 

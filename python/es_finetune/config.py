@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from es_finetune.engines.hf import DECODINGS
-from es_finetune.errors import did_you_mean
+from es_finetune.errors import UserError, did_you_mean
 from es_finetune.models.load import WEIGHT_DTYPES
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.optim.options import COUNT, f32_positive, finite, seed64, whole
@@ -114,13 +114,13 @@ class Setup(ModelConfig, TaskConfig):
                 "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
             )
             if self.task is None:
-                raise ValueError(
+                raise UserError(
                     "no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION"
                 )
         if self.model is None:
             if self.task != "countdown-char":
                 meant = did_you_mean(self.task, NAMES) if self.task not in NAMES else ""
-                raise ValueError(
+                raise UserError(
                     f"task {self.task!r} needs a model{meant or ': give --model with a folder or hub name'}"
                 )
             self.model = "embedded"
@@ -132,7 +132,7 @@ class Setup(ModelConfig, TaskConfig):
         at_most(self, threads=MAX_THREADS)
         one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES)
         if self.time_limit <= 0:
-            raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
+            raise UserError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
         if self.max_new_tokens is not None:
             at_least(self, max_new_tokens=1)
 
@@ -232,7 +232,7 @@ class TrainConfig(Setup):
             at_least(self, prompts=0)
         one_of(self, engine=("hf", "vllm"), workers=("alone", "ray"), on_straggler=("reissue", "drop"))
         if self.engine == "hf" and self.tensor_parallel > 1:
-            raise ValueError("tensor_parallel goes with --engine vllm")
+            raise UserError("tensor_parallel goes with --engine vllm")
         one_of(
             self,
             base=("fp32", "copy", "host", "none"),
@@ -241,16 +241,14 @@ class TrainConfig(Setup):
             on_reward_error=("floor", "stop"),
         )
         if not 0 < self.final_scale <= 1:
-            raise ValueError(f"final_scale must be in (0, 1], not {self.final_scale}")
+            raise UserError(f"final_scale must be in (0, 1], not {self.final_scale}")
         if not self.lr:
-            raise ValueError("lr must be a positive number, not 0: with it no generation would change the weights")
+            raise UserError("lr must be a positive number, not 0: with it no generation would change the weights")
         own_sigmas(self)
         # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
         EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))
         if self.resume and self.overwrite:
-            raise ValueError(
-                "resume continues the run in the output folder and overwrite replaces it: give one of them"
-            )
+            raise UserError("resume continues the run in the output folder and overwrite replaces it: give one of them")
 
 
 @dataclass
@@ -275,9 +273,9 @@ class EvalConfig(Setup):
 
     def __post_init__(self):
         if self.run is None and self.generation is not None:
-            raise ValueError("generation goes with --run: it is counted in that run's log")
+            raise UserError("generation goes with --run: it is counted in that run's log")
         if self.run is None and self.kl and self.kl_model is None:
-            raise ValueError("--kl needs a model to compare with: give --kl_model, or --run")
+            raise UserError("--kl needs a model to compare with: give --kl_model, or --run")
         self.fill()
         seed64("seed", self.seed)
         at_least(self, items=0)
@@ -303,7 +301,7 @@ class CalibrateConfig(Setup):
         at_least(self, members=4)
         at_most(self, members=COUNT)
         if self.members % 2:
-            raise ValueError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
+            raise UserError(f"members come in pairs of opposite noise: their number must be even, not {self.members}")
         if self.prompts is not None:
             at_least(self, prompts=0)
         tried = [f32_positive("each of sigmas", sigma) for sigma in self.sigmas]
@@ -353,7 +351,7 @@ def make_plain(config) -> None:
         elif isinstance(value, (list, tuple)):
             setattr(config, name, [_PLAIN[allowed[1]](f"each of {name}", entry) for entry in value])
         else:
-            raise ValueError(f"{name} must be a list, not {value!r}")
+            raise UserError(f"{name} must be a list, not {value!r}")
 
 
 @functools.cache
@@ -370,13 +368,13 @@ def _types(kind: type) -> dict[str, tuple[type, ...]]:
 def _text(name: str, value: Any) -> str:
     found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(found, str):
-        raise ValueError(f"{name} must be text, not {value!r}")
+        raise UserError(f"{name} must be text, not {value!r}")
     return str(found)
 
 
 def _truth(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
+        raise UserError(f"{name} must be true or false, not {value!r}")
     return bool(value)
 
 
@@ -387,21 +385,21 @@ def at_least(config, **least: float) -> None:
     """ValueError unless each named field is at least the value given for it."""
     for name, value in least.items():
         if getattr(config, name) < value:
-            raise ValueError(f"{name} must be at least {value}, not {getattr(config, name)}")
+            raise UserError(f"{name} must be at least {value}, not {getattr(config, name)}")
 
 
 def at_most(config, **most: float) -> None:
     """ValueError unless each named field is at most the value given for it."""
     for name, value in most.items():
         if getattr(config, name) > value:
-            raise ValueError(f"{name} must be at most {value}, not {getattr(config, name)}")
+            raise UserError(f"{name} must be at most {value}, not {getattr(config, name)}")
 
 
 def one_of(config, **choices) -> None:
     """ValueError unless each named field is one of its choices."""
     for name, values in choices.items():
         if getattr(config, name) not in values:
-            raise ValueError(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, not {getattr(config, name)!r}")
+            raise UserError(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, not {getattr(config, name)!r}")
 
 
 def recorded_options(config: TrainConfig) -> dict[str, Any]:
@@ -434,7 +432,7 @@ def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
         except ValueError:
             pattern = ""
         if not pattern:
-            raise ValueError(
+            raise UserError(
                 f"sigma_for must be PATTERN=SIGMA with a positive sigma, not {text!r}; to leave parameters out use "
                 "freeze"
             )

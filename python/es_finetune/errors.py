@@ -10,11 +10,15 @@ from collections.abc import Iterable
 FINETUNE = ("transformers", "rich", "matplotlib", "jinja2")
 
 
+class UserError(ValueError):
+    """What a user asked for cannot be done: one line that names the thing and the remedy. Any other error is a bug of ours."""
+
+
 def require(what: str, extra: str, *modules: str) -> None:
     """ValueError, with the extra of es-kernels that brings them, unless these modules are installed."""
     missing = [name.replace("_", "-") for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{what} needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: pip install "
             f"'es-kernels[{extra}]'"
         )

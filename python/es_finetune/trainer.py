@@ -20,6 +20,7 @@ import torch
 import es_kernels
 from es_finetune import errors
 from es_finetune.config import TrainConfig, recorded_options
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Unaskable
 from es_finetune.evaluation.statistics import save_answers
 from es_finetune.monitor.health import norms_note, warnings_of
@@ -118,7 +119,7 @@ class Trainer:
         except Unaskable as error:
             if not self.config.resume:
                 raise
-            raise ValueError(
+            raise UserError(
                 f"{error}. {self.folder} was begun with it and cannot go on: begin another run without it, "
                 f"{_FROM_THIS_ONE}"
             ) from error
@@ -129,7 +130,7 @@ class Trainer:
         """A new run: prove what it will write, remove what an older one left, then write."""
         config, folder = self.config, self.folder
         if self.log.lines and not config.overwrite:
-            raise ValueError(
+            raise UserError(
                 f"output {folder} holds a run that another process has begun meanwhile: give another folder"
             )
         versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
@@ -187,7 +188,7 @@ class Trainer:
         config, folder = self.config, self.folder
         for split in ("train", "test"):
             if header[f"{split}_items"] != start[f"{split}_items"]:
-                raise ValueError(
+                raise UserError(
                     f"the {split} items of task {config.task} are not those that the run in {folder} began with"
                 )
         if "reward" not in header:
@@ -198,13 +199,13 @@ class Trainer:
             return
         for split in ("train", "test"):
             if header[f"{split}_scoring"] != start[f"{split}_scoring"]:
-                raise ValueError(
+                raise UserError(
                     f"what the {split} items of task {config.task} give the reward, as reference answers, is not what "
                     f"the run in {folder} "
                     f"began with: put it back as it was, or begin another run, {_FROM_THIS_ONE}"
                 )
         if header["reward"] != start["reward"]:
-            raise ValueError(
+            raise UserError(
                 f"the reward {config.reward or 'given'} is not the one that the run in {folder} began with, or a "
                 "module beside it is not: "
                 f"put it back as it was, or begin another run, {_FROM_THIS_ONE}"
@@ -400,9 +401,9 @@ class Trainer:
 def _assemble(config: TrainConfig, **objects) -> Workers:
     if config.workers == "ray":
         if torchrun.under_torchrun():
-            raise ValueError("torchrun and workers 'ray' are two ways to the same end: use one of them")
+            raise UserError("torchrun and workers 'ray' are two ways to the same end: use one of them")
         if any(given is not None for given in objects.values()):
-            raise ValueError("with workers 'ray' every worker loads model and task by itself: name them in the config")
+            raise UserError("with workers 'ray' every worker loads model and task by itself: name them in the config")
         return ray_pool.RayPool(config)
     worker = Worker(config, **objects)
     return torchrun.Ranks(worker) if torchrun.under_torchrun() else worker

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from es_finetune.config import CalibrateConfig, model_options
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator, share_identical
 from es_finetune.evaluation.statistics import rewards_of
 from es_finetune.models.checkpoint_names import named_segments
@@ -52,7 +53,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     items = list(task.train)
     count = min(PROMPTS, len(items)) if config.prompts is None else config.prompts or len(items)
     if count > len(items):
-        raise ValueError(f"prompts must be at most {len(items)}, the training prompts of {config.task}, not {count}")
+        raise UserError(f"prompts must be at most {len(items)}, the training prompts of {config.task}, not {count}")
     model, tokenizer, _ = load_model(config.model, device=pick_device(config.device), **model_options(config))
     evaluator = Evaluator(
         make_engine(config, task, model, tokenizer), task, random.Random(config.seed).sample(items, count)
@@ -66,7 +67,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     say(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
     base = evaluator()
     if all(score.reward is None for score in base.scores):
-        raise ValueError(f"no answer could be scored; the first failure: {base.error[1]}")
+        raise UserError(f"no answer could be scored; the first failure: {base.error[1]}")
     if base.failed:
         say(
             f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: "
@@ -114,7 +115,7 @@ def refuse_too_few(rewards: Sequence[float]) -> None:
             if graded
             else f"succeeds at {held:.0f} of {len(rewards)} prompts"
         )
-        raise ValueError(
+        raise UserError(
             f"the base model {what}, too little to tell from chance what noise costs, which takes {_SUCCESSES}: "
             "use more or easier prompts, or a reward that also pays for a part"
         )

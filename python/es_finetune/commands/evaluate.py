@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import EvalConfig, model_options
+from es_finetune.errors import UserError
 from es_finetune.evaluation.statistics import kl_to_base, measure, rewards_of, save_answers
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.runs.files import write_atomically
@@ -28,12 +29,12 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         generation = len(generations) if config.generation is None else config.generation
         for name, value in model_options(config).items():
             if value != header["config"][name] and name != "attn_implementation":
-                raise ValueError(
+                raise UserError(
                     f"with --run the model is the run's, whose {name} is {header['config'][name]!r}: leave out --{name}"
                 )
     output = Path(config.output or _folder(config, generation))
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file: give a folder")
+        raise UserError(f"output {output} is a file: give a folder")
     task = make_task(config)
     items = list(getattr(task, config.split))[: config.items or None]
     device = pick_device(config.device)

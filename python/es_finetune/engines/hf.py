@@ -13,6 +13,7 @@ import torch
 
 from es_finetune.engines import Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
+from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
 from es_finetune.models.load import first_line
 
@@ -64,19 +65,19 @@ class HFEngine:
         from transformers import GenerationConfig
 
         if decoding not in DECODINGS:
-            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, not {decoding!r}")
+            raise UserError(f"decoding must be one of {', '.join(DECODINGS)}, not {decoding!r}")
         if decoding == "continuous":
             try:
                 from transformers import ContinuousBatchingConfig  # noqa: F401
             except ImportError:
-                raise ValueError(
+                raise UserError(
                     f"decoding 'continuous' needs a newer transformers than {transformers.__version__}: pip install -U "
                     "transformers"
                 ) from None
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+            raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
         if tokenizer.pad_token_id is None:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and "
                 "save it"
             )
@@ -110,7 +111,7 @@ class HFEngine:
         # GPT-Neo's static answers were wrong in a trial, without any error.
         needs = {"continuous": "_supports_attention_backend", "static": "_can_compile_fullgraph"}.get(self.decoding)
         if needs and not getattr(self.model, needs, True):
-            raise ValueError(f"models of type {kind} do not support decoding {self.decoding!r}{remedy}")
+            raise UserError(f"models of type {kind} do not support decoding {self.decoding!r}{remedy}")
         token = min(self.eos, default=0)
         options, self.options = self.options, copy.deepcopy(self.options)
         # A compiled step for a batch that never comes again would cost half a minute.
@@ -129,12 +130,12 @@ class HFEngine:
                             stacklevel=2,
                         )
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.model.device} has no memory left to generate with this model ({first_line(error)}): use a "
                 "smaller one"
             ) from error
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"models of type {kind} cannot generate with decoding {self.decoding!r} ({first_line(error)}){remedy}"
             ) from error
         finally:

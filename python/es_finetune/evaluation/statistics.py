@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from es_finetune.engines import Answer, Engine
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator
 from es_finetune.runs.files import write_atomically
 from es_finetune.tasks import Item, Score, Task
@@ -44,15 +45,15 @@ def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1)
     """Ask each question `samples` times and score the answers. ValueError without items, for several samples of a
     greedy engine, which would all be the same, and where no answer at all could be scored."""
     if not items:
-        raise ValueError(f"task {task.name!r} has no questions to measure on: give it test data")
+        raise UserError(f"task {task.name!r} has no questions to measure on: give it test data")
     if samples > 1 and not engine.temperature:
-        raise ValueError(
+        raise UserError(
             f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1"
         )
     asked = [item for item in items for _ in range(samples)]
     evaluation = Evaluator(engine, task, asked)()
     if evaluation.all_failed:
-        raise ValueError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
+        raise UserError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
     values = headline(task, evaluation.scores)
     questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]
     low, high = interval(questions)
@@ -87,7 +88,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]
     """
     n = len(values)
     if not n:
-        raise ValueError("an interval needs at least one value")
+        raise UserError("an interval needs at least one value")
     mean = math.fsum(values) / n
     if set(values) <= {0, 1}:
         centre = (mean + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
@@ -121,7 +122,7 @@ def kl_to_base(
     sums, lengths = [], []
     for number, (answer, tuned, base) in enumerate(zip(answers, tuned_log_probs, base_log_probs, strict=True)):
         if not len(answer.ids) == len(tuned) == len(base):
-            raise ValueError(
+            raise UserError(
                 f"answer {number} has {len(answer.ids)} tokens but {len(tuned)} and {len(base)} log probabilities: "
                 "both must be of these answers"
             )
@@ -130,7 +131,7 @@ def kl_to_base(
         lengths.append(len(answer.ids))
     tokens, n = sum(lengths), len(lengths)
     if not tokens:
-        raise ValueError("the KL divergence needs at least one token: all answers are empty")
+        raise UserError("the KL divergence needs at least one token: all answers are empty")
     value = math.fsum(sums) / tokens
     spread = math.fsum((total - value * length) ** 2 for total, length in zip(sums, lengths))
     return KL(value, math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else None, tokens)

@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from es_finetune.errors import UserError
 from es_kernels import Segment
 
 # What torch.compile and checkpoint_wrapper call the module inside
@@ -80,7 +81,7 @@ def refuse_untunable(model: torch.nn.Module) -> None:
     trainable = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
     if trainable or not adapter:
         own = f", of which only such as {trainable[0]} could be tuned" if trainable else ""
-        raise ValueError(
+        raise UserError(
             f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA "
             "adapter over this one, "
             "the rest frozen"
@@ -98,7 +99,7 @@ def refuse_prompt_learning(model: torch.nn.Module) -> None:
 def refuse_prompt_config(config) -> None:
     """refuse_prompt_learning of one peft.PeftConfig."""
     if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
+        raise UserError(
             f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual "
             "tokens: "
             "give one that changes layers, as LoRA"

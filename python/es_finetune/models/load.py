@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import es_kernels
-from es_finetune.errors import did_you_mean, require
+from es_finetune.errors import UserError, did_you_mean, require
 from es_finetune.models.checkpoint_names import (
     adapter_names,
     base_of,
@@ -68,9 +68,9 @@ def load_model(
     ValueError, of one line, if any of it cannot be had.
     """
     if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(WEIGHT_DTYPES)}, not {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(WEIGHT_DTYPES)}, not {dtype!r}")
     if lora_rank < 0:
-        raise ValueError(f"lora_rank must be at least 0, not {lora_rank}")
+        raise UserError(f"lora_rank must be at least 0, not {lora_rank}")
     name = os.fspath(name)
     path = path_of(name)
     with _one_line(f"model {name}"):
@@ -79,14 +79,14 @@ def load_model(
         adapter = find_adapter_config_file(path) is not None
     if adapter:
         if lora_rank:
-            raise ValueError(f"model {name} is an adapter already: leave out lora_rank, or give the base model")
+            raise UserError(f"model {name} is an adapter already: leave out lora_rank, or give the base model")
         peft = _peft()
         with _one_line(f"adapter {name}"):
             peft_config = peft.PeftConfig.from_pretrained(path)
         refuse_prompt_config(peft_config)
         base_path = peft_config.base_model_name_or_path
         if not base_path:
-            raise ValueError(
+            raise UserError(
                 f"adapter {name} does not say of which model: set base_model_name_or_path in its adapter_config.json"
             )
         base, mixed = _load_base(
@@ -105,7 +105,7 @@ def load_model(
     _set_pad_token(tokenizer, name, pad_token, base)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"model {name}: {parameter_name} is {parameter.dtype}, and noise is added to float32, bfloat16 and "
                 "float16 only: give a dtype"
             )
@@ -183,10 +183,10 @@ def path_of(name: str) -> str:
     ValueError for what can only be a path, and is no folder."""
     path = Path(name)
     if path.is_file():
-        raise ValueError(f"model {name} is a file: give its folder")
+        raise UserError(f"model {name} is a file: give its folder")
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not path.is_dir():
         beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-        raise ValueError(f"the model's folder {name} does not exist{did_you_mean(path.name, beside)}")
+        raise UserError(f"the model's folder {name} does not exist{did_you_mean(path.name, beside)}")
     return str(EMBEDDED_MODEL) if name == "embedded" else name
 
 
@@ -198,9 +198,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown to torch: give auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device {name!r} is unknown to torch: give auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU: give --device cpu")
+        raise UserError(f"device {name!r} was asked for, but torch sees no GPU: give --device cpu")
     return device
 
 
@@ -266,7 +266,7 @@ def _one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} could not be loaded: {first_line(error)}") from error
+        raise UserError(f"{what} could not be loaded: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -285,12 +285,12 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
     with _one_line(f"model {name}"):
         adapter = find_adapter_config_file(path) is not None
     if adapter:
-        raise ValueError(
+        raise UserError(
             f"model {name} is an adapter, which this engine cannot perturb: give the whole model, or use --engine hf"
         )
     config = _load_config(path, f"model {name}")
     if dtype == "auto" and getattr(config, _MIXED, False):
-        raise ValueError(
+        raise UserError(
             f"model {name} has tensors of several dtypes, which this engine would make one: give --dtype, or use "
             "--engine hf"
         )
@@ -309,7 +309,7 @@ def _load_config(path: str, what: str) -> Any:
     with _one_line(what):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"{what} has quantised weights, and noise is added to float32, bfloat16 and float16 only: give the "
             "unquantised model"
         )
@@ -333,7 +333,7 @@ def _load_base(
         )
     # transformers fills them with random numbers, others on every machine.
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"{what} lacks {len(missing)} weight(s) of {type(model).__name__}, e.g. {missing[0]}: give a complete "
             "checkpoint of a causal LM"
         )
@@ -391,19 +391,19 @@ def _load_tokenizer(name: str, path: str, base_path: str) -> Any:
 def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: torch.nn.Module) -> None:
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise ValueError(
+            raise UserError(
                 f"pad_token {pad_token!r} is no token of {name}: give one that its tokenizer knows, e.g. "
                 f"{tokenizer.eos_token!r}"
             )
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {name} has no pad token, which batches need: give --pad_token with an existing one, "
             f"e.g. {tokenizer.eos_token!r}"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id >= rows:
-        raise ValueError(
+        raise UserError(
             f"pad token {tokenizer.pad_token!r} of {name} is number {tokenizer.pad_token_id}, but the model embeds "
             f"{rows} tokens: give another --pad_token"
         )
@@ -454,7 +454,7 @@ def _merged(model: torch.nn.Module) -> torch.nn.Module:
             exact.merge_and_unload()(input_ids=ids, use_cache=False).logits - before
         ).abs().max() / before.abs().max()
     if not error <= _SAME_LOGITS:
-        raise ValueError(
+        raise UserError(
             f"PEFT cannot add this adapter into the weights of {type(base_of(model)).__name__}: logits would be off by "
             f"{error:.1g} of the largest; "
             "write the adapter, without merge_lora"

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from es_finetune.errors import UserError
 from es_finetune.monitor import plots as drawing
 from es_finetune.monitor.health import FAITHFUL, swallowed
 from es_finetune.monitor.progress import duration, value
@@ -47,7 +48,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """What the template shows, by name."""
     config, summary = _object(folder / "config.json"), _object(folder / "summary.json")
     if config is None:
-        raise ValueError(f"{folder} holds no run of es_finetune: it has no config.json")
+        raise UserError(f"{folder} holds no run of es_finetune: it has no config.json")
     summary = summary or {}
     # A generation done again after a kill has two rows, of which the later counts.
     rows = list({row["generation"]: row for row in generation_rows(folder / "metrics.jsonl")}.values())
@@ -105,9 +106,9 @@ def _object(path: Path) -> Row | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object")
+        raise UserError(f"{path} is no JSON object")
     return found
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from es_finetune.errors import UserError
+
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -21,11 +23,11 @@ def require(report_to: Sequence[str]) -> None:
     """ValueError unless every name is a tracker whose package can be imported."""
     for name in report_to:
         if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {name!r} in report_to; choose from: {', '.join(TRACKERS)}")
+            raise UserError(f"unknown tracker {name!r} in report_to; choose from: {', '.join(TRACKERS)}")
         if name != "none":
             _load(name)
     if "none" in report_to and len(report_to) > 1:
-        raise ValueError(
+        raise UserError(
             f"report_to holds none beside {next(name for name in report_to if name != 'none')}: give one or the other"
         )
 
@@ -50,7 +52,7 @@ class Tracker:
                 self._open.append(make(name, Path(folder), config, done))
             except Exception as error:  # a refused login, a folder that cannot be written
                 self.close()
-                raise ValueError(
+                raise UserError(
                     f"{name} could not be started: {_line(error)}; take it out of report_to or put that right"
                 ) from error
 
@@ -138,9 +140,7 @@ def _load(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
-        raise ValueError(
-            f"report_to names {name}, which is not installed: pip install {name}, or take it out"
-        ) from None
+        raise UserError(f"report_to names {name}, which is not installed: pip install {name}, or take it out") from None
 
 
 def _line(error: Exception) -> str:

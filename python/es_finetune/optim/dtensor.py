@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 import es_kernels
+from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import MAX_SEGMENTS
 from es_kernels import Segment
 
@@ -25,7 +26,7 @@ def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | No
     modules = _fsdp_modules([parameter for _, parameter, _ in entries])
     for name, parameter, _ in entries:
         if getattr(parameter, "_fsdp_flattened", False):
-            raise ValueError(
+            raise UserError(
                 f"{name!r} is a part of a FullyShardedDataParallel's flat parameter, which has lost its place: shard "
                 "the model with fully_shard"
             )
@@ -77,9 +78,7 @@ class ShardedTable(es_kernels.ParamTable):
         gathered = parameters - {id(parameter) for module in modules for parameter in module.parameters()}
         for name, parameter, _ in entries:
             if id(parameter) in gathered:
-                raise ValueError(
-                    f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again"
-                )
+                raise UserError(f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again")
         self._modules = modules
         self.parameters = {name: parameter for name, parameter, _ in entries}
         entries = [local_entry(*entry) if is_sharded(entry[1]) else entry for entry in entries]
@@ -118,20 +117,20 @@ def local_entry(
     here, mesh = local(parameter), parameter.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"{name!r} is on a device mesh that this process is not part of: leave it out here")
+        raise UserError(f"{name!r} is on a device mesh that this process is not part of: leave it out here")
     runs = [[(0, size)] for size in parameter.shape]
     for dim, mesh_dim, factor in _splits(name, parameter):
         pieces = [_chunk(runs[dim], factor, k) for k in range(factor)]
         runs[dim] = [run for piece in pieces for run in _chunk(piece, mesh.size(mesh_dim), coordinate[mesh_dim])]
     shape = [sum(length for _, length in of_dim) for of_dim in runs]
     if list(here.shape) != shape and (here.numel() or math.prod(shape)):
-        raise ValueError(
+        raise UserError(
             f"{name!r} has {tuple(here.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} "
             f"gives {tuple(shape)}: "
             "shard it as distribute_tensor does"
         )
     if not (here.is_contiguous() and parameter.is_contiguous()):
-        raise ValueError(
+        raise UserError(
             f"{name!r} is sharded and not contiguous, with strides {here.stride()} of {parameter.stride()}: make it "
             "contiguous before sharding it"
         )
@@ -140,7 +139,7 @@ def local_entry(
     boxes = list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS + 1)) if here.numel() else []
     found = _merged(piece for whole in segments for box in boxes for piece in _meeting(whole, box))
     if max(len(boxes), len(found)) > MAX_SEGMENTS:
-        raise ValueError(
+        raise UserError(
             f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS} pieces in a process: shard it in "
             "another dimension"
         )
@@ -160,7 +159,7 @@ def check_same_layout(name: str, saved: torch.Tensor, mine: torch.Tensor) -> Non
         all(both) and saved.device_mesh == mine.device_mesh and _splits(name, saved) == _splits(name, mine)
     ):
         here, there = (_layout(tensor) if is_sharded(tensor) else "whole" for tensor in (mine, saved))
-        raise ValueError(
+        raise UserError(
             f"{name!r} is {here}, and in the saved state {there}: load the state by torch.distributed.checkpoint, "
             "which shards it anew"
         )
@@ -194,7 +193,7 @@ def _splits(name: str, parameter: torch.Tensor) -> list[tuple[int, int, int]]:
     placements, mesh = parameter.placements, parameter.device_mesh
     for placement in placements:
         if type(placement) not in (Replicate, Shard, _StridedShard):
-            raise ValueError(
+            raise UserError(
                 f"{name!r} is placed {placement} on its mesh, which does not tell each element's place: redistribute "
                 "it to Shard or Replicate first"
             )

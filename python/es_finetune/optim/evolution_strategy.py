@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 import es_kernels
+from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import has_plain_memory
 from es_finetune.optim import dtensor, host_memory
 from es_finetune.optim.options import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
@@ -47,14 +48,14 @@ def make_update(
     """What `EvolutionStrategy.tell` would do with these rewards, without any weights: for who hands it to several
     workers, each of which will `apply` it. Arguments and errors as there."""
     if len(fitness) != population:
-        raise ValueError(f"tell() needs {population} rewards, one per member, and got {len(fitness)}")
+        raise UserError(f"tell() needs {population} rewards, one per member, and got {len(fitness)}")
     out = set(dropped)
     if not out <= set(range(population)):
-        raise ValueError(f"dropped members must be in 0..{population - 1}, not {sorted(out - set(range(population)))}")
+        raise UserError(f"dropped members must be in 0..{population - 1}, not {sorted(out - set(range(population)))}")
     if antithetic:
         out |= {member ^ 1 for member in out}
     if len(out) == population:
-        raise ValueError("every member was dropped: there is nothing to learn from")
+        raise UserError("every member was dropped: there is nothing to learn from")
     rewards = [
         None if member in out else checked_reward(reward, member, shaping) for member, reward in enumerate(fitness)
     ]
@@ -73,7 +74,7 @@ def checked_reward(reward: Any, member: int, shaping: str) -> float | list[float
         isinstance(reward, Sequence) and not isinstance(reward, (str, bytes))
     )
     if not is_sequence or not len(reward):
-        raise ValueError(
+        raise UserError(
             f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}'
         )
     return [_finite(of_prompt, member) for of_prompt in reward]
@@ -158,25 +159,25 @@ class EvolutionStrategy(torch.optim.Optimizer):
         update_rounding: str | None = None,
     ):
         if base not in BASES:
-            raise ValueError(f'base must be "fp32", "copy", "host" or None, not {base!r}')
+            raise UserError(f'base must be "fp32", "copy", "host" or None, not {base!r}')
         if shaping not in SHAPINGS:
-            raise ValueError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
+            raise UserError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
         momentum = finite("momentum", momentum)
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and less than 1, not {momentum}")
+            raise UserError(f"momentum must be at least 0 and less than 1, not {momentum}")
         momentum_window = whole("momentum_window, which counts the present generation,", momentum_window, 1)
         if update_rounding is None:
             update_rounding = "stochastic" if base in ("copy", None) else "nearest"
         for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
             if rounding not in ROUNDINGS:
-                raise ValueError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
+                raise UserError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
         if base is None and perturb_rounding != "nearest":
-            raise ValueError(
+            raise UserError(
                 'perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"'
             )
         population = whole("population", population, 2, COUNT)  # one reward alone has no direction
         if antithetic and population % 2:
-            raise ValueError(f"antithetic members come in pairs: population must be even, not {population}")
+            raise UserError(f"antithetic members come in pairs: population must be even, not {population}")
         self.base = base
         self.population = population
         self.seed = seed64("seed", seed)
@@ -214,7 +215,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         entries: list[_Entry] = []
         for entry in params:
             if not _is_named(entry):
-                raise ValueError(
+                raise UserError(
                     "EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not "
                     "unnamed parameters "
                     "(an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
@@ -224,17 +225,17 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 continue
             if not has_plain_memory(parameter):
                 kind = type(parameter).__name__
-                raise ValueError(
+                raise UserError(
                     f"{name!r} is a {kind}, whose values are not in its memory as they are: give the unquantised "
                     "weights"
                 )
             clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
             if clash:
-                raise ValueError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
+                raise UserError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
             entries.append((name, parameter, segments))
             seen.add(id(parameter))
         if not entries:
-            raise ValueError(
+            raise UserError(
                 "no parameter to tune in this group: each is frozen (requires_grad=False) or already in another group"
             )
         return entries
@@ -335,12 +336,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _refuse_other(self, update: Update) -> None:
         if update.generation != self.generation:
-            raise ValueError(
+            raise UserError(
                 f"the update is of generation {update.generation}, but this optimizer is at {self.generation}: replay "
                 "in order"
             )
         if update.z is not None and len(update.z) != self.population:
-            raise ValueError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
+            raise UserError(f"the update has {len(update.z)} values of z, but the population is {self.population}")
 
     def _shaped(self, fitness, dropped=()) -> Update:
         return make_update(
@@ -363,7 +364,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         decays = [as_f32(group["lr"] * group["weight_decay"]) for group in self.param_groups]
         for group, numbers in zip(self.param_groups, zip(coefs, decays)):
             if not all(map(math.isfinite, [*numbers[0], numbers[1]])):
-                raise ValueError(
+                raise UserError(
                     f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not "
                     "hold: lower it"
                 )
@@ -413,11 +414,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Make the model compute with theta + sigma * eps of this member, whichever was in place before. `restore` ends
         it; `perturbed` and `evaluate` do so by themselves."""
         if member not in self.ask():
-            raise ValueError(f"member must be in 0..{self.population - 1}, not {member}")
+            raise UserError(f"member must be in 0..{self.population - 1}, not {member}")
         sign = -1.0 if self.antithetic and member % 2 else 1.0
         for group in self.param_groups:
             if not math.isfinite(as_f32(group["sigma"])):
-                raise ValueError(f"sigma must be a number that float32 holds, not {group['sigma']}")
+                raise UserError(f"sigma must be a number that float32 holds, not {group['sigma']}")
         wanted = [(self._noise_seed(self.generation, member), sign * group["sigma"]) for group in self.param_groups]
         self._refuse_changed()
         if wanted == [weights.inside for weights in self._weights]:
@@ -602,10 +603,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
-            raise ValueError("this is no state of an EvolutionStrategy: it has no entry 'es'")
+            raise UserError("this is no state of an EvolutionStrategy: it has no entry 'es'")
         for key, here in (("noise_version", es_kernels.noise.VERSION), ("base", self.base)):
             if saved[key] != here:
-                raise ValueError(f"the saved state has {key} {saved[key]!r}, this optimizer {here!r}")
+                raise UserError(f"the saved state has {key} {saved[key]!r}, this optimizer {here!r}")
         mine = self.state_dict()["es"]
         for kind in ("theta", "anchor"):
             described = [{name: (t.dtype, tuple(t.shape)) for name, t in es[kind].items()} for es in (saved, mine)]
@@ -615,7 +616,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                     for name in described[0].keys() | described[1].keys()
                     if described[0].get(name) != described[1].get(name)
                 )
-                raise ValueError(
+                raise UserError(
                     f"the saved {kind} and this optimizer's differ in {len(different)} tensor(s), e.g. {different[0]!r}"
                 )
             for name, tensor in mine[kind].items():
@@ -729,7 +730,7 @@ class _Weights:
         """ValueError unless theta can hold what is in live."""
         for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors):
             if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
-                raise ValueError(
+                raise UserError(
                     f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} "
                     f"{tuple(theta.shape)}, cannot hold: "
                     "make a new EvolutionStrategy"
@@ -801,12 +802,12 @@ def _finite(reward: Any, member: int) -> float:
     try:
         value = float(reward)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
-        raise ValueError(f"the reward of member {member} must be one number, not {reward!r}") from None
+        raise UserError(f"the reward of member {member} must be one number, not {reward!r}") from None
     if not abs(value) <= LARGEST:
         problem = (
             "a member that failed must be declared dropped"
             if not math.isfinite(value)
             else f"its size must be at most {LARGEST:g}"
         )
-        raise ValueError(f"the reward of member {member} is {value}; {problem}")
+        raise UserError(f"the reward of member {member} is {value}; {problem}")
     return value

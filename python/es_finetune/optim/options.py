@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from es_finetune.errors import UserError
 from es_kernels.noise import u64
 
 COUNT = 2**32 - 1  # members and generations are 32-bit words of the counter that member seeds come from
@@ -21,11 +22,11 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+        raise UserError(f"{name} must be a whole number, not {value!r}") from None
     if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, not {number}")
+        raise UserError(f"{name} must be at least {least}, not {number}")
     if most is not None and number > most:
-        raise ValueError(f"{name} must be at most {most}, not {number}")
+        raise UserError(f"{name} must be at most {most}, not {number}")
     return number
 
 
@@ -35,7 +36,7 @@ def seed64(name: str, value: Any) -> int:
     try:
         u64(number)
     except ValueError:
-        raise ValueError(f"{name} must be a whole number of 64 bits, at most 2^64 - 1, not {number}") from None
+        raise UserError(f"{name} must be a whole number of 64 bits, at most 2^64 - 1, not {number}") from None
     return number
 
 
@@ -46,9 +47,9 @@ def finite(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
-        raise ValueError(f"{name} must be a number, not {value!r}") from None
+        raise UserError(f"{name} must be a number, not {value!r}") from None
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, not {number}")
+        raise UserError(f"{name} must be a finite number, not {number}")
     return number
 
 
@@ -56,9 +57,9 @@ def f32_positive(name: str, value: Any) -> float:
     """A positive number that is one in float32 too, in which the kernels compute: neither 0 nor infinite."""
     number = finite(name, value)
     if number <= 0:
-        raise ValueError(f"{name} must be a positive number, not {number}")
+        raise UserError(f"{name} must be a positive number, not {number}")
     if not 0 < as_f32(number) < math.inf:
-        raise ValueError(f"{name} must be a number that float32 holds, 1.4e-45 to 3.4e38, not {number}")
+        raise UserError(f"{name} must be a number that float32 holds, 1.4e-45 to 3.4e38, not {number}")
     return number
 
 
@@ -66,7 +67,7 @@ def f32_or_zero(name: str, value: Any) -> float:
     """0, or as `f32_positive`."""
     number = finite(name, value)
     if number < 0:
-        raise ValueError(f"{name} must be a number >= 0, not {number}")
+        raise UserError(f"{name} must be a number >= 0, not {number}")
     return f32_positive(name, number) if number else 0.0
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from es_finetune.errors import UserError
+
 # Sums of z-scores that should cancel leave about 1e-16 * prompts; divided by their own std it would make a step of full
 # size.
 _ROUNDING = 1e-9
@@ -53,7 +55,7 @@ def per_prompt(rewards: Sequence[Sequence[float] | None]) -> tuple[float, ...] |
     prompts = {len(reward): member for member, reward in scored.items()}
     if len(prompts) > 1:
         (one, a), (other, b) = list(prompts.items())[:2]
-        raise ValueError(
+        raise UserError(
             f"member {a} has {one} rewards and member {b} has {other}: all members need one for each of the same "
             "prompts"
         )

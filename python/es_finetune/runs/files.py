@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from es_finetune.errors import UserError
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside `path`, reach the disk, then take its name. OSError leaves what `path` held before."""
@@ -50,7 +52,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
         elif any(later.strip() for later in lines[index + 1 :]):
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged in line {index + 1}, which is not the last: it is no JSON object; remove that line"
             )
     return rows
@@ -61,7 +63,7 @@ def generation_rows(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         if type(row.get("generation")) is not int:
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged in row {number}: it does not say of which generation it is; remove that row"
             )
     return rows

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from es_finetune.config import FREE, TrainConfig
+from es_finetune.errors import UserError
 from es_finetune.runs.log import is_begun, read_log
 from es_finetune.runs.replay import config_of
 
@@ -30,10 +31,10 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
     """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced. Changes
     nothing."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file: give a folder")
+        raise UserError(f"output {folder} is a file: give a folder")
     if is_begun(folder / "run.log"):
         if not (config.resume or config.overwrite):
-            raise ValueError(
+            raise UserError(
                 f"output {folder} holds a run: --resume continues it, --overwrite replaces it, --output gives another "
                 "folder"
             )
@@ -43,12 +44,12 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
             if path and folder.resolve() in Path(path).resolve().parents
         ]
         if config.overwrite and inside:
-            raise ValueError(f"--overwrite would remove {inside[0]}, which the run needs: give another --output")
+            raise UserError(f"--overwrite would remove {inside[0]}, which the run needs: give another --output")
         if config.resume:
             header, generations = read_log(folder / "run.log")
             _refuse_other(config, config_of(header, folder), len(generations))
     elif config.resume:
-        raise ValueError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
+        raise UserError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
     else:
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         # Names alone do not make a run: only the log that it had begun to write excuses what else is there.
@@ -56,7 +57,7 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
         torn = log.is_file() and log.read_bytes()[:8] in (b"", b'{"run": ')
         foreign = [name for name in names if not (torn and is_ours(name))]
         if foreign:
-            raise ValueError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
+            raise UserError(f"output {folder} holds {foreign[0]}, which is no part of a run: give another folder")
 
 
 def inherit(config: TrainConfig) -> None:
@@ -75,7 +76,7 @@ def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
             continue
         if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
             continue  # only then does the number of generations decide nothing before its end
-        raise ValueError(
+        raise UserError(
             f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another "
             "folder"
         )

@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from es_finetune.errors import UserError
+
 FORMAT = 1
 _SEAL = ', "crc": "%08x"}\n'
 _SEAL_LENGTH = len(_SEAL % 0)
@@ -92,7 +94,7 @@ class SealedLines:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"{path} is being written by another process or Trainer: wait for it, close() it, or give another "
                 "output folder"
             ) from None
@@ -127,7 +129,7 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
     try:
         lines, _ = _read(path, strict=True)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return parse_log(path, lines)
 
 
@@ -140,16 +142,16 @@ def read_journals(folder: Path) -> list[dict[str, Any]]:
 def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:
     """The lines of a run.log as header and generations."""
     if not lines or lines[0].get("run") != FORMAT:
-        raise ValueError(f"{path} is no log of a run (format {FORMAT})")
+        raise UserError(f"{path} is no log of a run (format {FORMAT})")
     generations = []
     for number, line in enumerate(lines[1:], 2):
         try:
             generations.append(Generation.from_json(line))
         except (KeyError, TypeError, ValueError):
             what = "a second header" if "run" in line else "no generation"
-            raise ValueError(f"{path} is damaged in line {number}, which is {what}: remove that line") from None
+            raise UserError(f"{path} is damaged in line {number}, which is {what}: remove that line") from None
     if [g.generation for g in generations] != list(range(len(generations))):
-        raise ValueError(f"{path} is damaged: its generations are not 0, 1, 2, ...")
+        raise UserError(f"{path} is damaged: its generations are not 0, 1, 2, ...")
     return lines[0], generations
 
 
@@ -158,7 +160,7 @@ def sealed(line: dict[str, Any]) -> bytes:
     try:
         body = json.dumps(line, allow_nan=False)[:-1].encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"a line of the log can only hold JSON: {error}") from None
+        raise UserError(f"a line of the log can only hold JSON: {error}") from None
     return body + (_SEAL % zlib.crc32(body)).encode()
 
 
@@ -179,14 +181,14 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
         if not end or line != body + (_SEAL % zlib.crc32(body)).encode():
             if strict and end:
                 if not lines and not line.startswith(b'{"run": '):
-                    raise ValueError(f"{path} is no log of a run (format {FORMAT})")
+                    raise UserError(f"{path} is no log of a run (format {FORMAT})")
                 last = lines and end == len(data)
                 remedy = (
                     "remove that line, and the run goes on from the one before"
                     if last
                     else "to begin the run anew, remove the file"
                 )
-                raise ValueError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {remedy}")
+                raise UserError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {remedy}")
             break
         lines.append(json.loads(line))
         at = end

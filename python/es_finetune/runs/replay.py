@@ -11,6 +11,7 @@ import torch
 
 import es_kernels
 from es_finetune.config import TrainConfig, model_options
+from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import has_plain_memory, named_segments
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
@@ -48,7 +49,7 @@ def rebuild(
     """
     header, generations = read_log(Path(run) / "run.log")
     if generation is not None and generation > len(generations):
-        raise ValueError(f"{run} has {len(generations)} generations, not {generation}")
+        raise UserError(f"{run} has {len(generations)} generations, not {generation}")
     config = config_of(header, run)
     loaded, tokenizer, entries = _load_start(header, model or config.model, device, config)
     optimizer = make_optimizer(entries, config)
@@ -74,7 +75,7 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
     try:
         return TrainConfig(**header["config"])
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"{run} was written by es_finetune {header['es_finetune']}, whose configs differ: {error}"
         ) from None
 
@@ -100,17 +101,17 @@ def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None
     """ValueError unless the log's first update was made on weights that started as `here` says (start_of) and with this
     noise."""
     if header["noise_version"] != here["noise_version"]:
-        raise ValueError(
+        raise UserError(
             f"the run was made with noise version {header['noise_version']}, this es_kernels has version "
             f"{here['noise_version']}"
         )
     if header["base_fingerprint"] != here["base_fingerprint"]:
-        raise ValueError(
+        raise UserError(
             f"model {name} is not the one the run began with: its fingerprint is {here['base_fingerprint']}, the log "
             f"says {header['base_fingerprint']}"
         )
     if header["theta"] != here["theta"]:
-        raise ValueError(
+        raise UserError(
             f"the parameters to tune are not those of the run: their fingerprint is {here['theta']}, the log says "
             f"{header['theta']}"
         )
@@ -130,7 +131,7 @@ def fast_forward(
         optimizer.replay(Update(generation.generation, generation.reward, generation.scored, generation.z))
         found = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
         if found != (generation.theta, generation.live):
-            raise ValueError(
+            raise UserError(
                 f"generation {generation.generation}: theta and live have the fingerprints {found[0]:016x} and "
                 f"{found[1]:016x}, "
                 f"the log says {generation.theta:016x} and {generation.live:016x}"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 from es_finetune.config import TrainConfig, optimizer_options, own_sigmas
+from es_finetune.errors import UserError
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 
 
@@ -32,7 +33,7 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
             whole = fnmatch.fnmatchcase(name, pattern)
             if found and len(found) < len(parts) and not whole:
                 other = next(part for part in parts if part not in found)
-                raise ValueError(
+                raise UserError(
                     f"the pattern {pattern!r} fits {found[0]!r} but not {other!r}, which are one parameter in memory, "
                     f"{name!r}: "
                     "give a pattern that fits all of it"
@@ -48,11 +49,11 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
         if tuned and not frozen:
             groups.setdefault(sigmas[0] if sigmas else config.sigma, []).append(entry)
     if unused:
-        raise ValueError(
+        raise UserError(
             f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {name!r}"
         )
     if not groups:
-        raise ValueError("tune and freeze leave no parameter to tune")
+        raise UserError("tune and freeze leave no parameter to tune")
     return EvolutionStrategy(
         [{"params": entries, "sigma": sigma, "initial_sigma": sigma} for sigma, entries in groups.items()],
         **optimizer_options(config),

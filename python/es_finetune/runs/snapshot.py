@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from es_finetune.errors import UserError
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.log import Generation
 
@@ -49,7 +50,7 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
 
     for path in folder.glob("theta-*.safetensors"):
         if not _NAME.fullmatch(path.name):
-            raise ValueError(
+            raise UserError(
                 f"{path} does not say of which generation it is, as theta-000100.safetensors does: rename it, or move "
                 "it away"
             )
@@ -63,14 +64,14 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
         try:
             theta = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{damaged} ({error})") from error
+            raise UserError(f"{damaged} ({error})") from error
         state["es"] = {**state["es"], "theta": theta, "generation": done, "history": history}
         optimizer.load_state_dict(state)
         if (optimizer.fingerprint("theta"), optimizer.fingerprint("live")) != (
             generations[done - 1].theta,
             generations[done - 1].live,
         ):
-            raise ValueError(f"{damaged} (its fingerprint is not that of generation {done - 1} in the log)")
+            raise UserError(f"{damaged} (its fingerprint is not that of generation {done - 1} in the log)")
         return done
     return 0
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from es_finetune.errors import did_you_mean
+from es_finetune.errors import UserError, did_you_mean
 
 
 class Item(NamedTuple):
@@ -93,13 +93,13 @@ def load_task(
     is none, a package that is not installed, and splits that overlap.
     """
     if not (math.isfinite(time_limit) and time_limit > 0):
-        raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
+        raise UserError(f"time_limit is {time_limit}; it must be a positive number of seconds")
     if not 0 < test_share < 1:
-        raise ValueError(f"test_share is {test_share}; it must lie between 0 and 1")
+        raise UserError(f"test_share is {test_share}; it must lie between 0 and 1")
     if reward is not None and name != "custom":
-        raise ValueError(f"task {name!r} has a reward of its own; reward is for the task 'custom'")
+        raise UserError(f"task {name!r} has a reward of its own; reward is for the task 'custom'")
     if (data is not None or test_data is not None) and name not in ("custom", "math"):
-        raise ValueError(
+        raise UserError(
             f"task {name!r} makes its own questions; data and test_data are for the tasks 'math' and 'custom'"
         )
 
@@ -128,7 +128,7 @@ def load_task(
 
         task = Custom(data, reward, test_data, time_limit, test_share)
     else:
-        raise ValueError(
+        raise UserError(
             "unknown task "
             f"{name!r}{did_you_mean(name.partition(':')[0], NAMES) or '; choose one of: ' + ', '.join(NAMES)}"
         )
@@ -141,6 +141,6 @@ def check_disjoint(task: Task) -> None:
     shared = {item.key for item in task.train} & {item.key for item in task.test}
     if shared:
         example = str(min(shared, key=str))
-        raise ValueError(
+        raise UserError(
             f"task {task.name!r}: {len(shared)} question(s) are both in train and in test, e.g. {example[:200]}"
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from es_finetune.errors import UserError
 from es_finetune.tasks import Data, Item, Score
 from es_finetune.tasks.reward_process import (
     RewardError,
@@ -56,7 +57,7 @@ class Custom:
         share: float,
     ):
         if data is None or reward is None:
-            raise ValueError(
+            raise UserError(
                 "the task 'custom' needs data (a .jsonl file or dicts) and a reward (module:function, file.py:function "
                 "or a callable)"
             )
@@ -68,7 +69,7 @@ class Custom:
         else:
             ranked = sorted({item.key for item in records}, key=lambda key: hashlib.blake2b(key.encode()).digest())
             if len(ranked) < MIN_PROMPTS:
-                raise ValueError(
+                raise UserError(
                     f"data has {len(ranked)} different prompts, too few to hold some out; give at least {MIN_PROMPTS}, "
                     "or test_data"
                 )
@@ -76,12 +77,12 @@ class Custom:
             self.train = [item for item in records if item.key not in held_out]
             self.test = [item for item in records if item.key in held_out]
             if not self.train:
-                raise ValueError(f"test_share {share} holds out all {len(ranked)} prompts; lower it")
+                raise UserError(f"test_share {share} holds out all {len(ranked)} prompts; lower it")
         self._reward, floor, self._label, self.code_digest = _load(reward, seconds)
         try:
             self.floor = None if floor is None else number(floor, "its floor")
         except ValueError as error:
-            raise ValueError(f"reward {self._label}: {error}") from None
+            raise UserError(f"reward {self._label}: {error}") from None
         self._probe()
 
     def _items(self, source: Data, what: str, in_process: bool) -> list[Item]:
@@ -96,14 +97,14 @@ class Custom:
             count += 1
             where = f"{name}, line {place}" if isinstance(source, (str, Path)) else f"{name}[{place}]"
             if not isinstance(record, Mapping) or not all(isinstance(field, str) for field in record):
-                raise ValueError(f"{where}: not an object with named fields but {type(record).__name__}")
+                raise UserError(f"{where}: not an object with named fields but {type(record).__name__}")
             record = dict(record)
             prompt = _prompt(record, where)
             if not in_process:
                 try:
                     json.dumps(record)
                 except (TypeError, ValueError, RecursionError) as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{where}: a reward in a process of its own takes records that are JSON: {one_line(error)}"
                     ) from None
             same = repr(sorted(record.items(), key=lambda field: field[0]))
@@ -111,7 +112,7 @@ class Custom:
                 seen.add(same)
                 items.append(Item(prompt, json.dumps(prompt, sort_keys=True), record, where))
         if not items:
-            raise ValueError(f"{name} holds no record")
+            raise UserError(f"{name} holds no record")
         if count > len(items):
             self.notes.append(f"{name}: {count - len(items)} of {count} records left out, for they are there already")
         return items
@@ -123,7 +124,7 @@ class Custom:
             value = self._reward("", dict(self.train[0].data))
             parts(value)
         except WrongType as error:
-            raise ValueError(
+            raise UserError(
                 f"reward {self._label}, tried on the first record and an empty completion: {error}"
             ) from None
         except (Exception, SystemExit):
@@ -158,14 +159,14 @@ def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any,
         process = RewardProcess(reward, seconds)
         return process, process.attributes["floor"], f"{reward.rpartition(':')[2]}()", process.attributes["code"]
     if not callable(reward):
-        raise ValueError(
+        raise UserError(
             f"the reward is of type {type(reward).__name__}; give a callable, module:function or file.py:function"
         )
     label = f"{getattr(reward, '__name__', type(reward).__name__)}()"
     try:
         check_signature(reward)
     except ValueError as error:
-        raise ValueError(f"reward {label}: {error}") from None
+        raise UserError(f"reward {label}: {error}") from None
     return reward, getattr(reward, "floor", None), label, None
 
 
@@ -175,15 +176,15 @@ def _read(path: Path):
         # Splitlines() also cuts at characters that a JSON text may hold
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise ValueError(f"data {str(path)!r} cannot be read: {error.strerror}") from None
+        raise UserError(f"data {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"data {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise UserError(f"data {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}") from None
     for place, line in enumerate(lines, 1):
         if line.strip():
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {place}: not JSON: {one_line(error)}") from None
+                raise UserError(f"{path}, line {place}: not JSON: {one_line(error)}") from None
             yield place, value
 
 
@@ -191,20 +192,20 @@ def _iterate(source: Any, what: str):
     try:
         return iter(source)
     except TypeError:
-        raise ValueError(f"{what} is of type {type(source).__name__}; give a .jsonl file or a list of dicts") from None
+        raise UserError(f"{what} is of type {type(source).__name__}; give a .jsonl file or a list of dicts") from None
 
 
 def _prompt(record: dict[str, Any], where: str) -> str | tuple[dict, ...]:
     if "prompt" not in record:
         fields = ", ".join(record) or "none"
-        raise ValueError(f"{where}: no field 'prompt'; its fields are {fields[:100]}")
+        raise UserError(f"{where}: no field 'prompt'; its fields are {fields[:100]}")
     prompt = record["prompt"]
     if isinstance(prompt, (list, tuple)):
         if not prompt or not all(
             isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in prompt
         ):
-            raise ValueError(
+            raise UserError(
                 f"{where}: a prompt of chat messages is a list of objects, each with the texts 'role' and 'content'"
             )
         prompt = tuple(dict(message) for message in prompt)
@@ -212,11 +213,11 @@ def _prompt(record: dict[str, Any], where: str) -> str | tuple[dict, ...]:
     elif isinstance(prompt, str) and prompt:
         texts = [prompt]
     else:
-        raise ValueError(
+        raise UserError(
             f"{where}: the prompt is {prompt!r:.40}; it must be text that is not empty, or a list of chat messages"
         )
     if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-        raise ValueError(f"{where}: the prompt holds half of a surrogate pair, which is no text")
+        raise UserError(f"{where}: the prompt holds half of a surrogate pair, which is no text")
     return prompt
 
 

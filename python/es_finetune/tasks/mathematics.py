@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from es_finetune.errors import require
+from es_finetune.errors import UserError, require
 from es_finetune.tasks import Data, Item, Score
 from es_finetune.tasks.extract import last_boxed
 from es_finetune.tasks.reward_process import RewardError, RewardProcess
@@ -55,7 +55,7 @@ class Mathematics:
             )
             problem = row[columns[0]] if columns else None
             if not isinstance(problem, str):
-                raise ValueError(
+                raise UserError(
                     f"{name}, row {number}: no problem; math reads the columns problem (or question) and answer (or "
                     "solution)"
                 )
@@ -82,7 +82,7 @@ class Mathematics:
                 self.notes.append(f"{name}: {count} of {number} rows left out, {why}")
         if not items:
             reasons = "; ".join(note for note in self.notes if note.startswith(name))
-            raise ValueError(f"{name}: no problem to {split} on" + (f" ({reasons})" if reasons else ", it is empty"))
+            raise UserError(f"{name}: no problem to {split} on" + (f" ({reasons})" if reasons else ", it is empty"))
         return list(items.values())
 
     def score(self, item: Item, completion: str) -> Score:
@@ -139,7 +139,7 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
     try:
         if path.suffix in _FORMATS:
             if not path.is_file():
-                raise ValueError("there is no such file")
+                raise UserError("there is no such file")
             # Streaming reads the file itself and leaves no copy of it in a cache.
             return list(
                 datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
@@ -150,12 +150,12 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
             loaded = datasets.load_dataset(str(source), streaming=path.is_dir())
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        raise ValueError(f"{split} data {str(source)!r} cannot be loaded: {text}") from None
+        raise UserError(f"{split} data {str(source)!r} cannot be loaded: {text}") from None
     if isinstance(loaded, dict):
         names = list(loaded)
         chosen = split if split in loaded else names[0] if len(names) == 1 else None
         if chosen is None:
-            raise ValueError(
+            raise UserError(
                 f"{split} data {str(source)!r} has the splits {', '.join(names)}, and none is called {split}"
             )
         loaded = loaded[chosen]

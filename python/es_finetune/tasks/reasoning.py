@@ -7,7 +7,7 @@ import difflib
 import random
 from pathlib import Path
 
-from es_finetune.errors import require
+from es_finetune.errors import UserError, require
 from es_finetune.tasks import Item, Score
 from es_finetune.tasks.extract import last_block
 from es_finetune.tasks.reward_process import RewardError, RewardProcess, number
@@ -40,15 +40,15 @@ class Reasoning:
         try:
             made = self._process(name, {"seed": stream, "count": TRAIN + TEST})
         except RewardError as error:
-            raise ValueError(f"task {self.name!r}: its questions cannot be made: {error}") from None
+            raise UserError(f"task {self.name!r}: its questions cannot be made: {error}") from None
         self._process.seconds = seconds
         if "unknown" in made:
             close = difflib.get_close_matches(name, made["unknown"], n=5, cutoff=0.4)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise ValueError(f"reasoning-gym has no dataset {name!r}{hint}")
+            raise UserError(f"reasoning-gym has no dataset {name!r}{hint}")
         questions = made["questions"]
         if len(questions) < 10:
-            raise ValueError(
+            raise UserError(
                 f"task {self.name!r}: only {len(questions)} different questions, too few to train and test on"
             )
         train = min(TRAIN, len(questions) * TRAIN // (TRAIN + TEST))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from es_finetune.config import TrainConfig
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.tasks import Task
@@ -50,7 +51,7 @@ class Workers(Protocol):
 def require_shared_master(config: TrainConfig) -> None:
     """ValueError for weights that are a worker's own."""
     if config.base == "none":
-        raise ValueError(
+        raise UserError(
             "base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or "
             "host"
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import TrainConfig
-from es_finetune.errors import require
+from es_finetune.errors import UserError, require
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.models.load import first_line
 from es_finetune.monitor.rows import Row
@@ -196,7 +196,7 @@ class RayPool:
         folder = folder.resolve()
         self._spread(Dispatch([0]), lambda slot, _: slot.actor.save_model.remote(folder), lambda *_: None)
         if not folder.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"the model was written to {folder} on another machine of the cluster: use a shared folder, or "
                 "--save_model false and es-finetune export, "
                 "which needs the log alone"
@@ -349,7 +349,7 @@ def _connect(ray) -> bool:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR")
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"the Ray cluster {address or 'of this machine'} cannot be reached: {first_line(error)}"
         ) from None
     return True
@@ -361,12 +361,10 @@ def _capacity(ray, config: TrainConfig) -> tuple[int, int]:
     gpus = config.tensor_parallel if have.get("GPU") and config.device != "cpu" else 0
     count = config.ray_workers or int(have.get("GPU", 0)) // config.tensor_parallel
     if not count:
-        raise ValueError(
-            "the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs"
-        )
+        raise UserError("the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs")
     for what, needed in (("GPU", gpus * count), ("CPU", count)):
         if needed > have.get(what, 0):
-            raise ValueError(
+            raise UserError(
                 f"{count} workers need {needed} {what}s, and the Ray cluster has {have.get(what, 0):g}: lower "
                 "--ray_workers, or add machines"
             )

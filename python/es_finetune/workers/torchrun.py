@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from es_finetune.config import FREE, TrainConfig, recorded_options
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
@@ -53,7 +54,7 @@ def for_this_rank(config: TrainConfig) -> TrainConfig:
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         rank = int(os.environ["LOCAL_RANK"])
         if rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
                 f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node"
             )

@@ -16,6 +16,7 @@ from typing import Any
 import es_kernels
 from es_finetune.config import CUSTOM_PROMPTS, TrainConfig, model_options
 from es_finetune.engines import Replica
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator
 from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
 from es_finetune.models.load import dtype_of, freeze_towers, load_model, pick_device, save_model
@@ -134,11 +135,11 @@ def check_task(task: Task, config: TrainConfig) -> Task:
     here."""
     for split in ("train", "test"):
         if not getattr(task, split):
-            raise ValueError(f"task {config.task} has no {split} items")
+            raise UserError(f"task {config.task} has no {split} items")
     if config.prompts is None:
         config.prompts = CUSTOM_PROMPTS if len(task.train) > CUSTOM_PROMPTS else 0
     if config.prompts > len(task.train):
-        raise ValueError(
+        raise UserError(
             f"prompts must be at most {len(task.train)}, the training prompts of {config.task}, not {config.prompts}"
         )
     return task
@@ -191,12 +192,12 @@ def update_of(
 
 def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
     if (model is None) != (tokenizer is None):
-        raise ValueError("give model and tokenizer together, or neither to load the config's")
+        raise UserError("give model and tokenizer together, or neither to load the config's")
     if config.engine == "vllm":
         from es_finetune.workers.vllm.engine import load
 
         if model is not None:
-            raise ValueError("engine vllm loads the model by itself: name it in the config")
+            raise UserError("engine vllm loads the model by itself: name it in the config")
         return load(config, task)
     if model is None:
         model, tokenizer, identity = load_model(

@@ -17,6 +17,7 @@ import torch
 from es_finetune.config import TrainConfig
 from es_finetune.engines import Answer, Replica
 from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize, vocabulary_of
+from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import encoded
 from es_finetune.models.load import empty_model, first_line, path_of, save_model
 from es_finetune.tasks import Task
@@ -79,7 +80,7 @@ class VllmEngine:
             # Not by torch, which would begin to use the GPU in this process
             free = current_platform.get_device_total_memory() * _UTILISATION
             if theta >= free:
-                raise ValueError(
+                raise UserError(
                     f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy "
                     "or host, or more --tensor_parallel"
                 )
@@ -96,7 +97,7 @@ class VllmEngine:
                 **options,
             )
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-            raise ValueError(
+            raise UserError(
                 f"vLLM could not load {config.model}: {first_line(error)}; what it said stands above"
             ) from error
 
@@ -131,7 +132,7 @@ class RemoteWeights:
         }
         if wrong:
             name, count = next(iter(wrong.items()))
-            raise ValueError(
+            raise UserError(
                 f"{len(wrong)} tensor(s) of the checkpoint are not wholly in vLLM's parameters, e.g. {name}: {count} "
                 f"of {math.prod(shapes[name])} elements; "
                 "use --engine hf for this model"
@@ -201,21 +202,21 @@ class RemoteWeights:
         for rank, of_worker in enumerate(found):
             if isinstance(of_worker, dict) and "error" in of_worker:
                 where = f"vLLM's worker {rank}: " if len(found) > 1 else ""
-                raise ValueError(f"{where}{of_worker['error']}")
+                raise UserError(f"{where}{of_worker['error']}")
         return found
 
 
 def _refuse(config: TrainConfig) -> None:
     """What goes with transformers only, or not with weights in other processes."""
     if config.base == "none":
-        raise ValueError("base 'none' is for engine hf: over vLLM choose fp32, copy or host")
+        raise UserError("base 'none' is for engine hf: over vLLM choose fp32, copy or host")
     if config.lora_rank:
-        raise ValueError(
+        raise UserError(
             "vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out "
             "lora_rank, or use --engine hf"
         )
     if config.tensor_parallel > 1 and config.snapshot_every:
-        raise ValueError(
+        raise UserError(
             "snapshots are of whole weights, which no worker of --tensor_parallel has: leave out snapshot_every, the "
             "log is enough"
         )
@@ -225,7 +226,7 @@ def _vllm():
     try:
         import vllm
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md"
         ) from None
     return vllm

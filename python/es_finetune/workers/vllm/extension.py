@@ -30,6 +30,7 @@ from vllm.platforms import current_platform
 
 import es_kernels
 from es_finetune.config import TrainConfig
+from es_finetune.errors import UserError
 from es_finetune.workers.weights import Weights
 
 if current_platform.is_cpu():
@@ -80,12 +81,12 @@ def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
                 continue
             seen.add(id(parameter))
             if not parameter.numel():
-                raise ValueError(
+                raise UserError(
                     f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be "
                     "perturbed: turn that off"
                 )
             if parameter.dtype not in es_kernels.table.DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of "
                     "bfloat16, float16 or float32"
                 )
@@ -104,13 +105,13 @@ def _parts(
 
     if isinstance(layer, LinearBase):
         if not isinstance(layer.quant_method, UnquantizedLinearMethod):
-            raise ValueError(
+            raise UserError(
                 f"{prefix} is quantised ({type(layer.quant_method).__name__}), and such weights cannot be perturbed: "
                 "give the unquantised model"
             )
         expected = {"weight": 2, "bias": 1}
         if kind not in expected or tensor.ndim != expected[kind]:
-            raise ValueError(
+            raise UserError(
                 f"{whole} has a layout of vLLM's own ({type(layer).__name__}, shape {tuple(tensor.shape)}), which "
                 "cannot be perturbed"
             )
@@ -136,7 +137,7 @@ def _parts(
     elif isinstance(layer, VocabParallelEmbedding):
         found = layer.shard_indices
         if found.num_added_elements:
-            raise ValueError(
+            raise UserError(
                 f"{prefix} has tokens added by vLLM, which the checkpoint does not have: load the model without them"
             )
         yield rows(whole, 0, found.num_org_elements, found.org_vocab_start_index)
@@ -145,7 +146,7 @@ def _parts(
         and not isinstance(layer, (ReplicatedLinear, RowParallelLinear))
         or "expert" in whole
     ):
-        raise ValueError(
+        raise UserError(
             f"how vLLM lays out {whole} ({type(layer).__name__}) is not known here: use --engine hf for this model"
         )
     else:
@@ -164,12 +165,12 @@ class Extension:
             self.es_parts = list(parts_of(self.get_model(), rank))
             for part in self.es_parts:
                 if part.name not in shapes:
-                    raise ValueError(
+                    raise UserError(
                         f"vLLM has a parameter {part.name} that the checkpoint has not: use --engine hf for this model"
                     )
                 last = part.first + (part.shape[0] - 1) * part.index_stride + part.shape[1]
                 if last > math.prod(shapes[part.name]):
-                    raise ValueError(
+                    raise UserError(
                         f"{part.name} has {tuple(part.tensor.shape)} elements in vLLM, and {shapes[part.name]} in the "
                         "checkpoint"
                     )
