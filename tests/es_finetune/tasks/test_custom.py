@@ -325,7 +325,7 @@ def test_a_failure_in_this_process(error):
         score.reward is None
         and type(error).__name__ in score.error
         and "reward()" in score.error
-        and "(test_data.py:" in score.error
+        and "(test_custom.py:" in score.error
     )
 
 
