@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from es_finetune.engines.hf import DECODINGS
+from es_finetune.engines import DECODINGS
 from es_finetune.errors import UserError, did_you_mean
-from es_finetune.models.load import WEIGHT_DTYPES
+from es_finetune.models import WEIGHT_DTYPES
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.optim.options import COUNT, f32_positive, finite, seed64, whole
 from es_finetune.tasks import NAMES

@@ -6,7 +6,8 @@ them; perturbing in place keeps captured graphs valid (an engine that has answer
 
 import pytest
 from es_finetune import EvolutionStrategy, TrainConfig, Trainer
-from es_finetune.engines.hf import DECODINGS, HFEngine
+from es_finetune.engines import DECODINGS
+from es_finetune.engines.hf import HFEngine
 from es_finetune.models.load import load_model
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+DECODINGS = ("dynamic", "static", "continuous")  # of hf.HFEngine; here, for a check of options loads no engine
+
 
 class Answer(NamedTuple):
     """What a model wrote: `ids` are the new tokens without padding, with the end token if it came; `text` leaves

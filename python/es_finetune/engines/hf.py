@@ -11,13 +11,12 @@ from contextlib import contextmanager
 
 import torch
 
-from es_finetune.engines import Answer
+from es_finetune.engines import DECODINGS, Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
 from es_finetune.models.load import first_line
 
-DECODINGS = ("dynamic", "static", "continuous")
 # Static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
 _CACHE_STEP = 128
 _LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in float32

@@ -20,6 +20,7 @@ import torch
 
 import es_kernels
 from es_finetune.errors import UserError, did_you_mean, require
+from es_finetune.models import WEIGHT_DTYPES
 from es_finetune.models.checkpoint_names import (
     adapter_names,
     base_of,
@@ -31,7 +32,6 @@ from es_finetune.models.checkpoint_names import (
 from es_kernels.table import DTYPES
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
-WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MIXED = "mixed_dtypes"  # key of a config.json: the files hold tensors of several dtypes, each to be loaded as it is
 # Share of the largest logit: 1/16 of what bfloat16 rounds. In float32 a right merge is off by about 1e-6; wrong ones
 # were by 1e-3 (Jamba) and more.

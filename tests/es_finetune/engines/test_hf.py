@@ -25,8 +25,8 @@ import pytest
 import torch
 import transformers
 from es_finetune import EvolutionStrategy
-from es_finetune.engines import Answer, hf
-from es_finetune.engines.hf import DECODINGS, HFEngine
+from es_finetune.engines import DECODINGS, Answer, hf
+from es_finetune.engines.hf import HFEngine
 from es_finetune.engines.prompts import tokenize
 from es_finetune.tasks import load_task
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
