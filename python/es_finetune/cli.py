@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shlex
 import sys
@@ -235,7 +236,17 @@ def _parse(kind: type, arguments: list[str], command: str) -> Any:
         "report": " RUN",
     }.get(command, "")
     usage = f"es-finetune {command}{first} [flags]"
-    parser = HfArgumentParser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
+
+    class Parser(HfArgumentParser):
+        """Hands to argparse a field's help alone, not the rest of its metadata."""
+
+        @staticmethod
+        def _parse_dataclass_field(parser, field):
+            field = copy.copy(field)
+            field.metadata = {"help": field.metadata["help"]}
+            HfArgumentParser._parse_dataclass_field(parser, field)
+
+    parser = Parser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
     parser.error = _refuse  # instead of the usage of fifty flags
     _, unknown = parser.parse_known_args(arguments)  # looked at before the config, which might miss what was misspelt
     if unknown:

@@ -33,27 +33,20 @@ CUSTOM_PROMPTS = 128
 
 SCHEDULES = ("constant", "linear", "cosine")
 
-# Fields that may differ when a run is resumed: they decide where, how fast and how closely watched it runs, not what
-# the log holds, since equal scores give equal weights anywhere. The last four are known by fingerprint and digest.
-FREE = frozenset(
-    "output overwrite resume device threads batch_size decoding attn_implementation eval_every eval_items health_every "
-    "snapshot_every "
-    "save_model report_to time_limit on_reward_error engine tensor_parallel workers ray_workers straggler_limit "
-    "on_straggler "
-    "model data test_data reward".split()
-)
+
+# In a field's metadata: its help, and whether it is resumable. A resumable option may differ when a run goes on: it
+# decides where, how fast and how closely watched the run is, not what its log holds, since equal scores give equal
+# weights anywhere. Model, data and reward are resumable because the log knows them by fingerprint and digest.
+def _flag(help: str, default: Any = None, *, resumable: bool = False) -> Any:
+    return field(default=default, metadata={"help": help, "resumable": resumable})
 
 
-def _flag(help: str, default: Any = None):
-    return field(default=default, metadata={"help": help})
+def _list(help: str, *default: str, resumable: bool = False) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": help, "resumable": resumable})
 
 
-def _list(help: str, *default: str):
-    return field(default_factory=lambda: list(default), metadata={"help": help})
-
-
-def _preset(name: str, help: str):
-    return _flag(f"{help}; {DEMO[name]} with the embedded model, else {PAPER[name]}")
+def _preset(name: str, help: str, *, resumable: bool = False) -> Any:
+    return _flag(f"{help}; {DEMO[name]} with the embedded model, else {PAPER[name]}", resumable=resumable)
 
 
 @dataclass
@@ -65,16 +58,20 @@ class TaskConfig:
     )
     data: str | None = _flag(
         "training items: a .jsonl file with one object a line that has a prompt (custom), or a dataset's name or "
-        "folder (math)"
+        "folder (math)",
+        resumable=True,
     )
     test_data: str | None = _flag(
-        "held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)"
+        "held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)", resumable=True
     )
     reward: str | None = _flag(
-        "your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own"
+        "your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own",
+        resumable=True,
     )
     time_limit: float = _flag(
-        "seconds after which the scoring of one answer is stopped, where it runs in a process of its own", 5.0
+        "seconds after which the scoring of one answer is stopped, where it runs in a process of its own",
+        5.0,
+        resumable=True,
     )
     max_new_tokens: int | None = _flag("length of an answer; the task's own if not given")
 
@@ -83,19 +80,23 @@ class TaskConfig:
 class ModelConfig:
     """The model and where it computes."""
 
-    model: str | None = _flag("folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own")
+    model: str | None = _flag(
+        "folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own", resumable=True
+    )
     dtype: str = _flag("auto (as saved), float32, bfloat16 or float16", "auto")
     lora_rank: int = _flag("tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)
     pad_token: str | None = _flag("an existing token to pad with, for a tokenizer that has none")
-    batch_size: int | None = _preset("batch_size", "prompts per call of generate")
+    batch_size: int | None = _preset("batch_size", "prompts per call of generate", resumable=True)
     decoding: str = _flag(
-        "how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)", "dynamic"
+        "how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)",
+        "dynamic",
+        resumable=True,
     )
     attn_implementation: str | None = _flag(
-        "transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given"
+        "transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given", resumable=True
     )
-    threads: int | None = _preset("threads", "CPU threads; 0: torch's choice")
-    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
+    threads: int | None = _preset("threads", "CPU threads; 0: torch's choice", resumable=True)
+    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto", resumable=True)
 
 
 class Setup(ModelConfig, TaskConfig):
@@ -142,7 +143,7 @@ class TrainConfig(Setup):
     """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one,
     else the paper's (arXiv:2509.24372)."""
 
-    output: str | None = _flag("folder of the run; runs/TASK-MODEL if not given")
+    output: str | None = _flag("folder of the run; runs/TASK-MODEL if not given", resumable=True)
     generations: int | None = _preset("generations", "how many updates")
     population: int = _flag("members per generation", 30)
     sigma: float | None = _preset("sigma", "scale of the noise")
@@ -178,39 +179,48 @@ class TrainConfig(Setup):
     )
     seed: int = _flag("of the whole run", 0)
     eval_every: int | None = _preset(
-        "eval_every", "generations between evals on the held-out prompts; 0: only first and last"
+        "eval_every", "generations between evals on the held-out prompts; 0: only first and last", resumable=True
     )
-    eval_items: int = _flag("how many held-out prompts; 0: all", 0)
+    eval_items: int = _flag("how many held-out prompts; 0: all", 0, resumable=True)
     health_every: int = _flag(
         "generations between measurements of the realised noise and step and of the distance from the base model; 0: "
         "never",
         10,
+        resumable=True,
     )
     snapshot_every: int = _flag(
-        "generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough", 0
+        "generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough",
+        0,
+        resumable=True,
     )
-    save_model: bool = _flag("write the tuned model at the end", True)
-    report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard")
+    save_model: bool = _flag("write the tuned model at the end", True, resumable=True)
+    report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard", resumable=True)
     on_reward_error: str = _flag(
-        "floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor"
+        "floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor", resumable=True
     )
-    engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf")
-    tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1)
+    engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf", resumable=True)
+    tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1, resumable=True)
     workers: str = _flag(
         "alone, or ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag",
         "alone",
+        resumable=True,
     )
-    ray_workers: int = _flag("how many actors; 0: one for each GPU of the cluster", 0)
+    ray_workers: int = _flag("how many actors; 0: one for each GPU of the cluster", 0, resumable=True)
     straggler_limit: float = _flag(
-        "seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait", 0.0
+        "seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait",
+        0.0,
+        resumable=True,
     )
-    on_straggler: str = _flag("reissue, or drop: then the member is left out of its generation", "reissue")
+    on_straggler: str = _flag(
+        "reissue, or drop: then the member is left out of its generation", "reissue", resumable=True
+    )
     resume: bool = _flag(
         "continue the run in the output folder; its config counts, and flags may only repeat it or change how it is "
         "watched",
         False,
+        resumable=True,
     )
-    overwrite: bool = _flag("replace the run in the output folder", False)
+    overwrite: bool = _flag("replace the run in the output folder", False, resumable=True)
 
     def __post_init__(self):
         self.fill()
@@ -249,6 +259,9 @@ class TrainConfig(Setup):
         EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))
         if self.resume and self.overwrite:
             raise UserError("resume continues the run in the output folder and overwrite replaces it: give one of them")
+
+
+RESUMABLE = frozenset(option.name for option in dataclasses.fields(TrainConfig) if option.metadata["resumable"])
 
 
 @dataclass

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from es_finetune.config import FREE, TrainConfig
+from es_finetune.config import RESUMABLE, TrainConfig
 from es_finetune.errors import UserError
 from es_finetune.runs.log import is_begun, read_log
 from es_finetune.runs.replay import config_of
@@ -72,7 +72,7 @@ def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
     """ValueError if a resumed run would not be the run that was begun."""
     for field in dataclasses.fields(TrainConfig):
         name, was, now = field.name, getattr(then, field.name), getattr(here, field.name)
-        if name in FREE or was == now:
+        if name in RESUMABLE or was == now:
             continue
         if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
             continue  # only then does the number of generations decide nothing before its end

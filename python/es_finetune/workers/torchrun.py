@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from es_finetune.config import FREE, TrainConfig, recorded_options
+from es_finetune.config import RESUMABLE, TrainConfig, recorded_options
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
@@ -97,7 +97,7 @@ class Ranks:
         """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
         mine = {
             **self.worker.start(),
-            **{f"{_OPTION}{name}": value for name, value in recorded_options(self.config).items() if name not in FREE},
+            **{f"{_OPTION}{name}": value for name, value in recorded_options(self.config).items() if name not in RESUMABLE},
         }
         everyone = self._gathered((socket.gethostname(), mine))
         _, first = everyone[0]
