@@ -2,6 +2,7 @@
 
     add_noise_      perturb, restore, swap, update: the one operation, over a tensor or a whole model
     ParamTable      named parameters, ready for the kernels
+    NamedTensor     an entry of it: (name, tensor, segments)
     fingerprint     64 bits that prove two sets of weights equal
     noise           the definition of the noise, in NumPy
     backend         `with es_kernels.backend("reference"):` overrides the choice of implementation
@@ -12,7 +13,7 @@
 from . import noise
 from .backends import active_backend, backend
 from .ops import add_noise_, fingerprint
-from .table import ParamTable, Segment
+from .table import NamedTensor, ParamTable, Segment
 
 __version__ = "0.1.0"
-__all__ = ["ParamTable", "Segment", "active_backend", "add_noise_", "backend", "fingerprint", "noise"]
+__all__ = ["NamedTensor", "ParamTable", "Segment", "active_backend", "add_noise_", "backend", "fingerprint", "noise"]

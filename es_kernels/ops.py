@@ -212,8 +212,8 @@ def _tensors_and_layout(named):
                 "a ParamTable"
             )
     if not torch.compiler.is_compiling():
-        names, tensors, layout, _ = distinct(pairs)
-        return tensors, names, layout.key
+        entries, layout, _ = distinct(pairs)
+        return [e.tensor for e in entries], [e.name for e in entries], layout.key
     return [t for _, t in pairs], [n for n, _ in pairs], _layout_key(tuple(n for n, _ in pairs))
 
 

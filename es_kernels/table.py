@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +74,21 @@ class Segment:
             raise ValueError(f"segment of {self.name!r}: negative size, stride or index in {self}")
         if self.rows * self.cols and self.first + (self.rows - 1) * self.index_stride + self.cols > 1 << 64:
             raise ValueError(f"segment of {self.name!r} ends past index 2^64")
+
+
+class NamedTensor(NamedTuple):
+    """A tensor and the name whose noise it draws, as a ParamTable takes it and as `ParamTable.entries` holds it.
+
+    Attributes:
+        name: Its stream is `noise.stream_id(name)`, unless `segments` name others.
+        tensor: float32, bfloat16 or float16.
+        segments: Which parts of which streams the parts of its memory are. None: the whole tensor, in row-major order,
+            is the stream of `name`.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    segments: Sequence[Segment] | None = None
 
 
 class Layout:
@@ -243,10 +259,10 @@ class Pack:
 class ParamTable:
     """Named parameters, ready for the kernels: built once, used in every call.
 
-    named: a mapping name -> tensor, or an iterable of (name, tensor) or (name, tensor, [Segment, ...]). A tensor that
-    appears
-        again under another name (tied weights) keeps its first name; `tied` maps the others to it. All tensors are on
-        one device; float32, bfloat16 and float16 mix freely.
+    named: a mapping name -> tensor, or an iterable of (name, tensor) pairs, as model.named_parameters() gives them, or
+        of NamedTensors. A tensor that appears again under another name (tied weights) keeps its first name; `tied` maps
+        the others to it. All tensors are on one device; float32, bfloat16 and float16 mix freely.
+    entries: the NamedTensors, one a tensor, in order; `names` and `tensors` are their columns.
 
     The table keeps the tensors, and what they are: address, dtype, shape, strides. If one is another (`p.data = ...`,
     `model.to(...)`), a call raises RuntimeError until `refresh()`. torch.utils.swap_tensors refuses tensors of a table,
@@ -255,7 +271,8 @@ class ParamTable:
     """
 
     def __init__(self, named):
-        self.names, self.tensors, self.layout, self.tied = distinct(named)
+        self.entries, self.layout, self.tied = distinct(named)
+        self.names, self.tensors = [e.name for e in self.entries], [e.tensor for e in self.entries]
         # No subclass that wants to see the op
         self.plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in self.tensors)
         self.layout.pack(self.tensors)  # every check now, not at the first call
@@ -315,34 +332,32 @@ class ParamTable:
         )
 
 
-def distinct(named):
-    """(names, tensors, their Layout, other name -> name of tied ones) of what a ParamTable takes."""
-    entries = [
-        (*entry, None)[:3] if isinstance(entry, (tuple, list)) else (entry, None, None)
-        for entry in named_tensors(named)
-    ]
-    tied, seen, kept = {}, {}, []
-    for name, tensor, segments in entries:
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            got = type(name).__name__ if tensor is None else f"({type(name).__name__}, {type(tensor).__name__})"
+def distinct(named) -> tuple[list[NamedTensor], Layout, dict[str, str]]:
+    """(entries, their Layout, other name -> name of tied ones) of what a ParamTable takes."""
+    tied, seen, entries = {}, {}, []
+    for entry in named_tensors(named):
+        if not (
+            isinstance(entry, (tuple, list))
+            and 2 <= len(entry) <= 3
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], torch.Tensor)
+        ):
+            is_pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+            got = f"({', '.join(type(e).__name__ for e in entry)})" if is_pair else type(entry).__name__
             raise TypeError(f"a ParamTable takes (name, tensor) pairs, such as model.named_parameters(), not {got}")
+        name, tensor, segments = NamedTensor(*entry)
         check_tensor(name, "out", tensor)
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and segments is None and place in seen:
             tied[name] = seen[place]
             continue
         seen.setdefault(place, name)
-        kept.append((name, tensor, None if segments is None else tuple(segments)))
-    names = [name for name, *_ in kept]
+        entries.append(NamedTensor(name, tensor, None if segments is None else tuple(segments)))
+    names = tuple(e.name for e in entries)
     if len(set(names)) < len(names):
         twice = min(name for name in names if names.count(name) > 1)
         raise ValueError(f"name {twice!r} is given twice, for different tensors")
-    return (
-        names,
-        [tensor for _, tensor, _ in kept],
-        Layout.intern(tuple(names), None, tuple(segments for *_, segments in kept)),
-        tied,
-    )
+    return entries, Layout.intern(names, None, tuple(e.segments for e in entries)), tied
 
 
 def check_tensor(name, what, t):

@@ -24,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import es_kernels
-from es_kernels import ParamTable, Segment, add_noise_, native, noise, table, watch
+from es_kernels import NamedTensor, ParamTable, Segment, add_noise_, native, noise, table, watch
 from es_kernels.table import Layout
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -482,8 +482,25 @@ def test_table_of_a_module_and_repr():
     )
 
 
+def test_entries_are_named_tensors(bits):
+    a, b = torch.zeros(8), torch.zeros(4, 8)
+    part = Segment("whole", 4, 8, first=32)
+    t = ParamTable([("a", a), NamedTensor("b", b, [part]), ("tied", a)])
+    assert t.entries == [NamedTensor("a", a), NamedTensor("b", b, (part,))] and NamedTensor("a", a).segments is None
+    assert all(type(entry) is NamedTensor for entry in t.entries)
+    assert ([*t.names], [*map(id, t.tensors)]) == (["a", "b"], [id(a), id(b)])
+    add_noise_(t, 1, 1.0)
+    other = [torch.zeros_like(a), torch.zeros_like(b)]
+    add_noise_(ParamTable([e._replace(tensor=t) for e, t in zip(t.entries, other)]), 1, 1.0)
+    assert torch.equal(bits(other[1]), bits(b)) and torch.equal(bits(other[0]), bits(a))
+    assert torch.equal(bits(b).flatten(), bits(add_noise_(torch.zeros(64), 1, 1.0, name="whole"))[32:])
+    assert es_kernels.fingerprint(t.entries) == es_kernels.fingerprint(t)
+
+
 def test_table_refuses_what_is_not_a_pair():
     for bad, got in (
+        ([("w",)], "tuple"),
+        ([("w", torch.zeros(3), None, None)], "tuple"),
         ([torch.zeros(3)], "Tensor"),
         ([("w", [1.0])], r"\(str, list\)"),
         ([(3, torch.zeros(3))], r"\(int, Tensor\)"),
