@@ -11,14 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from es_finetune.engines import DECODINGS
 from es_finetune.errors import UserError, did_you_mean
 from es_finetune.models import WEIGHT_DTYPES
-from es_finetune.optim.evolution_strategy import EvolutionStrategy
-from es_finetune.optim.options import COUNT, f32_positive, finite, seed64, whole
+from es_finetune.optim.options import COUNT, f32_positive, finite, is_bool, seed64, whole
 from es_finetune.tasks import NAMES
 
 # What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of
@@ -256,6 +252,10 @@ class TrainConfig(Setup):
             raise UserError("lr must be a positive number, not 0: with it no generation would change the weights")
         own_sigmas(self)
         # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
+        import torch
+
+        from es_finetune.optim.evolution_strategy import EvolutionStrategy
+
         EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))
         if self.resume and self.overwrite:
             raise UserError("resume continues the run in the output folder and overwrite replaces it: give one of them")
@@ -386,7 +386,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _truth(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    if not is_bool(value):
         raise UserError(f"{name} must be true or false, not {value!r}")
     return bool(value)
 

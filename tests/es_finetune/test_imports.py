@@ -11,6 +11,7 @@ def test_the_names_of_options_cost_no_heavy_import():
         "from es_finetune.engines import DECODINGS\n"
         "from es_finetune.models import WEIGHT_DTYPES\n"
         "from es_finetune.tasks import NAMES\n"
+        "import es_finetune.config\n"
         "assert all((DECODINGS, WEIGHT_DTYPES, NAMES))\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)))\n"
     )

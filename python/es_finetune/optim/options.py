@@ -1,16 +1,15 @@
 """What a number must be, wherever it is given: an argument of EvolutionStrategy or an option of a config. Each function
-returns the plain Python number; ValueError, by name, for anything else."""
+returns the plain Python number; ValueError, by name, for anything else. Imports neither NumPy nor torch: they would
+take most of the time in which a command line is checked."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import operator
 from typing import Any
 
-import numpy as np
-
 from es_finetune.errors import UserError
-from es_kernels.noise import u64
 
 COUNT = 2**32 - 1  # members and generations are 32-bit words of the counter that member seeds come from
 
@@ -18,7 +17,7 @@ COUNT = 2**32 - 1  # members and generations are 32-bit words of the counter tha
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """An int, or an integer of NumPy or torch; no bool, and no float though it be whole."""
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if is_bool(value):
             raise TypeError
         number = operator.index(value)
     except TypeError:
@@ -33,17 +32,15 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
 def seed64(name: str, value: Any) -> int:
     """A whole number of 64 bits, signed or unsigned."""
     number = whole(name, value)
-    try:
-        u64(number)
-    except ValueError:
-        raise UserError(f"{name} must be a whole number of 64 bits, at most 2^64 - 1, not {number}") from None
+    if not -(2**63) <= number < 2**64:
+        raise UserError(f"{name} must be a whole number of 64 bits, at most 2^64 - 1, not {number}")
     return number
 
 
 def finite(name: str, value: Any) -> float:
     """Any real number but NaN and the infinities; no bool and no text."""
     try:
-        if isinstance(value, (bool, np.bool_, str, bytes)):
+        if is_bool(value) or isinstance(value, (str, bytes)):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
@@ -73,5 +70,9 @@ def f32_or_zero(name: str, value: Any) -> float:
 
 def as_f32(number: float) -> float:
     """The nearest float32; beyond the largest of them an infinity."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(number))
+    return ctypes.c_float(number).value
+
+
+def is_bool(value: Any) -> bool:
+    """Whether it is a bool, Python's or NumPy's."""
+    return isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b"
