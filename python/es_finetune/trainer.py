@@ -23,7 +23,7 @@ from es_finetune.config import TrainConfig, recorded_options
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Unaskable
 from es_finetune.evaluation.statistics import save_answers
-from es_finetune.monitor.health import norms_note, warnings_of
+from es_finetune.monitor.advice import norms_note, warnings_of
 from es_finetune.monitor.plots import plot_run
 from es_finetune.monitor.progress import Progress
 from es_finetune.monitor.rows import estimate, eval_row, population_row, summary, total_seconds
@@ -328,7 +328,7 @@ class Trainer:
             **({"health": found["health"]} if "health" in found else {}),
             **({"dropped": dropped} if dropped else {}),
         }
-        row["warnings"] = warnings_of([*self._rows, row], config, self._evals[-1])
+        row["warnings"] = warnings_of([*self._rows, row], config.population, self._evals[-1])
         append_row(self.folder / "metrics.jsonl", row)
         self._proof = line_of(update, found, dropped)
         self.log.append(self._proof)

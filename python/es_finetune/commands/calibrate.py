@@ -13,11 +13,12 @@ from rich.console import Console
 
 from es_finetune.config import CalibrateConfig, model_options
 from es_finetune.errors import UserError
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, share_identical
-from es_finetune.evaluation.statistics import rewards_of
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, rewards_of
+from es_finetune.evaluation.statistics import share_identical
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import load_model, pick_device
-from es_finetune.monitor.health import Health, is_norm
+from es_finetune.monitor.advice import is_norm
+from es_finetune.monitor.health import Health
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.setup import make_engine, make_task
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from es_finetune.config import EvalConfig, model_options
 from es_finetune.errors import UserError
-from es_finetune.evaluation.statistics import kl_to_base, measure, rewards_of, save_answers
+from es_finetune.evaluation.evaluator import measure, rewards_of
+from es_finetune.evaluation.statistics import kl_to_base, save_answers
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.runs.files import write_atomically
 from es_finetune.runs.log import read_log

@@ -1,11 +1,16 @@
-"""Answers of one set of weights to a set of questions, and what they are worth."""
+"""Answers of one set of weights to a set of questions, and what they are worth.
+
+The protocols of the tasks: countdown, 2000 test items, greedy, `measure(engine, task, task.test)`; conciseness, 8 test
+questions, 20 samples each at temperature 1, `measure(engine, task, task.test, samples=20)`, and
+`statistics.kl_to_base` of these answers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +18,8 @@ import torch
 
 from es_finetune.engines import Answer, Engine
 from es_finetune.engines.prompts import PromptError
+from es_finetune.errors import UserError
+from es_finetune.evaluation.statistics import interval, mean_of_known
 from es_finetune.tasks import Item, Score, Task
 from es_finetune.tasks.reward_process import number
 
@@ -125,12 +132,53 @@ def _plain(score: Score) -> Score:
     return Score(*parts, score.error)
 
 
-def mean_of_known(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are not None; None if none is."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+@dataclass
+class Measurement:
+    """`value`: mean of the task's headline metric over all answers; `low`, `high`: its 95 % interval (None where one
+    question tells nothing of the spread). `items` has each question `samples` times in a row, as answers and scores in
+    `evaluation` and the metric's `values`."""
+
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    samples: int
+    items: list[Item]
+    values: list[float]
+    evaluation: Evaluation
 
 
-def share_identical(digests: Sequence[str]) -> float:
-    """Share of members, given by the digests of their answers, whose answers are those of another."""
-    return sum(digests.count(digest) > 1 for digest in digests) / len(digests)
+def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1) -> Measurement:
+    """Ask each question `samples` times and score the answers. ValueError without items, for several samples of a
+    greedy engine, which would all be the same, and where no answer at all could be scored."""
+    if not items:
+        raise UserError(f"task {task.name!r} has no questions to measure on: give it test data")
+    if samples > 1 and not engine.temperature:
+        raise UserError(
+            f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1"
+        )
+    asked = [item for item in items for _ in range(samples)]
+    evaluation = Evaluator(engine, task, asked)()
+    if evaluation.all_failed:
+        raise UserError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
+    values = headline(task, evaluation.scores)
+    questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]
+    low, high = interval(questions)
+    return Measurement(task.metric, math.fsum(values) / len(values), low, high, samples, asked, values, evaluation)
+
+
+def floor_of(task: Task, rewards: Iterable[float | None]) -> float:
+    """What an answer is worth whose scoring failed: the task's floor, or where that is None the lowest of these
+    rewards, or 0 without any."""
+    return min((reward for reward in rewards if reward is not None), default=0.0) if task.floor is None else task.floor
+
+
+def rewards_of(task: Task, scores: Sequence[Score]) -> list[float]:
+    """The reward of each score, of one that failed the floor among them."""
+    floor = floor_of(task, (score.reward for score in scores))
+    return [floor if score.reward is None else score.reward for score in scores]
+
+
+def headline(task: Task, scores: Sequence[Score]) -> list[float]:
+    """The task's metric for each score. An answer whose scoring failed is not exact."""
+    return [score.exact or 0.0 for score in scores] if task.metric == "exact" else rewards_of(task, scores)

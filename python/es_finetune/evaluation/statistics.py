@@ -1,80 +1,21 @@
-"""How good a model is on a task, with error bars; how far it moved from its base; what it said.
-
-The protocols of the tasks: countdown, 2000 test items, greedy, `measure(engine, task, task.test)`; conciseness, 8 test
-questions, 20 samples each at temperature 1, `measure(engine, task, task.test, samples=20)`, and `kl_to_base` of these
-answers.
-"""
+"""Numbers about numbers: means, their intervals, and how far one model is from another."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from es_finetune.engines import Answer, Engine
+from es_finetune.engines import Answer
 from es_finetune.errors import UserError
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator
 from es_finetune.runs.files import write_atomically
-from es_finetune.tasks import Item, Score, Task
+from es_finetune.tasks import Item, Score
 
 _Z = 1.959963984540054  # the standard normal is within +-_Z with probability 0.95
-
-
-@dataclass
-class Measurement:
-    """`value`: mean of the task's headline metric over all answers; `low`, `high`: its 95 % interval (None where one
-    question tells nothing of the spread). `items` has each question `samples` times in a row, as answers and scores in
-    `evaluation` and the metric's `values`."""
-
-    metric: str
-    value: float
-    low: float | None
-    high: float | None
-    samples: int
-    items: list[Item]
-    values: list[float]
-    evaluation: Evaluation
-
-
-def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1) -> Measurement:
-    """Ask each question `samples` times and score the answers. ValueError without items, for several samples of a
-    greedy engine, which would all be the same, and where no answer at all could be scored."""
-    if not items:
-        raise UserError(f"task {task.name!r} has no questions to measure on: give it test data")
-    if samples > 1 and not engine.temperature:
-        raise UserError(
-            f"{samples} samples of greedy answers are all the same: set a temperature above 0, or samples to 1"
-        )
-    asked = [item for item in items for _ in range(samples)]
-    evaluation = Evaluator(engine, task, asked)()
-    if evaluation.all_failed:
-        raise UserError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
-    values = headline(task, evaluation.scores)
-    questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]
-    low, high = interval(questions)
-    return Measurement(task.metric, math.fsum(values) / len(values), low, high, samples, asked, values, evaluation)
-
-
-def floor_of(task: Task, rewards: Iterable[float | None]) -> float:
-    """What an answer is worth whose scoring failed: the task's floor, or where that is None the lowest of these
-    rewards, or 0 without any."""
-    return min((reward for reward in rewards if reward is not None), default=0.0) if task.floor is None else task.floor
-
-
-def rewards_of(task: Task, scores: Sequence[Score]) -> list[float]:
-    """The reward of each score, of one that failed the floor among them."""
-    floor = floor_of(task, (score.reward for score in scores))
-    return [floor if score.reward is None else score.reward for score in scores]
-
-
-def headline(task: Task, scores: Sequence[Score]) -> list[float]:
-    """The task's metric for each score. An answer whose scoring failed is not exact."""
-    return [score.exact or 0.0 for score in scores] if task.metric == "exact" else rewards_of(task, scores)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
@@ -98,6 +39,17 @@ def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]
         return None, None
     half = _Z * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
     return mean - half, mean + half
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are not None; None if none is."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def share_identical(digests: Sequence[str]) -> float:
+    """Share of members, given by the digests of their answers, whose answers are those of another."""
+    return sum(digests.count(digest) > 1 for digest in digests) / len(digests)
 
 
 class KL(NamedTuple):

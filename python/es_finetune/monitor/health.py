@@ -1,5 +1,4 @@
-"""How a run is doing: how much of the noise and of the step reaches the weights, how far they have moved, and what to
-do about it.
+"""How a run is doing: how much of the noise and of the step reaches the weights, and how far they have moved.
 
 Weights in bf16 swallow what is smaller than half of their last digit. How much that is depends on the tensor, so it is
 measured on a sample of each: a contiguous chunk at a place that its name decides.
@@ -9,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -270,150 +267,3 @@ def _sample(
             False,
             part.rows * part.cols,
         )
-
-
-# --- in plain words
-# ------------------------------------------------------------------------------------------------------
-
-# The beginning of each warning, by which it is known again in the rows that follow.
-_NO_SIGNAL = "every member scored the same"
-_IDENTICAL = "members answer alike"
-_COLLAPSE = "the reward has fallen"
-_FAR = "members do far worse than the model they come from"
-_SWALLOWED = "the noise does not fully arrive"
-_FAILED = "scoring failed"
-_OUTSIDE = "time goes elsewhere"
-
-REPEAT = 50  # generations until a warning that still holds is said again
-_MOST_ALIKE = 0.5  # share of members with the answers of another: beyond, most evaluations tell nothing new
-_SMOOTH = 5  # generations to average for the best reward so far, against the luck of one draw of prompts
-_NOW = 3  # and for the reward of now: a collapse shall not be found late
-_DROP = 3  # times what is usual; the difference of two such averages has a standard deviation of about 0.5 of that
-_OUTSIDE_SHARE = 0.1  # the kernels' share of a 7B model with answers of only 100 tokens is 0.04
-
-
-# The module or weight of a norm by its name: input_layernorm.weight, q_norm.weight, ln_f.weight.
-_NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
-
-
-def is_norm(name: str) -> bool:
-    """Whether a tensor of this name belongs to a norm. Such weights are near 1, where bf16 knows no step smaller than
-    0.004: of sigma 0.001 about a third arrives (correlation 0.36), in the run of the paper as in this one."""
-    return any(_NORM.search(part) for part in name.split(".")[-2:])
-
-
-def swallowed(row: dict[str, Any], norms: bool) -> dict[str, list[float]]:
-    """The tensors whose noise a look found swallowed, norms or all others: name -> [correlation, rms realised /
-    meant]."""
-    return {
-        name: found
-        for name, found in (row.get("health") or {}).get("correlation", {}).items()
-        if is_norm(name) == norms
-    }
-
-
-def norms_note(rows: Sequence[dict[str, Any]]) -> str | None:
-    """What to say of norm weights after the last of `rows`: once in a run, and no warning."""
-    found = swallowed(rows[-1], norms=True)
-    if not found or any(swallowed(row, norms=True) for row in rows[:-1]):
-        return None
-    lowest = min(correlation for correlation, _ in found.values())
-    return (
-        f"part of the noise is lost in {len(found)} norm weight(s), which are near 1, where their dtype is too coarse "
-        "for it (lowest correlation "
-        f"{lowest:.2f}); so it is in the paper's run, and nothing needs to be done"
-    )
-
-
-def warnings_of(rows: Sequence[dict[str, Any]], config: Any, look: dict[str, Any] | None = None) -> list[str]:
-    """What a user should know after the last of `rows` (of metrics.jsonl, from the first generation on), one sentence
-    each.
-
-    `config`: what was asked for (`sigma` and `population` are read). `look`: the latest row of evals.jsonl, where there
-    is one. A kind of warning that was given within the last 50 generations is not given again.
-    """
-    row = rows[-1]
-    recent = [warning for earlier in rows[-REPEAT:-1] for warning in earlier.get("warnings", ())]
-    return [
-        f"{kind}{text}"
-        for kind, text in _findings(rows, row, config, look)
-        if not any(warning.startswith(kind) for warning in recent)
-    ]
-
-
-def _findings(rows, row, config, look) -> Iterator[tuple[str, str]]:
-    sigma, alike = f"sigma (now {row['sigma']:g})", row["identical"]
-    if row["reward_min"] == row["reward_max"]:
-        if alike > _MOST_ALIKE:
-            yield _NO_SIGNAL, f", and {alike:.0%} of them with the same answers, so nothing was learned: raise {sigma}"
-        else:
-            remedy = "use more prompts, easier ones, or a reward that also pays for a part"
-            yield _NO_SIGNAL, f", with different answers, so nothing was learned: {remedy}"
-    elif alike > _MOST_ALIKE:
-        yield _IDENTICAL, f": {alike:.0%} of them give the very answers of another: raise {sigma}"
-    if (fallen := _collapse([row["reward_mean"] for row in rows], [row["reward_std"] for row in rows])) is not None:
-        yield (
-            _COLLAPSE,
-            f" from {fallen[0]:.3g} to {fallen[1]:.3g} (it began at {rows[0]['reward_mean']:.3g}): lower lr (now "
-            f"{row['lr']:g}) or {sigma}",
-        )
-    if look is not None and _far_below(row, look):
-        here, there = (
-            f"{of[mean]:.3g} ({of['reward_low']:.3g} to {of['reward_high']:.3g})"
-            for of, mean in ((row, "reward_mean"), (look, "reward"))
-        )
-        yield (
-            _FAR,
-            f": reward {here} on the training prompts, {there} without noise on the held-out ones: lower {sigma}",
-        )
-    lost = sorted(swallowed(row, norms=False).items(), key=lambda item: item[1])
-    if lost:
-        named = "; ".join(f"{name} {correlation:.2f}, {ratio:.2f}" for name, (correlation, ratio) in lost[:3])
-        named += "; ..." if len(lost) > 3 else ""
-        remedy = "give them a larger sigma with --sigma_for, or float32 with --dtype, or --freeze them"
-        yield (
-            _SWALLOWED,
-            f" in {len(lost)} tensor(s), being too small for their dtype (correlation, rms realised / meant: {named}): "
-            f"{remedy}",
-        )
-    if row["failed"]:
-        yield (
-            _FAILED,
-            f" for {row['failed']} answers, {row['failed'] / config.population:.3g} of each member; the first: "
-            f"{row['failed_example']}",
-        )
-    outside = [earlier["share_outside"] for earlier in rows[-_NOW:]]
-    if len(outside) == _NOW and min(outside) > _OUTSIDE_SHARE:
-        yield (
-            _OUTSIDE,
-            f": {row['share_outside']:.0%} of it is spent outside of generating and scoring; with more prompts per "
-            "member that is less",
-        )
-
-
-def _collapse(means: Sequence[float], stds: Sequence[float]) -> tuple[float, float] | None:
-    """(best, present) reward, if the present one has lost half of what the best had gained, or more, and fallen far
-    from it.
-
-    Far is _DROP times the members' median spread, or the median change from one generation to the next if that is more:
-    at a small sigma, prompts drawn anew move the mean by six times the spread. Not a share of the best: rewards may be
-    negative.
-    """
-    if len(means) < _SMOOTH + _NOW:
-        return None
-    now = math.fsum(means[-_NOW:]) / _NOW
-    earlier = means[:-_NOW]
-    best = max(math.fsum(earlier[i : i + _SMOOTH]) / _SMOOTH for i in range(len(earlier) - _SMOOTH + 1))
-    usual = max(median(stds), median(abs(b - a) for a, b in itertools.pairwise(means)))
-    return (best, now) if now < (means[0] + best) / 2 and best - now > _DROP * usual else None
-
-
-def _far_below(row: dict[str, Any], look: dict[str, Any]) -> bool:
-    """Whether the noise costs more than half of the reward, more than three times what sets members apart, and more
-    than the choice of questions can explain: members answer training prompts and theta held-out ones, so that their 95
-    % intervals must be disjoint.
-
-    On the embedded model sigma 0.03 is such a one: after 30 generations 68 % are right, where 0.01 comes to 86 %.
-    """
-    drop, high, low = look["reward"] - row["reward_mean"], row.get("reward_high"), look.get("reward_low")
-    return None not in (high, low) and high < low and drop > 0.5 * abs(look["reward"]) and drop > 3 * row["reward_std"]

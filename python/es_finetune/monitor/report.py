@@ -17,7 +17,8 @@ from typing import Any
 
 from es_finetune.errors import UserError
 from es_finetune.monitor import plots as drawing
-from es_finetune.monitor.health import FAITHFUL, swallowed
+from es_finetune.monitor.advice import swallowed
+from es_finetune.monitor.health import FAITHFUL
 from es_finetune.monitor.progress import duration, value
 from es_finetune.runs.files import generation_rows, read_rows, write_atomically
 from es_finetune.runs.log import read_log

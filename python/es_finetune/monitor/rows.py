@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from es_finetune.evaluation.evaluator import Evaluation, mean_of_known, share_identical
-from es_finetune.evaluation.statistics import floor_of, headline, interval, rewards_of
+from es_finetune.evaluation.evaluator import Evaluation, floor_of, headline, rewards_of
+from es_finetune.evaluation.statistics import interval, mean_of_known, share_identical
 from es_finetune.monitor.progress import duration
 from es_finetune.tasks import Task
 

@@ -1,20 +1,23 @@
 """Contract under test: an evaluation.
 
 Each item is scored by its own answer. Means leave out what a score does not have and do not depend on order; digests
-are equal where all answers are identical, and only there; failures are counted and the first is told.
+are equal where all answers are identical, and only there; failures are counted and the first is told. The headline is
+the task's metric over all answers, failures included; its interval takes the question, not the answer, as what varies.
 """
 
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import es_finetune.models
 import numpy as np
 import pytest
 from es_finetune.engines import Answer
 from es_finetune.engines.hf import HFEngine
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable, headline, measure
+from es_finetune.evaluation.statistics import interval
 from es_finetune.tasks import Item, Score, load_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,3 +113,66 @@ def test_equal_digests_are_identical_answers():
 
 def test_tokens_are_counted():
     assert evaluation(["ab", "", "cde"]).tokens == 5
+
+
+class Echo:
+    """An engine whose answers count how often it wrote one."""
+
+    def __init__(self, temperature=0.0):
+        self.temperature, self.written = temperature, 0
+
+    def encode(self, prompts):
+        return list(prompts)
+
+    def generate(self, encoded):
+        answers = []
+        for prompt in encoded:
+            answers.append(Answer(f"{prompt}{self.written}", (self.written,)))
+            self.written += 1
+        return answers
+
+
+def make_task(score, metric="exact", floor=None):
+    return SimpleNamespace(name="fake", metric=metric, floor=floor, score=score)
+
+
+ITEMS = [Item(prompt, prompt) for prompt in "abcd"]
+
+
+def test_greedy_right_or_wrong_gives_a_share_and_its_wilson_interval():
+    task = make_task(lambda item, text: Score(-5.0, float(item.key in "ab")))
+    found = measure(Echo(), task, ITEMS)
+    assert (found.metric, found.value, found.values, found.items) == ("exact", 0.5, [1.0, 1.0, 0.0, 0.0], ITEMS)
+    assert (found.low, found.high) == interval([1, 1, 0, 0])
+    assert [answer.text for answer in found.evaluation.answers] == ["a0", "b1", "c2", "d3"]
+
+
+def test_several_samples_are_clustered_by_question():
+    task = make_task(lambda item, text: Score(float(text[1:]), 1.0), metric="reward")
+    found = measure(Echo(temperature=1.0), task, ITEMS[:2], samples=3)
+    assert [item.key for item in found.items] == list("aaabbb")
+    assert found.values == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and found.value == 2.5
+    assert (found.low, found.high) == interval([1.0, 4.0])
+
+
+def test_several_samples_of_right_or_wrong_are_not_so_many_questions():
+    task = make_task(lambda item, text: Score(1.0, float(item.key in "ab")))
+    found = measure(Echo(temperature=1.0), task, ITEMS, samples=100)
+    assert (found.low, found.high) == interval([1.0, 1.0, 0.0, 0.0])
+
+
+def test_what_tells_nothing_is_refused():
+    task = make_task(lambda item, text: Score(None, error=f"broke at {text}"), metric="reward")
+    with pytest.raises(ValueError, match="20 samples of greedy answers are all the same"):
+        measure(Echo(), task, ITEMS, samples=20)
+    with pytest.raises(ValueError, match="task 'fake' has no questions"):
+        measure(Echo(), task, [])
+    with pytest.raises(ValueError, match="task 'fake': no answer could be scored; the first failure: broke at a0"):
+        measure(Echo(), task, ITEMS)
+
+
+def test_failed_answers_count():
+    scores = [Score(2.0, 1.0), Score(None, error="broke"), Score(-1.0, 0.0)]
+    assert headline(make_task(None), scores) == [1.0, 0.0, 0.0]
+    assert headline(make_task(None, "reward"), scores) == [2.0, -1.0, -1.0]
+    assert headline(make_task(None, "reward", floor=-7.0), scores) == [2.0, -7.0, -1.0]
