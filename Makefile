@@ -77,29 +77,29 @@ wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 bench: $(VENV)/bench.stamp
-	$(BIN)/python bench/kernels.py
-	$(BIN)/python -m pytest bench/calls.py --benchmark-columns=median --benchmark-json bench/results/calls-cpu.json
-	$(BIN)/python bench/generation.py
-	$(BIN)/python bench/static_analysis.py
-	$(BIN)/python bench/tune.py --device none
-	$(BIN)/python bench/learning.py
-	$(BIN)/python bench/exactness.py
-	$(BIN)/python bench/noise_stats.py
-	$(BIN)/python bench/scale.py
-	$(BIN)/python bench/readme.py
-	$(BIN)/python bench/plots.py
+	$(BIN)/python -m bench.speed.kernels
+	$(BIN)/python -m pytest bench/speed/bench_calls.py --benchmark-columns=median --benchmark-json bench/results/calls-cpu.json
+	$(BIN)/python -m bench.speed.generation
+	$(BIN)/python -m bench.instructions.static_analysis
+	$(BIN)/python -m bench.speed.tune --device none
+	$(BIN)/python -m bench.learning.learning
+	$(BIN)/python -m bench.learning.exactness
+	$(BIN)/python -m bench.noise.noise_stats
+	$(BIN)/python -m bench.speed.scale
+	$(BIN)/python -m bench.publish.tables
+	$(BIN)/python -m bench.publish.plots
 
 gpu:
-	PYTHON=$(PYTHON) bash bench/gpu.sh $(OUT) $(STEPS)
+	PYTHON=$(PYTHON) bash bench/speed/gpu.sh $(OUT) $(STEPS)
 
 gpu-tune: build
-	PYTHONPATH=.:python $(PYTHON) bench/tune.py --device cuda --out $(OUT)
+	PYTHONPATH=.:python $(PYTHON) -m bench.speed.tune --device cuda --out $(OUT)
 
 gpu-generate: build
-	PYTHONPATH=.:python $(PYTHON) bench/generation.py --device cuda --out $(OUT) --seconds 420
+	PYTHONPATH=.:python $(PYTHON) -m bench.speed.generation --device cuda --out $(OUT) --seconds 420
 
 gpu-learn: build
-	PYTHONPATH=.:python $(PYTHON) bench/countdown_run.py --out $(OUT)
+	PYTHONPATH=.:python $(PYTHON) -m bench.learning.countdown_run --out $(OUT)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }

@@ -19,7 +19,7 @@ MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING = 0, 1, 2, 3
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 
-# The polynomials of the transform, fitted by bench/fit_noise.py to the distribution function itself, not to log, sqrt,
+# The polynomials of the transform, fitted by bench/noise/fit_noise.py to the distribution function itself, not to log, sqrt,
 # sin and cos. -(log2(m) - (m - 1)), up to a factor, ascending powers of m
 LOG = tuple(map(np.float32, (2.0364969, -3.5937726, 1.8323295, -0.27228412)))
 LOG_SLOPE = np.float32(-2.1457672e-07)

@@ -9,7 +9,7 @@ of 16 bits.
 Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to
 nearest by casts, which are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
 
-SASS a value, sm_90 (bench/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the update; `x !=
+SASS a value, sm_90 (bench/instructions/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the update; `x !=
 x` and what follows from it are 3 of them. Tried: multiplying by tl.umulhi and `*` (1.4 more: two instructions where a
 64-bit product is one). ptxas moves the loads behind the noise, so other warps must hide their latency; a barrier moves
 along with them, and a branch around the noise keeps them in front for 2.5 more instructions and 16 registers.

@@ -2,18 +2,14 @@
 backend serves it."""
 
 import contextlib
-import pathlib
-import sys
 import types
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bench.common import timing
 from es_kernels import backends
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "bench"))
-import timing
 
 
 class GPU:

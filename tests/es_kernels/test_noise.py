@@ -10,7 +10,6 @@ bounds.
 """
 
 import hashlib
-import importlib.util
 import json
 import pathlib
 import re
@@ -22,6 +21,7 @@ import pytest
 import torch
 
 import es_kernels
+from bench.noise import fit_noise, make_golden
 from es_kernels import noise
 from es_kernels.__main__ import GOLDEN
 
@@ -32,17 +32,6 @@ PAGE = GOLDEN.with_name("NOISE.md").read_text()
 
 def hexadecimal(values):
     return [int(v, 16) for v in values]
-
-
-def bench(name, monkeypatch):
-    """A script of bench/ as a module."""
-    if not (ROOT / "bench" / f"{name}.py").exists():
-        pytest.skip("bench/ is not here")
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- integers ----
@@ -134,10 +123,9 @@ def test_golden_vectors_lie_beyond_2_to_the_35_in_every_dtype():
         } == {True, False}
 
 
-def test_golden_file_and_page_are_what_the_reference_makes(monkeypatch):
-    make_golden = bench("make_golden", monkeypatch)
+def test_golden_file_and_page_are_what_the_reference_makes():
     vectors = make_golden.golden()
-    stale = "run `python bench/make_golden.py`"
+    stale = "run `python -m bench.noise.make_golden`"
     assert GOLDEN.read_text() == make_golden.as_text(vectors), stale
     assert PAGE == make_golden.page(PAGE, vectors), stale
 
@@ -337,8 +325,8 @@ def test_every_radius_and_every_angle_is_the_same_in_cpp(isa):
 # ---- the distribution, by enumeration ----
 
 
-def test_quality_over_all_words(monkeypatch):
-    figures = bench("fit_noise", monkeypatch).quality()
+def test_quality_over_all_words():
+    figures = fit_noise.quality()
     assert abs(figures["variance - 1"]) <= 1e-5
     assert abs(figures["kurtosis - 3"]) <= 1e-4
     assert figures["CDF error"] <= 5e-5
@@ -347,7 +335,6 @@ def test_quality_over_all_words(monkeypatch):
 
 def test_the_enumeration_measures_what_it_should(monkeypatch):
     """The figures agree with a plain sample of 2^23 words, and double if the noise is doubled."""
-    fit_noise = bench("fit_noise", monkeypatch)
     r, x, y = fit_noise.enumerate_factors()
     words = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
     radius, angle = words >> np.uint32(14), words >> np.uint32(1) & np.uint32(0x1FFF)

@@ -454,7 +454,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             else:
                 # A pass of its own, before the next member's: most weights are then back where they were. Both in one
                 # pass would save half the memory traffic and never come back: one rounding a member, which add up
-                # (bench/FACTS.md).
+                # (docs/develop/facts.md).
                 seed, coef = weights.inside
                 self._write_live(weights, [seed], [-coef])
                 weights.inside = None

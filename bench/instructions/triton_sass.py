@@ -1,0 +1,80 @@
+"""The SASS that a value costs in the Triton kernels: rows for static_analysis.py. No GPU needed."""
+
+import collections
+import pathlib
+import re
+import tempfile
+
+from bench.instructions import sass
+from es_kernels.backends import triton as backend
+
+_VARIANTS = {"": {}, " stochastic": {"stochastic": True}, "update": {"n_seeds": None}}
+
+
+def rows(arch):
+    """Of the 128-bit path over contiguous tensors: one row per storage format of out and base, and one for the loop
+    over seeds."""
+    found = {}
+    for variant, options in _VARIANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = pathlib.Path(folder) / "kernel.cubin"
+            cubin.write_bytes(backend.compile_for(int(arch.removeprefix("sm_")), **options).asm["cubin"])
+            (code,) = sass.functions(cubin, arch).values()
+            (resources,) = sass.resources(cubin).values()
+        for trip in _trips(code):
+            label = _label(trip, variant)
+            if label:
+                row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip, sass.normals(trip)), **resources}
+                # The loop over several rows, which divides, has the same formats: the cheaper one is that of a
+                # contiguous tensor.
+                if label not in found or row["instructions_per_value"] < found[label]["instructions_per_value"]:
+                    found[label] = row
+    return list(found.values())
+
+
+def _trips(code):
+    """Every way through every innermost loop that makes normals, as lists of instructions."""
+    index = {i.address: k for k, i in enumerate(code)}
+    loops = collections.defaultdict(int)
+    for k, i in enumerate(code):
+        start = index.get(sass._target(i), k)
+        if start < k:
+            loops[start] = max(loops[start], k)
+    for start, end in loops.items():
+        if any(s != start and start <= s and e <= end for s, e in loops.items()):
+            continue
+        open_ways = [(start, [])]
+        while open_ways:
+            k, way = open_ways.pop()
+            while start <= k <= end:
+                i = code[k]
+                way = [*way, i]
+                target = index.get(sass._target(i))
+                if target == start and sass.normals(way):
+                    yield way
+                elif target is not None and target > k:
+                    open_ways.append((target, way))
+                if target is not None and not i.predicate and not re.search(r"BRA.*\bU?P\d", i.text):
+                    break
+                k += 1
+
+
+def _label(trip, variant):
+    text = [i.text for i in trip]
+    values = sass.normals(trip)
+    stores = [t for t in text if t.startswith("STG")]
+    if variant == "update":
+        return "update" if not stores and values >= 16 and not any(".128" in t for t in text) else None
+    if values < 16 or len(stores) not in (values // 8, values // 4) or not all(".128" in t for t in stores):
+        return None  # not vectors, or the way around the last stores
+    unpacked = sum("0xffff0000" in t and t.startswith("LOP3") for t in text)
+    base = (
+        "f16"
+        if sum(t.startswith("HADD2.F32") for t in text) >= values
+        else "bf16"
+        if unpacked >= values // 2
+        else "f32"
+    )
+    f16 = any(t.startswith("F2FP.F16") for t in text) or any("0x38800000" in t for t in text)
+    out = "f32" if len(stores) == values // 4 else "f16" if f16 else "bf16"
+    return f"perturb{variant} {out} <- {base}"

@@ -1,0 +1,711 @@
+"""Writes the README's tables from bench/results/*.json.
+
+python -m bench.publish.tables                    rewrite README.md
+python -m bench.publish.tables --check            exit with 1 if it differs (a test does the same)
+python -m bench.publish.tables --tables FOLDER    print the tables of a machine's results, such as gpu.sh leaves
+"""
+
+import argparse
+import itertools
+import json
+import math
+import pathlib
+import re
+import sys
+
+from bench import RESULTS, ROOT
+from bench.common import gpus, shapes
+from bench.publish import targets
+
+PAGES = ("README.md", "bench/README.md")
+
+
+def results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def cpu():
+    return calls(results("kernels-cpu"))
+
+
+def calls(report):
+    """One flat tensor. On a CPU ns a value for instruction sets and threads; on a GPU the distance of each backend to
+    its limits."""
+    facts = report["machine"]
+    size = max(
+        r["elements"]
+        for r in report["calls"]
+        if "gpu" not in facts and "times_torch" in r or "gpu" in facts and r["elements"] <= 1 << 27
+    )
+    found = [
+        r
+        for r in report["calls"]
+        if r["elements"] == size and r["dtype"] != "f16" and "stochastic" not in r["operation"]
+    ]
+    if "gpu" in facts:
+        header = ["", "backend", "ms", "GB/s", "of a copy", "normals / s", "of the instructions it can issue"]
+        body = [_gpu_row(r) for r in found if r["operation"] != "p.add_(s * torch.randn(p.shape))"]
+        about = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, {size:,} elements."
+        return f"{about}\n\n" + table(header, body)
+    cells = {(r["isa"], r["threads"], r["dtype"], r["operation"]): r for r in found}
+    columns = sorted(
+        {(isa, threads) for isa, threads, *_ in cells}, key=lambda c: (["avx512", "avx2", "baseline"].index(c[0]), c[1])
+    )
+    header = [
+        "ns a value (times torch)",
+        *(f"{isa}, {threads} thread{'s' * (threads > 1)}" for isa, threads in columns),
+    ]
+    body = []
+    for dtype, operation in dict.fromkeys(key[2:] for key in cells):
+        rows = [cells.get((*column, dtype, operation)) for column in columns]
+        if all(rows):
+            label = operation if dtype in operation else f"{operation}, {dtype}"
+            body.append(
+                [
+                    label,
+                    *(f"{_ns(r):.2f}" + (f" ({r['times_torch']:.1f} x)" if "times_torch" in r else "") for r in rows),
+                ]
+            )
+    return f"{facts['processor']}, torch {facts['torch']}, {size:,} elements.\n\n" + table(header, body)
+
+
+def _ns(row):
+    """A value, and of the update a normal."""
+    return row["seconds"] / row["elements"] / max(1, row.get("seeds", 1)) * 1e9
+
+
+def _gpu_row(r):
+    normals = f"{r['normals_per_s']:.3g}" if "normals_per_s" in r else ""
+    issue = f"{r['share_of_issue']:.0%}" if "share_of_issue" in r else ""
+    return [
+        r["operation"],
+        r["backend"],
+        f"{r['seconds'] * 1e3:.3f}",
+        f"{r['gb_per_s']:.0f}",
+        f"{r['share_of_copy']:.0%}",
+        normals,
+        issue,
+    ]
+
+
+def rivals(report=None):
+    """Ours against what people do, on the shapes of real models."""
+    report = report or results("kernels-cpu")
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in report["rivals"]):
+        rows = [r for r in report["rivals"] if r["model"] == model]
+        whats = list(dict.fromkeys((r["what"], r["seeds"]) for r in rows))
+        titles = ["one member" if what == "member" else f"update, {seeds} seeds" for what, seeds in whats]
+        header = [
+            f"{model}, bf16",
+            *(f"{title}: {column}" for title in titles for column in ("seconds", "ratio", "extra memory")),
+        ]
+        body = []
+        why = {
+            (e.get("who"), e.get("what")): e["why"]
+            for e in report.get("left_out", ())
+            if (e["kind"], e.get("model")) == ("rivals", model)
+        }
+        for who in dict.fromkeys([*(r["who"] for r in rows), *(who for who, _ in why if who)]):
+            mine = {r["what"]: r for r in rows if r["who"] == who}
+            cells = (
+                _rival_cells(mine[what]) if what in mine else (why.get((who, what), ""), "", "") for what, _ in whats
+            )
+            body.append([who, *itertools.chain(*cells)])
+        parts.append(table(header, body))
+    return "\n\n".join(parts)
+
+
+def _rival_cells(r):
+    """Of a GPU's row the host's seconds too; what waits for the GPU has none of its own."""
+    host = "" if "host_seconds" not in r else f" (host {r['host_seconds']:.2g})" if r["queued"] else " (waits)"
+    return f"{r['seconds']:.3g}{host}", f"{r['times_ours']:.2f}", _bytes(r["peak_extra_bytes"])
+
+
+def _bytes(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB" if n >= 1e6 else "under 1 MB"
+
+
+def launches(report):
+    """Whole models in one launch, and how that compares with a flat tensor of their size."""
+    header = ["model", "tensors", "", "backend", "ms", "GB/s", "times a flat tensor"]
+    body = [
+        [
+            r["model"],
+            str(r["tensors"]),
+            r["operation"],
+            r["backend"],
+            f"{r['seconds'] * 1e3:.3g}",
+            f"{r['gb_per_s']:.0f}",
+            f"{r['times_flat']:.3f}",
+        ]
+        for r in report["tables"]
+    ]
+    return table(header, body)
+
+
+def generation(report=None):
+    """Whole generations, the reference's beside ours; and from which length of answers on handling weights stops to
+    matter."""
+    report = report or results("generation-cpu")
+    reference, ours = "es-at-scale", "es_kernels, base fp32"
+    cells = {(r["model"], r["workload"], r["way"]): r for r in report["generations"]}
+    body, guessed = [], []
+    for model, workload in dict.fromkeys(key[:2] for key in cells):
+        theirs, mine = cells[model, workload, reference], cells[model, workload, ours]
+        parts = [part for part in ("answers", "update") if not theirs[f"{part}_measured"]]
+        if parts:
+            guessed.append(
+                [
+                    model,
+                    workload,
+                    str(theirs["population"]),
+                    " and ".join(parts),
+                    *(f"{r['share_of_weights']:.2%}" for r in (theirs, mine)),
+                ]
+            )
+        else:
+            seconds = (f"{theirs[part]:.3g}" for part in ("answers", "rewards"))
+            shares = (
+                text
+                for r in (theirs, mine)
+                for text in (f"{r['weights']:.3g} + {r['update']:.3g}", f"{r['share_of_weights']:.2%}")
+            )
+            body.append(
+                [model, workload, str(theirs["population"]), *seconds, *shares, f"{1 - mine['times_reference']:.1%}"]
+            )
+    header = [
+        "model",
+        "task",
+        "N",
+        "answers, s",
+        "rewards, s",
+        "es-at-scale: weights + update, s",
+        "share",
+        "ours: weights + update, s",
+        "share",
+        "whole generation saved",
+    ]
+    parts = [table(header, body)]
+    if guessed:
+        parts.append(
+            table(
+                ["extrapolated (answers.py, generation.py)", "task", "N", "what", "es-at-scale: share", "ours: share"],
+                guessed,
+            )
+        )
+    body = []
+    for model in dict.fromkeys(r["model"] for r in report["break_even"]):
+        rows = {r["way"]: r for r in report["break_even"] if r["model"] == model}
+        extra = (_bytes(max(rows[way]["peak_extra_bytes"].values())) for way in (reference, ours))
+        body.append(
+            [
+                model,
+                *(_tokens(rows[way]["tokens"][share]) for way in (reference, ours) for share in ("0.1", "0.01")),
+                *extra,
+            ]
+        )
+    header = [
+        "200 questions, N = 30",
+        "es-at-scale: a tenth",
+        "a hundredth",
+        "ours: a tenth",
+        "a hundredth",
+        "temporary memory: es-at-scale",
+        "ours",
+    ]
+    return "\n\n".join([*parts, table(header, body)])
+
+
+def _tokens(n):
+    return f"{n} tokens" if n > 1 else "never"
+
+
+def countdown():
+    """The paper's main task, as its reference runs it. A prediction, from gpus.py's rates."""
+    gpu, values = gpus.GPUS["H200 SXM"], sum(map(math.prod, shapes.parameter_shapes("Qwen2.5-7B").values()))
+    bandwidth = gpu.gb_per_s * 1e9 * gpus.COPY_SHARE
+    weights, answers = (24 + 16) * values / bandwidth, 1024 * 2 * values / bandwidth
+    return (
+        "Predicted for Qwen2.5-7B in bf16 on an H200: the reference moves 24 bytes a weight to perturb and restore a "
+        "member and 16 more for its part of the update, "
+        f"{weights * 1e3:.0f} ms at {bandwidth / 1e12:.1f} TB/s. Each of 1024 tokens reads all weights, which alone "
+        f"takes {answers:.1f} s. So of the paper's Countdown handling weights "
+        f"is at most {weights / (weights + answers):.1%}."
+    )
+
+
+def memory():
+    """What a base costs, in bytes and in KV cache. Arithmetic."""
+    rows = results("generation-cpu")["memory"]
+    held = {"fp32": "base fp32", "copy": "base copy", "None": "base None", "es-at-scale": "es-at-scale's temporaries"}
+    body = [[r["model"], *(_in_cache(r[key]) for key in held)] for r in rows if r["model"] != "50M"]
+    return table(["bf16 model", *held.values()], body)
+
+
+def _in_cache(held):
+    return f"{held['bytes'] / 1e9:.1f} GB = {held['kv_tokens']:,} tokens" if held["bytes"] else "none"
+
+
+def exactness():
+    """The ways of keeping bf16 weights: held-out answers while all learn and at the end, and what the reward
+    measures."""
+    report = results("exactness")
+    setting = report["setting"]
+    body = []
+    for r in report["rows"]:
+        cells = []
+        for scale, digits, unit, found in (
+            (100, 1, "%", r["midway"]),
+            (100, 1, "%", r["end"]),
+            (1, 4, "", r["log_p"]["end"]),
+        ):
+            value, error, by, by_error = (
+                scale * found[key] for key in ("mean", "error", "difference", "difference_error")
+            )
+            cells.append(f"{value:.{digits}f}{unit} ± {error:.{digits}f}")
+            cells.append("" if r["way"] == setting["reference"] else f"{by:+.{digits}f} ± {by_error:.{digits}f}")
+        body.append([r["way"], *cells])
+    after = (
+        f"right after {setting['midway']} generations",
+        f"right after {setting['generations']}",
+        f"log-probability after {setting['generations']}",
+    )
+    header = [
+        f"{setting['seeds']} seeds, ± standard error",
+        *(text for title in after for text in (title, f"to {setting['reference']}")),
+    ]
+    left = "; ".join(
+        f"{way} {report[key]['changed']:.0%}, by {report[key]['error_over_step']:.2g} of a step"
+        for way, key in (("add then subtract", "add_then_subtract"), ("base None", "base_none"))
+    )
+    return (
+        table(header, body)
+        + f"\n\nWeights that a generation of {setting['population']} members changes though nothing is learnt (rms of the change): {left}."
+    )
+
+
+def measured_gpus():
+    """Everything of the GPUs that were measured."""
+    found = [path for path in sorted(RESULTS.glob("kernels-*.json")) if path.stem != "kernels-cpu"]
+    return "\n\n".join(map(of_machine, found)) or "No GPU has been measured yet."
+
+
+def of_machine(path):
+    """The tables of one result file of kernels.py, and of generation.py's beside it; first what was to be reached."""
+    report = json.loads(path.read_text())
+    beside = path.with_name(path.name.replace("kernels-", "generation-"))
+    wanted = aims(targets.reports(path.parent).get(report["machine"].get("gpu"), {}))
+    others = json.loads(beside.read_text()) if beside.exists() else {}
+    report = {key: value for key, value in others.items() if key != "left_out"} | report
+    parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation, "decodings": decodings}
+    return "\n\n".join(filter(None, [wanted, *(make(report) for key, make in parts.items() if report.get(key))]))
+
+
+def decodings(report):
+    """Seconds of one member's long answers, by the way of decoding; a ~ before what was extrapolated."""
+    ways = list(dict.fromkeys(r["decoding"] for r in report["decodings"]))
+    body = []
+    for model, workload in dict.fromkeys((r["model"], r["workload"]) for r in report["decodings"]):
+        by = {r["decoding"]: r for r in report["decodings"] if (r["model"], r["workload"]) == (model, workload)}
+        if len(by) > 1:
+            body.append(
+                [
+                    model,
+                    workload,
+                    *(
+                        f"{'~' * (not by[way]['answers_measured'])}{by[way]['answers']:.3g}" if way in by else ""
+                        for way in ways
+                    ),
+                ]
+            )
+    return table(["answers of a member, seconds", "", *ways], body) if body else ""
+
+
+def aims(kinds):
+    """What the GPU kernels are to reach, from the reports of one machine."""
+    words = {None: "", True: "reached", False: "**missed**"}
+    return table(
+        ["to be reached on an H200", "", "measured", ""],
+        [[what, wanted, found or "not yet", words[reached]] for what, wanted, found, reached in targets.rows(kinds)],
+    )
+
+
+def host():
+    """What a call costs its thread, of every machine that calls.py ran on."""
+    body = []
+    for path in sorted(RESULTS.glob("calls-*.json")):
+        rows = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"] if "thread_us" in b["extra_info"]]
+        for backend in dict.fromkeys(r["backend"] for r in rows):
+            of = {(r["tensors"], r["base"]): r for r in rows if r["backend"] == backend}
+            for key, what in (
+                ("thread_us_before_kernel", "before the kernel"),
+                ("thread_us", "with it" if backend == "cpu" else "with the launch"),
+            ):
+                body.append(
+                    [
+                        f"{backend}, {what}",
+                        *(
+                            f"{of[case][key]:.0f}" if case in of else ""
+                            for case in itertools.product((300, 2000), (False, True))
+                        ),
+                    ]
+                )
+    header = [
+        "a call on a ParamTable, us of its thread",
+        "300 tensors, in place",
+        "from a base",
+        "2000 tensors, in place",
+        "from a base",
+    ]
+    return table(header, [["wanted, before the kernel", "100", "100", "250", "250"], *body])
+
+
+def unreached():
+    """The targets, where no GPU was measured."""
+    return "" if targets.reports(RESULTS) else aims({})
+
+
+def variants():
+    """Of each variant of the CUDA kernels what it changes in the counted instructions; and on every GPU measured, in
+    time."""
+    report = results("variants")
+    shipped = {row["kernel"]: row for row in report["counts"] if row["variant"] == "as shipped"}
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in report["counts"]):
+        rows = [row for row in report["counts"] if row["variant"] == name]
+        cells = [
+            _counted(row, shipped[row["kernel"]], name)
+            for row in rows
+            if name == "as shipped" or not _alike(row, shipped[row["kernel"]])
+        ]
+        body.append([name, report["expected"].get(name, ""), "; ".join(cells) or "as shipped"])
+    parts = [table(["variant", "expected", f"instructions a value on {report['arch']} (registers)"], body)]
+    for path in sorted(RESULTS.glob("variants-*.json")):
+        found = json.loads(path.read_text())
+        operations = list(dict.fromkeys(row["operation"] for row in found["rows"]))
+        body = []
+        for backend, name in dict.fromkeys((row["backend"], row["variant"]) for row in found["rows"]):
+            times = {
+                row["operation"]: row for row in found["rows"] if (row["backend"], row["variant"]) == (backend, name)
+            }
+            body.append([backend, name, *(_times(times.get(operation)) for operation in operations)])
+        parts.append(table([f"times what ships, {found['machine']['gpu']}", "", *operations], body))
+    return "\n\n".join(parts)
+
+
+def _alike(a, b):
+    return all(a[key] == b[key] for key in ("instructions_per_value", "registers", "spill_bytes"))
+
+
+def _counted(row, shipped, name):
+    before = "" if name == "as shipped" else f"{shipped['instructions_per_value']:.2f} → "
+    spilled = f", {row['spill_bytes']} B spilled" if row["spill_bytes"] else ""
+    return f"{row['kernel']} {before}{row['instructions_per_value']:.2f} ({row['registers']}{spilled})"
+
+
+def _times(row):
+    return "" if row is None else row["error"] if "error" in row else f"{row['times_shipped']:.3f}"
+
+
+def learning_runs():
+    """The whole runs of countdown_run.py, one row a machine."""
+    body = []
+    for path in sorted(RESULTS.glob("countdown-*.json")):
+        r = json.loads(path.read_text())
+        facts, summary = r["machine"], r["summary"]
+        exact = f"{summary['base']:.1%} → {summary['final']:.1%}"
+        reward = " → ".join(f"{value:.3f}" for value in r["reward"])
+        share = f"{r['shares']['outside generation']:.1%}" if r["shares"] else ""
+        times = [reward, f"{r['model']['seconds']:.0f} s", f"{r['seconds_a_generation'] or 0:.1f} s", share]
+        same = "the same bits" if r["replays_equal_the_run"] else "**other bits**"
+        replays = ", ".join(f"{where} {replay['seconds']:.0f} s" for where, replay in r["replays"].items())
+        body.append(
+            [
+                facts.get("gpu", facts["processor"]),
+                f"{r['model']['parameters'] / 1e6:.3g}M",
+                f"{r['sigma']:g}",
+                str(summary["generations"]),
+                exact,
+                *times,
+                f"{replays}: {same}",
+            ]
+        )
+    header = [
+        "Countdown, from nothing",
+        "parameters",
+        "sigma = lr",
+        "generations",
+        "held-out exact",
+        "members' reward",
+        "pre-training",
+        "a generation",
+        "of it outside generating",
+        "replays",
+    ]
+    return table(header, body) if body else "No such run was made on a GPU yet."
+
+
+def sass():
+    rows = [
+        r
+        for r in results("static_analysis")["rows"]
+        if r["arch"] == "sm_90"
+        and "stochastic" not in r["kernel"]
+        and "f16 <-" not in r["kernel"].replace("bf16 <-", "")
+    ]
+    rows = [r for r in rows if not r["kernel"].endswith("<- f16")]
+    pipes = ["FMA", "ALU", "IMAD.WIDE", "LSU", "uniform", "control"]
+    body = [
+        [
+            r["kernel"],
+            f"{r['instructions_per_value']:.2f}",
+            *(f"{r['per_value'].get(p, 0):.2f}" for p in pipes),
+            str(r["registers"]),
+            str(r["spill_bytes"]),
+        ]
+        for r in rows
+    ]
+    return table(["kernel (out <- base)", "instructions a value", *pipes, "registers", "bytes spilled"], body)
+
+
+def predicted():
+    """Of the main kernels: share of a copy or normals a second, what binds, and the measurement beside it where there
+    is one."""
+    rows = results("static_analysis")["predictions"]
+    kernels = [
+        f"{triton}{kernel}"
+        for triton in ("", "triton ")
+        for kernel in ("perturb f32 <- f32", "perturb bf16 <- f32", "perturb bf16 <- bf16", "update")
+    ]
+    kernels += ["swap bf16 <- bf16", "fingerprint bf16"]
+    names = list(dict.fromkeys(r["gpu"] for r in rows))
+    cells = {(r["gpu"], r["kernel"]): _predicted_cell(r) for r in rows}
+    return table(["predicted", *names], [[kernel, *(cells[name, kernel] for name in names)] for kernel in kernels])
+
+
+def _predicted_cell(row):
+    """Of what binds, and how busy the busiest of the others is."""
+    p = row["predicted"]
+    name, busy = max(((name, busy) for name, busy in p["busy"].items() if name != p["binds"]), key=lambda pair: pair[1])
+    text = f"{_reach(p)}: {p['binds']} (then {name}, {busy:.0%} busy)"
+    return text + (f"; measured {_reach(row['measured'])}" if "measured" in row else "")
+
+
+def _reach(found):
+    return f"{found['share_of_copy']:.0%}" if "share_of_copy" in found else f"{found['normals_per_s']:.3g} / s"
+
+
+def noise():
+    return table(
+        ["", "over all 2^32 words, the worse of x and y"], [[k, f"{v:.4g}"] for k, v in results("noise").items()]
+    )
+
+
+def noise_stats():
+    report = results("noise_stats")
+    normals, words = report["normals"], report["words"]
+    if isinstance(words, str):
+        battery = words
+    else:
+        orders = list(dict.fromkeys(row["order"] for row in words))
+        p = [row["p"] for row in words]
+        battery = f"{len(p)} p-values ({', '.join(orders)}), {min(p):.3f} to {max(p):.5f}; Bonferroni p of the most extreme {min(1, report['bonferroni']['words']):.3f}"
+    rows = [
+        [
+            "normals",
+            f"{report['values']:.3g} from the CPU kernel: {len(normals)} statistics, the largest "
+            f"{max(abs(row['z']) for row in normals if row['z'] is not None):.2f} standard errors away",
+        ],
+        ["the law's own distance to N(0, 1)", f"{report['law']['distance_to_normal']:.3g}"],
+        [
+            "correlation of x² and y² in a pair",
+            f"{report['law']['pair_correlation_of_squares']:.4f} by enumeration (0 in exact Box-Muller)",
+        ],
+        ["raw words, dieharder", battery],
+    ]
+    return table(["against the exact law of the transform", ""], rows)
+
+
+def learning():
+    report = results("learning")
+    body = []
+    for r in report["rows"]:
+        difference = f"{100 * r['difference']:+.1f} ± {100 * r['difference_error']:.1f} to {r['reference']}"
+        body.append(
+            [r["option"], f"{r['final']:.1%} ± {r['error']:.1%}", "" if r["reference"] == r["option"] else difference]
+        )
+    header = [f"{report['seeds']} seeds, mean ± standard error", "held-out exact", "points, paired by seed"]
+    return table(header, body)
+
+
+def scale():
+    """For a model of 7B: what one worker receives and how long its update takes, beside sending it the weights; and
+    efficiency in simulation."""
+    report = results("scale")
+    model = next(r for r in report["paper"] if r["model"] == report["assumed"]["model"])
+    rows = []
+    for r in _wire(report):
+        n = r["population"]
+        by = {s["policy"]: f"{s['efficiency']:.0%}" for s in report["simulated"] if s["workers"] == r["workers"]}
+        cells = [_sent(r["torchrun_rank_receives"]), _sent(r["ray_worker_receives"]), _sent(model["weights_bytes"])]
+        cells += [_long(model["update_seconds_h200_predicted"]["1"][str(n)]), _long(model["weights_seconds"])]
+        rows.append(
+            [f"{r['workers']}, {n}", *cells, *(by[policy] for policy in ("waves", "shared counter", "re-issued"))]
+        )
+    link = f"weights at {report['assumed']['link_bytes_a_second'] / 1e9:.0f} GB/s (assumed)"
+    header = ["workers, N", "scores: torchrun", "coefficients: Ray", "weights", "update, H200 (predicted)", link]
+    return table([*header, "waves (simulated)", "shared counter (simulated)", "re-issued (simulated)"], rows)
+
+
+def _wire(report):
+    """The rows of the populations that are simulated."""
+    return [r for r in report["wire"] if r["members_a_worker"] == report["assumed"]["members_a_worker"]]
+
+
+def _sent(n):
+    return f"{n / 1e3:.2g} kB" if n < 1e5 else f"{n / 1e6:.2g} MB" if n < 1e8 else f"{n / 1e9:.4g} GB"
+
+
+def _long(seconds):
+    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"
+
+
+def scale_wire():
+    report = results("scale")
+    keys = ("torchrun_rank_receives", "ray_driver_receives", "ray_worker_receives")
+    rows = [[str(r["workers"]), str(r["population"]), *(_sent(r[key]) for key in keys)] for r in report["wire"]]
+    return table(
+        ["workers", "N", "torchrun: every rank receives", "Ray: the driver receives", "Ray: every worker receives"],
+        rows,
+    )
+
+
+def scale_models():
+    report = results("scale")
+    rows = []
+    for r in report["paper"]:
+        memory = [_bytes(r["memory_bytes"][base]) for base in ("fp32", "copy", "none")]
+        whole, sharded = (r["update_seconds_h200_predicted"][shards] for shards in ("1", "8"))
+        update = [_long(r["update_seconds_cpu"]["30"])]
+        update += [*(_long(whole[n]) for n in ("30", "256", "1024", "4096")), _long(sharded["1024"])]
+        rows.append([r["model"], *memory, _bytes(r["weights_bytes"]), _long(r["weights_seconds"]), *update])
+    h200 = [f"{'update, H200 (predicted), ' if n == 30 else ''}N = {n}" for n in (30, 256, 1024, 4096)]
+    header = [
+        "model",
+        "memory, base fp32",
+        "copy",
+        "none",
+        "weights",
+        f"at {report['assumed']['link_bytes_a_second'] / 1e9:.0f} GB/s (assumed)",
+    ]
+    header += [
+        f"update, CPU of {report['unit_costs']['cpu_threads']} threads, N = 30",
+        *h200,
+        "N = 1024 over 8 H200 (predicted)",
+    ]
+    return table(header, rows)
+
+
+def scale_simulated():
+    report = results("scale")
+    a = report["assumed"]
+    said = (
+        f"Assumed: {a['generations']} generations of {a['members_a_worker']} members a worker; a member takes "
+        f"{a['seconds']:.0f} s "
+        f"(its logarithm spreads by {a['spread']}), {a['stragglers']:.0%} of them {a['straggle']:.0f} times as long; "
+        f"a worker dies every {a['hours_between_failures']:.0f} hours and is back after {a['replaced_after']:.0f} s "
+        f"and the log's updates, which take what is predicted for {a['model']}; late after {a['limit']:.0f} s."
+    )
+    rows = []
+    for r in report["simulated"]:
+        counts = [str(r[key]) for key in ("dropped", "repeated", "deaths")]
+        rows.append(
+            [
+                str(r["workers"]),
+                str(r["population"]),
+                r["policy"],
+                f"{r['efficiency']:.1%}",
+                f"{r['wasted']:.1%}",
+                *counts,
+            ]
+        )
+    header = [
+        "simulated: workers",
+        "N",
+        "policy",
+        "efficiency",
+        "wasted",
+        "members dropped",
+        "handed out again",
+        "deaths",
+    ]
+    return f"{said}\n\n" + table(header, rows)
+
+
+def scale_varied():
+    report = results("scale")
+    workers = report["varied"][0]["workers"]
+    rows = [{"what": "as above", **r} for r in report["simulated"] if r["workers"] == workers] + report["varied"]
+    policies = list(dict.fromkeys(r["policy"] for r in rows))
+    by = {(r["what"], r["policy"]): f"{r['efficiency']:.1%}" for r in rows}
+    header = [f"efficiency of {workers} workers, simulated", *policies]
+    return table(
+        header, [[what, *(by[what, policy] for policy in policies)] for what in dict.fromkeys(r["what"] for r in rows)]
+    )
+
+
+TABLES = {
+    "scale": scale,
+    "scale-wire": scale_wire,
+    "scale-models": scale_models,
+    "scale-simulated": scale_simulated,
+    "scale-varied": scale_varied,
+    "cpu": cpu,
+    "rivals": rivals,
+    "generation": generation,
+    "countdown": countdown,
+    "memory": memory,
+    "host": host,
+    "gpus": measured_gpus,
+    "targets": unreached,
+    "learning-runs": learning_runs,
+    "variants": variants,
+    "exactness": exactness,
+    "learning": learning,
+    "noise": noise,
+    "noise-stats": noise_stats,
+    "sass": sass,
+    "predicted": predicted,
+}
+
+
+def filled(text):
+    for name, make in TABLES.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + make() + "\n" + m[2], text, flags=re.S)
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--tables", type=pathlib.Path, metavar="FOLDER")
+    args = parser.parse_args()
+    if args.tables:
+        print("\n\n".join(map(of_machine, sorted(args.tables.glob("kernels-*.json")))))
+        return
+    for name in PAGES:
+        text = (ROOT / name).read_text()
+        if not args.check:
+            (ROOT / name).write_text(filled(text))
+        elif filled(text) != text:
+            sys.exit(f"{name} differs from bench/results: run python -m bench.publish.tables")
+
+
+if __name__ == "__main__":
+    main()
