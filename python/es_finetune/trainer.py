@@ -22,13 +22,12 @@ from es_finetune import errors
 from es_finetune.config import TrainConfig, recorded_options
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Unaskable
-from es_finetune.evaluation.statistics import save_answers
 from es_finetune.monitor.advice import norms_note, warnings_of
 from es_finetune.monitor.plots import plot_run
 from es_finetune.monitor.progress import Progress
 from es_finetune.monitor.rows import estimate, eval_row, population_row, summary, total_seconds
 from es_finetune.monitor.trackers import Tracker, require
-from es_finetune.runs.files import append_row, generation_rows, write_atomically
+from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
 from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, SealedLines, parse_log, read_journals, sealed
 from es_finetune.runs.replay import check_start

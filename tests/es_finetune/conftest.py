@@ -181,8 +181,9 @@ def save_tiny(build_model):
     tokenizer, for `--model`."""
 
     def save(folder, kind="llama", **config):
-        from es_finetune.models.load import EMBEDDED_MODEL
         from transformers import AutoTokenizer
+
+        from es_finetune.models.load import EMBEDDED_MODEL
 
         build_model(kind, **config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)

@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import es_finetune
 import pytest
 import transformers
+
+import es_finetune
 from es_finetune.cli import CONFIGS, _flags_of, _parse, _read_yaml, main
 from es_finetune.config import TrainConfig
 from es_finetune.models.load import EMBEDDED_MODEL

@@ -20,6 +20,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
+
 from es_finetune import TrainConfig, Trainer
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.monitor.report import report

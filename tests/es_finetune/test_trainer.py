@@ -12,6 +12,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.commands.evaluate import assess
 from es_finetune.config import EvalConfig, recorded_options
@@ -20,10 +24,6 @@ from es_finetune.runs.log import read_log
 from es_finetune.runs.schedules import scale
 from es_finetune.tasks import Item, Score, load_task
 from es_finetune.trainer import RewardFailed
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import es_kernels
 
 SMALL = {"generations": 2, "population": 4, "prompts": 16, "eval_items": 32, "report_to": ["none"]}
 

@@ -10,9 +10,9 @@ from typing import Any
 from es_finetune.config import EvalConfig, model_options
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import measure, rewards_of
-from es_finetune.evaluation.statistics import kl_to_base, save_answers
+from es_finetune.evaluation.statistics import kl_to_base
 from es_finetune.models.load import load_model, pick_device
-from es_finetune.runs.files import write_atomically
+from es_finetune.runs.files import save_answers, write_atomically
 from es_finetune.runs.log import read_log
 from es_finetune.runs.replay import rebuild
 from es_finetune.runs.setup import make_engine, make_task

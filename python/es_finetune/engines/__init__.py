@@ -3,8 +3,7 @@ knows of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 DECODINGS = ("dynamic", "static", "continuous")  # of hf.HFEngine; here, for a check of options loads no engine
@@ -32,16 +31,3 @@ class Engine(Protocol):
     def encode(self, prompts: Sequence[str | Sequence[dict]]) -> Any: ...
 
     def generate(self, encoded: Any) -> list[Answer]: ...
-
-
-class Replica(NamedTuple):
-    """One copy of a model with the run's weights over it, wherever an engine keeps it."""
-
-    weights: Any  # weights.Weights, or what passes its calls on
-    engine: Engine
-    identity: dict[str, Any]  # what the log's header says of the model
-    parameters: int
-    backend: str  # of es_kernels
-    save_model: Callable[[Path], None]  # writes the live weights, as transformers loads them
-    model: Any = None  # where it is in this process
-    close: Callable[[], None] = lambda: None

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from es_finetune.engines import Answer
 from es_finetune.errors import UserError
-from es_finetune.runs.files import write_atomically
-from es_finetune.tasks import Item, Score
 
 _Z = 1.959963984540054  # the standard normal is within +-_Z with probability 0.95
 
@@ -87,13 +83,3 @@ def kl_to_base(
     value = math.fsum(sums) / tokens
     spread = math.fsum((total - value * length) ** 2 for total, length in zip(sums, lengths))
     return KL(value, math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else None, tokens)
-
-
-def save_answers(path: Path, items: Sequence[Item], answers: Sequence[Answer], scores: Sequence[Score]) -> None:
-    """JSON lines, one per answer: prompt (text, or the messages of a chat), completion, reward and exact (null where
-    there is none), and for an answer whose scoring failed the error. Whole or not at all."""
-    lines = []
-    for item, answer, score in zip(items, answers, scores, strict=True):
-        row = {"prompt": item.prompt, "completion": answer.text, "reward": score.reward, "exact": score.exact}
-        lines.append(json.dumps(row | ({"error": score.error} if score.error else {})) + "\n")
-    write_atomically(path, "".join(lines))

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from es_finetune.engines import Answer
 from es_finetune.errors import UserError
+from es_finetune.tasks import Item, Score
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` for a file to be written to, which then reaches the disk and takes the name of `path`.
+
+    Raises:
+        OSError: It could not be written. `path` is as it was before, and nothing is left beside it.
+    """
+    part = path.with_name(path.name + ".tmp")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, reach the disk, then take its name. OSError leaves what `path` held before."""
-    part = path.with_name(path.name + ".tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    """Make `content` what the file at `path` holds, all of it or nothing.
+
+    Raises:
+        OSError: It could not be written. `path` is as it was before.
+    """
+    with replacing(path) as part:
+        part.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -67,3 +87,13 @@ def generation_rows(path: Path) -> list[dict[str, Any]]:
                 f"{path} is damaged in row {number}: it does not say of which generation it is; remove that row"
             )
     return rows
+
+
+def save_answers(path: Path, items: Sequence[Item], answers: Sequence[Answer], scores: Sequence[Score]) -> None:
+    """JSON lines, one per answer: prompt (text, or the messages of a chat), completion, reward and exact (null where
+    there is none), and for an answer whose scoring failed the error. Whole or not at all."""
+    lines = []
+    for item, answer, score in zip(items, answers, scores, strict=True):
+        row = {"prompt": item.prompt, "completion": answer.text, "reward": score.reward, "exact": score.exact}
+        lines.append(json.dumps(row | ({"error": score.error} if score.error else {})) + "\n")
+    write_atomically(path, "".join(lines))

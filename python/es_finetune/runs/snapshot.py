@@ -3,13 +3,13 @@ enough."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from es_finetune.errors import UserError
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
+from es_finetune.runs.files import replacing
 from es_finetune.runs.log import Generation
 
 _NAME = re.compile(r"theta-([0-9]+)\.safetensors")
@@ -22,15 +22,11 @@ def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
 
     folder.mkdir(exist_ok=True)
     path = folder / f"theta-{optimizer.generation:06d}.safetensors"
-    part = path.with_suffix(".tmp")
     older = _snapshots(folder)
     try:
-        save_file(optimizer.state_dict()["es"]["theta"], part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path) as part:
+            save_file(optimizer.state_dict()["es"]["theta"], part)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
-        part.unlink(missing_ok=True)
         raise OSError(f"the snapshot {path} could not be written: {error}") from error
     for _, old in older:
         if old != path:

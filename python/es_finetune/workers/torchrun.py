@@ -97,7 +97,11 @@ class Ranks:
         """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
         mine = {
             **self.worker.start(),
-            **{f"{_OPTION}{name}": value for name, value in recorded_options(self.config).items() if name not in RESUMABLE},
+            **{
+                f"{_OPTION}{name}": value
+                for name, value in recorded_options(self.config).items()
+                if name not in RESUMABLE
+            },
         }
         everyone = self._gathered((socket.gethostname(), mine))
         _, first = everyone[0]

@@ -13,20 +13,16 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import es_kernels
-from es_finetune.config import CUSTOM_PROMPTS, TrainConfig, model_options
-from es_finetune.engines import Replica
+from es_finetune.config import CUSTOM_PROMPTS, TrainConfig
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator
-from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
-from es_finetune.models.load import dtype_of, freeze_towers, load_model, pick_device, save_model
 from es_finetune.monitor.rows import Row, member_line, rewards_by_prompt
 from es_finetune.optim.evolution_strategy import Update, make_update
 from es_finetune.runs.log import Generation
-from es_finetune.runs.setup import make_engine, make_task
+from es_finetune.runs.setup import make_task
 from es_finetune.tasks import Item, Task
 from es_finetune.tasks.reward_process import RewardFailed
-from es_finetune.workers.weights import Weights
+from es_finetune.workers.replica import make_replica
 from es_kernels.noise import PROMPT_CHOICE, member_seed
 
 
@@ -42,7 +38,7 @@ class Worker:
     def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
         self.config = config
         self.task = check_task(task or make_task(config), config)
-        self.replica = _replica(config, self.task, model, tokenizer)
+        self.replica = make_replica(config, self.task, model, tokenizer)
         self.weights, self.model = self.replica.weights, self.replica.model
         self.backend, self.parameters = self.replica.backend, self.replica.parameters
         engine, task = self.replica.engine, self.task
@@ -188,37 +184,6 @@ def update_of(
         rewards[line["member"]] = of_member
     shaping = {"population": config.population, "shaping": config.shaping, "antithetic": config.antithetic}
     return make_update(generation, rewards, dropped, **shaping), by_prompt
-
-
-def _replica(config: TrainConfig, task: Task, model, tokenizer) -> Replica:
-    if (model is None) != (tokenizer is None):
-        raise UserError("give model and tokenizer together, or neither to load the config's")
-    if config.engine == "vllm":
-        from es_finetune.workers.vllm.engine import load
-
-        if model is not None:
-            raise UserError("engine vllm loads the model by itself: name it in the config")
-        return load(config, task)
-    if model is None:
-        model, tokenizer, identity = load_model(
-            config.model, device=pick_device(config.device), **model_options(config)
-        )
-    else:
-        refuse_untunable(model)
-        freeze_towers(model)
-        identity = {
-            "model": config.model,
-            "class": type(base_of(model)).__name__,
-            "dtype": dtype_of(model),
-            "in_memory": True,
-        }
-    engine = make_engine(config, task, model, tokenizer)
-    weights = Weights(list(named_segments(model)), config)
-    parameters = sum(p.numel() for p in model.parameters())
-    backend = es_kernels.active_backend(base_of(model).device)
-    return Replica(
-        weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model
-    )
 
 
 def _digest(text: str) -> str:

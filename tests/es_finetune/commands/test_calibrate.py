@@ -9,9 +9,10 @@ import json
 import math
 from statistics import mean, stdev
 
-import es_finetune.commands.calibrate as calibrate_module
 import pytest
 import torch
+
+import es_finetune.commands.calibrate as calibrate_module
 from es_finetune.cli import main
 from es_finetune.commands.calibrate import _cells, _line, calibrate, measure_sigma, recommend, refuse_too_few
 from es_finetune.config import CalibrateConfig

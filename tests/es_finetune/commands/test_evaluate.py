@@ -8,6 +8,7 @@ a model from itself is 0 and of a tuned one is not; bad input is one line.
 import json
 
 import pytest
+
 from es_finetune import TrainConfig, Trainer
 from es_finetune.cli import main
 from es_finetune.runs.files import read_rows

@@ -20,15 +20,9 @@ import threading
 import types
 from pathlib import Path
 
-import es_finetune.models
 import pytest
 import torch
 import transformers
-from es_finetune import EvolutionStrategy
-from es_finetune.engines import DECODINGS, Answer, hf
-from es_finetune.engines.hf import HFEngine
-from es_finetune.engines.prompts import tokenize
-from es_finetune.tasks import load_task
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
@@ -39,6 +33,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+import es_finetune.models
+from es_finetune import EvolutionStrategy
+from es_finetune.engines import DECODINGS, Answer, hf
+from es_finetune.engines.hf import HFEngine
+from es_finetune.engines.prompts import tokenize
+from es_finetune.tasks import load_task
 
 EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "embedded"
 PROMPTS = [item.prompt for item in load_task("countdown-char").test[:40]]

@@ -11,15 +11,16 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import es_finetune.models
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import es_finetune.models
 from es_finetune.engines import Answer
 from es_finetune.engines.hf import HFEngine
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable, headline, measure
 from es_finetune.evaluation.statistics import interval
 from es_finetune.tasks import Item, Score, load_task
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EMBEDDED_MODEL = Path(es_finetune.models.__file__).parent / "embedded"
 

@@ -4,16 +4,15 @@ An interval is Wilson's for right and wrong. The KL estimate is that of the k3 f
 divergence, within its standard error. Saved answers can be read back line by line.
 """
 
-import json
 import math
 import random
 import statistics
 
 import pytest
 import torch
+
 from es_finetune.engines import Answer
-from es_finetune.evaluation.statistics import KL, interval, kl_to_base, save_answers
-from es_finetune.tasks import Item, Score
+from es_finetune.evaluation.statistics import KL, interval, kl_to_base
 
 
 @pytest.mark.parametrize(
@@ -98,20 +97,3 @@ def test_kl_of_other_answers_is_refused():
         kl_to_base([Answer("", (1, 2))], [torch.zeros(2)], [torch.zeros(3)])
     with pytest.raises(ValueError, match="at least one token"):
         kl_to_base([Answer("", ())], [torch.empty(0)], [torch.empty(0)])
-
-
-def test_saved_answers_can_be_read_back(tmp_path):
-    chat = ({"role": "user", "content": "3 + 5?\n"},)
-    items = [Item("a\u2028", 0), Item(chat, 1)]
-    path = tmp_path / "base.jsonl"
-    path.write_text("of an earlier eval")
-    save_answers(
-        path, items, [Answer("x\ny\ud800", (1,)), Answer("8", (2,))], [Score(0.5, 1.0), Score(None, error="broke")]
-    )
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"prompt": "a\u2028", "completion": "x\ny\ud800", "reward": 0.5, "exact": 1.0},
-        {"prompt": list(chat), "completion": "8", "reward": None, "exact": None, "error": "broke"},
-    ]
-    assert [file.name for file in tmp_path.iterdir()] == ["base.jsonl"]
-    with pytest.raises(ValueError):
-        save_answers(path, items, [Answer("x", (1,))], [Score(0.5), Score(0.5)])

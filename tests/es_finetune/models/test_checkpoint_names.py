@@ -13,15 +13,15 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import es_kernels
 from es_finetune import EvolutionStrategy, TrainConfig, Trainer
 from es_finetune.engines.hf import HFEngine
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import EMBEDDED_MODEL, load_model
 from es_finetune.runs.replay import base_fingerprint
 from es_finetune.runs.schedules import make_optimizer
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-import es_kernels
 
 KINDS = ("llama", "qwen2", "mixtral", "qwen3_moe")
 

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 import transformers
-from es_finetune.models.checkpoint_names import named_segments
-from es_finetune.models.load import EMBEDDED_MODEL, empty_model, load_model, save_model
 
 import es_kernels
+from es_finetune.models.checkpoint_names import named_segments
+from es_finetune.models.load import EMBEDDED_MODEL, empty_model, load_model, save_model
 
 
 def text(model, tokenizer):

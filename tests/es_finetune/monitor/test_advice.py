@@ -4,6 +4,7 @@ A warning comes with its cause, not without it, and not every generation. Norm w
 """
 
 import pytest
+
 from es_finetune.monitor.advice import REPEAT, is_norm, norms_note, warnings_of
 
 

@@ -10,10 +10,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from es_finetune.monitor.health import Health
-from es_finetune.optim.evolution_strategy import EvolutionStrategy
 
 import es_kernels
+from es_finetune.monitor.health import Health
+from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_kernels.noise import member_seed, normal, stream_id
 
 SIGMA = 1e-3

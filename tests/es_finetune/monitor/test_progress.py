@@ -9,8 +9,9 @@ every member; a pipe gets nothing of that. Notes stay, as they are, in both.
 import io
 
 import pytest
-from es_finetune.monitor.progress import Progress, duration, value
 from rich.console import Console
+
+from es_finetune.monitor.progress import Progress, duration, value
 
 ROW = {"reward_mean": 0.5123, "reward_max": 0.9, "exact_mean": None, "seconds": 60.0, "share_outside": 0.0043}
 

@@ -16,6 +16,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from es_finetune.monitor import plots
 from es_finetune.monitor.health import FAITHFUL
 from es_finetune.monitor.report import report

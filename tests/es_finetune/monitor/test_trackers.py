@@ -10,6 +10,7 @@ import types
 import warnings
 
 import pytest
+
 from es_finetune.monitor.trackers import Tracker, require, scalars
 
 ROW = {

@@ -29,10 +29,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from es_finetune import EvolutionStrategy, Update
-from es_finetune.optim.shaping import centred_ranks, per_prompt, z_scores
 
 import es_kernels
+from es_finetune import EvolutionStrategy, Update
+from es_finetune.optim.shaping import centred_ranks, per_prompt, z_scores
 from es_kernels.noise import member_seed
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

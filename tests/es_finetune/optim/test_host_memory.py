@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+
 from es_finetune import EvolutionStrategy
 from es_finetune.optim import host_memory
 

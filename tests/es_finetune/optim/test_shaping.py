@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+
 from es_finetune.optim.shaping import SHAPINGS, centred_ranks, per_prompt, z_scores
 
 

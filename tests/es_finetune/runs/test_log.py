@@ -12,7 +12,7 @@ import random
 
 import numpy as np
 import pytest
-from es_finetune.runs.files import append_row, generation_rows, read_rows, write_atomically
+
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, read_log, sealed
 
 
@@ -154,34 +154,3 @@ def test_a_second_writer_is_refused(path):
         SealedLines(path)
     log.close()
     SealedLines(path).close()
-
-
-def test_other_files_are_whole_or_as_before(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    write_atomically(path, "before")
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-    )
-    with pytest.raises(OSError):
-        write_atomically(path, "after")
-    assert path.read_text() == "before" and [found.name for found in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_rows_are_read_up_to_a_torn_one(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_rows(path) == []
-    for number in range(3):
-        append_row(path, {"generation": number, "text": "\u2028"})
-    path.write_bytes(path.read_bytes()[:-5])
-    assert [row["generation"] for row in read_rows(path)] == [0, 1]
-
-
-def test_a_row_that_does_not_say_of_which_generation_it_is_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for row in ({"generation": 0}, {"generation": None}, {"generation": 2}):
-        append_row(path, row)
-    with pytest.raises(
-        ValueError,
-        match="metrics.jsonl is damaged in row 2: it does not say of which generation it is; remove that row",
-    ):
-        generation_rows(path)

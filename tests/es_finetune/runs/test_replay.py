@@ -10,6 +10,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.cli import main
 from es_finetune.models.checkpoint_names import named_segments
@@ -17,10 +21,6 @@ from es_finetune.models.load import EMBEDDED_MODEL, load_model, save_model
 from es_finetune.runs.log import SealedLines, read_log
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import Item, Score
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import es_kernels
 
 CONFIGS = {
     "llama": {},

@@ -14,10 +14,11 @@ import random
 import re
 
 import pytest
-from es_finetune.tasks import load_task
-from es_finetune.tasks.reward_process import RewardFailed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from es_finetune.tasks import load_task
+from es_finetune.tasks.reward_process import RewardFailed
 
 REWARDS = """
 import os, time

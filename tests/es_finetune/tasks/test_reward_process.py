@@ -22,6 +22,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from es_finetune.tasks import reward_process
 from es_finetune.tasks.reward_process import (
     RewardError,
@@ -32,8 +35,6 @@ from es_finetune.tasks.reward_process import (
     one_line,
     parts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 REWARDS = """
 import ctypes, os, subprocess, sys, time

@@ -19,14 +19,15 @@ from fractions import Fraction
 
 import datasets
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from es_finetune.tasks import Item, check_disjoint, load_task
 from es_finetune.tasks.arithmetic import MAX_DEPTH, MAX_LENGTH, evaluate
 from es_finetune.tasks.conciseness import Conciseness
 from es_finetune.tasks.countdown import Countdown
 from es_finetune.tasks.countdown_char import CountdownChar, solutions
 from es_finetune.tasks.extract import MAX_BOXED, last_block, last_boxed
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 HOSTILE = [
     "",

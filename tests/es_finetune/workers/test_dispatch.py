@@ -5,10 +5,11 @@ The first result counts. A member goes out again only when its worker is gone, o
 nothing else to do; `overdue` says from when on that is.
 """
 
-from es_finetune.workers.dispatch import Dispatch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from es_finetune.workers.dispatch import Dispatch
 
 
 def test_members_go_out_in_order_each_to_one_worker():

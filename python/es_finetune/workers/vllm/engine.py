@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from es_finetune.config import TrainConfig
-from es_finetune.engines import Answer, Replica
+from es_finetune.engines import Answer
 from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize, vocabulary_of
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import encoded
 from es_finetune.models.load import empty_model, first_line, path_of, save_model
 from es_finetune.tasks import Task
+from es_finetune.workers.replica import Replica
 
 _UTILISATION = 0.9  # of a GPU's memory: vLLM's default
 _BLOCK = 128  # lengths are rounded up to so many tokens
