@@ -7,6 +7,7 @@ import functools
 import os
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,71 +29,95 @@ MAX_THREADS = 1024  # torch still runs with 4096 of them on 2 cores; with 100,00
 CUSTOM_PROMPTS = 128
 
 SCHEDULES = ("constant", "linear", "cosine")
+ROUNDINGS = ("nearest", "stochastic")
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
-# In a field's metadata: its help, and whether it is resumable. A resumable option may differ when a run goes on: it
-# decides where, how fast and how closely watched the run is, not what its log holds, since equal scores give equal
-# weights anywhere. Model, data and reward are resumable because the log knows them by fingerprint and digest.
-def _flag(help: str, default: Any = None, *, resumable: bool = False) -> Any:
-    return field(default=default, metadata={"help": help, "resumable": resumable})
+# Of the flags, in the order of a command's help
+GROUPS = ("task", "model", "run", "noise and update", "evaluation", "workers", "files")
 
 
-def _list(help: str, *default: str, resumable: bool = False) -> Any:
-    return field(default_factory=lambda: list(default), metadata={"help": help, "resumable": resumable})
+# In a field's metadata: its group and help, the choices it has, if it has few, and whether it is resumable. A resumable
+# option may differ when a run goes on: it decides where, how fast and how closely watched the run is, not what its log
+# holds, since equal scores give equal weights anywhere. Model, data and reward are resumable because the log knows them
+# by fingerprint and digest.
+def _flag(
+    group: str, help: str, default: Any = None, *, choices: Sequence[str] | None = None, resumable: bool = False
+) -> Any:
+    return field(default=default, metadata=_metadata(group, help, choices, resumable))
 
 
-def _preset(name: str, help: str, *, resumable: bool = False) -> Any:
-    return _flag(f"{help}; {DEMO[name]} with the embedded model, else {PAPER[name]}", resumable=resumable)
+def _list(group: str, help: str, *default: str, choices: Sequence[str] | None = None, resumable: bool = False) -> Any:
+    return field(default_factory=lambda: list(default), metadata=_metadata(group, help, choices, resumable))
 
 
-@dataclass
+def _preset(group: str, name: str, help: str, *, resumable: bool = False) -> Any:
+    return _flag(group, f"{help}; {DEMO[name]} with the embedded model, else {PAPER[name]}", resumable=resumable)
+
+
+def _folder_of_run() -> Any:
+    return field(metadata=_metadata("run", "folder of the run", None, False))
+
+
+def _metadata(group: str, help: str, choices: Sequence[str] | None, resumable: bool) -> dict[str, Any]:
+    return {"group": group, "help": help, "choices": choices, "resumable": resumable}
+
+
+@dataclass(kw_only=True)
 class TaskConfig:
     """What is asked and how answers are scored."""
 
     task: str | None = _flag(
-        "countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward"
+        "task", "countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward"
     )
     data: str | None = _flag(
+        "task",
         "training items: a .jsonl file with one object a line that has a prompt (custom), or a dataset's name or "
         "folder (math)",
         resumable=True,
     )
     test_data: str | None = _flag(
-        "held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)", resumable=True
+        "task",
+        "held-out items, in the form of --data; left out: a share of --data (custom), MATH-500 (math)",
+        resumable=True,
     )
     reward: str | None = _flag(
+        "task",
         "your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own",
         resumable=True,
     )
     time_limit: float = _flag(
+        "task",
         "seconds after which the scoring of one answer is stopped, where it runs in a process of its own",
         5.0,
         resumable=True,
     )
-    max_new_tokens: int | None = _flag("length of an answer; the task's own if not given")
+    max_new_tokens: int | None = _flag("task", "length of an answer; the task's own if not given")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelConfig:
     """The model and where it computes."""
 
     model: str | None = _flag(
-        "folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own", resumable=True
+        "model", "folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own", resumable=True
     )
-    dtype: str = _flag("auto (as saved), float32, bfloat16 or float16", "auto")
-    lora_rank: int = _flag("tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)
-    pad_token: str | None = _flag("an existing token to pad with, for a tokenizer that has none")
-    batch_size: int | None = _preset("batch_size", "prompts per call of generate", resumable=True)
+    dtype: str = _flag("model", "of the weights; auto: as saved", "auto", choices=WEIGHT_DTYPES)
+    lora_rank: int = _flag("model", "tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)
+    pad_token: str | None = _flag("model", "an existing token to pad with, for a tokenizer that has none")
+    batch_size: int | None = _preset("model", "batch_size", "prompts per call of generate", resumable=True)
     decoding: str = _flag(
-        "how transformers generates: dynamic, static (compiled on a GPU) or continuous (continuous batching)",
+        "model",
+        "how transformers generates; static: compiled on a GPU; continuous: continuous batching",
         "dynamic",
+        choices=DECODINGS,
         resumable=True,
     )
     attn_implementation: str | None = _flag(
-        "transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given", resumable=True
+        "model", "transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given", resumable=True
     )
-    threads: int | None = _preset("threads", "CPU threads; 0: torch's choice", resumable=True)
-    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto", resumable=True)
+    threads: int | None = _preset("model", "threads", "CPU threads; 0: torch's choice", resumable=True)
+    device: str = _flag("model", "cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto", resumable=True)
 
 
 class Setup(ModelConfig, TaskConfig):
@@ -127,96 +152,125 @@ class Setup(ModelConfig, TaskConfig):
                 setattr(self, name, value)
         at_least(self, lora_rank=0, batch_size=1, threads=0)
         at_most(self, threads=MAX_THREADS)
-        one_of(self, decoding=DECODINGS, dtype=WEIGHT_DTYPES)
         if self.time_limit <= 0:
             raise UserError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
         if self.max_new_tokens is not None:
             at_least(self, max_new_tokens=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig(Setup):
     """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one,
     else the paper's (arXiv:2509.24372)."""
 
-    output: str | None = _flag("folder of the run; runs/TASK-MODEL if not given", resumable=True)
-    generations: int | None = _preset("generations", "how many updates")
-    population: int = _flag("members per generation", 30)
-    sigma: float | None = _preset("sigma", "scale of the noise")
-    lr: float | None = _preset("lr", "scale of the update")
+    output: str | None = _flag("files", "folder of the run; runs/TASK-MODEL if not given", resumable=True)
+    generations: int | None = _preset("noise and update", "generations", "how many updates")
+    population: int = _flag("noise and update", "members per generation", 30)
+    sigma: float | None = _preset("noise and update", "sigma", "scale of the noise")
+    lr: float | None = _preset("noise and update", "lr", "scale of the update")
     sigma_schedule: str = _flag(
-        "constant, linear or cosine: sigma falls from its value to final_scale times it", "constant"
+        "noise and update", "how sigma falls from its value to final_scale times it", "constant", choices=SCHEDULES
     )
-    lr_schedule: str = _flag("the same for lr", "constant")
-    final_scale: float = _flag("where the schedules end", 0.1)
+    lr_schedule: str = _flag("noise and update", "the same for lr", "constant", choices=SCHEDULES)
+    final_scale: float = _flag("noise and update", "where the schedules end", 0.1)
     shaping: str = _flag(
-        "rewards to coefficients: zscore, ranks (centred ranks) or per_prompt (z-scores for each prompt, averaged)",
+        "noise and update",
+        "rewards to coefficients; ranks: centred ranks; per_prompt: z-scores for each prompt, averaged",
         "zscore",
+        choices=("zscore", "ranks", "per_prompt"),
     )
-    antithetic: bool = _flag("members in pairs of opposite noise", False)
-    momentum: float = _flag("of past updates, 0 <= momentum < 1; kept as seeds and coefficients, not as a tensor", 0.0)
-    momentum_window: int = _flag("generations that momentum remembers", 8)
-    weight_decay: float = _flag("per update, times lr", 0.0)
-    anchored: bool = _flag("decay toward the initial weights instead of zero", False)
-    base: str = _flag("where the exact weights live: fp32, copy, host or none", "fp32")
-    perturb_rounding: str = _flag("nearest or stochastic, of perturbed weights", "nearest")
+    antithetic: bool = _flag("noise and update", "members in pairs of opposite noise", False)
+    momentum: float = _flag(
+        "noise and update", "of past updates, 0 <= momentum < 1; kept as seeds and coefficients, not as a tensor", 0.0
+    )
+    momentum_window: int = _flag("noise and update", "generations that momentum remembers", 8)
+    weight_decay: float = _flag("noise and update", "per update, times lr", 0.0)
+    anchored: bool = _flag("noise and update", "decay toward the initial weights instead of zero", False)
+    base: str = _flag(
+        "noise and update", "where the exact weights live", "fp32", choices=("fp32", "copy", "host", "none")
+    )
+    perturb_rounding: str = _flag("noise and update", "of perturbed weights", "nearest", choices=ROUNDINGS)
     update_rounding: str | None = _flag(
-        "nearest or stochastic, of the update; stochastic with base copy and none, else nearest"
+        "noise and update",
+        "of the update; stochastic with base copy and none, else nearest",
+        choices=ROUNDINGS,
     )
-    tune: list[str] = _list("name patterns (as *.mlp.*) of the parameters to tune; all if not given")
-    freeze: list[str] = _list("name patterns of parameters to leave out")
+    tune: list[str] = _list(
+        "noise and update", "name patterns (as *.mlp.*) of the parameters to tune; all if not given"
+    )
+    freeze: list[str] = _list("noise and update", "name patterns of parameters to leave out")
     sigma_for: list[str] = _list(
-        "PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts"
+        "noise and update", "PATTERN=SIGMA: another sigma for the parameters of these names; the first that fits counts"
     )
     prompts: int | None = _flag(
+        "task",
         "training prompts per generation, drawn anew each time, the same for all members; 0: all of them; "
         f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else "
-        f"{PAPER['prompts']}"
+        f"{PAPER['prompts']}",
     )
-    seed: int = _flag("of the whole run", 0)
+    seed: int = _flag("noise and update", "of the whole run", 0)
     eval_every: int | None = _preset(
-        "eval_every", "generations between evals on the held-out prompts; 0: only first and last", resumable=True
+        "evaluation",
+        "eval_every",
+        "generations between evals on the held-out prompts; 0: only first and last",
+        resumable=True,
     )
-    eval_items: int = _flag("how many held-out prompts; 0: all", 0, resumable=True)
+    eval_items: int = _flag("evaluation", "how many held-out prompts; 0: all", 0, resumable=True)
     health_every: int = _flag(
+        "evaluation",
         "generations between measurements of the realised noise and step and of the distance from the base model; 0: "
         "never",
         10,
         resumable=True,
     )
     snapshot_every: int = _flag(
+        "files",
         "generations between snapshots of the exact weights, which make resuming faster; 0: none, the log is enough",
         0,
         resumable=True,
     )
-    save_model: bool = _flag("write the tuned model at the end", True, resumable=True)
-    report_to: list[str] = _list("tensorboard, wandb, trackio or none", "tensorboard", resumable=True)
+    save_model: bool = _flag("files", "write the tuned model at the end", True, resumable=True)
+    report_to: list[str] = _list("files", "where the curves go", "tensorboard", choices=TRACKERS, resumable=True)
     on_reward_error: str = _flag(
-        "floor: an answer whose reward fails gets the lowest reward; stop: the run ends", "floor", resumable=True
-    )
-    engine: str = _flag("what generates: hf (transformers, in this process) or vllm", "hf", resumable=True)
-    tensor_parallel: int = _flag("GPUs that hold one copy of the model, with engine vllm", 1, resumable=True)
-    workers: str = _flag(
-        "alone, or ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag",
-        "alone",
+        "task",
+        "floor: an answer whose reward fails gets the lowest reward; stop: the run ends",
+        "floor",
+        choices=("floor", "stop"),
         resumable=True,
     )
-    ray_workers: int = _flag("how many actors; 0: one for each GPU of the cluster", 0, resumable=True)
+    engine: str = _flag(
+        "workers", "what generates; hf: transformers, in this process", "hf", choices=("hf", "vllm"), resumable=True
+    )
+    tensor_parallel: int = _flag("workers", "GPUs that hold one copy of the model, with engine vllm", 1, resumable=True)
+    workers: str = _flag(
+        "workers",
+        "ray: a pool of actors in the Ray cluster of RAY_ADDRESS, or of this machine; torchrun needs no flag",
+        "alone",
+        choices=("alone", "ray"),
+        resumable=True,
+    )
+    ray_workers: int = _flag("workers", "how many actors; 0: one for each GPU of the cluster", 0, resumable=True)
     straggler_limit: float = _flag(
+        "workers",
         "seconds after which a member that is still out is given to another worker too, with workers ray; 0: wait",
         0.0,
         resumable=True,
     )
     on_straggler: str = _flag(
-        "reissue, or drop: then the member is left out of its generation", "reissue", resumable=True
+        "workers",
+        "what becomes of such a member; drop: it is left out of its generation",
+        "reissue",
+        choices=("reissue", "drop"),
+        resumable=True,
     )
     resume: bool = _flag(
+        "files",
         "continue the run in the output folder; its config counts, and flags may only repeat it or change how it is "
         "watched",
         False,
         resumable=True,
     )
-    overwrite: bool = _flag("replace the run in the output folder", False, resumable=True)
+    overwrite: bool = _flag("files", "replace the run in the output folder", False, resumable=True)
 
     def __post_init__(self):
         self.fill()
@@ -236,16 +290,8 @@ class TrainConfig(Setup):
         )
         if self.prompts is not None:
             at_least(self, prompts=0)
-        one_of(self, engine=("hf", "vllm"), workers=("alone", "ray"), on_straggler=("reissue", "drop"))
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise UserError("tensor_parallel goes with --engine vllm")
-        one_of(
-            self,
-            base=("fp32", "copy", "host", "none"),
-            sigma_schedule=SCHEDULES,
-            lr_schedule=SCHEDULES,
-            on_reward_error=("floor", "stop"),
-        )
         if not 0 < self.final_scale <= 1:
             raise UserError(f"final_scale must be in (0, 1], not {self.final_scale}")
         if not self.lr:
@@ -264,24 +310,26 @@ class TrainConfig(Setup):
 RESUMABLE = frozenset(option.name for option in dataclasses.fields(TrainConfig) if option.metadata["resumable"])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvalConfig(Setup):
     """The accuracy of a model on a task's held-out questions, by the protocol of the paper."""
 
-    run: str | None = _flag("folder of a run: its model, task and settings, the tuned weights made again from its log")
+    run: str | None = _flag(
+        "run", "folder of a run: its model, task and settings, the tuned weights made again from its log"
+    )
     generation: int | None = _flag(
-        "with --run: the weights after this many updates; 0: the base model; the last if not given"
+        "run", "with --run: the weights after this many updates; 0: the base model; the last if not given"
     )
-    split: str = _flag("test or train", "test")
-    items: int = _flag("how many questions; 0: all", 0)
+    split: str = _flag("evaluation", "of the task's questions", "test", choices=("test", "train"))
+    items: int = _flag("evaluation", "how many questions; 0: all", 0)
     samples: int | None = _flag(
-        "answers to each question; 1: greedy, more: sampled at temperature 1; the task's own if not given"
+        "evaluation", "answers to each question; 1: greedy, more: sampled at temperature 1; the task's own if not given"
     )
-    kl: bool = _flag("also the KL divergence to the base model: the run's, or --kl_model", False)
-    kl_model: str | None = _flag("the base model of --kl")
-    seed: int = _flag("of the sampling", 0)
+    kl: bool = _flag("evaluation", "also the KL divergence to the base model: the run's, or --kl_model", False)
+    kl_model: str | None = _flag("evaluation", "the base model of --kl")
+    seed: int = _flag("noise and update", "of the sampling", 0)
     output: str | None = _flag(
-        "folder for answers.jsonl and result.json; runs/eval-TASK-MODEL, or RUN/eval-GENERATION, if not given"
+        "files", "folder for answers.jsonl and result.json; runs/eval-TASK-MODEL, or RUN/eval-GENERATION, if not given"
     )
 
     def __post_init__(self):
@@ -292,19 +340,22 @@ class EvalConfig(Setup):
         self.fill()
         seed64("seed", self.seed)
         at_least(self, items=0)
-        one_of(self, split=("test", "train"))
         if self.samples is not None:
             at_least(self, samples=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CalibrateConfig(Setup):
     """Find a sigma for a model and a task from a few members."""
 
-    sigmas: list[float] = _list("sigmas to try; 0.0001, 0.0002, 0.0004, ... 0.0256 if not given")
-    members: int = _flag("members per sigma, in pairs of opposite noise; the same noise for every sigma", 8)
-    prompts: int | None = _flag("training prompts, the same for all members; 0: all; 64, or all if fewer, if not given")
-    seed: int = _flag("of noise and prompts", 0)
+    sigmas: list[float] = _list("noise and update", "sigmas to try; 0.0001, 0.0002, 0.0004, ... 0.0256 if not given")
+    members: int = _flag(
+        "noise and update", "members per sigma, in pairs of opposite noise; the same noise for every sigma", 8
+    )
+    prompts: int | None = _flag(
+        "task", "training prompts, the same for all members; 0: all; 64, or all if fewer, if not given"
+    )
+    seed: int = _flag("noise and update", "of noise and prompts", 0)
 
     def __post_init__(self):
         asked = self.prompts  # has a meaning of its own here, not the one of a run
@@ -325,10 +376,10 @@ class CalibrateConfig(Setup):
 class ReplayConfig:
     """Make the tuned weights again from base model and log, and prove it by fingerprint."""
 
-    run: str = field(metadata={"help": "folder of the run"})
-    model: str | None = _flag("where the base model is now; as in the log if not given")
-    generation: int | None = _flag("stop after this many updates; all if not given")
-    device: str = _flag("cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
+    run: str = _folder_of_run()
+    model: str | None = _flag("model", "where the base model is now; as in the log if not given")
+    generation: int | None = _flag("run", "stop after this many updates; all if not given")
+    device: str = _flag("model", "cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto")
 
     def __post_init__(self):
         make_plain(self)
@@ -340,21 +391,22 @@ class ReplayConfig:
 class ExportConfig(ReplayConfig):
     """Write the tuned model, made again from base model and log, as transformers and vLLM load it."""
 
-    output: str | None = _flag("folder to write; RUN/model if not given")
-    merge_lora: bool = _flag("write the whole model with the adapter added in, instead of the adapter", False)
-    overwrite: bool = _flag("replace the output folder", False)
+    output: str | None = _flag("files", "folder to write; RUN/model if not given")
+    merge_lora: bool = _flag("files", "write the whole model with the adapter added in, instead of the adapter", False)
+    overwrite: bool = _flag("files", "replace the output folder", False)
 
 
 @dataclass
 class ReportConfig:
     """Write report.html, one page with the plots and sample answers of a run."""
 
-    run: str = field(metadata={"help": "folder of the run"})
+    run: str = _folder_of_run()
 
 
 def make_plain(config) -> None:
     """Make each field the plain value of its type, as log and config.json hold it: of a Path its text, of an integer of
-    NumPy an int. ValueError, by name, for a value of another type, and for NaN and infinities."""
+    NumPy an int. UserError, by name, for a value of another type, for NaN and infinities, and for one that is none of
+    the field's choices."""
     for name, allowed in _types(type(config)).items():
         value = getattr(config, name)
         if value is None and types.NoneType in allowed:
@@ -365,6 +417,11 @@ def make_plain(config) -> None:
             setattr(config, name, [_PLAIN[allowed[1]](f"each of {name}", entry) for entry in value])
         else:
             raise UserError(f"{name} must be a list, not {value!r}")
+    for option in dataclasses.fields(config):
+        choices, value = option.metadata["choices"], getattr(config, option.name)
+        for entry in value if isinstance(value, list) else [value]:
+            if choices and entry is not None and entry not in choices:
+                raise UserError(f"{option.name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {entry!r}")
 
 
 @functools.cache
@@ -408,13 +465,6 @@ def at_most(config, **most: float) -> None:
             raise UserError(f"{name} must be at most {value}, not {getattr(config, name)}")
 
 
-def one_of(config, **choices) -> None:
-    """ValueError unless each named field is one of its choices."""
-    for name, values in choices.items():
-        if getattr(config, name) not in values:
-            raise UserError(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, not {getattr(config, name)!r}")
-
-
 def recorded_options(config: TrainConfig) -> dict[str, Any]:
     """What the config asks for, wherever it runs: as log and config.json hold it."""
     return {
@@ -431,7 +481,10 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:
     """The keyword arguments of EvolutionStrategy that a config holds."""
-    names = "sigma lr weight_decay anchored population seed antithetic shaping momentum momentum_window perturb_rounding update_rounding".split()
+    names = (
+        "sigma lr weight_decay anchored population seed antithetic shaping momentum momentum_window perturb_rounding "
+        "update_rounding"
+    ).split()
     return {"base": None if config.base == "none" else config.base, **{name: getattr(config, name) for name in names}}
 
 

@@ -1,8 +1,11 @@
-"""Contract under test: what may be asked of a run, and which of it may change when the run goes on."""
+"""Contract under test: what may be asked of a run, of which choices, and what may change when the run goes on."""
 
 import dataclasses
+import re
 
-from es_finetune.config import RESUMABLE, TrainConfig
+import pytest
+from es_finetune.config import GROUPS, RESUMABLE, CalibrateConfig, EvalConfig, ExportConfig, ReportConfig, TrainConfig
+from es_finetune.errors import UserError
 
 # What decides the log of a run: with any of these changed, it would be another run.
 DECIDED = """task max_new_tokens dtype lora_rank pad_token generations population sigma lr sigma_schedule lr_schedule
@@ -13,3 +16,31 @@ freeze sigma_for prompts seed""".split()
 def test_an_option_is_resumable_or_decides_the_log():
     options = {option.name for option in dataclasses.fields(TrainConfig)}
     assert options - RESUMABLE == {*DECIDED}
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, EvalConfig, CalibrateConfig, ExportConfig, ReportConfig])
+def test_every_option_has_a_group_and_a_help(kind):
+    for option in dataclasses.fields(kind):
+        assert option.metadata["group"] in GROUPS and option.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"engine": "tgi"}, "engine must be hf or vllm, not 'tgi'"),
+        ({"update_rounding": "up"}, "update_rounding must be nearest or stochastic, not 'up'"),
+        ({"report_to": ["none", "fax"]}, "report_to must be tensorboard, wandb, trackio or none, not 'fax'"),
+    ],
+)
+def test_a_value_that_is_none_of_the_choices_is_refused_with_all_of_them(options, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "option", [o for o in dataclasses.fields(TrainConfig) if o.metadata["choices"]], ids=lambda o: o.name
+)
+def test_every_choice_can_be_made(option):
+    for choice in option.metadata["choices"]:
+        config = TrainConfig(**{option.name: [choice] if option.name == "report_to" else choice})
+        assert getattr(config, option.name) in (choice, [choice])

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from es_finetune.config import TRACKERS
 from es_finetune.errors import UserError
-
-TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
 def require(report_to: Sequence[str]) -> None:
