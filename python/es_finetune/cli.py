@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from es_finetune.errors import FINETUNE, UserError, did_you_mean, require
-from es_finetune.tasks.reward_process import RewardFailed
+from es_finetune.errors import FINETUNE, RewardFailed, UserError, did_you_mean, require
 
 _NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """What a user asked for cannot be done: one line that names the thing and the remedy. Any other error is a bug of ours."""
 
 
+class RewardFailed(RuntimeError):
+    """Rewards fail, or are no longer those that the run began with, so that the run cannot go on."""
+
+
 def require(what: str, extra: str, *modules: str) -> None:
     """ValueError, with the extra of es-kernels that brings them, unless these modules are installed."""
     missing = [name.replace("_", "-") for name in modules if importlib.util.find_spec(name) is None]

@@ -20,7 +20,7 @@ import torch
 import es_kernels
 from es_finetune import errors
 from es_finetune.config import TrainConfig, recorded_options
-from es_finetune.errors import UserError
+from es_finetune.errors import RewardFailed, UserError
 from es_finetune.evaluation.evaluator import Unaskable
 from es_finetune.monitor.advice import norms_note, warnings_of
 from es_finetune.monitor.plots import plot_run
@@ -35,7 +35,6 @@ from es_finetune.tasks import Task
 from es_finetune.workers import ray_pool, torchrun
 from es_finetune.workers.protocol import Workers
 from es_finetune.workers.worker import (
-    RewardFailed,
     Worker,
     held_out_items,
     known_members,

@@ -19,11 +19,11 @@ import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.commands.evaluate import assess
 from es_finetune.config import EvalConfig, recorded_options
+from es_finetune.errors import RewardFailed
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
 from es_finetune.runs.schedules import scale
 from es_finetune.tasks import Item, Score, load_task
-from es_finetune.trainer import RewardFailed
 
 SMALL = {"generations": 2, "population": 4, "prompts": 16, "eval_items": 32, "report_to": ["none"]}
 

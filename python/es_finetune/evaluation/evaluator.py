@@ -21,7 +21,7 @@ from es_finetune.engines.prompts import PromptError
 from es_finetune.errors import UserError
 from es_finetune.evaluation.statistics import interval, mean_of_known
 from es_finetune.tasks import Item, Score, Task
-from es_finetune.tasks.reward_process import number
+from es_finetune.tasks.sandbox import finite_number
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _plain(score: Score) -> Score:
     failed."""
     try:
         parts = [
-            None if part is None else number(part, name) for name, part in zip(("the reward", "exact", "format"), score)
+            None if part is None else finite_number(part, name) for name, part in zip(("the reward", "exact", "format"), score)
         ]
     except ValueError as error:
         return Score(None, error=str(error))

@@ -17,11 +17,11 @@ from es_finetune.models.checkpoint_names import has_plain_memory
 from es_finetune.optim import dtensor, host_memory
 from es_finetune.optim.options import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
 from es_finetune.optim.shaping import SHAPINGS
-from es_finetune.tasks.reward_process import LARGEST
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
 BASES = ("fp32", "copy", "host", None)
 ROUNDINGS = ("nearest", "stochastic")
+MAX_REWARD = 1e100  # sums of squares of rewards are finite; tasks.sandbox has the same limit
 _Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
 _Result = TypeVar("_Result")
 
@@ -803,11 +803,11 @@ def _finite(reward: Any, member: int) -> float:
         value = float(reward)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
         raise UserError(f"the reward of member {member} must be one number, not {reward!r}") from None
-    if not abs(value) <= LARGEST:
+    if not abs(value) <= MAX_REWARD:
         problem = (
             "a member that failed must be declared dropped"
             if not math.isfinite(value)
-            else f"its size must be at most {LARGEST:g}"
+            else f"its size must be at most {MAX_REWARD:g}"
         )
         raise UserError(f"the reward of member {member} is {value}; {problem}")
     return value

@@ -8,17 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from es_finetune.errors import UserError
+from es_finetune.errors import RewardFailed, UserError
 from es_finetune.tasks import Data, Item, Score
-from es_finetune.tasks.reward_process import (
-    RewardError,
-    RewardFailed,
-    RewardProcess,
-    WrongType,
+from es_finetune.tasks.reward_process import RewardError, RewardProcess
+from es_finetune.tasks.sandbox import (
+    RewardTypeError,
     check_signature,
-    number,
+    finite_number,
     one_line,
-    parts,
+    score_parts,
     source_file,
 )
 
@@ -34,7 +32,7 @@ class Custom:
     hangs, hangs the run. A reward that raises, hangs, ends its process or returns no finite number scores `reward=None`
     with an `error`, and the run goes on. A function may declare what such an answer is worth: `reward.floor = 0.0`.
 
-    `code_digest` tells one reward from another by content, not by path (reward_process.code_digest says what it
+    `code_digest` tells one reward from another by content, not by path (sandbox.code_digest says what it
     covers): `RewardFailed` ends a run whose reward was changed, and a resumed one refuses another. Of a callable it is
     None: that it is the same, nobody checks.
 
@@ -80,7 +78,7 @@ class Custom:
                 raise UserError(f"test_share {share} holds out all {len(ranked)} prompts; lower it")
         self._reward, floor, self._label, self.code_digest = _load(reward, seconds)
         try:
-            self.floor = None if floor is None else number(floor, "its floor")
+            self.floor = None if floor is None else finite_number(floor, "its floor")
         except ValueError as error:
             raise UserError(f"reward {self._label}: {error}") from None
         self._probe()
@@ -122,8 +120,8 @@ class Custom:
         no fault."""
         try:
             value = self._reward("", dict(self.train[0].data))
-            parts(value)
-        except WrongType as error:
+            score_parts(value)
+        except RewardTypeError as error:
             raise UserError(
                 f"reward {self._label}, tried on the first record and an empty completion: {error}"
             ) from None
@@ -137,13 +135,13 @@ class Custom:
             value = self._reward(completion, dict(item.data))
         except RewardFailed:
             raise
-        except (RewardError, WrongType) as error:
+        except (RewardError, RewardTypeError) as error:
             problem = str(error)
         except (Exception, SystemExit) as error:
             problem = one_line(error, source_file(self._reward))
         else:
             try:
-                return Score(*parts(value))
+                return Score(*score_parts(value))
             except ValueError as error:
                 problem = str(error)
         return Score(

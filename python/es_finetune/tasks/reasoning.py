@@ -10,7 +10,8 @@ from pathlib import Path
 from es_finetune.errors import UserError, require
 from es_finetune.tasks import Item, Score
 from es_finetune.tasks.extract import last_block
-from es_finetune.tasks.reward_process import RewardError, RewardProcess, number
+from es_finetune.tasks.reward_process import RewardError, RewardProcess
+from es_finetune.tasks.sandbox import finite_number
 
 TRAIN, TEST = 200, 500
 GENERATION_SECONDS = 300.0  # under 10 for nearly all datasets; puzzle24 takes 45, futoshiki 160, knight_swap 200
@@ -81,7 +82,7 @@ class Reasoning:
         if len(answer) > MAX_ANSWER:
             return Score(0.0, 0.0, 1.0)
         try:
-            reward = number(self._process(answer, item.data), "the score")
+            reward = finite_number(self._process(answer, item.data), "the score")
         except (RewardError, ValueError) as error:
             return Score(0.0, 0.0, 1.0, f"{self.name}: {error}; answer {answer[:60]!a}")
         return Score(reward, float(reward >= 1), 1.0)

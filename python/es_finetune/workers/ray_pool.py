@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import TrainConfig
-from es_finetune.errors import UserError, require
+from es_finetune.errors import RewardFailed, UserError, require
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.models.load import first_line
 from es_finetune.monitor.rows import Row
@@ -24,7 +24,7 @@ from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.setup import make_task
 from es_finetune.workers.dispatch import Dispatch
 from es_finetune.workers.protocol import WorkersDiffer, require_agreement, require_same_run, require_shared_master
-from es_finetune.workers.worker import RewardFailed, Worker, check_task, held_out_items, line_of, members_left
+from es_finetune.workers.worker import Worker, check_task, held_out_items, line_of, members_left
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
 _DEATHS = 3

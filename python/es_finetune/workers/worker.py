@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import CUSTOM_PROMPTS, TrainConfig
-from es_finetune.errors import UserError
+from es_finetune.errors import RewardFailed, UserError
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator
 from es_finetune.monitor.rows import Row, member_line, rewards_by_prompt
 from es_finetune.optim.evolution_strategy import Update, make_update
 from es_finetune.runs.log import Generation
 from es_finetune.runs.setup import make_task
 from es_finetune.tasks import Item, Task
-from es_finetune.tasks.reward_process import RewardFailed
 from es_finetune.workers.replica import make_replica
 from es_kernels.noise import PROMPT_CHOICE, member_seed
 

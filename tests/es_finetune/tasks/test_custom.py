@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from es_finetune.errors import RewardFailed
 from es_finetune.tasks import load_task
-from es_finetune.tasks.reward_process import RewardFailed
 
 REWARDS = """
 import os, time

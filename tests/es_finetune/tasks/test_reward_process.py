@@ -2,39 +2,26 @@
 
 - It gets its arguments and gives its value exactly, whatever the text; what it prints or reads cannot come between.
 - Raising, ending its process, a crash, too much memory and too much time are each a RewardError of one line for that
-one
-  answer; the next one is answered. A time limit is kept, and nothing that was started outlives it, nor the parent.
-- A reply belongs to its request. A restarted child has the code of the first one, or the run ends; equal code has equal
-digests wherever it lies.
-- The child has no GPU, no torch and a fixed hash seed. What cannot be loaded is a ValueError at once.
+  one answer; the next one is answered. A time limit is kept, and nothing that was started outlives it, nor the parent.
+- A reply belongs to its request. A restarted child has the code of the first one, or the run ends.
+- The child has no GPU, no torch and a fixed hash seed. What cannot be loaded is a UserError at once.
 """
 
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
-from pathlib import Path
 
-import numpy
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from es_finetune.errors import RewardFailed, UserError
 from es_finetune.tasks import reward_process
-from es_finetune.tasks.reward_process import (
-    RewardError,
-    RewardFailed,
-    RewardProcess,
-    WrongType,
-    number,
-    one_line,
-    parts,
-)
+from es_finetune.tasks.reward_process import RewardError, RewardProcess
+from es_finetune.tasks.sandbox import RewardTypeError
 
 REWARDS = """
 import ctypes, os, subprocess, sys, time
@@ -72,7 +59,9 @@ def behave(completion, item):
     if completion == "object":
         return object()
     if completion == "environment":
-        return [os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], hash("a"), "torch" in sys.modules, os.getpid(), sys.argv]
+        heavy = sorted({"torch", "numpy", "es_finetune"} & set(sys.modules))
+        environment = [os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"], hash("a"), heavy]
+        return [*environment, os.getpid(), sys.argv]
     return len(completion)
 
 worker_memory = 4 << 30
@@ -114,8 +103,7 @@ def gone(pid: int) -> bool:
     return not alive(pid)
 
 
-# --- values
-# ------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +135,8 @@ def test_the_function_is_kept_from_the_pipes(behave):
 
 
 def test_the_child_is_plain(behave):
-    visible, threads, hashed, imported_torch, pid, arguments = behave("environment", {})
-    assert (visible, threads, imported_torch, len(arguments)) == ("", "1", False, 1) and pid != os.getpid()
+    visible, threads, hashed, heavy, pid, arguments = behave("environment", {})
+    assert (visible, threads, heavy, len(arguments)) == ("", "1", [], 1) and pid != os.getpid()
     again = RewardProcess(behave_target(behave), 20.0)
     assert again("environment", {})[2] == hashed  # what depends on the order of a set is the same in every child
     assert behave.attributes["floor"] == -2.5
@@ -158,8 +146,7 @@ def behave_target(process):
     return f"{process._hello['where']}:{process._hello['function']}"
 
 
-# --- failures
-# ----------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,7 +167,7 @@ def test_a_failure_is_one_line_and_one_answer(behave, completion, problem):
 
 
 def test_a_value_of_the_wrong_type_is_told_from_an_exception(behave):
-    with pytest.raises(WrongType, match="of type object, not a number"):
+    with pytest.raises(RewardTypeError, match="of type object, not a number"):
         behave("object", {})
 
 
@@ -256,61 +243,27 @@ def test_a_time_limit_of_ages_is_one(file):
     assert process("four", {}) == 4
 
 
-# --- the code
-# ----------------------------------------------------------------------------------------------------------
+def test_replies_are_bounded(tmp_path, monkeypatch):
+    (tmp_path / "long.py").write_text("def f(completion, item):\n    return 'x' * item['count']\n")
+    monkeypatch.setattr(reward_process, "MAX_REPLY", 1000)
+    process = RewardProcess(f"{tmp_path / 'long.py'}:f", 5.0)
+    with pytest.raises(RewardError, match="no reply"):
+        process("", {"count": 2000})
+    assert process("", {"count": 3}) == "xxx"
 
 
-def put(folder, **files):
-    folder.mkdir(exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text)
-    return folder
-
-
-def code(target):
-    process = RewardProcess(str(target), 5.0)
-    process.close()
-    return process.attributes["code"]
-
-
-F = "import neighbour\nimport pytest\ndef f(completion, item):\n    return 1\ndef g(completion, item):\n    return 1\n"
-
-
-def test_equal_code_has_equal_digests_wherever_it_lies(tmp_path, monkeypatch):
-    here = put(tmp_path / "a", reward=F, neighbour="N = 1\n", stranger="")
-    there = put(tmp_path / "b", moved=F, neighbour="N = 1\n", stranger="X = 3\n")
-    digest = code(f"{here}/reward.py:f")
-    assert len(digest) == 16 and int(digest, 16) >= 0
-    assert code(f"{there}/moved.py:f") == digest
-    monkeypatch.syspath_prepend(there)
-    assert code("moved:f") == digest
-    assert code(f"{here}/reward.py:g") != digest
-    put(here, neighbour="N = 2\n")
-    assert code(f"{here}/reward.py:f") != digest
-    put(here, neighbour="N = 1\n", reward=F + "\n")
-    assert code(f"{here}/reward.py:f") != digest
-
-
-def test_a_module_in_a_package_has_its_package_for_neighbours(tmp_path, monkeypatch):
-    put(tmp_path / "pack", __init__="", helper="N = 1\n")
-    put(
-        tmp_path / "pack" / "sub",
-        __init__="",
-        reward="from pack import helper\ndef f(completion, item):\n    return 1\n",
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    digest = code("pack.sub.reward:f")
-    put(tmp_path / "pack", helper="N = 2\n")
-    assert code("pack.sub.reward:f") != digest
+# --- the code of a new child ------------------------------------------------------------------------------------------
 
 
 def test_a_function_that_was_changed_is_not_called(tmp_path):
     """The child is started again after every answer that took too long: by then somebody may have edited the file."""
-    reward = put(tmp_path / "r", reward=F, neighbour="") / "reward.py"
+    code = "def f(completion, item):\n    return 1\n"
+    reward = tmp_path / "reward.py"
+    reward.write_text(code)
     process = RewardProcess(f"{reward}:f", 5.0)
     process.close()
     assert process("", {}) == 1
-    for changed in (F.replace("return 1", "return 2"), "def f(:"):
+    for changed in (code.replace("1", "2"), "def f(:"):
         process.close()
         reward.write_text(changed)
         for _ in range(2):
@@ -319,28 +272,25 @@ def test_a_function_that_was_changed_is_not_called(tmp_path):
                 match="reward '.*reward.py:f' was changed.* while answers were scored by it: put it back as it was",
             ):
                 process("", {})
-    reward.write_text(F)
+    reward.write_text(code)
     assert process("", {}) == 1
 
 
-# --- the end
-# -----------------------------------------------------------------------------------------------------------
+# --- the end ----------------------------------------------------------------------------------------------------------
 
 PARENT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("worker", sys.argv[1])
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
-process = reward_process.RewardProcess(sys.argv[2], 60.0)
+import sys
+from es_finetune.tasks.reward_process import RewardProcess
+process = RewardProcess(sys.argv[1], 60.0)
 print(process._process.pid, flush=True)
-process(sys.argv[3], {})
+process(sys.argv[2], {})
 """
 
 
 @pytest.mark.parametrize("completion", ["no GIL", "sleep"])
 def test_a_killed_parent_leaves_no_child(file, completion):
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, reward_process.__file__, f"{file}:behave", completion],
+        [sys.executable, "-c", PARENT, f"{file}:behave", completion],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -355,7 +305,7 @@ def test_a_killed_parent_leaves_no_child(file, completion):
 
 def test_a_parent_that_ends_leaves_no_child(file):
     done = subprocess.run(
-        [sys.executable, "-c", PARENT, reward_process.__file__, f"{file}:behave", "four"],
+        [sys.executable, "-c", PARENT, f"{file}:behave", "four"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -377,8 +327,7 @@ def test_closed_or_forgotten_it_leaves_no_child(file):
     assert not alive(pid)
 
 
-# --- loading
-# -----------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,7 +348,7 @@ def test_what_cannot_be_loaded_is_one_line(file, tmp_path, target, problem):
     (tmp_path / "broken.py").write_text("\ndef f(:\n")
     (tmp_path / "leaves.py").write_text("raise SystemExit('bye')\n")
     (tmp_path / "dies.py").write_text("import os\nos._exit(7)\n")
-    with pytest.raises(ValueError, match=problem) as raised:
+    with pytest.raises(UserError, match=problem) as raised:
         RewardProcess(target.format(file=file, folder=tmp_path), 5.0)
     assert "\n" not in str(raised.value)
 
@@ -415,87 +364,3 @@ def test_a_module_and_its_neighbours_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     process.close()
     assert process("", {}) == 7
-
-
-# --- what counts as a reward
-# -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "value", [2, 2.0, numpy.float32(2), numpy.int64(2), torch.tensor(2.0), torch.tensor([2]), Fraction(2)], ids=repr
-)
-def test_numbers_are_rewards(value):
-    assert parts(value) == (2.0, None, None) and type(parts(value)[0]) is float
-
-
-def test_parts_of_a_reward():
-    assert parts(True) == (1.0, None, None) and parts(numpy.bool_(False)) == (0.0, None, None)
-    assert parts({"reward": -3, "exact": True}) == (-3.0, 1.0, None)
-    assert parts({"reward": -3, "format": 0.5, "exact": None}) == (-3.0, None, 0.5)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        "1",
-        b"1",
-        [1],
-        (1.0,),
-        1j,
-        pytest.param(object(), id="object()"),
-        torch.ones(2),
-        {},
-        {"exact": 1},
-        {"reward": 1, "other": 2},
-        {"reward": "1"},
-        {1: 2},
-    ],
-    ids=repr,
-)
-def test_what_is_no_reward(value):
-    with pytest.raises(WrongType):
-        parts(value)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        math.nan,
-        math.inf,
-        -math.inf,
-        10**400,
-        {"reward": 1, "exact": 1.5},
-        {"reward": 1, "format": -0.1},
-        {"reward": math.nan},
-    ],
-)
-def test_bad_numbers(value):
-    with pytest.raises(ValueError) as raised:
-        parts(value)
-    assert not isinstance(raised.value, WrongType)
-
-
-def test_one_line_survives_hostile_exceptions():
-    class Hostile(Exception):
-        def __str__(self):
-            raise RuntimeError
-
-    assert one_line(Hostile()) == "Hostile"
-    assert len(one_line(ValueError("x\n" * 10_000))) < 300
-    with pytest.raises(WrongType, match="the reward is None, not a number"):
-        number(None, "the reward")
-
-
-def test_replies_are_bounded(tmp_path, monkeypatch):
-    (tmp_path / "long.py").write_text("def f(completion, item):\n    return 'x' * item['count']\n")
-    monkeypatch.setattr(reward_process, "MAX_REPLY", 1000)
-    process = RewardProcess(f"{tmp_path / 'long.py'}:f", 5.0)
-    with pytest.raises(RewardError, match="no reply"):
-        process("", {"count": 2000})
-    assert process("", {"count": 3}) == "xxx"
-
-
-def test_no_module_beside_the_script_stands_in_for_another():
-    names = {path.stem for path in Path(reward_process.__file__).parent.rglob("*.py")}
-    assert not names & (set(sys.stdlib_module_names) | {"datasets", "math_verify", "reasoning_gym", "sympy"})
