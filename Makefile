@@ -54,7 +54,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/lint-imports
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --ignore=tests/distributed --ignore=tests/vllm
+	$(BIN)/python -m pytest
 
 test-ptx: test-ptx-nvcc test-ptx-triton
 
@@ -65,10 +65,10 @@ test-ptx-triton: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k triton tests/es_kernels
 
 test-distributed: $(VENV)/distributed.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/distributed
 
 test-vllm: $(VENV)-vllm/test.stamp
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
 
 build:
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -1,7 +1,8 @@
-"""Triton's interpreter, made exact; and what "quickly" means on the machine that the tests run on."""
+"""The marks of folders; Triton's interpreter, made exact; what "quickly" means on the machine that runs the tests."""
 
 import contextlib
 import os
+import pathlib
 import time
 
 import numpy as np
@@ -19,6 +20,16 @@ from es_kernels.backends import reference, triton  # noqa: E402, F401
 # Programs that tests start decide for themselves.
 if _before is None:
     os.environ.pop("TRITON_INTERPRET", None)
+
+# What `pytest` leaves out unless -m asks for it: all of a folder.
+MARKED = {pathlib.Path(__file__).parent / name: name for name in ("gpu", "distributed", "vllm")}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for folder in MARKED.keys() & item.path.parents:
+            item.add_marker(MARKED[folder])
 
 
 @pytest.fixture

@@ -1,17 +1,38 @@
-"""Contract: `make` alone prints a line about every command a user may give, and changes nothing."""
+"""Contract: `make` alone prints a line about every command a user may give, and changes nothing. Plain `pytest` is what
+`make test` runs: the marks of whole folders leave out the rest."""
 
 import pathlib
 import re
 import subprocess
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text()
 PARTS = {"help", "test-ptx-nvcc", "test-ptx-triton"}  # of another command
 
 
 def test_make_alone_lists_all_commands():
-    page = subprocess.run(
-        ["make", "-C", ROOT, "--no-print-directory"], capture_output=True, text=True, check=True
-    ).stdout
-    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    command = ["make", "-C", ROOT, "--no-print-directory"]
+    page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", MAKEFILE, re.M)[1]
     commands = set(phony.replace("\\", "").split()) - PARTS
     assert {words.split()[-1] for words in re.findall(r"^  make( [a-z0-9 -]+?)  ", page, re.M)} == commands
+
+
+@pytest.mark.parametrize("mark", ("gpu", "distributed", "vllm"))
+def test_a_folder_is_left_out_by_its_mark(mark, request):
+    (root_conftest,) = (
+        plugin
+        for plugin in request.config.pluginmanager.get_plugins()
+        if getattr(plugin, "__file__", None) == str(ROOT / "tests/conftest.py")
+    )
+    marks = {"inside": [], "beside": []}
+    items = [
+        SimpleNamespace(path=ROOT / f"tests/{mark}/test_it.py", add_marker=marks["inside"].append),
+        SimpleNamespace(path=ROOT / f"tests/es_kernels/test_{mark}.py", add_marker=marks["beside"].append),
+    ]
+    root_conftest.pytest_collection_modifyitems(items)
+    assert marks == {"inside": [mark], "beside": []}
+    assert f"not {mark}" in " ".join(request.config.getini("addopts"))

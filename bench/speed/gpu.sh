@@ -67,18 +67,18 @@ step build 90 $python setup.py --quiet build_ext --inplace
 # 13 Triton kernels, of some seconds each, are compiled here; the steps after it find them in Triton's cache.
 step installed 90 $python -m es_kernels
 # shellcheck disable=SC2086
-step tests 120 $pytest $parallel tests/gpu --ignore tests/gpu/test_finetune.py --ignore tests/gpu/test_sanitizer.py
+step tests 120 $pytest $parallel -m gpu tests/gpu --ignore tests/gpu/test_finetune.py --ignore tests/gpu/test_sanitizer.py
 step kernels 160 $python -m bench.speed.kernels --device cuda --out "$out" --seconds 120
 step generation 120 $python -m bench.speed.generation --device cuda --out "$out" --seconds 95
 step calls 60 $pytest bench/speed/bench_calls.py --benchmark-columns=median --benchmark-json "$out/calls-$slug.json"
 # shellcheck disable=SC2086
-step sanitizer 150 $pytest $parallel tests/gpu/test_sanitizer.py
+step sanitizer 150 $pytest $parallel -m gpu tests/gpu/test_sanitizer.py
 if command -v ncu >/dev/null; then
   step ncu 45 ncu --clock-control none --set detailed --kernel-name 'regex:perturb|update' --launch-skip 2 --launch-count 2 --log-file "$out/ncu.txt" $python -m bench.speed.profile_target
 fi
 # Last, for it compiles most: captured graphs of a whole model, for every base.
 # shellcheck disable=SC2086
-step runs 170 $pytest $parallel tests/gpu/test_finetune.py
+step runs 170 $pytest $parallel -m gpu tests/gpu/test_finetune.py
 last=$((SECONDS + 25))
 step plots 20 $python -m bench.publish.plots --results "$out" --one "$out/plots.png"
 [ -z "$left" ] || printf '\nThere was no time for%s. Run them alone: bash bench/speed/gpu.sh %s%s\n' "$left" "$folder" "$left" >>"$out/summary.md"

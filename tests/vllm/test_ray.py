@@ -49,7 +49,7 @@ def test_a_killed_actor_changes_nothing(saved, tmp_path):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         trainer = Trainer(config)
-        victim = ray.get(trainer.workers.places[0].actor.__ray_call__.remote(lambda actor: os.getpid()))
+        victim = ray.get(trainer.workers.slots[0].actor.__ray_call__.remote(lambda actor: os.getpid()))
         engines = running("VLLM::EngineCore")
         assert len(engines) == 2
 
