@@ -1,4 +1,4 @@
-"""Measures the kernels and what they are for. Run a script from the root of the repository: python -m bench.speed.kernels
+"""Measures the kernels. Run a script from the root of the repository: python -m bench.speed.kernels
 
 Scripts write JSON to results/; publish/ alone makes the README's tables and plots of it. bench/README.md has the map.
 """

@@ -62,7 +62,7 @@ def _at_scale_add(params, seed, scale):
 def _at_scale_update(params, seeds, coefs):
     for p in params.values():
         total = torch.zeros_like(p, dtype=torch.float32)
-        for seed, coef in zip(seeds, coefs):
+        for seed, coef in zip(seeds, coefs, strict=True):
             noise = torch.randn(
                 p.shape, dtype=p.dtype, device=p.device, generator=torch.Generator(device=p.device).manual_seed(seed)
             )
@@ -96,7 +96,7 @@ def _plain_update(params, seeds, coefs):
     scratch, totals = _scratch(params), _scratch(params, torch.float32)
     for p in params.values():
         noise, total = scratch[: p.numel()].view(p.shape), totals[: p.numel()].view(p.shape).zero_()
-        for generator, coef in zip(generators, coefs):
+        for generator, coef in zip(generators, coefs, strict=True):
             total.add_(noise.normal_(generator=generator), alpha=coef)
         p.add_(total)
 
@@ -115,7 +115,7 @@ def _foreach_add(params, seed, scale):
 
 def _foreach_update(params, seeds, coefs):
     total = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
-    for seed, coef in zip(seeds, coefs):
+    for seed, coef in zip(seeds, coefs, strict=True):
         torch._foreach_add_(total, _foreach_noise(params, seed), alpha=coef)
     torch._foreach_add_(list(params.values()), total)
 
@@ -145,10 +145,10 @@ def _compiled_update(params, seeds, coefs):
     """Accumulates the whole model: a global generator gives a tensor its noise only after that of all tensors before
     it."""
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in params.values()]
-    for seed, coef in zip(seeds, coefs):
+    for seed, coef in zip(seeds, coefs, strict=True):
         torch.manual_seed(seed)
         coef = torch.tensor(coef)
-        for p, total in zip(params.values(), totals):
+        for p, total in zip(params.values(), totals, strict=True):
             _compiled_accumulate(total.view(-1), p.view(-1), coef)
     torch._foreach_add_(list(params.values()), totals)
 
@@ -185,7 +185,7 @@ def _mezo_add(params, seed, scale):
 
 
 def _mezo_update(params, seeds, coefs):
-    for seed, coef in zip(seeds, coefs):
+    for seed, coef in zip(seeds, coefs, strict=True):
         _mezo_add(params, seed, coef)
 
 

@@ -88,7 +88,7 @@ def right(operation, device, backend):
         with es_kernels.backend(name):
             result = operation.on(table, bases, where)()
         found.append([result] if operation.what == "fingerprint" else table.tensors)
-    return all(same_bits(a, b) for a, b in zip(*found))
+    return all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
 def right_at_size(operation, out, base, device, backend):
@@ -103,7 +103,7 @@ def right_at_size(operation, out, base, device, backend):
     bases = None if base is None else ParamTable({"w": base})
     with es_kernels.backend(backend):
         operation.on(ParamTable({"w": out}), bases, device)()
-    for part, expected in zip(parts, before):
+    for part, expected in zip(parts, before, strict=True):
         segment = [Segment("w", 1, len(expected), first=part.start)]
         base_part = None if base is None else ParamTable([("part", base[part].cpu().clone(), segment)])
         with es_kernels.backend("reference"):

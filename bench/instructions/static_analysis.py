@@ -16,11 +16,10 @@ import json
 import pathlib
 import re
 
-from es_finetune.runs.files import write_atomically
-
 from bench import RESULTS
 from bench.common import gpus
 from bench.instructions import sass
+from es_finetune.runs.files import write_atomically
 from es_kernels import native
 
 # What the design asks of sm_90: instructions a value, of an update a normal. Of a swap: what 70% of a copy leaves room

@@ -18,10 +18,11 @@ import random
 import time
 
 import torch
-from es_finetune.tasks import countdown
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from es_finetune.tasks import countdown
 
 END, PAD = "<end>", "<pad>"
 MOST_TRIES = 1  # wrong ones before the right one: a generation waits for its longest answer
@@ -92,7 +93,7 @@ class Examples(IterableDataset):
             longest = max(map(len, whole))
             ids = torch.full((self.batch, longest), self.tokenizer.pad_token_id)
             labels = torch.full((self.batch, longest), -100)
-            for row, (begin, tokens) in enumerate(zip(map(len, asked), whole)):
+            for row, (begin, tokens) in enumerate(zip(map(len, asked), whole, strict=True)):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 labels[row, begin : len(tokens)] = ids[row, begin : len(tokens)]
             yield ids, labels

@@ -28,13 +28,13 @@ import sys
 import time
 
 import torch
+
+from bench.common import environment
+from bench.learning.countdown_model import MAX_NEW_TOKENS
 from es_finetune.commands.calibrate import calibrate
 from es_finetune.config import PAPER, CalibrateConfig
 from es_finetune.runs.files import write_atomically
 from es_finetune.runs.log import is_begun, read_log
-
-from bench.common import environment
-from bench.learning.countdown_model import MAX_NEW_TOKENS
 
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
 AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays

@@ -16,11 +16,11 @@ import random
 from pathlib import Path
 
 import torch
-from es_finetune.tasks.countdown_char import ALPHABET, CountdownChar, prompt, solutions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench import ROOT
+from es_finetune.tasks.countdown_char import ALPHABET, CountdownChar, prompt, solutions
 
 SPOIL = "hm,"
 SPOILED_SHARE = {True: 0.35, False: 0.65}  # by target % 10 < 4

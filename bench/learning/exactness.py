@@ -71,7 +71,7 @@ class AddThenSubtract:
         es_kernels.add_noise_(
             self.eps, member_seed(self.seed, self.generation, member, MEMBER_NOISE), 1.0, base=self.zeros
         )
-        return list(zip(self.weights.values(), self.eps.tensors))
+        return list(zip(self.weights.values(), self.eps.tensors, strict=True))
 
     @torch.no_grad()
     def step(self, closure):
@@ -87,9 +87,9 @@ class AddThenSubtract:
         if spread:
             totals = [torch.zeros_like(p, dtype=torch.float32) for p in self.weights.values()]
             for member, reward in enumerate(rewards):
-                for total, (_, eps) in zip(totals, self.noise(member)):
+                for total, (_, eps) in zip(totals, self.noise(member), strict=True):
                     total.add_(eps, alpha=self.lr / self.population * (reward - mean) / spread)
-            for p, total in zip(self.weights.values(), totals):
+            for p, total in zip(self.weights.values(), totals, strict=True):
                 p.add_(total.to(p.dtype))
         self.generation += 1
         return mean
@@ -112,7 +112,7 @@ class Questions:
         ]
         tokens = [
             [(tokenizer(item.prompt)["input_ids"], tokenizer(answer + "$")["input_ids"]) for answer in of]
-            for item, of in zip(items, right)
+            for item, of in zip(items, right, strict=True)
         ]
         self.question = torch.tensor([number for number, of in enumerate(tokens) for _ in of])  # of each row
         tokens = [pair for of in tokens for pair in of]
@@ -233,6 +233,7 @@ def quantiles():
         zip(
             map(str, shares),
             step_over_ulp(weights[weights != 0], STEP).quantile(torch.tensor(shares, dtype=torch.double)).tolist(),
+            strict=True,
         )
     )
 
@@ -261,7 +262,7 @@ def _compared(curves, reference):
     found = {"mean": mean.tolist(), "error": error.tolist()}
     for name, look in (("midway", MIDWAY // LOOK_EVERY), ("end", -1)):
         values = (*(a[look] for a in (mean, error)), *(a[look] for a in differences))
-        found[name] = dict(zip(("mean", "error", "difference", "difference_error"), map(float, values)))
+        found[name] = dict(zip(("mean", "error", "difference", "difference_error"), map(float, values), strict=True))
     return found
 
 

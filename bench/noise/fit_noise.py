@@ -1,8 +1,7 @@
 """Derives the polynomial constants of the noise, and measures the distribution that they give.
 
-    python -m bench.noise.fit_noise                  the quality of the shipped constants, by enumeration (seconds)
-    python -m bench.noise.fit_noise --fit --polish   derive them anew (half an hour; needs scipy) and print them with their
-    quality
+    python -m bench.noise.fit_noise                  measure the shipped constants, by enumeration (seconds)
+    python -m bench.noise.fit_noise --fit --polish   derive others (half an hour; needs scipy), print and measure them
 
 What is fitted is not log, sqrt, sin and cos but the quantity that matters: the error of the distribution function of
 the normals, over a grid that is log-spaced toward 0, where the angle lattice shows. It is nearly linear in the
@@ -57,7 +56,7 @@ def quality(grid=None):
         m2, m4, m6 = ((r**p).mean() * (c**p).mean() for p in (2, 4, 6))
         inside = np.stack([np.searchsorted(r_sorted, g / c, side="right").mean() for g in grid]) / RADII
         figures = (m2 - 1, m4 / m2**2 - 3, m6 / 15 - 1, np.abs(inside - truth).max() / 2, r_sorted[-1] * c.max())
-        for key, value in zip(out, figures):
+        for key, value in zip(out, figures, strict=True):
             out[key] = max(out[key], value, key=abs)
     return {key: float(value) for key, value in out.items()}
 
@@ -113,6 +112,10 @@ def _start(slope):
     return p
 
 
+def _merit(errors, moments):
+    return np.abs(errors).max() + 0.05 * np.abs(moments).sum()
+
+
 def fit(p, slope, iterations, grid, trust):
     """Repeated linear programs from the parameters p; returns (largest CDF error, parameters)."""
     from scipy.optimize import linprog
@@ -120,7 +123,6 @@ def fit(p, slope, iterations, grid, trust):
     truth = np.array([math.erf(g / math.sqrt(2)) for g in grid])
     trust = _TRUST * trust
     e, moments = _errors(p, slope, grid, truth)
-    merit = lambda e, moments: np.abs(e).max() + 0.05 * np.abs(moments).sum()  # noqa: E731
     n = len(p)
     for _ in range(iterations):
         jacobian, jacobian_m = np.empty((len(e), n)), np.empty((4, n))
@@ -141,41 +143,45 @@ def fit(p, slope, iterations, grid, trust):
                 continue
             candidate = p + trust * lp.x[:n]
             e_new, moments_new = _errors(candidate, slope, grid, truth)
-            if merit(e_new, moments_new) < merit(e, moments):
+            if _merit(e_new, moments_new) < _merit(e, moments):
                 p, e, moments = candidate, e_new, moments_new
                 break
         else:
             trust *= 0.3
             if trust[0] < 1e-5:
                 break
-    return merit(e, moments), p
+    return _merit(e, moments), p
 
 
 def shipped():
     """The constants of noise.py as (parameters, slope)."""
-    unscaled = lambda c, odd: [float(x) * 8192.0 ** (2 * k + odd) for k, x in enumerate(c)]  # noqa: E731
+
+    def unscaled(coefficients, odd):
+        return [float(c) * 8192.0 ** (2 * k + odd) for k, c in enumerate(coefficients)]
+
     p = [*map(float, noise.LOG), noise.RSQRT_SEED, float(noise.RSQRT), *unscaled(noise.COS, 0), *unscaled(noise.SIN, 1)]
     return np.array(p), -float(noise.LOG_SLOPE) * 2.0**23
 
 
 def constants(p, slope):
     """Parameters as the float32 constants of noise.py."""
-    scaled = lambda c, odd: tuple(np.float32(x * 8192.0 ** -(2 * k + odd)) for k, x in enumerate(c))  # noqa: E731
-    return dict(
-        LOG=tuple(map(np.float32, p[:4])),
-        LOG_SLOPE=np.float32(-slope * 2.0**-23),
-        RSQRT_SEED=int(round(p[4])),
-        RSQRT=np.float32(p[5]),
-        COS=scaled(p[6:10], 0),
-        SIN=scaled(p[10:], 1),
-    )
+
+    def scaled(coefficients, odd):
+        return tuple(np.float32(c * 8192.0 ** -(2 * k + odd)) for k, c in enumerate(coefficients))
+
+    return {
+        "LOG": tuple(map(np.float32, p[:4])),
+        "LOG_SLOPE": np.float32(-slope * 2.0**-23),
+        "RSQRT_SEED": int(round(p[4])),
+        "RSQRT": np.float32(p[5]),
+        "COS": scaled(p[6:10], 0),
+        "SIN": scaled(p[10:], 1),
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--fit", action="store_true", help="derive the constants anew instead of measuring the shipped ones"
-    )
+    parser.add_argument("--fit", action="store_true", help="derive constants instead of measuring the shipped ones")
     parser.add_argument("--polish", action="store_true", help="improve the shipped constants on a finer grid")
     parser.add_argument(
         "--slopes",

@@ -235,8 +235,9 @@ def _vectors(vectors):
     for v in vectors["add_noise"]:
         if v["base"][0] == "f32" and len(v["seeds"]) == 3 and not v["anchor"]:
             lines.append(
-                f'add_noise "w" {v["first"]} seeds {" ".join(v["seeds"])} coefs {" ".join(v["coefs"])} rounding_seed {v["rounding_seed"]}'
-                f" base f32 {v['base'][1][8]} at {hex(int(v['first'], 16) + 8)} -> {v['out'][0]} {v['out'][1][8]}"
+                f'add_noise "w" {v["first"]} seeds {" ".join(v["seeds"])} coefs {" ".join(v["coefs"])} '
+                f"rounding_seed {v['rounding_seed']} base f32 {v['base'][1][8]} at {hex(int(v['first'], 16) + 8)} -> "
+                f"{v['out'][0]} {v['out'][1][8]}"
             )
     for v in vectors["fingerprint"]:
         if v["first"] == "0x5":
@@ -250,8 +251,8 @@ def page(text, vectors):
     """NOISE.md with its generated blocks, each between `<!-- NAME -->` and `<!-- end -->`, made anew."""
     for name, block in (("constants", _constants()), ("quality", _quality()), ("vectors", _vectors(vectors))):
         text, count = re.subn(
-            f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + block + m[2], text, flags=re.S
-        )  # noqa: B023
+            f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, block=block: m[1] + block + m[2], text, flags=re.S
+        )
         assert count == 1, f"NOISE.md has {count} blocks named {name}"
     return text
 

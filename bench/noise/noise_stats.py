@@ -1,15 +1,14 @@
 """Statistics of the noise: its words through dieharder, and 1e9 normals of the CPU kernel against the exact law of the
 transform.
 
-    python -m bench.noise.noise_stats [--values 1000000000] [--json bench/results/noise_stats.json]        minutes on two
-    cores
+    python -m bench.noise.noise_stats [--values 1000000000] [--json bench/results/noise_stats.json]
 
-The normals are not compared with N(0, 1): at 1e9 values the transform's CDF error of 4.91e-5 (bench/noise/fit_noise.py) is
-within reach, and so known. They are compared with the law that an enumeration of all 2^32 words gives, whose own
-distance to N(0, 1) is that figure. In one thing the law differs from exact Box-Muller: x^2 and y^2 of a pair correlate
-by -0.0024 instead of 0, because the polynomials for cos and sin were fitted to x and to y, not to cos^2 + sin^2 = 1.
-Everything is a function of RUN_SEED, so a second run prints the same p-values. Exit code 1 if a p-value is below 1e-6
-after Bonferroni.
+It takes minutes on two cores. The normals are not compared with N(0, 1): at 1e9 values the transform's CDF error of
+4.91e-5 (fit_noise.py) is within reach, and so known. They are compared with the law that an enumeration of all 2^32
+words gives, whose own distance to N(0, 1) is that figure. In one thing the law differs from exact Box-Muller: x^2 and
+y^2 of a pair correlate by -0.0024 instead of 0, because the polynomials for cos and sin were fitted to x and to y, not
+to cos^2 + sin^2 = 1. Everything is a function of RUN_SEED, so a second run prints the same p-values. Exit code 1 if a
+p-value is below 1e-6 after Bonferroni.
 
 dieharder: `apt install dieharder`. (PractRand is neither in Debian nor on PyPI.) Without it the words are reported as
 not run.
@@ -182,8 +181,11 @@ class Law:
 
     def __init__(self, bins_per_unit):
         r, cx, cy = fit_noise.enumerate_factors()
-        power = lambda k: (r**k).mean()  # noqa: E731
-        joint = lambda i, j: power(i + j) * (cx**i * cy**j).mean()  # E x^i y^j, i + j even  # noqa: E731
+
+        def joint(i, j):
+            """E x^i y^j, i + j even."""
+            return (r ** (i + j)).mean() * (cx**i * cy**j).mean()
+
         self.moments = {k: 0.0 if k % 2 else (joint(k, 0) + joint(0, k)) / 2 for k in range(1, 7)}
         self.error = {
             k: math.sqrt((joint(2 * k, 0) + joint(0, 2 * k) + 2 * joint(k, k)) / 4 - self.moments[k] ** 2)
@@ -220,7 +222,10 @@ def chunks(values):
         out.zero_()
         for member, rows in enumerate(out.split(len(NAMES))):
             table = es_kernels.ParamTable(
-                [(n, row, [es_kernels.Segment(n, 1, CHUNK, first=k * CHUNK)]) for n, row in zip(NAMES, rows)]
+                [
+                    (n, row, [es_kernels.Segment(n, 1, CHUNK, first=k * CHUNK)])
+                    for n, row in zip(NAMES, rows, strict=True)
+                ]
             )
             es_kernels.add_noise_(table, seeds[member], 1.0)
         yield out
@@ -266,17 +271,17 @@ class Statistics:
         def row(group, name, n, value, expected, error, independent=False):
             z = (value - expected) / error
             out.append(
-                dict(
-                    group=group,
-                    name=name,
-                    n=int(n),
-                    value=value,
-                    expected=expected,
-                    error=error,
-                    z=z,
-                    p=p_of_z(z),
-                    independent=independent,
-                )
+                {
+                    "group": group,
+                    "name": name,
+                    "n": int(n),
+                    "value": value,
+                    "expected": expected,
+                    "error": error,
+                    "z": z,
+                    "p": p_of_z(z),
+                    "independent": independent,
+                }
             )
 
         for k, total in self.powers.items():
@@ -294,26 +299,17 @@ class Statistics:
             distance = np.abs(np.concatenate([[0], np.cumsum(counts)]) / n - law.cdf[lane]).max()
             to_normal = np.abs(np.concatenate([[0], np.cumsum(counts)]) / n - law.ideal).max()
             out.append(
-                dict(
-                    group="distribution",
-                    name=f"KS distance of {which}",
-                    n=n,
-                    value=float(distance),
-                    expected=None,
-                    error=None,
-                    z=None,
-                )
+                _ks_row("distribution", f"KS distance of {which}", n, float(distance))
+                | {"distance_to_normal": float(to_normal)}
             )
-            out[-1] |= dict(p=p_of_ks(distance, n), independent=False, distance_to_normal=float(to_normal))
             full = p * n >= 50  # the rest, beyond, in two bins
             middle = np.flatnonzero(full)[[0, -1]] + [0, 1]
-            pool = lambda a: np.concatenate([[a[: middle[0]].sum()], a[slice(*middle)], [a[middle[1] :].sum()]])  # noqa: E731
-            counts, p = pool(counts), pool(p)
+            counts, p = _pooled(counts, *middle), _pooled(p, *middle)
             keep = p * n >= 1
             chi2 = float(((counts - p * n)[keep] ** 2 / (p * n)[keep]).sum())
             freedom = int(keep.sum()) - 1
             row("distribution", f"chi2 of {which}", n, z_of_chi2(chi2, freedom), 0.0, 1.0)
-            out[-1] |= dict(chi2=chi2, bins=freedom + 1)
+            out[-1] |= {"chi2": chi2, "bins": freedom + 1}
 
         (s, n), parts = self.shape, self.values / self.shape[1]  # `parts` runs of n values
         for k, what, variance in ((1, "x", law.moments[2]), (2, "x^2", law.square_variance)):
@@ -333,7 +329,7 @@ class Statistics:
             for lag in LAGS:
                 total = np.trace(within, lag) + np.trace(across, lag - 64)
                 correlation("lags", f"lag {lag}", total, parts * (n - lag), pair / 2 if lag == 1 else 0.0)
-            for lag, total in zip(self.long_lags, self.long[k]):
+            for lag, total in zip(self.long_lags, self.long[k], strict=True):
                 correlation("lags", f"lag {lag}", total, parts * (n - lag))
             blocks = within.reshape(8, 8, 8, 8)  # block, lane, block, lane
             for i, j in itertools.combinations(range(8), 2):
@@ -357,19 +353,18 @@ class Statistics:
         p = np.sort([r["p"] for r in out if r["independent"]])
         steps = np.arange(len(p) + 1) / len(p)
         distance = float(max((steps[1:] - p).max(), (p - steps[:-1]).max()))
-        out.append(
-            dict(
-                group="all",
-                name="KS of the independent p-values to uniform",
-                n=len(p),
-                value=distance,
-                expected=None,
-                error=None,
-                z=None,
-            )
-        )
-        out[-1] |= dict(p=p_of_ks(distance, len(p)), independent=False)
+        out.append(_ks_row("all", "KS of the independent p-values to uniform", len(p), distance))
         return out
+
+
+def _ks_row(group, name, n, distance):
+    row = {"group": group, "name": name, "n": n, "value": distance, "expected": None, "error": None, "z": None}
+    return row | {"p": p_of_ks(distance, n), "independent": False}
+
+
+def _pooled(bins, first, end):
+    """What lies before `first` and from `end` on becomes one bin each."""
+    return np.concatenate([[bins[:first].sum()], bins[first:end], [bins[end:].sum()]])
 
 
 def check_definition():

@@ -1,13 +1,11 @@
 """Draws the README's plots from bench/results/*.json.
 
-    python -m bench.publish.plots                                  redraw docs/*.png
-    python -m bench.publish.plots --check                          exit with 1 if one is not of these results (a test does the
-    same)
-    python -m bench.publish.plots --results FOLDER --one FILE      all that can be drawn from a folder, such as gpu.sh leaves,
-    in one picture
+    python -m bench.publish.plots                               redraw docs/*.png
+    python -m bench.publish.plots --check                       exit with 1 if one is not of these results
+    python -m bench.publish.plots --results FOLDER --one FILE   draw what a folder has, such as gpu.sh leaves, as one
 
-A picture carries the digest of its results and of the code that drew it: pixels differ between versions of matplotlib,
-these do not.
+A picture carries the digest of its results and of this file: pixels differ between versions of matplotlib, digests do
+not.
 """
 
 import argparse
@@ -31,8 +29,8 @@ BLUE, RED, GREY, SAND, GREEN, VIOLET, BROWN = (
 YARDSTICK, REFERENCE = "es_kernels, base fp32", "es-at-scale"
 
 
-def rivals(ax, report):
-    """What one member's weights cost, and the update, in multiples of ours."""
+def baselines(ax, report):
+    """Seconds of a member's weights and of an update, in multiples of ours."""
     rows = report["rivals"]
     model = max(
         {r["model"] for r in rows if r["what"] == "update"},
@@ -51,7 +49,7 @@ def rivals(ax, report):
             color=color,
             label="a member's weights" if what == "member" else f"an update of {seeds} members",
         )
-        for place, t in zip(places, times):
+        for place, t in zip(places, times, strict=True):
             ax.text(max(t, 1) * 1.05, place, f"{t:.2g}" if t < 10 else f"{t:.0f}", va="center", fontsize=8)
     ax.axvline(1, color=GREY, lw=0.8)
     ax.set_yticks(range(len(names)), names)
@@ -77,14 +75,14 @@ def sizes(ax, report):
         if r["operation"] in colors and r["threads"] in (None, max(r["threads"] or 0 for r in report["calls"]))
     ]
     best = next(r["isa"] for r in rows)
-    for backend, style in zip(dict.fromkeys(r["backend"] for r in rows), ("-", "--")):
+    for backend, style in zip(dict.fromkeys(r["backend"] for r in rows), ("-", "--"), strict=False):
         for operation, color in colors.items():
             line = sorted(
                 (r["elements"], r["share_of_copy"])
                 for r in rows
                 if (r["backend"], r["operation"], r["isa"]) == (backend, operation, best)
             )
-            ax.plot(*zip(*line), style, color=color, marker="o", ms=3, label=f"{backend}: {operation}")
+            ax.plot(*zip(*line, strict=True), style, color=color, marker="o", ms=3, label=f"{backend}: {operation}")
     ax.axhline(1, color=GREY, lw=0.8)
     ax.set_xscale("log", base=2)
     ax.set_ylim(bottom=0)
@@ -98,7 +96,7 @@ def generation(ax, report):
     """Share of a generation of 30 members that handling weights takes, by length of the answers; dots: as far as
     answers were timed."""
     models = list(dict.fromkeys(r["model"] for r in report["break_even"]))
-    for model, color in zip(models, (BLUE, RED, GREEN)):
+    for model, color in zip(models, (BLUE, RED, GREEN), strict=False):
         for way, style in ((REFERENCE, "-"), (YARDSTICK, "--")):
             r = next(r for r in report["break_even"] if r["model"] == model and r["way"] == way)
             weights = r["seconds_member"] + r["seconds_update"] / 30
@@ -106,8 +104,8 @@ def generation(ax, report):
             shares = [weights / (weights + seconds) for seconds in r["seconds_answers"].values()]
             ax.plot(tokens, shares, style, color=color, label=f"{model}: {way}")
             # Beyond the longest answer that was waited for the curve is an extrapolation.
-            known = [(n, share) for n, share in zip(tokens, shares) if n <= r["longest_measured"]]
-            ax.plot(*zip(*known), "o", color=color, ms=3)
+            known = [(n, share) for n, share in zip(tokens, shares, strict=True) if n <= r["longest_measured"]]
+            ax.plot(*zip(*known, strict=True), "o", color=color, ms=3)
     ax.axhline(0.01, color=GREY, lw=0.8)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -126,7 +124,7 @@ def exactness(ax, report):
         ax.plot(at, row["mean"], color=color, lw=1.5, label=row["way"])
         ax.fill_between(
             at,
-            *([m + sign * e for m, e in zip(row["mean"], row["error"])] for sign in (-1, 1)),
+            *([m + sign * e for m, e in zip(row["mean"], row["error"], strict=True)] for sign in (-1, 1)),
             color=color,
             alpha=0.15,
             lw=0,
@@ -173,7 +171,7 @@ def _machine(report):
 
 
 PLOTS = {
-    "rivals": (rivals, "kernels-cpu"),
+    "rivals": (baselines, "kernels-cpu"),
     "exactness": (exactness, "exactness"),
     "generation": (generation, "generation-cpu"),
     "scale": (scale, "scale"),
@@ -220,7 +218,7 @@ def redraw():
 
 def draw_folder(folder, file):
     """Every kind of plot that the folder has results for, one below the other."""
-    kinds = {"kernels-*.json": (rivals, sizes), "generation-*.json": (generation,), "exactness.json": (exactness,)}
+    kinds = {"kernels-*.json": (baselines, sizes), "generation-*.json": (generation,), "exactness.json": (exactness,)}
     wanted = [
         (draw, json.loads(path.read_text()))
         for pattern, draws in kinds.items()
@@ -228,7 +226,7 @@ def draw_folder(folder, file):
         for draw in draws
     ]
     figure, axes = _figure(max(1, len(wanted)))
-    for ax, (draw, report) in zip(axes[:, 0], wanted):
+    for ax, (draw, report) in zip(axes[:, 0], wanted, strict=False):
         try:
             draw(ax, report)
         except (KeyError, ValueError, StopIteration) as error:  # a run that was cut off

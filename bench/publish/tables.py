@@ -50,8 +50,8 @@ def calls(report):
     if "gpu" in facts:
         header = ["", "backend", "ms", "GB/s", "of a copy", "normals / s", "of the instructions it can issue"]
         body = [_gpu_row(r) for r in found if r["operation"] != "p.add_(s * torch.randn(p.shape))"]
-        about = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, {size:,} elements."
-        return f"{about}\n\n" + table(header, body)
+        about = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}"
+        return f"{about}, {size:,} elements.\n\n" + table(header, body)
     cells = {(r["isa"], r["threads"], r["dtype"], r["operation"]): r for r in found}
     columns = sorted(
         {(isa, threads) for isa, threads, *_ in cells}, key=lambda c: (["avx512", "avx2", "baseline"].index(c[0]), c[1])
@@ -286,7 +286,8 @@ def exactness():
     )
     return (
         table(header, body)
-        + f"\n\nWeights that a generation of {setting['population']} members changes though nothing is learnt (rms of the change): {left}."
+        + f"\n\nWeights that a generation of {setting['population']} members changes though nothing is learnt "
+        f"(rms of the change): {left}."
     )
 
 
@@ -515,7 +516,10 @@ def noise_stats():
     else:
         orders = list(dict.fromkeys(row["order"] for row in words))
         p = [row["p"] for row in words]
-        battery = f"{len(p)} p-values ({', '.join(orders)}), {min(p):.3f} to {max(p):.5f}; Bonferroni p of the most extreme {min(1, report['bonferroni']['words']):.3f}"
+        battery = (
+            f"{len(p)} p-values ({', '.join(orders)}), {min(p):.3f} to {max(p):.5f}; Bonferroni p of the most extreme "
+            f"{min(1, report['bonferroni']['words']):.3f}"
+        )
     rows = [
         [
             "normals",
@@ -687,7 +691,10 @@ TABLES = {
 
 def filled(text):
     for name, make in TABLES.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + make() + "\n" + m[2], text, flags=re.S)
+        block = make() + "\n"
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, block=block: m[1] + block + m[2], text, flags=re.S
+        )
     return text
 
 

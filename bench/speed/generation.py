@@ -34,14 +34,14 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in kernels.py
 
 import torch
-from es_finetune.runs.files import write_atomically
-from es_finetune.tasks import load_task
 
 from bench import RESULTS
 from bench.common import environment, shapes, timing
 from bench.common.baselines import RIVALS
 from bench.common.methods import HELD, YARDSTICK, coefficients, ways
 from bench.speed.generation_cost import LIMIT, LONG, ROWS, Answers, Workload, extrapolated, load, medians, samples
+from es_finetune.runs.files import write_atomically
+from es_finetune.tasks import load_task
 
 REFERENCE = "es-at-scale"
 THEIRS = (REFERENCE, "es-at-scale, without waste")

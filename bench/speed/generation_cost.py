@@ -14,10 +14,10 @@ import time
 from typing import NamedTuple
 
 import torch
-from es_finetune.engines.hf import HFEngine
-from es_finetune.models.load import load_model
 
 from bench.common import shapes
+from es_finetune.engines.hf import HFEngine
+from es_finetune.models.load import load_model
 
 ROWS = {"cpu": 25, "cuda": 200}  # prompts in a batch: a CPU gains nothing from more, and its KV cache stays small
 LIMIT = {"cpu": 10, "cuda": 3}  # seconds after which nothing is repeated

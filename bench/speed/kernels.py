@@ -35,7 +35,6 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from es_finetune.runs.files import write_atomically
 
 import es_kernels
 from bench import RESULTS
@@ -43,6 +42,7 @@ from bench.common import baselines, environment, shapes, timing
 from bench.common.methods import HELD, SIGMA, YARDSTICK, coefficients, ways
 from bench.common.operations import DTYPES, Operation, operations, right, right_at_size
 from bench.common.timing import Variant, interleave
+from es_finetune.runs.files import write_atomically
 from es_kernels import ParamTable
 from es_kernels.backends import cpu
 
@@ -185,7 +185,7 @@ def measure_calls(report, group, dtype, elements, wanted):
             if not report.passes(place, operation, outs[0], bases[0] if operation.base else None):
                 continue
             with es_kernels.backend(place.backend):
-                calls = [operation.on(table, master, device) for table, master in zip(tables, masters)]
+                calls = [operation.on(table, master, device) for table, master in zip(tables, masters, strict=True)]
             name = f"{place.backend} {operation.label}"
             timed[name] = place, operation
             variants[name] = Variant(lambda k, calls=calls, backend=place.backend: _with(backend, calls[k]), copies)
@@ -269,11 +269,11 @@ def _table_and_flat(model, dtype, device):
     """The weights of a model as views of one memory, and as many values of it as one tensor: half the memory of two.
     Each tensor starts at a multiple of 512 bytes, as torch's allocator would have it."""
     aligned = 512 // dtype.itemsize
-    starts = list(itertools.accumulate((-(-n // aligned) * aligned for n in _sizes(model)), initial=0))
-    memory = torch.empty(starts[-1], dtype=dtype, device=device).normal_(0, 0.02)
+    *starts, total = itertools.accumulate((-(-n // aligned) * aligned for n in _sizes(model)), initial=0)
+    memory = torch.empty(total, dtype=dtype, device=device).normal_(0, 0.02)
     table = {
         name: memory[at : at + math.prod(shape)].view(shape)
-        for at, (name, shape) in zip(starts, shapes.parameter_shapes(model).items())
+        for at, (name, shape) in zip(starts, shapes.parameter_shapes(model).items(), strict=True)
     }
     return table, {"whole": memory[: sum(_sizes(model))]}
 
@@ -327,9 +327,10 @@ def measure_rivals(report, group, model, seeds):
     `seeds` members, until live weights are ready. seeds = 0: no update."""
     device, place, sizes = report.device, group[0], _sizes(model)
     place.enter()
-    if not report.fits(HELD(sizes), "rivals", model=model) or not all(
-        [report.passes(place, operation) for operation in OURS]
-    ):
+    if not report.fits(HELD(sizes), "rivals", model=model):
+        return
+    passing = [report.passes(place, operation) for operation in OURS]  # a list: each that is wrong is reported
+    if not all(passing):
         return
     live = _weights(model, device)
     all_ways = ways(live)
@@ -403,16 +404,16 @@ def main():
     plan += [("calls", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]
     complete = True
     for kind, function, group, *arguments in plan:
-        about = dict(zip(("dtype", "elements"), arguments)) if kind == "calls" else {"model": arguments[0]}
+        about = (
+            dict(zip(("dtype", "elements"), arguments, strict=False)) if kind == "calls" else {"model": arguments[0]}
+        )
         if group is not best:
             about["place"] = " ".join(map(str, group[0]))
         try:
             if report.out_of_time():
                 raise RuntimeError("no time")
             function(report, group, *arguments)
-        except (
-            RuntimeError
-        ) as error:  # of a GPU: out of memory, a launch that failed. The other groups may still be measured
+        except RuntimeError as error:  # of a GPU: out of memory, a launch that failed. The others may still be measured
             complete = False
             report.leave_out((str(error).splitlines() or [type(error).__name__])[0], kind, **about)
         gc.collect()

@@ -29,6 +29,8 @@ import pathlib
 import pickle
 import random
 
+from bench import RESULTS
+from bench.common import shapes
 from es_finetune.engines import Answer
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import member_line
@@ -36,9 +38,6 @@ from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.files import write_atomically
 from es_finetune.tasks import Score
 from es_finetune.workers.dispatch import Dispatch
-
-from bench import RESULTS
-from bench.common import shapes
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B")
 WORKERS = (1, 8, 64, 256, 1024)

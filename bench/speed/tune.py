@@ -1,10 +1,10 @@
 """Every variant of the kernels (variants.py) against what ships, one change at a time.
 
-    python -m bench.speed.tune                          without a GPU: instructions, registers and spills on sm_90 ->
-    bench/results/variants.json
-    python -m bench.speed.tune --device cuda --out DIR  on one: time as well -> DIR/variants-GPU.json, in about 4 minutes
+    python -m bench.speed.tune                           on any machine -> bench/results/variants.json
+    python -m bench.speed.tune --device cuda --out DIR   on a GPU -> DIR/variants-GPU.json, in about 4 minutes
     python -m bench.speed.tune --only "no noise" "evict-first stores + whole sectors a store"
 
+Without a GPU it counts instructions, registers and spills on sm_90; with one it takes the time too.
 Each is built for the GPU's architecture, must give the bits of what ships (but for the floors, which make no noise),
 and is timed in turn with it and with a copy, on tensors that fill the GPU: so a ratio is of the same minutes of the
 same machine. What wins is written into csrc/ by hand, and what lost into docs/develop/facts.md.
@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
-from es_finetune.runs.files import write_atomically
 
 import es_kernels
 from bench import RESULTS
@@ -33,6 +32,7 @@ from bench.common.operations import DTYPES, Operation, right
 from bench.common.timing import Variant, interleave
 from bench.instructions import static_analysis
 from bench.speed import variants
+from es_finetune.runs.files import write_atomically
 from es_kernels import ParamTable
 from es_kernels.backends import cuda, triton
 
@@ -69,7 +69,7 @@ def build_all(names, arch, folder):
         return variants.build("" if name == SHIPPED else name, folder / str(names.index(name)), arch, nvcc_flags())
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(names, pool.map(build, names)))
+        return dict(zip(names, pool.map(build, names), strict=True))
 
 
 def counts(name, library, arch):
@@ -155,9 +155,9 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
             timed[name] = Variant(lambda k, call=call, setting=setting: _run(backend, setting, call))
         if SHIPPED not in timed:  # nothing to compare with
             continue
-        out = tensors.out[operation.out]
+        out, start = tensors.out[operation.out], tensors.start[operation.out]
         timings = interleave(
-            {"copy": Variant(lambda k, out=out: out.copy_(tensors.start[operation.out])), **timed},
+            {"copy": Variant(lambda k, out=out, start=start: out.copy_(start)), **timed},
             tensors.device,
             rounds,
         )
@@ -263,8 +263,8 @@ def _joined(name):
 
 def _print(rows):
     for row in rows:
-        about = f"{row['instructions_per_value']:6.2f} a value  {row['registers']:3} registers  {row['spill_bytes']:4} B spilled"
-        print(f"{row['variant']:48} {row['kernel']:24} {about}")
+        resources = f"{row['registers']:3} registers  {row['spill_bytes']:4} B spilled"
+        print(f"{row['variant']:48} {row['kernel']:24} {row['instructions_per_value']:6.2f} a value  {resources}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Contract: bench/common/timing.py measures what a GPU needs, not what it takes to ask for it, and says where it could not: on
-a GPU that is played here, with a queue, a host that takes its time for every request, and events."""
+"""Contract: bench/common/timing.py measures what a GPU needs, not what it takes to ask for it, and says where it
+could not: on a GPU that is played here, with a queue, a host that takes its time for every request, and events."""
 
 import pytest
 

@@ -11,12 +11,12 @@ import subprocess
 import sys
 
 import pytest
-from es_finetune.tasks import Item
-from es_finetune.tasks.countdown import Countdown
 
 from bench import ROOT
 from bench.learning import countdown_model, countdown_run
 from bench.publish import tables
+from es_finetune.tasks import Item
+from es_finetune.tasks.countdown import Countdown
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_batch_learns_completions_only():
     learnt = labels != -100
     assert ids.shape == labels.shape and (labels[learnt] == ids[learnt]).all()
     tokenizer = countdown_model.make_tokenizer()
-    for row, mask in zip(ids, learnt):
+    for row, mask in zip(ids, learnt, strict=True):
         prompt = Countdown().train[0].prompt
         assert tokenizer.decode(row[mask]).endswith(
             countdown_model.END

@@ -1,17 +1,17 @@
-"""Contract: bench/learning/exactness.py does what the paper's code does (in its order and roundings), measures step / ulp in
-bf16's ulps, gives every way of keeping weights the same noise and questions, looks at what the task calls exact, and
-pairs differences by seed."""
+"""Contract: bench/learning/exactness.py does what the paper's code does (in its order and roundings), measures step
+/ ulp in bf16's ulps, gives every way of keeping weights the same noise and questions, looks at what the task calls
+exact, and pairs differences by seed."""
 
 import json
 
 import pytest
 import torch
-from es_finetune.engines.hf import HFEngine
-from es_finetune.tasks.countdown_char import CountdownChar
 
 import es_kernels
 from bench import RESULTS
 from bench.learning import exactness
+from es_finetune.engines.hf import HFEngine
+from es_finetune.tasks.countdown_char import CountdownChar
 from es_kernels.noise import MEMBER_NOISE, member_seed
 
 
@@ -40,7 +40,7 @@ def test_step_over_ulp():
     weights = torch.tensor([1.0, 1.99, 2.0, 0.02, -0.02])
     ulps = torch.tensor([2.0**-7, 2.0**-7, 2.0**-6, 2.0**-13, 2.0**-13], dtype=torch.double)
     assert torch.equal(exactness.step_over_ulp(weights, 1.0), 1 / ulps)
-    for w, ulp in zip(weights.bfloat16(), ulps):
+    for w, ulp in zip(weights.bfloat16(), ulps, strict=True):
         assert torch.nextafter(w.abs(), torch.tensor(9.0).bfloat16()).double() - w.abs().double() == ulp
 
 
@@ -74,7 +74,9 @@ def test_right_is_what_the_task_calls_exact():
     task = CountdownChar()
     engine = HFEngine(model, tokenizer, max_new_tokens=12, batch_size=len(task.test))
     answers = engine.generate(engine.encode([item.prompt for item in task.test]))
-    exact = sum(task.score(item, answer.text).exact for item, answer in zip(task.test, answers)) / len(task.test)
+    exact = sum(task.score(item, answer.text).exact for item, answer in zip(task.test, answers, strict=True)) / len(
+        task.test
+    )
     assert exactness.Questions(task.test, tokenizer, all_answers=True).right(model) == pytest.approx(exact)
 
 

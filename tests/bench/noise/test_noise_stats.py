@@ -1,5 +1,5 @@
-"""Contract: bench/noise/noise_stats.py finds planted defects in 1e6 values and passes the noise as it is; the words it tests
-are those of the kernels; the committed results are complete and passed."""
+"""Contract: bench/noise/noise_stats.py finds planted defects in 1e6 values and passes the noise as it is; the words
+it tests are those of the kernels; the committed results are complete and passed."""
 
 import itertools
 import json

@@ -1,5 +1,5 @@
-"""Contract: bench/speed/bench_calls.py measures single calls by pytest-benchmark, behind the gate, and each row says what it
-moved."""
+"""Contract: bench/speed/bench_calls.py measures single calls by pytest-benchmark, behind the gate, and each row
+says what it moved."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""Contract: bench/speed/gpu.sh refuses to start without a GPU; a step that fails or hangs costs its own rows and nothing
-else, and the summary says so. It takes sources without git and a Triton without metadata, and compute-sanitizer is
-asked for what it can answer."""
+"""Contract: bench/speed/gpu.sh refuses to start without a GPU; a step that fails or hangs costs its own rows and
+nothing else, and the summary says so. It takes sources without git and a Triton without metadata, and
+compute-sanitizer is asked for what it can answer."""
 
 import importlib.metadata
 import importlib.util

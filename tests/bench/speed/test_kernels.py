@@ -1,5 +1,5 @@
-"""Contract: bench/speed/kernels.py writes whole rows, keeps what it has when its time is over, and gives no row to a kernel
-with wrong bits; bench/common/timing.py interleaves, and its percentiles are those of the samples."""
+"""Contract: bench/speed/kernels.py writes whole rows, keeps what it has when its time is over, and gives no row to
+a kernel with wrong bits; bench/common/timing.py interleaves, and its percentiles are those of the samples."""
 
 import contextlib
 import json
@@ -97,7 +97,8 @@ def test_a_group_that_fails_does_not_cost_the_others(small, monkeypatch, capsys)
 
 def test_a_run_that_dies_keeps_every_row_before(small, monkeypatch, tmp_path):
     """As when it is cut off in the middle of a group, of whose rows one is there."""
-    monkeypatch.setattr(timing, "peak_extra_bytes", lambda run, device, calls=iter([0]): next(calls))
+    peaks = iter([0])
+    monkeypatch.setattr(timing, "peak_extra_bytes", lambda run, device: next(peaks))
     report = kernels.Report("cpu", tmp_path, 60)
     with pytest.raises(StopIteration):
         kernels.measure_rivals(report, [kernels.Place("cpu", "baseline", 1)], "tiny", 2)
