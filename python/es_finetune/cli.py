@@ -170,7 +170,7 @@ def _replay(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     from es_finetune.config import ExportConfig
-    from es_finetune.models.load import save_model
+    from es_finetune.models.save import save_model
     from es_finetune.runs.log import read_log
 
     config = _parse(ExportConfig, _run_first(arguments, "export"), "export")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # What every command needs, beside what these bring; `tensorboard` is asked for where curves go to it.
 FINETUNE = ("transformers", "rich", "matplotlib", "jinja2")
@@ -16,6 +17,21 @@ class UserError(ValueError):
 
 class RewardFailed(RuntimeError):
     """Rewards fail, or are no longer those that the run began with, so that the run cannot go on."""
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn any failure within into a UserError that begins with `what`: what transformers, PEFT and the hub say, in
+    every type of error, can be a page."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} could not be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What it says in its first line that is not empty, or else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def require(what: str, extra: str, *modules: str) -> None:

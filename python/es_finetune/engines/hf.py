@@ -13,9 +13,8 @@ import torch
 
 from es_finetune.engines import DECODINGS, Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
-from es_finetune.errors import UserError
+from es_finetune.errors import UserError, first_line
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
-from es_finetune.models.load import first_line
 
 # Static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
 _CACHE_STEP = 128
@@ -155,7 +154,9 @@ class HFEngine:
         )
         steps = 1 + bool(beside.sequences[-1, -2] == alone.sequences[-1, -2])
         bound = math.sqrt(max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()))
-        pairs = [(a[-1].float(), b[-1].float()) for a, b in zip(alone.logits[:steps], beside.logits[:steps])]
+        pairs = [
+            (a[-1].float(), b[-1].float()) for a, b in zip(alone.logits[:steps], beside.logits[:steps], strict=True)
+        ]
         return any(((b - a).square().mean().sqrt() > bound * a.std()).item() for a, b in pairs)
 
     def _padded(self, tokens: Sequence[list[int]]) -> dict[str, torch.Tensor]:
@@ -219,7 +220,7 @@ class HFEngine:
             logits = self.model(
                 input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False
             ).logits
-            for row, scores in zip(rows, logits):
+            for row, scores in zip(rows, logits, strict=True):
                 begin, end = len(asked[row]), len(whole[row])
                 chosen = torch.tensor(whole[row][begin:end], device=logits.device)
                 log_p = torch.log_softmax(scores[begin - 1 : end - 1].float(), dim=-1)
@@ -232,7 +233,7 @@ class HFEngine:
         for rows, inputs in batches:
             cache = {"past_key_values": self._empty_cache(len(rows), longest)} if self.decoding == "static" else {}
             ids = self.model.generate(**inputs, **cache, generation_config=self.options)
-            for row, answer in zip(rows, ids[:, inputs["input_ids"].shape[1] :].tolist()):
+            for row, answer in zip(rows, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 tokens[row] = self._until_end(answer)
         return tokens
 

@@ -272,7 +272,12 @@ def _parts(tensor, owners, joined) -> Iterator[tuple]:
     first = 0
     for piece in pieces:
         if (owner := owners.get(_storage(piece))) is not None:
-            yield owner, piece.storage_offset(), list(zip(piece.shape, piece.stride(), index_strides)), first
+            yield (
+                owner,
+                piece.storage_offset(),
+                list(zip(piece.shape, piece.stride(), index_strides, strict=True)),
+                first,
+            )
         first += piece.shape[dim] * index_strides[dim] if piece.ndim else 0
 
 
@@ -299,9 +304,9 @@ def _segments(name, offset, dims, first) -> list[Segment]:
             name,
             rows,
             cols,
-            offset + sum(i * stride for i, (_, stride, _) in zip(outer, merged)),
+            offset + sum(i * stride for i, (_, stride, _) in zip(outer, merged, strict=True)),
             row_stride,
-            first + sum(i * stride for i, (*_, stride) in zip(outer, merged)),
+            first + sum(i * stride for i, (*_, stride) in zip(outer, merged, strict=True)),
             index_stride,
         )
         for outer in itertools.product(*(range(size) for size, *_ in merged))

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import TrainConfig
-from es_finetune.errors import RewardFailed, UserError, require
+from es_finetune.errors import RewardFailed, UserError, first_line, require
 from es_finetune.evaluation.evaluator import Evaluation
-from es_finetune.models.load import first_line
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.setup import make_task

@@ -11,7 +11,10 @@ from es_finetune.config import TrainConfig, model_options
 from es_finetune.engines import Engine
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
-from es_finetune.models.load import dtype_of, freeze_towers, load_model, pick_device, save_model
+from es_finetune.models.dtypes import dtype_of
+from es_finetune.models.load import load_model, pick_device
+from es_finetune.models.save import save_model
+from es_finetune.models.towers import freeze_towers
 from es_finetune.runs.setup import make_engine
 from es_finetune.tasks import Task
 from es_finetune.workers.weights import Weights

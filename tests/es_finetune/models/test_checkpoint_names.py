@@ -92,7 +92,7 @@ def test_noise_in_memory_is_noise_on_the_files(build_model, bits, tmp_path, kind
 def test_experts_are_one_segment_per_file_tensor(tiny_mixtral):
     pytest.importorskip("transformers.core_model_loading")  # nothing is fused before version 5
     table = es_kernels.ParamTable(named_segments(tiny_mixtral))
-    segments = dict(zip(table.names, table.layout.segments))
+    segments = dict(zip(table.names, table.layout.segments, strict=True))
     fused = segments["model.layers.1.mlp.experts.gate_up_proj"]
     assert len(fused) == 4 * 2
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"

@@ -17,7 +17,8 @@ import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.cli import main
 from es_finetune.models.checkpoint_names import named_segments
-from es_finetune.models.load import EMBEDDED_MODEL, load_model, save_model
+from es_finetune.models.load import EMBEDDED_MODEL, load_model
+from es_finetune.models.save import save_model
 from es_finetune.runs.log import SealedLines, read_log
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import Item, Score

@@ -17,9 +17,10 @@ import torch
 from es_finetune.config import TrainConfig
 from es_finetune.engines import Answer
 from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize, vocabulary_of
-from es_finetune.errors import UserError
+from es_finetune.errors import UserError, first_line
 from es_finetune.evaluation.evaluator import encoded
-from es_finetune.models.load import empty_model, first_line, path_of, save_model
+from es_finetune.models.load import empty_model, path_of
+from es_finetune.models.save import save_model
 from es_finetune.tasks import Task
 from es_finetune.workers.replica import Replica
 
