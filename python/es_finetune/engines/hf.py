@@ -154,9 +154,8 @@ class HFEngine:
         )
         steps = 1 + bool(beside.sequences[-1, -2] == alone.sequences[-1, -2])
         bound = math.sqrt(max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()))
-        pairs = [
-            (a[-1].float(), b[-1].float()) for a, b in zip(alone.logits[:steps], beside.logits[:steps], strict=True)
-        ]
+        both = zip(alone.logits[:steps], beside.logits[:steps], strict=False)  # either may have ended before
+        pairs = [(a[-1].float(), b[-1].float()) for a, b in both]
         return any(((b - a).square().mean().sqrt() > bound * a.std()).item() for a, b in pairs)
 
     def _padded(self, tokens: Sequence[list[int]]) -> dict[str, torch.Tensor]:
