@@ -44,7 +44,7 @@ def test_the_kernels_block(model, monkeypatch):
         names := {"model": model, "seed": 1, "sigma": 0.1, "seeds": [1, 2], "coefs": [0.1, -0.1]},
     )
     assert seen == [False, True, True], "perturbed; restored exactly; the update is in the master"
-    assert not any(torch.equal(p, exact) for p, exact in zip(live.values(), names["master"].values()))
+    assert not any(torch.equal(p, exact) for p, exact in zip(live.values(), names["master"].values(), strict=True))
     weight = live["0.weight"]
     weight.data = weight.data.clone()
     with pytest.raises(RuntimeError, match="'0.weight' moved"), torch.no_grad():

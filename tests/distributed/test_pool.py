@@ -13,6 +13,7 @@ import signal
 import time
 
 import pytest
+
 from es_finetune import TrainConfig, Trainer
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
@@ -55,10 +56,8 @@ def test_killed_actors_and_drivers_lose_nothing(run, alone):
     draws, actors, drivers = random.Random(1), 0, 0
     process = killed.start()
     while actors < ACTOR_KILLS or drivers < DRIVER_KILLS:
-        before = len(killed.scored)
-        if not killed.wait_until(
-            lambda after=before + draws.randrange(1, 12): len(killed.scored) >= after, process=process
-        ):
+        after = len(killed.scored) + draws.randrange(1, 12)
+        if not killed.wait_until(lambda after=after: len(killed.scored) >= after, process=process):
             break
         time.sleep(draws.random() / 10)
         if drivers < DRIVER_KILLS and actors >= ACTOR_KILLS * (drivers + 1) // (DRIVER_KILLS + 1):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+
 from es_finetune import TrainConfig
 from es_finetune.runs.log import SealedLines, read_journals, read_log
 from es_finetune.workers import torchrun
@@ -42,9 +43,13 @@ def test_a_killed_rank_loses_nothing(run, alone):
     draws, process, kills = random.Random(0), killed.start(ranks=2, restarts=KILLS + 1), 0
     while kills < KILLS:
         before, started = len(killed.scored), 2 * (kills + 1)
-        if not killed.wait_until(lambda: len(killed.pids) >= started and len(killed.scored) > before, process=process):
+        if not killed.wait_until(
+            lambda before=before, started=started: len(killed.pids) >= started and len(killed.scored) > before,
+            process=process,
+        ):
             break
-        killed.wait_until(lambda after=before + draws.randrange(1, 14): len(killed.scored) >= after, process=process)
+        after = before + draws.randrange(1, 14)
+        killed.wait_until(lambda after=after: len(killed.scored) >= after, process=process)
         os.kill(draws.choice(killed.pids[-2:])[0], signal.SIGKILL)
         kills += 1
     assert killed.finish(process) == 0, killed.output

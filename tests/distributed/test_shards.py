@@ -26,15 +26,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from es_finetune import EvolutionStrategy
-from es_finetune.models.checkpoint_names import named_segments
-from es_finetune.optim.dtensor import local_entry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from es_finetune import EvolutionStrategy
+from es_finetune.models.checkpoint_names import named_segments
+from es_finetune.optim.dtensor import local_entry
 from es_kernels import Segment
 
 # --- places, without processes ---------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_a_shard_is_its_place(as_rank, mesh, placements):
             source = places(fused(shape), whole.numel())
             _, _, segments = local_entry("w", parameter, fused(shape))
             assert places(segments, local.numel()) == [source[i] for i in index.flatten().tolist()]
-    copies = torch.Size(n for n, p in zip(mesh, placements) if p == R).numel()
+    copies = torch.Size(n for n, p in zip(mesh, placements, strict=True) if p == R).numel()
     assert all(
         (count == copies).all()
         for shape, count in held.items()
@@ -202,14 +202,14 @@ def test_a_sharded_model_has_the_segments_of_its_checkpoint(as_rank):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     # A hidden size that no other test has: torch's caches would remember which rank this process was with those.
-    sizes = dict(
-        vocab_size=11,
-        hidden_size=12,
-        intermediate_size=6,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    sizes = {
+        "vocab_size": 11,
+        "hidden_size": 12,
+        "intermediate_size": 6,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=5))
     whole = list(named_segments(model))
     assert any(len(entry) == 3 for entry in whole)
@@ -280,7 +280,15 @@ def test_a_shard_that_others_write_is_refused_and_adopted(as_rank):
 # --- in processes ----------------------------------------------------------------------------------------------------
 
 FITNESS = [[0.5, -1.0, 2.0, 0.25], [1.0, 3.0, -2.0, 0.0], [0.0, 0.5, 0.25, -4.0]]
-OPTIONS = dict(sigma=0.05, lr=0.05, population=4, seed=7, momentum=0.5, weight_decay=0.5, anchored=True)
+OPTIONS = {
+    "sigma": 0.05,
+    "lr": 0.05,
+    "population": 4,
+    "seed": 7,
+    "momentum": 0.5,
+    "weight_decay": 0.5,
+    "anchored": True,
+}
 BASES = ("fp32", "copy", "host", None)
 
 
@@ -290,7 +298,7 @@ def weights():
     dtypes = itertools.cycle([torch.bfloat16, torch.float32, torch.float16])
     return {
         name: (0.1 * torch.randn(shape, generator=generator)).to(dtype)
-        for (name, shape), dtype in zip(shapes.items(), dtypes)
+        for (name, shape), dtype in zip(shapes.items(), dtypes, strict=False)
     }
 
 

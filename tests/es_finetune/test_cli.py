@@ -126,7 +126,7 @@ def text(completion, item): return "high"
 """
 
 
-GOOD = "".join('{"prompt": "^%d:"}\n' % n for n in range(9))
+GOOD = "".join(f'{{"prompt": "^{n}:"}}\n' for n in range(9))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=r"rich.*: pip install 'es-kernels\[finetune\]'"):
-        es_finetune.Trainer
+        _ = es_finetune.Trainer
 
 
 @pytest.mark.parametrize("way", ["module", "script"])

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+
 from es_finetune.config import GROUPS, RESUMABLE, CalibrateConfig, EvalConfig, ExportConfig, ReportConfig, TrainConfig
 from es_finetune.errors import UserError
 

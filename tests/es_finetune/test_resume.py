@@ -375,9 +375,8 @@ def test_overwrite_removes_nothing_before_the_new_run_is_proven(interrupted, mon
         (ValueError("no such model"), "no such model"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                Worker, "start", lambda self: raised(found) if isinstance(found, Exception) else {"odd": found}
-            )
+            answer = raised if isinstance(found, Exception) else lambda found: {"odd": found}
+            patch.setattr(Worker, "start", lambda self, found=found, answer=answer: answer(found))
             with pytest.raises(ValueError, match=words):
                 run(interrupted, overwrite=True)
             assert contents(interrupted) == before

@@ -80,7 +80,7 @@ def test_rows_and_log_say_the_same(run):
     header, generations = read_log(run / "run.log")
     assert [row["generation"] for row in rows] == [g.generation for g in generations] == [0, 1]
     assert header["model"]["model"] == "embedded" and header["config"]["population"] == 4
-    for row, logged in zip(rows, generations):
+    for row, logged in zip(rows, generations, strict=True):
         assert row["reward_min"] <= row["reward_mean"] == logged.reward <= row["reward_max"]
         assert row["reward_low"] < row["reward_mean"] < row["reward_high"]  # over the prompts
         assert row["theta"] == row["live"] == f"{logged.theta:016x}"  # f32 weights, so both are the same numbers
@@ -222,7 +222,7 @@ def differing(found, plain):
     pairs = {
         "rewards": (found["rewards"], plain["rewards"]),
         "z": (found["z"], plain["z"]),
-        **dict(zip("12", zip(found["theta"], plain["theta"]))),
+        **dict(zip("12", zip(found["theta"], plain["theta"], strict=True), strict=True)),
     }
     return [name for name, (here, there) in pairs.items() if here != there]
 
@@ -297,7 +297,9 @@ def test_masks_and_own_sigmas_reach_the_parameters_they_name(tmp_path):
     sigmas = {
         name: group["sigma"]
         for group, weights in zip(
-            trainer.workers.weights.optimizer.param_groups, trainer.workers.weights.optimizer.tables
+            trainer.workers.weights.optimizer.param_groups,
+            trainer.workers.weights.optimizer.tables,
+            strict=True,
         )
         for name in weights.live.names
     }

@@ -66,7 +66,7 @@ def assert_same(out, *args, **kwargs):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("out_dtype, base_dtype", [*itertools.product(DTYPES, DTYPES), *((d, None) for d in DTYPES)])
 def test_dtypes_seeds_and_sizes(gpu, out_dtype, base_dtype, rounding):
-    extra = dict(rounding="stochastic", rounding_seed=2**63 + 5) if rounding == "stochastic" else {}
+    extra = {"rounding": "stochastic", "rounding_seed": 2**63 + 5} if rounding == "stochastic" else {}
     for n, n_seeds in [*((n, 1) for n in range(34)), (70001, 0), (70001, 1), (70001, 2), (70001, 30), (4097, 300)]:
         base = None if base_dtype is None else weights(n, base_dtype, seed=1)
         assert_same(
@@ -173,9 +173,10 @@ def test_captured_graph_replays_new_members(gpu, n_seeds):
     live, gpu_base = torch.zeros(50_001, dtype=torch.bfloat16, device="cuda"), base.cuda()
     seeds, coefs = torch.zeros(n_seeds, dtype=torch.int64, device="cuda"), torch.zeros(n_seeds, device="cuda")
     rounding_seed = torch.zeros(1, dtype=torch.int64, device="cuda")
-    call = lambda: add_noise_(
-        live, seeds, coefs, gpu_base, name="w", rounding="stochastic", rounding_seed=rounding_seed
-    )  # noqa: E731
+
+    def call():
+        add_noise_(live, seeds, coefs, gpu_base, name="w", rounding="stochastic", rounding_seed=rounding_seed)
+
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()  # uploads the table, compiles
@@ -219,9 +220,10 @@ def test_a_table_outlives_its_place_in_the_cache_while_a_side_stream_reads_it(gp
 @pytest.mark.parametrize("n_seeds", [1, 200])
 def test_a_call_with_python_numbers_does_not_wait_for_the_queue(gpu, n_seeds):
     t, expected = torch.zeros(5000, device="cuda"), torch.zeros(5000)
-    call = lambda t: add_noise_(
-        t, list(range(n_seeds)), [0.1] * n_seeds, name="w", rounding="stochastic", rounding_seed=3
-    )  # noqa: E731
+
+    def call(t):
+        add_noise_(t, list(range(n_seeds)), [0.1] * n_seeds, name="w", rounding="stochastic", rounding_seed=3)
+
     call(t)  # uploads the table, compiles
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)

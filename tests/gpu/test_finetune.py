@@ -5,6 +5,7 @@ them; perturbing in place keeps captured graphs valid (an engine that has answer
 """
 
 import pytest
+
 from es_finetune import EvolutionStrategy, TrainConfig, Trainer
 from es_finetune.engines import DECODINGS
 from es_finetune.engines.hf import HFEngine

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+
 from es_finetune import EvolutionStrategy
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -56,5 +57,5 @@ def test_host_has_the_bits_of_fp32_with_a_full_queue(antithetic):
         look()
         runs.append([*seen, *state["es"]["theta"].values()])
     assert len(runs[0]) == len(runs[1])
-    for fp32, host in zip(*runs):
+    for fp32, host in zip(*runs, strict=True):
         assert torch.equal(bits(fp32), bits(host))

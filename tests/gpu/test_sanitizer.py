@@ -18,10 +18,13 @@ with es_kernels.backend("cuda"):
         for n in (1, 9, 20_011):
             t = torch.zeros(n + 1, dtype=dtype, device="cuda")[1:]
             aligned, rows = (torch.zeros(size, dtype=dtype, device="cuda") for size in (n, 3 * n))
-            table = ParamTable([("a", t, [Segment("a", 1, n)]), ("b", aligned, [Segment("b", 1, n)]), ("c", rows, [Segment("c", 3, n, index_stride=2 * n)])])
-            like = [{name: tensor.to(to, copy=True) for name, tensor in zip("abc", table.tensors)} for to in (torch.float32, dtype)]
+            strided = Segment("c", 3, n, index_stride=2 * n)
+            named = [("a", t, [Segment("a", 1, n)]), ("b", aligned, [Segment("b", 1, n)]), ("c", rows, [strided])]
+            table = ParamTable(named)
+            base, anchor = ({name: t.to(to, copy=True) for name, t, _ in named} for to in (torch.float32, dtype))
+            stochastic, anchored = dict(rounding="stochastic", rounding_seed=3), dict(decay=0.1, anchor=anchor)
             for seeds in ([], [1], [1, 2], list(range(200))):
-                for extra in ({}, dict(base=like[0]), dict(rounding="stochastic", rounding_seed=3), dict(decay=0.1, anchor=like[1])):
+                for extra in ({}, dict(base=base), stochastic, anchored):
                     add_noise_(table, seeds, [0.1] * len(seeds), **extra)
             fingerprint(table)
 torch.cuda.synchronize()

@@ -19,6 +19,7 @@ def saved(tmp_path_factory):
     def save(kind, dtype="float32", **config):
         import torch
         import transformers
+
         from es_finetune.models.load import EMBEDDED_MODEL
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED_MODEL)

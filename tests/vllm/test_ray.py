@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+
 from es_finetune import TrainConfig, Trainer
 from es_finetune.runs.log import read_log
 

@@ -128,8 +128,9 @@ def test_the_shards_of_all_ranks_are_the_model(size):
 
 
 def test_layouts_that_are_not_known_are_refused_by_name():
-    from es_finetune.workers.vllm.extension import parts_of
     from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    from es_finetune.workers.vllm.extension import parts_of
 
     class Packed(ColumnParallelLinear):
         pass

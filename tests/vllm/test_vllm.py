@@ -10,6 +10,8 @@ import json
 
 import pytest
 import torch
+
+import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.optim.evolution_strategy import Update
@@ -17,8 +19,6 @@ from es_finetune.runs.log import read_log
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task
 from es_finetune.workers.worker import Worker
-
-import es_kernels
 
 OPTIONS = {
     "task": "countdown-char",
