@@ -14,7 +14,7 @@ questions' answers, in plain style: one forward pass, and hundreds of generation
 held-out questions: the share whose greedy answer is right (0.42 at first, mostly because the model spoils its style:
 what is learnt is mostly style), and their mean log-probability, which does not saturate. Every way of keeping the
 weights starts from the same weights and sees the same seeds, so the same noise and questions; errors are over seeds,
-and differences are paired by seed. base="host" is left out: it has the bits of "fp32"
+and differences are paired by seed. master="host" is left out: it has the bits of "fp32"
 (tests/es_finetune/optim/test_evolution_strategy.py).
 """
 
@@ -38,12 +38,12 @@ STEP = LR / math.sqrt(POPULATION)  # rms of one update of a weight
 MIDWAY = 100  # generations: while all still learn, a difference shows that the end, where all have learnt, may hide
 # way: dtype of the weights, options of the optimizer (None: add then subtract)
 WAYS = {
-    "f32 weights": (torch.float32, {"base": "fp32"}),
-    "bf16, base fp32": (torch.bfloat16, {"base": "fp32"}),
-    "bf16, base copy": (torch.bfloat16, {"base": "copy"}),
-    "bf16, base copy, update to nearest": (torch.bfloat16, {"base": "copy", "update_rounding": "nearest"}),
-    "bf16, base None": (torch.bfloat16, {"base": None}),
-    "bf16, base None, update to nearest": (torch.bfloat16, {"base": None, "update_rounding": "nearest"}),
+    "f32 weights": (torch.float32, {"master": "fp32"}),
+    "bf16, base fp32": (torch.bfloat16, {"master": "fp32"}),
+    "bf16, base copy": (torch.bfloat16, {"master": "copy"}),
+    "bf16, base copy, update to nearest": (torch.bfloat16, {"master": "copy", "update_rounding": "nearest"}),
+    "bf16, base None": (torch.bfloat16, {"master": None}),
+    "bf16, base None, update to nearest": (torch.bfloat16, {"master": None, "update_rounding": "nearest"}),
     "bf16, add then subtract": (torch.bfloat16, None),
 }
 REFERENCE = "bf16, base fp32"

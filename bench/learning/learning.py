@@ -27,10 +27,10 @@ OPTIONS = {
     "centred ranks": {"shaping": "ranks"},
     "per-prompt normalisation": {"shaping": "per_prompt"},
     "momentum 0.5, lr halved": {"momentum": 0.5, "lr": 0.005},
-    "bf16, base fp32": {"dtype": "bfloat16", "base": "fp32"},
-    "bf16, base host": {"dtype": "bfloat16", "base": "host"},
-    "bf16, base copy": {"dtype": "bfloat16", "base": "copy"},
-    "bf16, base none": {"dtype": "bfloat16", "base": "none"},
+    "bf16, base fp32": {"dtype": "bfloat16", "master": "fp32"},
+    "bf16, base host": {"dtype": "bfloat16", "master": "host"},
+    "bf16, base copy": {"dtype": "bfloat16", "master": "copy"},
+    "bf16, base none": {"dtype": "bfloat16", "master": "none"},
 }
 
 # What each is compared with

@@ -14,7 +14,7 @@ from typing import Any
 
 from es_finetune.errors import FINETUNE, RewardFailed, UserError, did_you_mean, require
 
-_NOTHING = {"base": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
+_NOTHING = {"master": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
 CONFIGS = Path(__file__).parent / "configs"
 

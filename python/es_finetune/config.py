@@ -186,13 +186,13 @@ class TrainConfig(Setup):
     momentum_window: int = _flag("noise and update", "generations that momentum remembers", 8)
     weight_decay: float = _flag("noise and update", "per update, times lr", 0.0)
     anchored: bool = _flag("noise and update", "decay toward the initial weights instead of zero", False)
-    base: str = _flag(
+    master: str = _flag(
         "noise and update", "where the exact weights live", "fp32", choices=("fp32", "copy", "host", "none")
     )
     perturb_rounding: str = _flag("noise and update", "of perturbed weights", "nearest", choices=ROUNDINGS)
     update_rounding: str | None = _flag(
         "noise and update",
-        "of the update; stochastic with base copy and none, else nearest",
+        "of the update; stochastic with master copy and none, else nearest",
         choices=ROUNDINGS,
     )
     tune: list[str] = _list(
@@ -485,7 +485,10 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
         "sigma lr weight_decay anchored population seed antithetic shaping momentum momentum_window perturb_rounding "
         "update_rounding"
     ).split()
-    return {"base": None if config.base == "none" else config.base, **{name: getattr(config, name) for name in names}}
+    return {
+        "master": None if config.master == "none" else config.master,
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:

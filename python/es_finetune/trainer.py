@@ -181,20 +181,13 @@ class Trainer:
         write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
 
     def _refuse_other_task(self, header: dict[str, Any], start: dict[str, Any]) -> None:
-        """ValueError unless the log's questions are asked and answers scored as they were. Of scoring older logs say
-        nothing."""
+        """ValueError unless the log's questions are asked and answers scored as they were."""
         config, folder = self.config, self.folder
         for split in ("train", "test"):
             if header[f"{split}_items"] != start[f"{split}_items"]:
                 raise UserError(
                     f"the {split} items of task {config.task} are not those that the run in {folder} began with"
                 )
-        if "reward" not in header:
-            done = len(self.log.lines) - 1
-            self._notes.append(
-                f"begun by an older version: that answers are scored as in the {done} generations before is not checked"
-            )
-            return
         for split in ("train", "test"):
             if header[f"{split}_scoring"] != start[f"{split}_scoring"]:
                 raise UserError(

@@ -207,7 +207,7 @@ def test_errors_of_a_worker_are_said_as_here(cluster, tmp_path):
     [
         ({"ray_workers": 0}, "the Ray cluster has no GPU: say with --ray_workers"),
         ({"ray_workers": 9}, "9 workers need 9 CPUs, and the Ray cluster has 3: lower --ray_workers"),
-        ({"base": "none"}, "base 'none' rounds the weights at every member"),
+        ({"master": "none"}, "master 'none' rounds the weights at every member"),
     ],
 )
 def test_what_a_cluster_cannot_do_is_refused(cluster, tmp_path, options, words):

@@ -177,8 +177,8 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
         "RANK": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="base 'none' rounds the weights at every member"):
-        torchrun.for_this_rank(TrainConfig(output=str(tmp_path / "run"), base="none"))
+    with pytest.raises(ValueError, match="master 'none' rounds the weights at every member"):
+        torchrun.for_this_rank(TrainConfig(output=str(tmp_path / "run"), master="none"))
     (tmp_path / "run").mkdir()
     config = TrainConfig(output=str(tmp_path / "run"), overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -3,7 +3,7 @@
 - The Segments of a shard are its place in the whole: each element of the whole once, for every way of splitting, sizes
 that
   do not divide and fused tensors included. (One process that plays each rank in turn.)
-- Number of processes and layout change no bit of live and theta, perturbed or not, and no fingerprint, for every base,
+- Number of processes and layout change no bit of live and theta, perturbed or not, and no fingerprint, for each master,
 with
   momentum, decay and roundings; nor does a model under parallelize_module or fully_shard, whose forward computes with
   the perturbed weights, in whichever state FSDP left its own. (Real processes, gloo.)
@@ -289,7 +289,7 @@ OPTIONS = {
     "weight_decay": 0.5,
     "anchored": True,
 }
-BASES = ("fp32", "copy", "host", None)
+MASTERS = ("fp32", "copy", "host", None)
 
 
 def weights():
@@ -342,9 +342,9 @@ def same_history(left, right):
         same(a, b)
 
 
-def unsharded(base="fp32"):
+def unsharded(master="fp32"):
     parameters = {name: nn.Parameter(t) for name, t in weights().items()}
-    return history(EvolutionStrategy(parameters.items(), base=base, **OPTIONS), parameters.items())
+    return history(EvolutionStrategy(parameters.items(), master=master, **OPTIONS), parameters.items())
 
 
 def sharded(mesh, placements):
@@ -384,10 +384,11 @@ def check_strided(world):
 
 
 def check_bases(world):
-    for base in BASES[1:]:
-        parameters = sharded(init_device_mesh("cpu", (world,)), [S0 if base == "copy" else S1])
+    for master in MASTERS[1:]:
+        parameters = sharded(init_device_mesh("cpu", (world,)), [S0 if master == "copy" else S1])
         same_history(
-            history(EvolutionStrategy(parameters.items(), base=base, **OPTIONS), parameters.items()), unsharded(base)
+            history(EvolutionStrategy(parameters.items(), master=master, **OPTIONS), parameters.items()),
+            unsharded(master),
         )
 
 

@@ -51,7 +51,7 @@ def train(output, *flags):
         (["--model", "embedded", "--task", "custom"], "data"),
         (["--model", "some/model"], "no task was given"),
         (["--model", "/nowhere/at/all", "--task", "countdown"], "/nowhere/at/all"),
-        (["--base", "fp8"], "base must be"),
+        (["--master", "fp8"], "master must be"),
         (["--dtype", "int4"], "dtype must be"),
         (["--decoding", "magic"], "decoding must be"),
         (["--prompts", "100000"], "prompts must be at most"),
@@ -483,9 +483,9 @@ def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tm
         ["*norm*", "*embed*"],
     )
     (tmp_path / "bad.yaml").write_text("sigmma: 1\n")
-    (tmp_path / "nothing.yaml").write_text("base: null\nreport_to: []\nresume: false\nlr:\n")
+    (tmp_path / "nothing.yaml").write_text("master: null\nreport_to: []\nresume: false\nlr:\n")
     config = _parse(TrainConfig, _flags_of(_read_yaml(str(tmp_path / "nothing.yaml")), TrainConfig), "train")
-    assert (config.base, config.report_to, config.resume, config.lr) == ("none", ["none"], False, 0.01)
+    assert (config.master, config.report_to, config.resume, config.lr) == ("none", ["none"], False, 0.01)
     with pytest.raises(ValueError, match=r"unknown option 'sigmma': did you mean sigma\?"):
         _flags_of(_read_yaml(str(tmp_path / "bad.yaml")), TrainConfig)
     for content, words in (("- 1\n", "holds no options"), ("a: [", "is no YAML")):

@@ -1,6 +1,6 @@
 """Contract under test: a run that was killed goes on as if it had not been.
 
-After kill -9 at any moment `resume` ends with the fingerprint of a run never interrupted, for every base; what was
+After kill -9 at any moment `resume` ends with the fingerprint of a run never interrupted, for every master; what was
 scored before the kill is never scored again. A snapshot shortens the way and changes no bit. A log, model, task or
 config of another run is refused by name, with nothing changed. A disk that fills up ends the run with what was written
 intact.
@@ -74,8 +74,8 @@ def server():
 
 CONFIGS = [
     {},
-    {"dtype": "bfloat16", "base": "copy", "perturb_rounding": "stochastic", "snapshot_every": 1},
-    {"dtype": "bfloat16", "base": "none"},
+    {"dtype": "bfloat16", "master": "copy", "perturb_rounding": "stochastic", "snapshot_every": 1},
+    {"dtype": "bfloat16", "master": "none"},
     {
         "dtype": "bfloat16",
         "momentum": 0.5,
@@ -214,24 +214,6 @@ def test_another_model_and_other_items_are_refused(interrupted, build_model):
         Trainer(TrainConfig(output=str(interrupted), resume=True, **OPTIONS), task=task)
 
 
-def test_a_log_that_does_not_say_how_answers_were_scored_is_accepted_with_a_word(interrupted, capsys):
-    """As those of older versions, whose runs go on."""
-    log = SealedLines(interrupted / "run.log")
-    header, *generations = [{key: value for key, value in line.items() if key != "crc"} for line in log.lines]
-    log.clear()
-    for line in (
-        {key: value for key, value in header.items() if key != "reward" and not key.endswith("_scoring")},
-        *generations,
-    ):
-        log.append(line)
-    log.close()
-    run(interrupted, resume=True)
-    assert (
-        "begun by an older version: that answers are scored as in the 2 generations before is not checked"
-        in capsys.readouterr().out
-    )
-
-
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -301,7 +283,7 @@ def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted,
     assert run(interrupted, resume=True)["fingerprint"] == run(tmp_path / "whole")["fingerprint"]
 
 
-@pytest.mark.parametrize("log", [b"", b'{"run": 1, "no'])
+@pytest.mark.parametrize("log", [b"", b'{"run": 2, "no'])
 def test_a_folder_whose_log_was_never_begun_is_free(tmp_path, log):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.log").write_bytes(log)

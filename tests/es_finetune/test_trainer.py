@@ -138,18 +138,21 @@ def test_any_model_is_tuned_and_exported(save_tiny, tmp_path, kind, dtype):
         assert base and all(torch.equal(p, fresh[name]) for name, p in base.items())
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", "host", "none"])
-def test_a_bf16_model_stays_bf16(tmp_path, base):
-    train(tmp_path / "run", dtype="bfloat16", base=base)
+@pytest.mark.parametrize("master", ["fp32", "copy", "host", "none"])
+def test_a_bf16_model_stays_bf16(tmp_path, master):
+    train(tmp_path / "run", dtype="bfloat16", master=master)
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert tuned.dtype == torch.bfloat16
     last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     assert f"{es_kernels.fingerprint(dict(tuned.named_parameters())):016x}" == last["live"]
-    assert (last["live"] == last["theta"]) == (base in ("copy", "none"))
+    assert (last["live"] == last["theta"]) == (master in ("copy", "none"))
 
 
 def test_base_host_has_the_bits_of_fp32(tmp_path):
-    found = {base: summary_of(tmp_path / base, dtype="bfloat16", base=base)["fingerprint"] for base in ("fp32", "host")}
+    found = {
+        master: summary_of(tmp_path / master, dtype="bfloat16", master=master)["fingerprint"]
+        for master in ("fp32", "host")
+    }
     assert found["fp32"] == found["host"]
 
 
@@ -245,8 +248,8 @@ CHANGES = [
     ({"freeze": ["*embed*"]}, "rewards z 1 2"),
     ({"tune": ["*layers.0*"]}, "rewards z 1 2"),
     ({"prompts": 8}, "rewards z 1 2"),
-    ({"base": "host"}, ""),
-    ({"base": "copy"}, ""),  # of f32 weights
+    ({"master": "host"}, ""),
+    ({"master": "copy"}, ""),  # of f32 weights
     ({"seed": 1}, "rewards z 1 2"),
     ({"batch_size": 16, "eval_every": 1, "health_every": 1, "snapshot_every": 1, "save_model": False}, ""),
 ]
@@ -260,11 +263,11 @@ def test_every_option_changes_what_it_should_and_nothing_else(plain, tmp_path, o
 
 # The same of a bf16 model, in which roundings matter.
 CHANGES_BF16 = [
-    ({"update_rounding": "stochastic", "base": "copy"}, "1 2"),
-    ({"update_rounding": "nearest", "base": "copy"}, "1 2"),
-    ({"base": "copy"}, "1 2"),
-    ({"base": "host"}, ""),
-    ({"base": "none"}, "1 2"),
+    ({"update_rounding": "stochastic", "master": "copy"}, "1 2"),
+    ({"update_rounding": "nearest", "master": "copy"}, "1 2"),
+    ({"master": "copy"}, "1 2"),
+    ({"master": "host"}, ""),
+    ({"master": "none"}, "1 2"),
     ({"lora_rank": 2}, "rewards z 1 2"),
     ({"lr_schedule": "linear", "final_scale": 1.0}, ""),
     ({"decoding": "static"}, None),  # text may depend on it, but theta on the rewards only

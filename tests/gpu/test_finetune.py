@@ -25,10 +25,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", "host", "none"])
+@pytest.mark.parametrize("master", ["fp32", "copy", "host", "none"])
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
-    found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, **OPTIONS)).train()
+def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, master):
+    found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, master=master, **OPTIONS)).train()
     optimizer = rebuild(tmp_path / "run", device="cpu").optimizer
     assert (f"{optimizer.fingerprint('theta'):016x}", f"{optimizer.fingerprint('live'):016x}") == (
         found["fingerprint"],
@@ -36,7 +36,7 @@ def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, base):
     )
     assert (
         Trainer(
-            TrainConfig(output=str(tmp_path / "run"), decoding=decoding, base=base, resume=True, **OPTIONS)
+            TrainConfig(output=str(tmp_path / "run"), decoding=decoding, master=master, resume=True, **OPTIONS)
         ).generation
         == 3
     )

@@ -150,7 +150,7 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"base": "none"}, "base 'none' is for engine hf"),
+        ({"master": "none"}, "master 'none' is for engine hf"),
         ({"lora_rank": 4}, "leave out lora_rank, or use --engine hf"),
         ({"tensor_parallel": 2, "snapshot_every": 5}, "leave out snapshot_every, the log is enough"),
         ({"model": "./nowhere"}, "the model's folder ./nowhere does not exist"),

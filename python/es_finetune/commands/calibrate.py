@@ -61,7 +61,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     )
     # theta is never updated, so a copy in storage precision is exact.
     optimizer = EvolutionStrategy(
-        named_segments(model), population=config.members, seed=config.seed, antithetic=True, base="copy"
+        named_segments(model), population=config.members, seed=config.seed, antithetic=True, master="copy"
     )
     health = Health(optimizer)
 

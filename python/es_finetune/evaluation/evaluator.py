@@ -125,7 +125,8 @@ def _plain(score: Score) -> Score:
     failed."""
     try:
         parts = [
-            None if part is None else finite_number(part, name) for name, part in zip(("the reward", "exact", "format"), score)
+            None if part is None else finite_number(part, name)
+            for name, part in zip(("the reward", "exact", "format"), score)
         ]
     except ValueError as error:
         return Score(None, error=str(error))

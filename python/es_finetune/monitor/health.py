@@ -90,7 +90,7 @@ class Health:
         """Compare what the member now in place does to live with the noise that it should have, sigma * eps: the first
         three entries of what `measure_after_update` returns.
 
-        Done to live means: against live without it, round-to-nearest(theta). With base=None there is no theta as long
+        Done to live means: against live without it, round-to-nearest(theta). With master=None there is no theta as long
         as a member is in it; then it is taken out of the sample in the way the optimizer will take it out of the
         weights.
         """
@@ -101,7 +101,7 @@ class Health:
                 "in perturbed()"
             )
         live = self._read("live")
-        if self.optimizer.base is None:
+        if self.optimizer.master is None:
             self._scratch.copy_(live)
             for table, (seed, coef) in zip(self._tables, inside):
                 es_kernels.add_noise_(table, [seed], [-coef])
@@ -149,7 +149,7 @@ class Health:
                             others
         step_correlation    of the change of live by this update with the update before any rounding (made again in f32,
         decay
-                            and momentum included); None if there was no update. With base "fp32" and "host" what live
+                            and momentum included); None if there was no update. With master "fp32" and "host" what live
                             does not show yet is kept in theta; with "copy" and None the rest is noise or lost.
         step_rms            of the change of live
         drift               rms of theta - theta at construction; drift_relative: divided by the rms of the latter

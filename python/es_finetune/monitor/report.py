@@ -180,7 +180,9 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
     drift = _health("drift_relative" if relative else "drift")
     noise, step = _health("correlation_min"), _health("step_correlation")
     realised = {"noise, worst tensor": noise, "step": step}
-    kept = "In bf16 with base fp32 or host a step below 1 is normal: what the weights cannot show yet is kept in theta."
+    kept = (
+        "In bf16 with master fp32 or host a step below 1 is normal: what the weights cannot show yet is kept in theta."
+    )
     held_out = "Items that were never trained on, with 95% intervals. Dotted: the base model."
     groups = [
         (

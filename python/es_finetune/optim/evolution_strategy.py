@@ -19,7 +19,7 @@ from es_finetune.optim.options import COUNT, as_f32, f32_or_zero, f32_positive, 
 from es_finetune.optim.shaping import SHAPINGS
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
-BASES = ("fp32", "copy", "host", None)
+MASTERS = ("fp32", "copy", "host", None)
 ROUNDINGS = ("nearest", "stochastic")
 MAX_REWARD = 1e100  # sums of squares of rewards are finite; tasks.sandbox has the same limit
 _Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
@@ -93,7 +93,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         Z_i = (R_i - mean R) / std R                                        (std with ddof 0; see shaping)
         theta <- theta - decay * (theta - anchor) + lr / N * sum_i Z_i * eps_i,   decay = lr * weight_decay
 
-    theta is kept apart from the live weights that the model computes with (`base`), so that undoing a perturbation is
+    theta is kept apart from the live weights that the model computes with (`master`), so that undoing a perturbation is
     exact. live == round-to-nearest(theta) after construction, `step`, `tell`, `evaluate`, `restore`, `apply`, `replay`,
     `load_state_dict` and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every
     device and backend.
@@ -101,7 +101,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
     Who else writes the weights between two of these calls (another optimizer, the model's load_state_dict, a merge)
     calls `adopt_live` before the next one. Until then each of them is refused with RuntimeError, since it would undo
     that write: they compare the fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a
-    member with `perturbed`. With base=None live is theta, whoever writes it.
+    member with `perturbed`. With master=None live is theta, whoever writes it.
 
     params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
                  "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
@@ -116,7 +116,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                  a copy in storage precision); per group.
     population:  members per generation, at least 2; even with antithetic.
     seed:        of the whole run, any u64. Generation and member number are the only other sources of the noise.
-    base:        where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy
+    master:      where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy
                  in the storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU,
                  which reads it over the bus for every member, while the CPU computes the update). None: the live
                  weights themselves, nothing extra; each member is subtracted again, and bf16 and f16 weights drift by
@@ -150,7 +150,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         anchored: bool = False,
         population: int = 30,
         seed: int = 0,
-        base: str | None = "fp32",
+        master: str | None = "fp32",
         antithetic: bool = False,
         shaping: str = "zscore",
         momentum: float = 0.0,
@@ -158,8 +158,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         perturb_rounding: str = "nearest",
         update_rounding: str | None = None,
     ):
-        if base not in BASES:
-            raise UserError(f'base must be "fp32", "copy", "host" or None, not {base!r}')
+        if master not in MASTERS:
+            raise UserError(f'master must be "fp32", "copy", "host" or None, not {master!r}')
         if shaping not in SHAPINGS:
             raise UserError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
         momentum = finite("momentum", momentum)
@@ -167,18 +167,18 @@ class EvolutionStrategy(torch.optim.Optimizer):
             raise UserError(f"momentum must be at least 0 and less than 1, not {momentum}")
         momentum_window = whole("momentum_window, which counts the present generation,", momentum_window, 1)
         if update_rounding is None:
-            update_rounding = "stochastic" if base in ("copy", None) else "nearest"
+            update_rounding = "stochastic" if master in ("copy", None) else "nearest"
         for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
             if rounding not in ROUNDINGS:
                 raise UserError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
-        if base is None and perturb_rounding != "nearest":
+        if master is None and perturb_rounding != "nearest":
             raise UserError(
-                'perturb_rounding="stochastic" needs a base to return to: choose base="fp32", "copy" or "host"'
+                'perturb_rounding="stochastic" needs weights to return to: choose master="fp32", "copy" or "host"'
             )
         population = whole("population", population, 2, COUNT)  # one reward alone has no direction
         if antithetic and population % 2:
             raise UserError(f"antithetic members come in pairs: population must be even, not {population}")
-        self.base = base
+        self.master = master
         self.population = population
         self.seed = seed64("seed", seed)
         self.antithetic = antithetic
@@ -202,7 +202,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         if group["lr"] and group["weight_decay"]:
             f32_positive("the decay, lr * weight_decay,", group["lr"] * group["weight_decay"])
         entries = self._select(group["params"])
-        weights = _Weights.of(entries, self.base, group["anchored"])
+        weights = _Weights.of(entries, self.master, group["anchored"])
         super().add_param_group({**group, "params": [(name, parameter) for name, parameter, _ in entries]})
         self._weights.append(weights)
 
@@ -314,14 +314,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Do again what a recorded `update` of this generation did, from its z and scored, without evaluating anything.
 
         The bits are those of the original run if the param_groups' options are those of then, and the generations
-        before were replayed too. With base=None each member leaves its rounding, so all of them are repeated, in the
+        before were replayed too. With master=None each member leaves its rounding, so all of them are repeated, in the
         order of `step` and `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update
         is not of this generation and population.
         """
         self._refuse_if_perturbed("replay()")
         self._refuse_changed()
         self._refuse_other(update)
-        if self.base is None:
+        if self.master is None:
             self.evaluate(lambda member: None)
         return self._apply(update)
 
@@ -368,7 +368,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                     f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not "
                     "hold: lower it"
                 )
-        if self.base is None:
+        if self.master is None:
             self._put_back()
         for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights):
             weights.step = Step()
@@ -384,7 +384,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                     **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING),
                 )
                 weights.step = Step(seeds, coefs_of_group, decay)
-            if self.base is not None:
+            if self.master is not None:
                 self._restore(weights)
                 if terms:
                     weights.prove()
@@ -423,16 +423,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self._refuse_changed()
         if wanted == [weights.inside for weights in self._weights]:
             return
-        if self.base is None:
+        if self.master is None:
             self._put_back()
         for weights, (seed, coef) in zip(self._weights, wanted):
             weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
-            base = (
+            source = (
                 {}
-                if self.base is None
+                if self.master is None
                 else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
             )
-            self._write_live(weights, [seed], [coef], **base)
+            self._write_live(weights, [seed], [coef], **source)
         for weights in self._weights:
             weights.versions = _versions(weights.live)
 
@@ -449,7 +449,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for weights in self._weights:
             if weights.inside is None:
                 continue
-            if self.base is not None:
+            if self.master is not None:
                 self._restore(weights)
             else:
                 # A pass of its own, before the next member's: most weights are then back where they were. Both in one
@@ -500,14 +500,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
         Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does
         not hold this, so that it cannot be replayed past it. RuntimeError, with nothing changed, inside of a member;
-        ValueError where a tensor has another shape than at construction, or with base="copy" another dtype.
+        ValueError where a tensor has another shape than at construction, or with master="copy" another dtype.
         """
         self._refuse_if_perturbed("adopt_live()")
         for weights in self._weights:
             weights.refuse_unlike()
         for weights in self._weights:
             weights.live.refresh()
-            if self.base is not None:
+            if self.master is not None:
                 weights.wait_for_readers()
                 for theta, live in zip(weights.theta.tensors, weights.live.tensors):
                     theta.copy_(live)
@@ -516,7 +516,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _refuse_changed(self) -> None:
         """RuntimeError where live holds what this optimizer did not write, and would overwrite."""
-        if self.base is None:
+        if self.master is None:
             return
         for weights in self._weights:
             name = weights.changed()
@@ -587,7 +587,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         state = super().state_dict()
         state["es"] = {
             "noise_version": es_kernels.noise.VERSION,
-            "base": self.base,
+            "master": self.master,
             **{key: getattr(self, key) for key in _SETTINGS},
             "theta": whole("theta"),
             "anchor": whole("anchor"),
@@ -597,14 +597,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict()`: theta, live, generation, settings (all but base), group options. ValueError,
-        with nothing changed, where the state is of another noise version, another base, or other tensors, or sharded
-        otherwise."""
+        """Continue from a `state_dict()`: theta, live, generation, settings (all but master), group options.
+        ValueError, with nothing changed, where the state is of another noise version, another master, or other
+        tensors, or sharded otherwise."""
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
             raise UserError("this is no state of an EvolutionStrategy: it has no entry 'es'")
-        for key, here in (("noise_version", es_kernels.noise.VERSION), ("base", self.base)):
+        for key, here in (("noise_version", es_kernels.noise.VERSION), ("master", self.master)):
             if saved[key] != here:
                 raise UserError(f"the saved state has {key} {saved[key]!r}, this optimizer {here!r}")
         mine = self.state_dict()["es"]
@@ -628,7 +628,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for key in _SETTINGS:
             setattr(self, key, saved[key])
         self._history = [Update(generation, mean, scored, tuple(z)) for generation, mean, scored, z in saved["history"]]
-        if self.base is not None:
+        if self.master is not None:
             for weights in self._weights:
                 self._restore(weights)
                 weights.prove()
@@ -660,7 +660,7 @@ class _Weights:
     """One param_group as parameter tables over the same names, built once."""
 
     live: es_kernels.ParamTable  # what the model computes with
-    theta: es_kernels.ParamTable  # the exact weights; the same table as live where base=None
+    theta: es_kernels.ParamTable  # the exact weights; the same table as live where master=None
     anchor: es_kernels.ParamTable | None
     inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
     step: Step = Step()
@@ -668,10 +668,10 @@ class _Weights:
     versions: list[int] | None = None  # of live's tensors with a member in place; None while that is being written
 
     @classmethod
-    def of(cls, entries: list[_Entry], base: str | None, anchored: bool) -> _Weights:
+    def of(cls, entries: list[_Entry], master: str | None, anchored: bool) -> _Weights:
         live = dtensor.live_table(entries)
-        device = torch.device("cpu") if base == "host" else live.tensors[0].device
-        if base == "host":
+        device = torch.device("cpu") if master == "host" else live.tensors[0].device
+        if master == "host":
             # Which will compute the updates: if none can, say so before the first generation
             es_kernels.active_backend(device)
 
@@ -682,18 +682,18 @@ class _Weights:
         def empty(dtype: torch.dtype | None = None) -> list[torch.Tensor]:
             return [torch.empty_like(t, dtype=dtype or t.dtype, device=device) for t in live.tensors]
 
-        if base is None:
+        if master is None:
             theta = live
-        elif base == "host":
+        elif master == "host":
             theta = copy(
                 host_memory.empty_like(
                     live.tensors, torch.float32, live.tensors[0].device if live.tensors[0].is_cuda else None
                 )
             )
         else:
-            theta = copy(empty(None if base == "copy" else torch.float32))
+            theta = copy(empty(None if master == "copy" else torch.float32))
         weights = cls(live, theta, copy(empty()) if anchored else None)
-        if base is not None:
+        if master is not None:
             weights.prove()
         return weights
 

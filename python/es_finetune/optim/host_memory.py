@@ -48,7 +48,8 @@ def _register(block: np.ndarray, gpu: torch.device) -> None:
     if status:
         size = f"{block.nbytes / 1e9:.1f} GB"
         raise RuntimeError(
-            f'CUDA cannot pin {size} of host memory for base="host" (error {status}): free some, or choose base="copy"'
+            f'CUDA cannot pin {size} of host memory for master="host" (error {status}): free some, or choose '
+            'master="copy"'
         )
     # The driver does so when the process ends
     weakref.finalize(block, cudart.cudaHostUnregister, block.ctypes.data).atexit = False

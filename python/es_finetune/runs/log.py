@@ -2,7 +2,7 @@
 
 run.log is JSON, one object a line, each with a CRC-32 of what stands before it as its last key:
 
-    {"run": ..., "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}                     the
+    {"run": 2, "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}                     the
     header
     {"generation": 0, "z": "<base64 of N little-endian f32>", "scored": 30, "reward": 0.41, "lr": [...], "sigma": [...],
      "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}                                                one per
@@ -34,7 +34,7 @@ import numpy as np
 
 from es_finetune.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # in 1 the option master was called base
 _SEAL = ', "crc": "%08x"}\n'
 _SEAL_LENGTH = len(_SEAL % 0)
 
@@ -141,6 +141,11 @@ def read_journals(folder: Path) -> list[dict[str, Any]]:
 
 def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:
     """The lines of a run.log as header and generations."""
+    if lines and lines[0].get("run") == 1:
+        raise UserError(
+            f"{path} was written by an older version, es_finetune {lines[0].get('es_finetune')}, whose option base is "
+            "now called master: replay it with that version"
+        )
     if not lines or lines[0].get("run") != FORMAT:
         raise UserError(f"{path} is no log of a run (format {FORMAT})")
     generations = []

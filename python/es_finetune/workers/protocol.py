@@ -50,10 +50,10 @@ class Workers(Protocol):
 
 def require_shared_master(config: TrainConfig) -> None:
     """ValueError for weights that are a worker's own."""
-    if config.base == "none":
+    if config.master == "none":
         raise UserError(
-            "base 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy or "
-            "host"
+            "master 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy "
+            "or host"
         )
 
 

@@ -66,9 +66,9 @@ class Worker:
     ) -> tuple[list[Row], list[int]]:
         """The lines of all members of the generation in order, those in `known` as they are; and which were dropped
         (none). `keep` gets every new line at once. `with_health`: the update after it will tell the health."""
-        # Without a base every member leaves its rounding in the weights, so that each must be put in place, whether
+        # Without a master every member leaves its rounding in the weights, so that each must be put in place, whether
         # known or not.
-        members = range(self.config.population) if self.config.base == "none" else members_left(self.config, known)
+        members = range(self.config.population) if self.config.master == "none" else members_left(self.config, known)
         lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, with_health, known)}}
         return [lines[member] for member in sorted(lines)], []
 

@@ -179,7 +179,7 @@ class Thermometer:
 
 def test_what_is_measured():
     scalar, large = torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.zeros(100))
-    optimizer = EvolutionStrategy([("scalar", scalar), ("large", large)], population=6, antithetic=True, base="copy")
+    optimizer = EvolutionStrategy([("scalar", scalar), ("large", large)], population=6, antithetic=True, master="copy")
     before = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
     machine = Thermometer(scalar)
     evaluator, health = Evaluator(machine, machine, [Item("", 0), Item("", 1)]), Health(optimizer)
@@ -235,7 +235,7 @@ def test_one_answer_that_all_members_lose_is_no_certainty(worth):
     """Alike in all members, so that their spread says nothing; of 6 right answers it is more than a tenth of the
     reward."""
     weight = torch.nn.Parameter(torch.tensor(0.5))
-    optimizer = EvolutionStrategy([("weight", weight)], population=4, antithetic=True, base="copy")
+    optimizer = EvolutionStrategy([("weight", weight)], population=4, antithetic=True, master="copy")
     lottery = Lottery(weight, right=6, worth=worth)
     evaluator, health = Evaluator(lottery, lottery, [Item("", n) for n in range(29)]), Health(optimizer)
     base = [worth * (n < 6) for n in range(29)]

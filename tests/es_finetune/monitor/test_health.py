@@ -1,6 +1,6 @@
 """Contract under test: the health of a run.
 
-The realised noise and step and the drift are those of the weights, computed by hand from all elements, for every base,
+The realised noise and step and the drift are those of the weights, computed by hand from all elements, for each master,
 for fused and strided tensors and with members of opposite noise; a sample of them is close to that; measuring changes
 no bit.
 """
@@ -63,20 +63,20 @@ def generation(optimizer, health, rewards=(1.0, 0.0, 0.5, 0.25)):
     return health.measure_after_update()
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
-def test_realised_noise_is_that_of_the_weights(base):
+@pytest.mark.parametrize("master", ["fp32", "copy", "host", None])
+def test_realised_noise_is_that_of_the_weights(master):
     name, weight = around_one()
     before = numbers(weight)
-    optimizer = make((name, weight), small(), base=base)
+    optimizer = make((name, weight), small(), master=master)
     health = Health(optimizer, samples=10_000)
     with optimizer.perturbed(0):
         realised = numbers(weight) - before
         found = health.measure_member()
     expected = correlation(realised, noise(name, weight))
     assert 0.2 < expected < 0.6
-    # With base=None the noise is taken out of the sample to find the weights without it: the same statistics, not the
+    # With master=None the noise is taken out of the sample to find the weights without it: the same statistics, not the
     # same bits.
-    close = 0.05 if base is None else 1e-5
+    close = 0.05 if master is None else 1e-5
     ratio = rms(realised) / rms(SIGMA * noise(name, weight))
     assert found["correlation"] == {name: [pytest.approx(expected, abs=close), pytest.approx(ratio, rel=2 * close)]}
     assert found["correlation_min"] == [name, found["correlation"][name][0]] and found["rms_ratio_min"] == [
@@ -104,8 +104,8 @@ def test_theta_between_two_bf16_numbers_is_no_noise():
 
 @pytest.mark.parametrize("samples", [64, 100, 4096])
 @pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("base", ["fp32", None])
-def test_every_tensor_draws_the_noise_of_its_place(base, antithetic, samples):
+@pytest.mark.parametrize("master", ["fp32", None])
+def test_every_tensor_draws_the_noise_of_its_place(master, antithetic, samples):
     """In f32 all noise arrives, so one wrong index, name or sign would show as a correlation near 0, or of -1."""
     fused = torch.nn.Parameter(torch.zeros(60, 40))
     rows = [
@@ -116,7 +116,7 @@ def test_every_tensor_draws_the_noise_of_its_place(base, antithetic, samples):
     strided = torch.nn.Parameter(torch.zeros(5, 30, 160)[:, ::2, 10:140])
     scalar = torch.nn.Parameter(torch.zeros(()))
     optimizer = make(
-        ("qkv", fused, rows), ("strided", strided), small(), ("scalar", scalar), base=base, antithetic=antithetic
+        ("qkv", fused, rows), ("strided", strided), small(), ("scalar", scalar), master=master, antithetic=antithetic
     )
     for member in (0, 1, 3):
         with optimizer.perturbed(member):
@@ -166,10 +166,10 @@ def test_tensors_too_small_for_a_correlation_are_left_out():
     "options",
     [{}, {"weight_decay": 1e3}, {"weight_decay": 1e3, "anchored": True}, {"antithetic": True}, {"momentum": 0.9}],
 )
-@pytest.mark.parametrize("base", ["fp32", "copy", None])
-def test_in_f32_the_whole_step_arrives(base, options):
+@pytest.mark.parametrize("master", ["fp32", "copy", None])
+def test_in_f32_the_whole_step_arrives(master, options):
     name, weight = small()
-    optimizer = make((name, weight), base=base, **options)
+    optimizer = make((name, weight), master=master, **options)
     health = Health(optimizer)
     for number in range(3):
         before = numbers(weight)
@@ -179,11 +179,11 @@ def test_in_f32_the_whole_step_arrives(base, options):
         assert found["step_rms"] == pytest.approx(rms(moved), rel=1e-3)
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", None])
-def test_realised_step_in_bf16(base):
+@pytest.mark.parametrize("master", ["fp32", "copy", None])
+def test_realised_step_in_bf16(master):
     name, weight = around_one()
     exact = make(around_one(dtype=torch.float32), lr=2e-3)
-    optimizer = make((name, weight), base=base, lr=2e-3)
+    optimizer = make((name, weight), master=master, lr=2e-3)
     with torch.no_grad():
         exact.tables[0].live.tensors[0].copy_(weight)
     exact.adopt_live()
@@ -209,11 +209,11 @@ def test_without_signal_there_is_no_step():
     assert found["step_correlation"] is None and found["step_rms"] == 0 and found["drift"] > 0
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", None])
-def test_drift_counts_each_weight_once(base):
+@pytest.mark.parametrize("master", ["fp32", "copy", None])
+def test_drift_counts_each_weight_once(master):
     """A chunk of 100 stands for all of its tensor, however large that is."""
     large, few = torch.nn.Parameter(torch.full((10_000,), 2.0)), torch.nn.Parameter(torch.full((100,), 5.0))
-    optimizer = make(("large", large), ("few", few), base=base, lr=0.0)
+    optimizer = make(("large", large), ("few", few), master=master, lr=0.0)
     health = Health(optimizer, samples=100)
     with torch.no_grad():
         large.add_(1.0)
@@ -221,16 +221,16 @@ def test_drift_counts_each_weight_once(base):
     optimizer.adopt_live()
     found = generation(optimizer, health)
     drift = math.sqrt((10_000 * 1 + 100 * 9) / 10_100)
-    # base=None: adding and taking out the noise of four members rounds in f32
+    # master=None: adding and taking out the noise of four members rounds in f32
     assert found["drift"] == pytest.approx(drift, rel=1e-5)
     assert found["drift_relative"] == pytest.approx(drift / math.sqrt((10_000 * 4 + 100 * 25) / 10_100), rel=1e-5)
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
-def test_measuring_changes_nothing(base):
+@pytest.mark.parametrize("master", ["fp32", "copy", "host", None])
+def test_measuring_changes_nothing(master):
     prints = []
     for with_health in (True, False):
-        optimizer = make(around_one(), small(), base=base, weight_decay=0.1, anchored=True, momentum=0.5)
+        optimizer = make(around_one(), small(), master=master, weight_decay=0.1, anchored=True, momentum=0.5)
         health = Health(optimizer, samples=70)
         for _ in range(3):
             if with_health:

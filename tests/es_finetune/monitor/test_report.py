@@ -38,12 +38,12 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
     asked = asked or generations
     config = {
         "output": str(folder), "task": "countdown", "model": "Qwen/Qwen2.5-1.5B-Instruct", "population": 30, "generations": asked, "sigma": 1e-3, "lr": 5e-4,
-        "sigma_schedule": "constant", "lr_schedule": "constant", "shaping": "zscore", "antithetic": False, "momentum": 0.0, "weight_decay": 0.0, "base": "fp32",
+        "sigma_schedule": "constant", "lr_schedule": "constant", "shaping": "zscore", "antithetic": False, "momentum": 0.0, "weight_decay": 0.0, "master": "fp32",
         "dtype": "auto", "tune": [], "freeze": ["*.embed_tokens.*"], "prompts": 0, "batch_size": 100, "eval_every": 25, "health_every": 10, "seed": 7,
         "data": None, "reward": None, "threads": 0, "device": "auto", "report_to": ["tensorboard"], "save_model": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    header = {"run": 1, "metric": metric, "es_finetune": "0.3.0", "noise_version": 1, "config": config, "model": {"class": "Qwen2ForCausalLM", "parameters": 1_543_714_304},
+    header = {"run": 2, "metric": metric, "es_finetune": "0.3.0", "noise_version": 1, "config": config, "model": {"class": "Qwen2ForCausalLM", "parameters": 1_543_714_304},
               "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "base_fingerprint": "00ba5e" * 2 + "0000", "theta": "0" * 16, "live": "1" * 16}  # fmt: skip
     log = SealedLines(folder / "run.log", sync=False)
     log.append(header)

@@ -1,7 +1,7 @@
 """Contract under test: EvolutionStrategy.
 
 - theta and live: live == nearest(theta) after construction, step, tell, load_state_dict and on leaving perturbed(), by
-  exception too, to the bit, for every base that is kept apart.
+  exception too, to the bit, for every master that is kept apart.
 - The update is the formula of its docstring: one add_noise_ of the members' seeds, with momentum also those of the
 generations
   before, oldest first; equal rewards change nothing; a reward that is missing or no finite number is refused before any
@@ -11,7 +11,7 @@ generations
 updates.
 - Weights that others wrote are refused by every call that would undo it, and adopt_live takes them as theta. A copy is
 refused.
-- base="host" has the bits of "fp32", and writes theta only when no kernel reads it any more.
+- master="host" has the bits of "fp32", and writes theta only when no kernel reads it any more.
 - It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes; a tensor given with segments draws
 the noise
   of the tensors that these name.
@@ -75,11 +75,11 @@ def run(opt, generations):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("base", ["fp32", "copy", "host"])
+@pytest.mark.parametrize("master", ["fp32", "copy", "host"])
 @pytest.mark.parametrize("perturb_rounding", ["nearest", "stochastic"])
-def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, base, perturb_rounding):
+def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, master, perturb_rounding):
     opt = EvolutionStrategy(
-        weights(*dtypes), sigma=0.05, lr=0.02, population=6, base=base, perturb_rounding=perturb_rounding
+        weights(*dtypes), sigma=0.05, lr=0.02, population=6, master=master, perturb_rounding=perturb_rounding
     )
     assert_live_is_theta(bits, opt)
     start = tensors(opt)
@@ -97,9 +97,9 @@ def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, base,
     assert any(not torch.equal(start[name], t) for name, t in tensors(opt).items())
 
 
-@pytest.mark.parametrize("base, dtypes", [("fp32", (BF16,)), ("copy", (F32, BF16, F16))], ids=str)
-def test_ten_thousand_members_leave_no_trace(bits, weights, base, dtypes):
-    opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=10_000, base=base)
+@pytest.mark.parametrize("master, dtypes", [("fp32", (BF16,)), ("copy", (F32, BF16, F16))], ids=str)
+def test_ten_thousand_members_leave_no_trace(bits, weights, master, dtypes):
+    opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=10_000, master=master)
     opt.tell(rewards(0, 10_000))  # theta is now no longer a value that live can hold
     theta = tensors(opt)
     for member in opt.ask():
@@ -109,9 +109,9 @@ def test_ten_thousand_members_leave_no_trace(bits, weights, base, dtypes):
     assert_live_is_theta(bits, opt)
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", "host"])
-def test_an_exception_inside_perturbed_restores(bits, weights, base):
-    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, base=base)
+@pytest.mark.parametrize("master", ["fp32", "copy", "host"])
+def test_an_exception_inside_perturbed_restores(bits, weights, master):
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, master=master)
     opt.tell(rewards(0, 4))
     for kind in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(kind), opt.perturbed(3):
@@ -146,7 +146,7 @@ def test_a_step_that_fails_changes_nothing(bits, weights, bad):
 
 def test_without_a_base_f32_comes_back_nearly(weights):
     named = weights(F32)
-    opt = EvolutionStrategy(named, sigma=0.05, population=4, base=None)
+    opt = EvolutionStrategy(named, sigma=0.05, population=4, master=None)
     assert opt._weights[0].theta is opt._weights[0].live
     start = tensors(opt)
     seen = []
@@ -176,7 +176,7 @@ def test_without_a_base_most_bf16_weights_come_back():
         torch.empty(1 << 14).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
     )
     before = weight.detach().clone()
-    EvolutionStrategy([("w", weight)], sigma=1e-3, lr=5e-4, population=30, base=None).step(lambda: 0.0)
+    EvolutionStrategy([("w", weight)], sigma=1e-3, lr=5e-4, population=30, master=None).step(lambda: 0.0)
     assert 0 < (weight != before).float().mean() < 0.3
 
 
@@ -239,11 +239,11 @@ WRITERS = [by_another_optimizer, by_loading, by_data, by_another_memory]
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("base", ["fp32", "copy", "host"])
-def test_weights_that_others_wrote_are_refused_at_every_door_and_adopted(bits, weights, base, write):
+@pytest.mark.parametrize("master", ["fp32", "copy", "host"])
+def test_weights_that_others_wrote_are_refused_at_every_door_and_adopted(bits, weights, master, write):
     named = weights(BF16)
     groups = [{"params": named[:1]}, {"params": named[1:]}]
-    opt = EvolutionStrategy(groups, sigma=0.05, lr=0.02, population=4, base=base, anchored=True, weight_decay=0.5)
+    opt = EvolutionStrategy(groups, sigma=0.05, lr=0.02, population=4, master=master, anchored=True, weight_decay=0.5)
     opt.tell(rewards(0, 4))
     theta, anchor = tensors(opt), tensors(opt, "anchor")
     write(named)
@@ -322,7 +322,7 @@ def test_weights_written_while_a_member_is_in_place_are_said_to_be_undone(bits, 
 def test_without_a_base_what_others_write_is_theta(bits, weights):
     one, two = weights(F32), weights(F32)
     by_data(two)
-    opt, other = EvolutionStrategy(one, population=4, base=None), EvolutionStrategy(two, population=4, base=None)
+    opt, other = EvolutionStrategy(one, population=4, master=None), EvolutionStrategy(two, population=4, master=None)
     by_data(one)
     for of in (opt, other):
         run(of, 1)
@@ -331,9 +331,9 @@ def test_without_a_base_what_others_write_is_theta(bits, weights):
 
 
 def test_what_theta_cannot_hold_is_not_adopted(weights):
-    for change, base in ((lambda p: p.data.float(), "copy"), (lambda p: p.data[:3], "fp32")):
+    for change, master in ((lambda p: p.data.float(), "copy"), (lambda p: p.data[:3], "fp32")):
         named = weights(BF16)
-        opt = EvolutionStrategy(named, population=4, base=base)
+        opt = EvolutionStrategy(named, population=4, master=master)
         named[0][1].data = change(named[0][1])
         with pytest.raises(ValueError, match="'layer0.weight' is .* cannot hold: make a new EvolutionStrategy"):
             opt.adopt_live()
@@ -360,10 +360,10 @@ def test_groups_may_be_views_of_one_tensor():
             fused.add_(1)
 
 
-@pytest.mark.parametrize("base", ["fp32", "host"])
-def test_an_interrupted_write_is_nobodys_change(bits, weights, monkeypatch, base):
+@pytest.mark.parametrize("master", ["fp32", "host"])
+def test_an_interrupted_write_is_nobodys_change(bits, weights, monkeypatch, master):
     """Of the member, of its end, of theta."""
-    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, base=base)
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=4, master=master)
     add_noise_ = es_kernels.add_noise_
     for broken in range(3):
         writes = iter(range(9))
@@ -483,7 +483,7 @@ def test_a_reward_that_is_none_is_refused_with_nothing_changed(bits, weights, ba
 
 
 def test_a_copy_rounds_its_update_stochastically_with_the_seed_of_the_generation(bits, weights):
-    opt = EvolutionStrategy(weights(BF16), lr=1e-4, population=6, base="copy", seed=5)
+    opt = EvolutionStrategy(weights(BF16), lr=1e-4, population=6, master="copy", seed=5)
     theta = tensors(opt)
     coefs = [float(np.float32(1e-4 / 6 * z)) for z in z_scores(rewards(0))]
     es_kernels.add_noise_(
@@ -621,13 +621,13 @@ def test_without_momentum_nothing_is_carried_over(bits, weights, options):
         {"weight_decay": 0.1},
         {"lr": 0.3},
         {"update_rounding": "stochastic"},
-        {"base": "copy"},
-        {"base": "host"},
+        {"master": "copy"},
+        {"master": "host"},
     ],
     ids=str,
 )
 def test_what_changes_the_update_does_not_change_the_members(bits, weights, options):
-    """Weights in f32, where no base rounds."""
+    """Weights in f32, where no master rounds."""
     plain = EvolutionStrategy(weights(F32), sigma=0.05, population=6)
     other = EvolutionStrategy(weights(F32), sigma=0.05, population=6, **options)
     for member in plain.ask():
@@ -640,17 +640,17 @@ def test_what_changes_the_update_does_not_change_the_members(bits, weights, opti
             )
             opt.tell(fitness)
     same = all(torch.equal(bits(t), bits(tensors(other)[name])) for name, t in tensors(plain).items())
-    assert same == ("base" in options or "update_rounding" in options)
+    assert same == ("master" in options or "update_rounding" in options)
 
 
 # --- evaluate and replay ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["fp32", "copy", "host", None])
-def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, base):
+@pytest.mark.parametrize("master", ["fp32", "copy", "host", None])
+def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, master):
     """Then told, it is a step; asked for nothing else, it is nothing."""
     opt, stepped, looked = (
-        EvolutionStrategy(weights(F32), sigma=0.05, population=6, base=base, seed=4) for _ in range(3)
+        EvolutionStrategy(weights(F32), sigma=0.05, population=6, master=master, seed=4) for _ in range(3)
     )
     before, seen = tensors(opt), []
 
@@ -661,7 +661,7 @@ def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, base):
 
     assert opt.evaluate(closure) == [{"member": member} for member in range(6)]
     assert [member for member, _ in seen] == list(range(6)) and opt.generation == 0
-    if base is not None:
+    if master is not None:
         assert_same(bits, before, tensors(opt))
         assert_live_is_theta(bits, opt)
         for member, live in seen:
@@ -688,31 +688,31 @@ def test_a_generation_passes_over_memory_so_often(weights, monkeypatch):
     looks = []
     fingerprint = es_kernels.fingerprint
     monkeypatch.setattr(es_kernels, "fingerprint", lambda table: looks.append(table) or fingerprint(table))
-    for base, step, replay in (("fp32", [1, 1, 1, 1, 4, 0], [4, 0]), (None, [1] * 8 + [4], [1] * 8 + [4])):
-        opt = EvolutionStrategy(weights(F32), population=4, base=base)
+    for master, step, replay in (("fp32", [1, 1, 1, 1, 4, 0], [4, 0]), (None, [1] * 8 + [4], [1] * 8 + [4])):
+        opt = EvolutionStrategy(weights(F32), population=4, master=master)
         fitness = iter(rewards(0, 4))
         opt.step(fitness.__next__)
         assert passes == step
         passes.clear()
         opt.replay(Update(1, 0.0, 4, z_scores(rewards(1, 4))))
         assert passes == replay
-        assert len(looks) == (5 if base else 0)  # for what others write: one at the start, two a generation
+        assert len(looks) == (5 if master else 0)  # for what others write: one at the start, two a generation
         passes.clear()
         looks.clear()
 
 
 REPLAYED = [
-    {"base": "fp32", "shaping": "ranks"},
-    {"base": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
-    {"base": "host", "momentum": 0.9, "weight_decay": 0.1, "anchored": True},
-    {"base": None},
-    {"base": None, "antithetic": True, "momentum": 0.5, "weight_decay": 0.1, "anchored": True},
+    {"master": "fp32", "shaping": "ranks"},
+    {"master": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
+    {"master": "host", "momentum": 0.9, "weight_decay": 0.1, "anchored": True},
+    {"master": None},
+    {"master": None, "antithetic": True, "momentum": 0.5, "weight_decay": 0.1, "anchored": True},
 ]
 
 
 @pytest.mark.parametrize("config", REPLAYED, ids=str)
 def test_a_replay_of_the_updates_is_the_run(bits, weights, config):
-    """In bf16, where with base=None each member leaves its rounding; the second generation has no signal, and lr and
+    """In bf16, where with master=None each member leaves its rounding; the second generation has no signal, and lr and
     sigma change."""
     original, replayed = (
         EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.02, population=6, seed=3, **config) for _ in range(2)
@@ -735,7 +735,7 @@ def test_a_replay_of_the_updates_is_the_run(bits, weights, config):
 
 
 def test_an_update_of_another_generation_or_population_is_refused(bits, weights):
-    opt = EvolutionStrategy(weights(BF16), population=4, base=None)
+    opt = EvolutionStrategy(weights(BF16), population=4, master=None)
     theta = tensors(opt)
     for update, words in (
         (Update(1, 0.0, 4, (1.0, -1.0, 1.0, -1.0)), "of generation 1, but this optimizer is at 0"),
@@ -759,7 +759,7 @@ def test_host_has_the_bits_of_fp32_and_its_state_is_on_the_cpu(bits, weights):
         "anchored": True,
         "perturb_rounding": "stochastic",
     }
-    fp32, host = (EvolutionStrategy(weights(F32, BF16, F16), base=base, **options) for base in ("fp32", "host"))
+    fp32, host = (EvolutionStrategy(weights(F32, BF16, F16), master=master, **options) for master in ("fp32", "host"))
     for generation in range(3):
         for member in fp32.ask():
             with fp32.perturbed(member), host.perturbed(member):
@@ -774,7 +774,7 @@ def test_host_has_the_bits_of_fp32_and_its_state_is_on_the_cpu(bits, weights):
 def test_host_is_not_written_before_the_device_has_read_it(weights, monkeypatch):
     """On a GPU kernels are queued, while the CPU writes at once: of each table that was read, a wait must come before
     the write. And before the caller goes on, who may free it."""
-    opt = EvolutionStrategy([{"params": weights(F32)[:2]}, {"params": weights(F32)[2:]}], population=4, base="host")
+    opt = EvolutionStrategy([{"params": weights(F32)[:2]}, {"params": weights(F32)[2:]}], population=4, master="host")
     add_noise_, pending, writes = es_kernels.add_noise_, set(), []
 
     def watched(out, seeds, coefs, base=None, **options):
@@ -802,10 +802,10 @@ def test_host_is_not_written_before_the_device_has_read_it(weights, monkeypatch)
 # --- the same bits everywhere ----------------------------------------------------------------------------------------
 
 CONFIGS = [
-    {"base": "fp32"},
-    {"base": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
-    {"base": None, "momentum": 0.5, "weight_decay": 0.1},
-    {"base": "host", "antithetic": True, "weight_decay": 0.1, "anchored": True, "shaping": "ranks", "momentum": 0.5},
+    {"master": "fp32"},
+    {"master": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
+    {"master": None, "momentum": 0.5, "weight_decay": 0.1},
+    {"master": "host", "antithetic": True, "weight_decay": 0.1, "anchored": True, "shaping": "ranks", "momentum": 0.5},
 ]
 
 
@@ -837,11 +837,11 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(bits, weights, co
 
     other = [(name, torch.nn.Parameter(torch.zeros_like(p))) for name, p in weights(F32, BF16)]
     # The rest is in the state
-    resumed = EvolutionStrategy(other, base=config["base"], sigma=0.05, population=2, anchored="anchored" in config)
+    resumed = EvolutionStrategy(other, master=config["master"], sigma=0.05, population=2, anchored="anchored" in config)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.generation == 3 and resumed.seed == 2**64 - 1
-    if config["base"]:
+    if config["master"]:
         assert_live_is_theta(bits, resumed)
     run(resumed, 4)
     assert_same(bits, tensors(whole), tensors(resumed))
@@ -871,8 +871,8 @@ def test_a_copy_is_refused_and_the_state_serves(bits, weights, copied):
 def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(bits, weights):
     opt = EvolutionStrategy(weights(BF16), population=4)
     theta = tensors(opt)
-    state = copy.deepcopy(EvolutionStrategy(weights(BF16), population=4, base="copy").state_dict())
-    with pytest.raises(ValueError, match="base 'copy'"):
+    state = copy.deepcopy(EvolutionStrategy(weights(BF16), population=4, master="copy").state_dict())
+    with pytest.raises(ValueError, match="master 'copy'"):
         opt.load_state_dict(state)
     for change, words in (
         (lambda es: es["theta"].popitem(), "differ in 1"),
@@ -931,7 +931,7 @@ FUSED = [es_kernels.Segment(f"experts.{i}.up", 1, 32, offset=32 * i) for i in ra
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("config", [*CONFIGS, {"base": None, "anchored": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, {"master": None, "anchored": True, "weight_decay": 0.1}], ids=str)
 def test_a_fused_tensor_is_the_tensors_of_its_segments(bits, dtype, config):
     """[2, 4, 8] in memory, two of [4, 8] in the checkpoint."""
     value = 0.1 * torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -1036,9 +1036,9 @@ def test_it_learns_a_quadratic(weights):
         ({"lr": -1.0}, "lr must be"),
         ({"weight_decay": math.inf}, "weight_decay must be"),
         ({"population": 1}, "population must be at least 2"),
-        ({"base": "bf16"}, "base must be"),
+        ({"master": "bf16"}, "master must be"),
         ({"perturb_rounding": "up"}, "perturb_rounding must be"),
-        ({"base": None, "perturb_rounding": "stochastic"}, "needs a base"),
+        ({"master": None, "perturb_rounding": "stochastic"}, "needs weights to return to"),
         ({"shaping": "rank"}, "shaping must be"),
         ({"momentum": 1.0}, "momentum must be"),
         ({"momentum": -0.1}, "momentum must be"),
@@ -1077,19 +1077,19 @@ def test_numbers_of_numpy_are_numbers(bits, weights):
     assert_same(bits, tensors(plain, "live"), tensors(opt, "live"))
 
 
-@pytest.mark.parametrize("base", ["fp32", None])
+@pytest.mark.parametrize("master", ["fp32", None])
 @pytest.mark.parametrize(
     "options", [{"sigma": 1e39}, {"sigma": math.nan}, {"lr": 1e40}, {"lr": math.nan}, {"weight_decay": 1e45}], ids=str
 )
-def test_a_group_that_was_given_an_impossible_number_is_refused_with_nothing_changed(bits, weights, base, options):
+def test_a_group_that_was_given_an_impossible_number_is_refused_with_nothing_changed(bits, weights, master, options):
     """In the second group, when the first could have been changed already."""
     first, second = weights(F32)[:2], weights(F32)[2:]
-    opt = EvolutionStrategy([{"params": first}, {"params": second}], sigma=0.05, population=4, base=base)
+    opt = EvolutionStrategy([{"params": first}, {"params": second}], sigma=0.05, population=4, master=master)
     before = tensors(opt, "live")
     opt.param_groups[1].update(options)
     with pytest.raises(ValueError, match="float32"):
         opt.step(iter([1.0, 2.0, 3.0, 4.0]).__next__)
-    if base is None and "sigma" not in options:  # the members' own rounding is left
+    if master is None and "sigma" not in options:  # the members' own rounding is left
         return
     assert_same(bits, before, tensors(opt, "live"))
     assert opt.generation == 0

@@ -106,7 +106,7 @@ def test_the_block_is_pinned_until_its_last_tensor_is_gone(cudart):
 def test_memory_that_cannot_be_pinned_is_an_error_with_a_remedy(cudart):
     cudart.status = 2
     with pytest.raises(
-        RuntimeError, match=r'cannot pin 0.1 GB of host memory for base="host" \(error 2\).*base="copy"'
+        RuntimeError, match=r'cannot pin 0.1 GB of host memory for master="host" \(error 2\).*master="copy"'
     ):
         host_memory.empty_like([torch.empty(25_000_000, device="meta")], F32, torch.device("cuda"))
     gc.collect()
@@ -122,7 +122,7 @@ def test_the_optimizer_keeps_theta_there(monkeypatch):
         lambda tensors, dtype, gpu: blocks.append((len(tensors), dtype, gpu)) or make(tensors, dtype, gpu),
     )
     named = [(f"w{i}", torch.nn.Parameter(torch.full((30,), float(i), dtype=torch.bfloat16))) for i in range(3)]
-    opt = EvolutionStrategy(named, base="host", population=2)
+    opt = EvolutionStrategy(named, master="host", population=2)
     assert blocks == [(3, F32, None)]
     saved = opt.state_dict()["es"]["theta"]
     assert all((saved[f"w{i}"] == i).all() and saved[f"w{i}"].untyped_storage().nbytes() == 120 for i in range(3))

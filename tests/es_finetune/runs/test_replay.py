@@ -1,8 +1,8 @@
 """Contract under test: base model + log = tuned model, to the bit.
 
-On every backend, for every base kind, adapter and fused experts included, each generation proven by the fingerprints in
-the log; a log that does not fit the model or was tampered with is refused. What is exported loads in transformers and
-has the weights and the text of the run's own model.
+On every backend, for every kind of master, adapter and fused experts included, each generation proven by the
+fingerprints in the log; a log that does not fit the model or was tampered with is refused, as is one of an older
+format. What is exported loads in transformers and has the weights and the text of the run's own model.
 """
 
 import json
@@ -25,11 +25,11 @@ from es_finetune.tasks import Item, Score
 
 CONFIGS = {
     "llama": {},
-    "qwen2": {"base": "copy", "antithetic": True, "momentum": 0.5},
-    "mixtral": {"base": "fp32", "weight_decay": 0.1, "anchored": True, "sigma_for": ["*experts*=0.1"]},
+    "qwen2": {"master": "copy", "antithetic": True, "momentum": 0.5},
+    "mixtral": {"master": "fp32", "weight_decay": 0.1, "anchored": True, "sigma_for": ["*experts*=0.1"]},
     "lora": {"lora_rank": 2},
-    "host": {"base": "host", "shaping": "ranks"},
-    "none": {"base": "none", "lr_schedule": "cosine", "sigma_schedule": "linear"},
+    "host": {"master": "host", "shaping": "ranks"},
+    "none": {"master": "none", "lr_schedule": "cosine", "sigma_schedule": "linear"},
 }
 
 
@@ -216,6 +216,11 @@ def copy_of(run, folder, change):
             "parameters to tune are not those|fits no parameter",
         ),
         (lambda lines: lines[0]["config"].update(unheard_of=1), "whose configs differ"),
+        (
+            lambda lines: lines[0].update(run=1),
+            f"run.log was written by an older version, es_finetune {es_kernels.__version__}, whose option base is now "
+            "called master: replay it with that version",
+        ),
         (lambda lines: lines[0]["config"].update(model="/nowhere/at/all"), "/nowhere/at/all"),
     ],
 )

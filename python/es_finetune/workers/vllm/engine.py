@@ -77,14 +77,14 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         if not current_platform.is_cpu():
-            bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[config.base]
+            bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[config.master]
             theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // config.tensor_parallel
             # Not by torch, which would begin to use the GPU in this process
             free = current_platform.get_device_total_memory() * _UTILISATION
             if theta >= free:
                 raise UserError(
-                    f"base {config.base!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose base copy "
-                    "or host, or more --tensor_parallel"
+                    f"master {config.master!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose master "
+                    "copy or host, or more --tensor_parallel"
                 )
             options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)
         self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
@@ -210,8 +210,8 @@ class RemoteWeights:
 
 def _refuse(config: TrainConfig) -> None:
     """What goes with transformers only, or not with weights in other processes."""
-    if config.base == "none":
-        raise UserError("base 'none' is for engine hf: over vLLM choose fp32, copy or host")
+    if config.master == "none":
+        raise UserError("master 'none' is for engine hf: over vLLM choose fp32, copy or host")
     if config.lora_rank:
         raise UserError(
             "vLLM computes with adapters that it loads from files, which cannot be perturbed in place: leave out "

@@ -1,5 +1,5 @@
-"""Contract: on a GPU base="host" keeps theta in pinned host memory, and gives the bits of base="fp32" although the CPU,
-which computes its updates, does not wait for what the GPU still has in its queue."""
+"""Contract: on a GPU master="host" keeps theta in pinned host memory, and gives the bits of master="fp32" although the
+CPU, which computes its updates, does not wait for what the GPU still has in its queue."""
 
 import itertools
 
@@ -15,7 +15,7 @@ def bits(t):
     return t.detach().cpu().view({4: torch.int32, 2: torch.int16}[t.element_size()])
 
 
-def optimizer(base, **options):
+def optimizer(master, **options):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1000, 1001), (33,), (0, 4), (512, 64)]
     named = [
@@ -23,7 +23,15 @@ def optimizer(base, **options):
         for i, (shape, dtype) in enumerate(zip(shapes, itertools.cycle(DTYPES)))
     ]
     return EvolutionStrategy(
-        named, base=base, sigma=0.05, lr=0.02, population=4, weight_decay=0.1, anchored=True, momentum=0.5, **options
+        named,
+        master=master,
+        sigma=0.05,
+        lr=0.02,
+        population=4,
+        weight_decay=0.1,
+        anchored=True,
+        momentum=0.5,
+        **options,
     )
 
 
@@ -38,8 +46,8 @@ def test_theta_is_pinned():
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_host_has_the_bits_of_fp32_with_a_full_queue(antithetic):
     runs = []
-    for base in ("fp32", "host"):
-        opt, seen = optimizer(base, antithetic=antithetic), []
+    for master in ("fp32", "host"):
+        opt, seen = optimizer(master, antithetic=antithetic), []
 
         def look(opt=opt, seen=seen):
             seen.extend(p.detach().clone() for p in opt.param_groups[0]["params"])
