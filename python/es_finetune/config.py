@@ -474,6 +474,11 @@ def recorded_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def decided_options(config: TrainConfig) -> dict[str, Any]:
+    """Of the recorded options those that decide what the log holds: not the resumable ones."""
+    return {name: value for name, value in recorded_options(config).items() if name not in RESUMABLE}
+
+
 def model_options(config: ModelConfig) -> dict[str, Any]:
     """The keyword arguments of load_model that a config holds."""
     return {name: getattr(config, name) for name in ("dtype", "lora_rank", "pad_token", "attn_implementation")}

@@ -32,16 +32,9 @@ from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remo
 from es_finetune.runs.log import FORMAT, SealedLines, parse_log, read_journals, sealed
 from es_finetune.runs.replay import check_start
 from es_finetune.tasks import Task
-from es_finetune.workers import ray_pool, torchrun
-from es_finetune.workers.protocol import Workers
-from es_finetune.workers.worker import (
-    Worker,
-    held_out_items,
-    known_members,
-    line_of,
-    members_left,
-    update_of,
-)
+from es_finetune.workers import torchrun
+from es_finetune.workers.setup import make_ranks, make_workers
+from es_finetune.workers.worker import line_of
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
@@ -51,7 +44,7 @@ def follow(config: TrainConfig, **objects) -> None:
     Arguments as for Trainer."""
     config = torchrun.for_this_rank(config)
     inherit(config)
-    torchrun.Ranks(Worker(config, **objects)).follow()
+    make_ranks(config, **objects).follow(Path(config.output), config.generations)
 
 
 class Trainer:
@@ -85,7 +78,7 @@ class Trainer:
         check_folder(self.folder, config)
         require(config.report_to)
         with self._resumable():
-            self.workers = _assemble(config, model=model, tokenizer=tokenizer, task=task)
+            self.workers = make_workers(config, model=model, tokenizer=tokenizer, task=task)
         self.model, self.task = self.workers.model, self.workers.task
         self._by_default = open_prompts and config.prompts  # prompts a generation, where nobody asked for a number
         self.log: SealedLines | None = None
@@ -216,7 +209,7 @@ class Trainer:
     @property
     def members(self) -> int:
         """How many members of the generation in progress have been scored, and need not be again."""
-        return len(known_members(read_journals(self.folder), self.generation, self.config))
+        return len(self.workers.plan.known(read_journals(self.folder), self.generation))
 
     def close(self) -> None:
         """Let go of the run's folder and the workers, for a Trainer that shall not train; `train` does so at its
@@ -232,7 +225,7 @@ class Trainer:
 
     def _run(self, progress: Progress) -> None:
         config, workers = self.config, self.workers
-        held_out = len(held_out_items(self.task, config))
+        held_out = len(workers.plan.held_out)
         progress.note(
             f"{self.folder}: {config.task}, {len(self.task.train)} training and {held_out} held-out prompts; "
             f"{workers.parameters:,} parameters, backend "
@@ -275,7 +268,7 @@ class Trainer:
         metrics.jsonl."""
         config, generation = self.config, self.generation
         begin = time.perf_counter()
-        known = known_members(self._scored, generation, config)
+        known = self.workers.plan.known(self._scored, generation)
         # Seconds of an earlier process, which this one's clock does not hold.
         before = (
             math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / self.workers.count
@@ -284,7 +277,7 @@ class Trainer:
             self.journal.clear()
         # Members are handed out in this order, so that of several workers a member's place says how far all of them
         # are.
-        places = {member: place for place, member in enumerate(members_left(config, known), 1)}
+        places = {member: place for place, member in enumerate(self.workers.plan.left(known), 1)}
         new = 0
 
         def keep(line: dict[str, Any]) -> None:
@@ -305,7 +298,7 @@ class Trainer:
             generation % config.health_every == 0 or generation == config.generations - 1
         )
         members, dropped = self.workers.evaluate(generation, known, keep, with_health)
-        update, by_prompt = update_of(self.task, config, generation, members, dropped)
+        update, by_prompt = self.workers.plan.update(generation, members, dropped)
         found = self.workers.update(update, with_health)
         row = {
             "generation": generation,
@@ -335,7 +328,7 @@ class Trainer:
         done = self.generation
         if any(look["generation"] == done for look in self._evals):
             return
-        progress.now(f"answering {len(held_out_items(self.task, self.config)):,} held-out prompts")
+        progress.now(f"answering {len(self.workers.plan.held_out):,} held-out prompts")
         begin = time.perf_counter()
         evaluation = self.workers.answer_held_out()
         progress.rest()
@@ -353,7 +346,7 @@ class Trainer:
         (self.folder / "answers").mkdir(exist_ok=True)
         save_answers(
             self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"),
-            held_out_items(self.task, self.config),
+            self.workers.plan.held_out,
             evaluation.answers,
             evaluation.scores,
         )
@@ -387,14 +380,3 @@ class Trainer:
         )
         write_atomically(self.folder / "summary.json", json.dumps(found, indent=2) + "\n")
         return found
-
-
-def _assemble(config: TrainConfig, **objects) -> Workers:
-    if config.workers == "ray":
-        if torchrun.under_torchrun():
-            raise UserError("torchrun and workers 'ray' are two ways to the same end: use one of them")
-        if any(given is not None for given in objects.values()):
-            raise UserError("with workers 'ray' every worker loads model and task by itself: name them in the config")
-        return ray_pool.RayPool(config)
-    worker = Worker(config, **objects)
-    return torchrun.Ranks(worker) if torchrun.under_torchrun() else worker

@@ -18,7 +18,8 @@ from es_finetune import TrainConfig, Trainer
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
 from es_finetune.workers.protocol import WorkersDiffer
-from es_finetune.workers.ray_pool import Actor, RayPool
+from es_finetune.workers.ray_pool import Actor
+from es_finetune.workers.setup import make_pool
 
 ray = pytest.importorskip("ray")
 ACTOR_KILLS, DRIVER_KILLS = 8, 2
@@ -154,7 +155,7 @@ def test_or_dropped_and_recorded(cluster, tmp_path):
 
 
 def test_an_actor_with_other_weights_is_named(cluster, tmp_path, monkeypatch):
-    pool = RayPool(config(tmp_path / "run"))
+    pool = make_pool(config(tmp_path / "run"))
     try:
         pool.start()
 
@@ -166,16 +167,14 @@ def test_an_actor_with_other_weights_is_named(cluster, tmp_path, monkeypatch):
         ray.get(pool.slots[1].actor.__ray_call__.remote(change))
         pool.fast_forward([])
         lines, _ = pool.evaluate(0, {}, lambda line: None)
-        from es_finetune.workers.worker import update_of
-
         with pytest.raises(WorkersDiffer, match=r"after generation 1 the weights of the workers differ: worker \d on "):
-            pool.update(update_of(pool.task, pool.config, 0, lines, [])[0])
+            pool.update(pool.plan.update(0, lines)[0])
     finally:
         pool.close()
 
 
 def test_and_one_that_starts_with_them(cluster, tmp_path):
-    pool = RayPool(config(tmp_path / "run"))
+    pool = make_pool(config(tmp_path / "run"))
     try:
         pool.start()
         pool._start = {**pool._start, "base_fingerprint": "0" * 16}

@@ -19,7 +19,7 @@ from es_finetune import TrainConfig
 from es_finetune.runs.log import SealedLines, read_journals, read_log
 from es_finetune.workers import torchrun
 from es_finetune.workers.protocol import WorkersDiffer
-from es_finetune.workers.worker import Worker
+from es_finetune.workers.setup import make_ranks
 
 KILLS = 10
 
@@ -124,14 +124,14 @@ def disagree(rank, folder, kind, result):
     config = TrainConfig(
         output=folder, population=4, prompts=4, eval_items=4, lr=0.02 if rank and kind == "lr" else 0.01
     )
-    worker = Worker(config)
+    several = make_ranks(config)
+    worker = several.worker
     with torch.no_grad():
         if rank and kind == "model":
             worker.weights.optimizer.tables[0].live.tensors[3][0] += 1
         if rank and kind == "noise":
             start = worker.weights.start
             worker.weights.start = lambda: {**start(), "noise_version": 2}
-        several = torchrun.Ranks(worker)
         try:
             several.start()
             several.fast_forward([])
@@ -139,7 +139,7 @@ def disagree(rank, folder, kind, result):
                 worker.weights.optimizer.tables[0].live.tensors[3][0] += 1
                 worker.weights.optimizer.adopt_live()
             lines, _ = several.evaluate(0, {}, lambda line: None)
-            update, _ = torchrun.update_of(worker.task, config, 0, lines, [])
+            update, _ = several.plan.update(0, lines)
             several.update(update)
             result[rank] = "no difference was seen"
         except WorkersDiffer as error:

@@ -25,9 +25,10 @@ from es_finetune import TrainConfig, Trainer
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.monitor.report import report
 from es_finetune.runs.files import read_rows
+from es_finetune.runs.identity import canonical
 from es_finetune.runs.log import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
-from es_finetune.workers.worker import Worker, _canonical
+from es_finetune.workers.worker import Worker
 
 OPTIONS = {
     "generations": 5,
@@ -226,7 +227,7 @@ def test_another_model_and_other_items_are_refused(interrupted, build_model):
     ids=repr,
 )
 def test_reference_answers_of_any_kind_are_told_apart(one, other):
-    assert _canonical([one]) == _canonical([copy.deepcopy(one)]) != _canonical([other])
+    assert canonical([one]) == canonical([copy.deepcopy(one)]) != canonical([other])
 
 
 def test_other_code_that_scores_is_refused(interrupted):

@@ -514,7 +514,7 @@ def own_task(questions):
 def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_path, monkeypatch, capsys):
     """Here 6, of the 16 that are left for training from 20. The run says so, and how many answers that is, before the
     first of them."""
-    monkeypatch.setattr("es_finetune.workers.worker.CUSTOM_PROMPTS", 6)
+    monkeypatch.setattr("es_finetune.runs.setup.CUSTOM_PROMPTS", 6)
     options = {
         "model": "embedded",
         "max_new_tokens": 4,

@@ -18,7 +18,7 @@ from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.log import read_log
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task
-from es_finetune.workers.worker import Worker
+from es_finetune.workers.setup import make_worker
 
 OPTIONS = {
     "task": "countdown-char",
@@ -51,8 +51,8 @@ def pair(request, saved, tmp_path_factory):
         "output": str(tmp_path_factory.mktemp("run")),
     }
     task = long_questions() if request.param == "Qwen2" else None
-    ours = Worker(TrainConfig(**config, engine="vllm"), task=task)
-    yield ours, Worker(TrainConfig(**config), task=task)
+    ours = make_worker(TrainConfig(**config, engine="vllm"), task=task)
+    yield ours, make_worker(TrainConfig(**config), task=task)
     ours.close()
 
 
@@ -62,7 +62,7 @@ def live(worker):
         return {name: p.detach().clone() for name, p in worker.model.named_parameters()}
     from es_finetune.models.load import empty_model
 
-    model, _, dtype = empty_model(worker.config.model)
+    model, _, dtype = empty_model(worker.replica.identity["model"])
     return {name: p.detach() for name, p in worker.weights.filled(model, dtype).named_parameters()}
 
 
@@ -158,7 +158,9 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
 )
 def test_options_and_models_that_do_not_go_with_it(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
-        Worker(TrainConfig(**{**OPTIONS, "model": "embedded", "engine": "vllm", "output": str(tmp_path), **options}))
+        make_worker(
+            TrainConfig(**{**OPTIONS, "model": "embedded", "engine": "vllm", "output": str(tmp_path), **options})
+        )
 
 
 def test_quantised_checkpoints_and_adapters(saved, tmp_path):
@@ -166,8 +168,8 @@ def test_quantised_checkpoints_and_adapters(saved, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match="has quantised weights"):
-        Worker(TrainConfig(**OPTIONS, model=str(model), engine="vllm", output=str(tmp_path)))
+        make_worker(TrainConfig(**OPTIONS, model=str(model), engine="vllm", output=str(tmp_path)))
     (model / "config.json").write_text(json.dumps(config))
     (model / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter, which this engine cannot perturb"):
-        Worker(TrainConfig(**OPTIONS, model=str(model), engine="vllm", output=str(tmp_path)))
+        make_worker(TrainConfig(**OPTIONS, model=str(model), engine="vllm", output=str(tmp_path)))

@@ -8,6 +8,7 @@ questions, 20 samples each at temperature 1, `measure(engine, task, task.test, s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -81,6 +82,12 @@ class Evaluation:
             if score.reward is None or score.error is not None:
                 return place, score.error or "no reward and no reason given"
         return None
+
+
+def in_parts(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:
+    """`items` in so many runs, whose lengths differ by at most one; `Evaluation.joined` is the way back."""
+    ends = [len(items) * part // parts for part in range(parts + 1)]
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class Unaskable(ValueError):

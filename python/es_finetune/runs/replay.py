@@ -16,7 +16,7 @@ from es_finetune.models.checkpoint_names import has_plain_memory, named_segments
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
 from es_finetune.runs.log import Generation, read_log
-from es_finetune.runs.schedules import make_optimizer
+from es_finetune.runs.setup import make_optimizer
 from es_finetune.runs.snapshot import load_snapshot
 from es_kernels.table import DTYPES
 

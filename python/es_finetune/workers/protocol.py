@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from es_finetune.config import TrainConfig
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.tasks import Task
+from es_finetune.workers.plan import Plan
 
 
 class Workers(Protocol):
@@ -25,6 +25,7 @@ class Workers(Protocol):
 
     count: int
     task: Task
+    plan: Plan
     model: Any  # where it is in this process, else None
     backend: str
     parameters: int
@@ -48,9 +49,9 @@ class Workers(Protocol):
     def close(self) -> None: ...
 
 
-def require_shared_master(config: TrainConfig) -> None:
+def require_shared_master(master: str) -> None:
     """ValueError for weights that are a worker's own."""
-    if config.master == "none":
+    if master == "none":
         raise UserError(
             "master 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy "
             "or host"

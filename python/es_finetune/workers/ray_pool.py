@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from es_finetune.config import TrainConfig
-from es_finetune.errors import RewardFailed, UserError, first_line, require
+from es_finetune.errors import RewardFailed, UserError, first_line
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
-from es_finetune.runs.setup import make_task
 from es_finetune.workers.dispatch import Dispatch
-from es_finetune.workers.protocol import WorkersDiffer, require_agreement, require_same_run, require_shared_master
-from es_finetune.workers.worker import Worker, check_task, held_out_items, line_of, members_left
+from es_finetune.workers.plan import Plan
+from es_finetune.workers.protocol import WorkersDiffer, require_agreement, require_same_run
+from es_finetune.workers.worker import Worker, line_of
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
 _DEATHS = 3
@@ -34,11 +33,11 @@ _HANGS = 3
 class Actor:
     """A worker in a process of its own. What it is asked comes with the number of the generation that it must be at."""
 
-    def __init__(self, config: dict[str, Any]):
-        self.config = config
+    def __init__(self, make_worker: Callable[[], Worker]):
+        self.make_worker = make_worker
 
     def start(self) -> dict[str, Any]:
-        self.worker = Worker(TrainConfig(**self.config))  # not in the constructor, whose errors Ray reports as a death
+        self.worker = self.make_worker()  # not in the constructor, whose errors Ray reports as a death
         start = self.worker.start()
         return {
             "start": start,
@@ -86,35 +85,52 @@ class Slot:
         return f"worker {self.number} on {self.host}"
 
 
+@dataclasses.dataclass(frozen=True)
+class PoolOptions:
+    """How many actors a pool has, and how long it waits for one.
+
+    Attributes:
+        workers: How many; 0: as many as the cluster has GPUs for.
+        gpus: Of each actor, where the cluster has any; 0: they compute on CPUs.
+        straggler_limit: Seconds after which a member that is still out goes to another actor too; None: never.
+        drop_stragglers: Leave the member out of its generation instead.
+    """
+
+    workers: int
+    gpus: int
+    straggler_limit: float | None = None
+    drop_stragglers: bool = False
+
+
 class RayPool:
     """The workers of a run in a Ray cluster: the one that RAY_ADDRESS names or that was started on this machine, else
     one of this process.
 
-    config.ray_workers actors, by default one for each GPU (each config.tensor_parallel GPUs); model and task are loaded
-    in each of them.
+    Args:
+        plan: What a generation asks.
+        make_worker: What each actor calls to make its worker, where it runs; it is pickled.
+        options: How many actors, and how long to wait for them.
+
+    Raises:
+        UserError: The cluster cannot be reached, or has no room for so many actors.
     """
 
     model = None  # it is in the actors
 
-    def __init__(self, config: TrainConfig):
-        require_shared_master(config)
-        self.ray = _ray()
-        self.config, self.task = config, check_task(make_task(config), config)
+    def __init__(self, plan: Plan, make_worker: Callable[[], Worker], options: PoolOptions):
+        import ray
+
+        self.ray = ray
+        self.plan, self.task = plan, plan.task
         self._own = _connect(self.ray)
         try:
-            self.count, gpus = _capacity(self.ray, config)
-            self._options = {"num_gpus": gpus, "num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-            self._asked = {
-                **dataclasses.asdict(config),
-                **_absolute(config),
-                "resume": False,
-                "overwrite": False,
-                "workers": "alone",
-            }
+            self.count, gpus = _capacity(self.ray, options)
+            self._resources = {"num_gpus": gpus, "num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
+            self._make_worker = make_worker
             self._log: list[Row] = []  # lines of the generations done, which a new actor repeats
             self._snapshots: Path | None = None
             self._start: dict[str, Any] | None = None
-            self._limit = config.straggler_limit or None
+            self._limit, self._drop = options.straggler_limit, options.drop_stragglers
             self._health_actor: Any = None  # the actor that has looked at a member of this generation
             self.slots = [Slot(number) for number in range(self.count)]
             for slot in self.slots:
@@ -152,7 +168,7 @@ class RayPool:
                 self._health_actor = slot.actor
             return slot.actor.member.remote(generation, member, measures)
 
-        dispatch = Dispatch(members_left(self.config, known), self._limit, self.config.on_straggler == "drop")
+        dispatch = Dispatch(self.plan.left(known), self._limit, self._drop)
         self._spread(dispatch, ask, take)
         return [lines[member] for member in sorted(lines)], sorted(dispatch.dropped)
 
@@ -182,10 +198,10 @@ class RayPool:
 
     def answer_held_out(self) -> Evaluation:
         found: dict[int, Evaluation] = {}
-        questions = len(held_out_items(self.task, self.config))
+        questions = len(self.plan.held_out)
         parts = min(self.count, questions)
         # The limit is one of a member; a part has more questions, or fewer.
-        longer = max(1.0, questions / parts / (self.config.prompts or len(self.task.train)))
+        longer = max(1.0, questions / parts / (self.plan.prompts or len(self.task.train)))
         dispatch = Dispatch(range(parts), self._limit and self._limit * longer)
         self._spread(dispatch, lambda slot, part: slot.actor.answer_held_out.remote(part, parts), found.__setitem__)
         return Evaluation.joined([found[part] for part in range(parts)])
@@ -292,7 +308,7 @@ class RayPool:
         return [(slot, what, result)]
 
     def _start_actor(self, slot: Slot) -> None:
-        slot.actor = self.ray.remote(Actor).options(**self._options).remote(self._asked)
+        slot.actor = self.ray.remote(Actor).options(**self._resources).remote(self._make_worker)
         slot.generation = 0
         self._ask(slot, ("start",), slot.actor.start.remote())
 
@@ -317,26 +333,6 @@ class RayPool:
             slot.actor = slot.call = None
 
 
-def _absolute(config: TrainConfig) -> dict[str, str]:
-    """The paths of a config, which an actor may look for from another folder."""
-    found = {"output": str(Path(config.output).resolve())}
-    for name in ("model", "data", "test_data"):
-        value = getattr(config, name)
-        if value and Path(value).exists():
-            found[name] = str(Path(value).resolve())
-    if config.reward and Path(config.reward.rpartition(":")[0]).is_file():
-        file, _, function = config.reward.rpartition(":")
-        found["reward"] = f"{Path(file).resolve()}:{function}"
-    return found
-
-
-def _ray():
-    require("workers 'ray'", "ray", "ray")
-    import ray
-
-    return ray
-
-
 def _connect(ray) -> bool:
     """Joins the cluster; whether it is one that ends with this process."""
     if ray.is_initialized():
@@ -354,11 +350,11 @@ def _connect(ray) -> bool:
     return True
 
 
-def _capacity(ray, config: TrainConfig) -> tuple[int, int]:
+def _capacity(ray, options: PoolOptions) -> tuple[int, int]:
     """(workers, GPUs of each). ValueError where the cluster has no room for them."""
     have = ray.cluster_resources()
-    gpus = config.tensor_parallel if have.get("GPU") and config.device != "cpu" else 0
-    count = config.ray_workers or int(have.get("GPU", 0)) // config.tensor_parallel
+    gpus = options.gpus if have.get("GPU") else 0
+    count = options.workers or int(have.get("GPU", 0)) // max(1, options.gpus)
     if not count:
         raise UserError("the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs")
     for what, needed in (("GPU", gpus * count), ("CPU", count)):

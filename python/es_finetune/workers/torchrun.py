@@ -21,19 +21,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from es_finetune.config import RESUMABLE, TrainConfig, recorded_options
+from es_finetune.config import TrainConfig
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.runs.log import SealedLines, is_begun
 from es_finetune.workers.protocol import require_agreement, require_same_run, require_shared_master
-from es_finetune.workers.worker import Worker, update_of
+from es_finetune.workers.worker import Worker
 
 # What ranks wait for is the slowest member, or what the first one does alone. A rank that has died is no such wait:
 # torchrun notices at once and ends the others.
 _PATIENCE = timedelta(days=1)
-_OPTION = "option "
 _runs = itertools.count()
 
 
@@ -50,7 +49,7 @@ def is_first_rank() -> bool:
 def for_this_rank(config: TrainConfig) -> TrainConfig:
     """The config for this rank: on a GPU of its own, and going on where there is a run if torchrun has restarted it."""
     config = copy.copy(config)
-    require_shared_master(config)
+    require_shared_master(config.master)
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
         rank = int(os.environ["LOCAL_RANK"])
         if rank >= torch.cuda.device_count():
@@ -82,32 +81,23 @@ class Ranks:
     """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order;
     only `answer_held_out`, `save_model` and `save_snapshot` are its own."""
 
-    def __init__(self, worker: Worker):
-        self.worker, self.config = worker, worker.config
-        self.model, self.task, self.backend, self.parameters = (
-            worker.model,
-            worker.task,
-            worker.backend,
-            worker.parameters,
-        )
+    def __init__(self, worker: Worker, options: dict[str, Any]):
+        """`options`: of the config, those that decide the run. They must be the same on every rank."""
+        self.worker, self.options = worker, options
+        self.plan, self.task, self.model = worker.plan, worker.task, worker.model
+        self.backend, self.parameters = worker.backend, worker.parameters
         self._store = dist.PrefixStore(f"run{next(_runs)}", _meet())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def start(self) -> dict[str, Any]:
         """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
-        mine = {
-            **self.worker.start(),
-            **{
-                f"{_OPTION}{name}": value
-                for name, value in recorded_options(self.config).items()
-                if name not in RESUMABLE
-            },
-        }
+        start = self.worker.start()
+        mine = {**start, **{f"option {name}": value for name, value in self.options.items()}}
         everyone = self._gathered((socket.gethostname(), mine))
         _, first = everyone[0]
         for rank, (host, other) in enumerate(everyone):
             require_same_run(f"rank {rank} on {host}", other, first)
-        return {key: value for key, value in mine.items() if not key.startswith(_OPTION)}
+        return start
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
         """Every rank repeats the generations of the first one's log, which alone has to be given them."""
@@ -123,7 +113,7 @@ class Ranks:
         sent = [known]
         dist.broadcast_object_list(sent)
         [known] = sent
-        left = [member for member in range(self.config.population) if member not in known]
+        left = self.plan.left(known)
 
         def drawn() -> Iterator[int]:
             while (place := self._store.add(f"members of {generation}", 1) - 1) < len(left):
@@ -139,13 +129,11 @@ class Ranks:
         everyone = self._gathered((f"rank {self.rank} on {socket.gethostname()}", mine))
         return require_agreement(update, dict(everyone), mine)
 
-    def follow(self) -> None:
-        """What a rank does that does not lead: the same run, without its folder. Its journal is beside the first
-        rank's."""
-        config = self.config
+    def follow(self, folder: Path, generations: int) -> None:
+        """What a rank does that does not lead: the same run, so many generations, without its log. Its journal is in
+        `folder`, beside the first rank's."""
         self.start()
         self.fast_forward([])
-        folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         journal = SealedLines(folder / f"journal-{self.rank}", sync=False)
         held = journal.lines[-1]["generation"] if journal.lines else None
@@ -160,9 +148,10 @@ class Ranks:
             journal.append(line)
 
         try:
-            for generation in range(self.generation, config.generations):
+            for generation in range(self.generation, generations):
                 lines, dropped = self.evaluate(generation, {}, keep)
-                self.update(update_of(self.task, config, generation, lines, dropped)[0])
+                update, _ = self.plan.update(generation, lines, dropped)
+                self.update(update)
         finally:
             journal.close()
 

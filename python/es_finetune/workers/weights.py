@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from es_finetune.config import TrainConfig
 from es_finetune.monitor.health import Health
 from es_finetune.monitor.rows import peak_memory
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
 from es_finetune.runs.log import Generation
 from es_finetune.runs.replay import fast_forward, start_of
-from es_finetune.runs.schedules import make_optimizer, set_schedules
+from es_finetune.runs.schedules import Schedules
 from es_finetune.runs.snapshot import save_snapshot
 
 
@@ -22,14 +21,18 @@ class Weights:
     """The optimizer of a run over the parameters of one model. Arguments and results are plain numbers, texts, lists
     and dicts, so that all of it can be called in another process, where an engine keeps the model.
 
-    entries: of all parameters, as segments.named_segments gives them; those that require grad are tuned.
+    Args:
+        entries: All parameters, as `checkpoint_names.named_segments` gives them.
+        optimizer: Over those that are tuned.
+        schedules: lr and sigma of each generation.
+        with_health: Whether health will be measured: of the changes since now, for which it keeps samples.
     """
 
-    def __init__(self, entries: Sequence[tuple], config: TrainConfig):
-        self.entries, self.config = entries, config
-        self.optimizer = make_optimizer(entries, config)
-        # Before any update: it counts the drift from here
-        self.health = Health(self.optimizer) if config.health_every else None
+    def __init__(
+        self, entries: Sequence[tuple], optimizer: EvolutionStrategy, schedules: Schedules, with_health: bool = False
+    ):
+        self.entries, self.optimizer, self.schedules = entries, optimizer, schedules
+        self.health = Health(optimizer) if with_health else None
         self._kernels = 0.0
         device = self._device()
         if device.type == "cuda":
@@ -51,7 +54,7 @@ class Weights:
 
     def perturb(self, member: int) -> None:
         """Put this member of the present generation in place."""
-        set_schedules(self.optimizer, self.config)
+        self.schedules.set(self.optimizer)
         self.optimizer.perturb(member)
 
     def restore(self) -> None:
@@ -66,7 +69,7 @@ class Weights:
         """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr
         and sigma of each param_group, the seconds in kernels since the update before, peak memory, and if `with_health`
         its health."""
-        set_schedules(self.optimizer, self.config)
+        self.schedules.set(self.optimizer)
         groups = self.optimizer.param_groups
         lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
         if with_health:

@@ -21,7 +21,7 @@ from es_finetune.engines.hf import HFEngine
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import EMBEDDED_MODEL, load_model
 from es_finetune.runs.replay import base_fingerprint
-from es_finetune.runs.schedules import make_optimizer
+from es_finetune.runs.setup import make_optimizer
 
 KINDS = ("llama", "qwen2", "mixtral", "qwen3_moe")
 

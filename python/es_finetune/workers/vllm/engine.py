@@ -34,10 +34,22 @@ def load(config: TrainConfig, task: Task) -> Replica:
     _refuse(config)
     vllm = _vllm()
     model, tokenizer, dtype = empty_model(config.model, config.dtype)
-    engine = VllmEngine(vllm, config, task, model, tokenizer, dtype)
+    engine = VllmEngine(
+        vllm,
+        config.model,
+        model,
+        tokenizer,
+        dtype,
+        task,
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tensor_parallel=config.tensor_parallel,
+        master=config.master,
+    )
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     try:
-        weights = RemoteWeights(engine.llm, config, shapes)
+        weights = RemoteWeights(engine.llm, dataclasses.asdict(config), shapes)
     except BaseException:
         engine.close()
         raise
@@ -59,49 +71,78 @@ def load(config: TrainConfig, task: Task) -> Replica:
 
 class VllmEngine:
     """Greedy answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has
-    them. Its memory for the KV cache is what theta leaves: theta is allocated after it."""
+    them. Its memory for the KV cache is what theta leaves: theta is allocated after it.
+
+    Args:
+        vllm: The module.
+        name: Folder or hub name of the model.
+        model: The same without weights (`load.empty_model`): its shapes and limits.
+        tokenizer: Its tokenizer.
+        dtype: Of the weights.
+        task: Its longest question decides the length of a sequence.
+        max_new_tokens: Of an answer.
+        batch_size: Answers at a time.
+        seed: Of the run; greedy answers need none.
+        tensor_parallel: GPUs over which the model is cut.
+        master: Where the exact weights will live, "fp32", "copy" or "host": memory for them is left free.
+
+    Raises:
+        UserError: The exact weights do not fit beside the model, or vLLM cannot load it.
+    """
 
     temperature = 0.0
 
-    def __init__(self, vllm, config: TrainConfig, task: Task, model, tokenizer, dtype: torch.dtype):
-        self.tokenizer, self.max_new_tokens = tokenizer, config.max_new_tokens or task.max_new_tokens
+    def __init__(
+        self,
+        vllm: Any,
+        name: str,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        task: Task,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        seed: int,
+        tensor_parallel: int,
+        master: str,
+    ):
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.vocabulary = vocabulary_of(model)
         longest = max(
             map(len, encoded([*task.train, *task.test], lambda prompts: tokenize(tokenizer, prompts))), default=0
         )
         self.length = min(positions_of(model), -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel}
-        if config.tensor_parallel > 1:
+        options: dict[str, Any] = {"tensor_parallel_size": tensor_parallel}
+        if tensor_parallel > 1:
             options["distributed_executor_backend"] = "mp"
         from vllm.platforms import current_platform
 
         if not current_platform.is_cpu():
-            bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[config.master]
-            theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // config.tensor_parallel
+            bytes_a_parameter = {"fp32": 4, "copy": dtype.itemsize, "host": 0}[master]
+            theta = bytes_a_parameter * sum(p.numel() for p in model.parameters()) // tensor_parallel
             # Not by torch, which would begin to use the GPU in this process
             free = current_platform.get_device_total_memory() * _UTILISATION
             if theta >= free:
                 raise UserError(
-                    f"master {config.master!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose master "
+                    f"master {master!r} needs {theta / 1e9:.0f} GB on each GPU beside the weights: choose master "
                     "copy or host, or more --tensor_parallel"
                 )
             options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)
         self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
         try:
             self.llm = vllm.LLM(
-                model=path_of(config.model),
+                model=path_of(name),
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=self.length,
-                max_num_seqs=config.batch_size,
-                seed=config.seed % 2**31,  # greedy answers need none; vLLM wants a small one
+                max_num_seqs=batch_size,
+                seed=seed % 2**31,  # vLLM wants a small one
                 worker_extension_cls="es_finetune.workers.vllm.extension.Extension",
                 **options,
             )
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-            raise UserError(
-                f"vLLM could not load {config.model}: {first_line(error)}; what it said stands above"
-            ) from error
+            raise UserError(f"vLLM could not load {name}: {first_line(error)}; what it said stands above") from error
 
     def encode(self, prompts: Sequence[Prompt]) -> list[dict[str, list[int]]]:
         tokens = tokenize(self.tokenizer, prompts)
@@ -121,9 +162,11 @@ class RemoteWeights:
     """weights.Weights of all of an engine's workers at once. After each change vLLM forgets what it has computed: its
     cache of prefixes would give the answers of the weights before."""
 
-    def __init__(self, llm, config: TrainConfig, shapes: dict[str, list[int]]):
+    def __init__(self, llm: Any, config: dict[str, Any], shapes: dict[str, list[int]]):
+        """`config`: of TrainConfig, of which each of vLLM's workers makes its optimizer; `shapes`: of the checkpoint's
+        tensors."""
         self.llm = llm
-        built = self._rpc("es_build", dataclasses.asdict(config), shapes)
+        built = self._rpc("es_build", config, shapes)
         self.backend = built[0]["backend"]
         covered: dict[str, int] = {}
         for of_worker in built:

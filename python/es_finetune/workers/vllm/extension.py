@@ -31,6 +31,7 @@ from vllm.platforms import current_platform
 import es_kernels
 from es_finetune.config import TrainConfig
 from es_finetune.errors import UserError
+from es_finetune.runs.setup import make_optimizer, make_schedules
 from es_finetune.workers.weights import Weights
 
 if current_platform.is_cpu():
@@ -175,7 +176,14 @@ class Extension:
                         "checkpoint"
                     )
             entries = [_entry(part, shapes[part.name]) for part in self.es_parts]
-            self.es_weights = _Sharded(entries, TrainConfig(**config), [part.counted for part in self.es_parts])
+            options = TrainConfig(**config)
+            self.es_weights = _Sharded(
+                entries,
+                make_optimizer(entries, options),
+                make_schedules(options),
+                bool(options.health_every),
+                counted=[part.counted for part in self.es_parts],
+            )
         except (ValueError, TypeError) as error:
             return {"error": str(error)}
         covered: dict[str, int] = {}
@@ -221,8 +229,8 @@ class _Sharded(Weights):
     """Weights of which this process has a part; the fingerprints are of what it counts, so that those of all processes
     add up to the model's."""
 
-    def __init__(self, entries: list[tuple], config: TrainConfig, counted: list[bool]):
-        super().__init__(entries, config)
+    def __init__(self, entries: list[tuple], *of_weights: Any, counted: list[bool]):
+        super().__init__(entries, *of_weights)
         if all(counted):
             return
         self.entries = [entry for entry, once in zip(entries, counted) if once]

@@ -1,0 +1,72 @@
+"""Which parameters are tuned, and with which sigma: by patterns of their names."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from es_finetune.errors import UserError
+
+
+def param_groups(
+    entries: Iterable[tuple],
+    sigma: float,
+    *,
+    tune: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    sigma_for: Sequence[tuple[str, float]] = (),
+) -> list[dict[str, Any]]:
+    """The parameters that require grad as groups for EvolutionStrategy, one for each sigma.
+
+    A pattern is matched with the whole name, as a shell does it: * stands for anything. A parameter that a checkpoint
+    holds as several tensors is matched by its own name in memory, or by the names of all of them.
+
+    Args:
+        entries: All parameters, as `checkpoint_names.named_segments` gives them.
+        sigma: Of the parameters that no pattern of `sigma_for` fits.
+        tune: Patterns of the parameters to tune; all, if there are none.
+        freeze: Patterns of those to leave out.
+        sigma_for: (pattern, another sigma); the first that fits counts.
+
+    Returns:
+        Groups with `params`, `sigma` and `initial_sigma`, from which `Schedules` takes its start.
+
+    Raises:
+        UserError: A pattern fits no parameter, or only some of the tensors that are one in memory; or no parameter is
+            left to tune.
+    """
+    unused = {*tune, *freeze, *(pattern for pattern, _ in sigma_for)}
+    groups: dict[float, list] = {}
+    name = ""
+    for entry in entries:
+        if not entry[1].requires_grad:
+            continue
+        name, parts = entry[0], list(dict.fromkeys(segment.name for segment in (entry[2] if len(entry) == 3 else ())))
+
+        def fits(pattern: str, name: str = name, parts: list[str] = parts) -> bool:
+            fitting = [part for part in parts if fnmatch.fnmatchcase(part, pattern)]
+            whole = fnmatch.fnmatchcase(name, pattern)
+            if fitting and len(fitting) < len(parts) and not whole:
+                other = next(part for part in parts if part not in fitting)
+                raise UserError(
+                    f"the pattern {pattern!r} fits {fitting[0]!r} but not {other!r}, which are one parameter in "
+                    f"memory, {name!r}: give a pattern that fits all of it"
+                )
+            if fitting or whole:
+                unused.discard(pattern)
+            return bool(fitting or whole)
+
+        # Lists, not generators: every pattern is tried, though the first decides, so that one that fits nothing is seen.
+        tuned = any([fits(pattern) for pattern in tune]) or not tune
+        frozen = any([fits(pattern) for pattern in freeze])
+        sigmas = [own for pattern, own in sigma_for if fits(pattern)]
+        if tuned and not frozen:
+            groups.setdefault(sigmas[0] if sigmas else sigma, []).append(entry)
+    if unused:
+        raise UserError(
+            f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {name!r}"
+        )
+    if not groups:
+        raise UserError("tune and freeze leave no parameter to tune")
+    return [{"params": params, "sigma": own, "initial_sigma": own} for own, params in groups.items()]
