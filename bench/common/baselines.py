@@ -1,7 +1,7 @@
-"""What people do today instead of the fused operation, written from its description: noise by torch's generators,
-tensor by tensor.
+"""What people do today instead of the fused operation: noise by torch's generators, tensor by tensor. Each is written
+from its description.
 
-Every rival is three functions over {name: parameter}: `perturb(params, seed, sigma)`, `restore(params, seed, sigma)`
+Every baseline is three functions over {name: parameter}: `perturb(params, seed, sigma)`, `restore(params, seed, sigma)`
 (what undoes it: the same noise once more, subtracted) and `update(params, seeds, coefs)` (params += sum_i coefs[i] *
 noise(seeds[i])). They draw other noise than es_kernels and than each other; what they share is the work.
 """
@@ -29,22 +29,21 @@ class Bytes(NamedTuple):
         return self.a_value * sum(sizes) + self.of_largest * max(sizes)
 
 
-class Rival(NamedTuple):
+class Baseline(NamedTuple):
     perturb: Callable
     restore: Callable
     update: Callable
     member_bytes: Bytes
     update_bytes: Bytes
     only_on: str | None = None  # "cuda": needs a GPU
-    empties_cache: bool = False  # on a GPU whoever allocates next to it pays for that
+    empties_cache: bool = False
 
 
 def _generator(params, seed):
     return torch.Generator(device=next(iter(params.values())).device).manual_seed(seed)
 
 
-# ---- es-at-scale's worker: a generator, a temporary and the cache emptied for every tensor; the update adds up in
-# float32 ----
+# ---- es-at-scale's worker: for every tensor a generator and a temporary; the cache emptied; updates summed in f32 ----
 
 
 def _at_scale_add(params, seed, scale):
@@ -75,8 +74,7 @@ def _at_scale_update(params, seeds, coefs):
         torch.cuda.empty_cache()
 
 
-# ---- the same without its waste: one generator a member, one scratch tensor of the largest size, nothing synchronised
-# ----
+# ---- the same without its waste: one generator a member, one scratch tensor of the largest size, no waiting ----
 
 
 def _scratch(params, dtype=None):
@@ -120,8 +118,7 @@ def _foreach_update(params, seeds, coefs):
     torch._foreach_add_(list(params.values()), total)
 
 
-# ---- torch.compile of the expression: Inductor makes the random numbers inside the fused kernel (its own Philox on a
-# GPU) ----
+# ---- torch.compile of the expression: Inductor makes the noise inside the fused kernel, on a GPU by its Philox ----
 
 
 @torch.compile(dynamic=True)
@@ -189,18 +186,18 @@ def _mezo_update(params, seeds, coefs):
         _mezo_add(params, seed, coef)
 
 
-def _rival(add, update, *temporaries, **options):
-    return Rival(add, lambda params, seed, sigma: add(params, seed, -sigma), update, *temporaries, **options)
+def _baseline(add, update, *temporaries, **options):
+    return Baseline(add, lambda params, seed, sigma: add(params, seed, -sigma), update, *temporaries, **options)
 
 
 # Beside each what it holds: a temporary in bf16 is 2 bytes, a sum in f32 is 4.
-RIVALS = {
-    "es-at-scale": _rival(_at_scale_add, _at_scale_update, Bytes(0, 4), Bytes(0, 6), empties_cache=True),
-    "es-at-scale, without waste": _rival(_plain_add, _plain_update, Bytes(0, 2), Bytes(0, 6)),
-    "torch._foreach": _rival(_foreach_add, _foreach_update, Bytes(2), Bytes(6)),
-    "torch.compile": _rival(_compiled_add, _compiled_update, Bytes(), Bytes(4)),
-    "MeZO": _rival(_mezo_add, _mezo_update, Bytes(0, 6), Bytes(0, 6)),
-    "Triton tl.randn": _rival(
+BASELINES = {
+    "es-at-scale": _baseline(_at_scale_add, _at_scale_update, Bytes(0, 4), Bytes(0, 6), empties_cache=True),
+    "es-at-scale, without waste": _baseline(_plain_add, _plain_update, Bytes(0, 2), Bytes(0, 6)),
+    "torch._foreach": _baseline(_foreach_add, _foreach_update, Bytes(2), Bytes(6)),
+    "torch.compile": _baseline(_compiled_add, _compiled_update, Bytes(), Bytes(4)),
+    "MeZO": _baseline(_mezo_add, _mezo_update, Bytes(0, 6), Bytes(0, 6)),
+    "Triton tl.randn": _baseline(
         lambda params, seed, scale: _randn_update(params, [seed], [scale]),
         _randn_update,
         Bytes(),
@@ -211,9 +208,9 @@ RIVALS = {
 
 
 def available(device):
-    """The rivals that run on a device type."""
+    """The baselines that run on a device type."""
     return {
-        name: rival
-        for name, rival in RIVALS.items()
-        if rival.only_on in (None, device) and (triton or "Triton" not in name)
+        name: baseline
+        for name, baseline in BASELINES.items()
+        if baseline.only_on in (None, device) and (triton or "Triton" not in name)
     }

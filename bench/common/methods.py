@@ -1,4 +1,4 @@
-"""The ways to look after a model's weights in one generation of ES, ours and theirs, behind one interface."""
+"""The methods to look after a model's weights in one generation of ES, ours and the baselines, behind one interface."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,29 +12,29 @@ SIGMA = 1e-3
 YARDSTICK = "es_kernels, base fp32"  # the default
 
 
-class Way(NamedTuple):
-    """member(): from one member's weights to the next one's; rivals perturb and restore, so a generation ends on
+class Method(NamedTuple):
+    """member(): from one member's weights to the next one's; baselines perturb and restore, so a generation ends on
     unperturbed weights with either. update(seeds, coefs): the step, until live weights are ready."""
 
     member: Callable
     update: Callable
     member_bytes: Callable = baselines.Bytes()  # sizes of the tensors -> what it holds beside weights and bases
     update_bytes: Callable = baselines.Bytes()
+    empties_cache: bool = False  # on a GPU whoever allocates next to it pays for that
 
 
-HELD = baselines.Bytes(2 + 4 + 2)  # by ways(): live bf16 weights, our base in float32 and our base as a copy
+HELD = baselines.Bytes(2 + 4 + 2)  # by make_methods(): live bf16 weights, our base in float32 and our base as a copy
 
 
-def ways(live, wanted=None):
-    """{name: Way} over {name: parameter}, of all (or those wanted) that run on the device. Ours bring their bases along
-    (HELD)."""
+def make_methods(live, names=None):
+    """{name: Method} over {name: parameter}: ours, which bring their bases along (HELD), and the baselines that run on
+    the device, all of them or those of `names`."""
     device = next(iter(live.values())).device.type
-    found = {
-        name: _theirs(live, rival)
-        for name, rival in baselines.available(device).items()
-        if wanted is None or name in wanted
+    return _ours(live) | {
+        name: _theirs(live, baseline)
+        for name, baseline in baselines.available(device).items()
+        if names is None or name in names
     }
-    return _ours(live) | found
 
 
 def _ours(live):
@@ -53,23 +53,30 @@ def _ours(live):
         add_noise_(table, 2, SIGMA)
 
     return {
-        YARDSTICK: Way(lambda: add_noise_(table, 1, SIGMA, master), lambda seeds, coefs: update(master, seeds, coefs)),
-        "es_kernels, base copy": Way(
+        YARDSTICK: Method(
+            lambda: add_noise_(table, 1, SIGMA, master),
+            lambda seeds, coefs: update(master, seeds, coefs),
+        ),
+        "es_kernels, base copy": Method(
             lambda: add_noise_(table, 1, SIGMA, copy),
             lambda seeds, coefs: update(copy, seeds, coefs, rounding="stochastic", rounding_seed=7),
         ),
-        "es_kernels, base None": Way(
-            swap, lambda seeds, coefs: add_noise_(table, seeds, coefs, rounding="stochastic", rounding_seed=7)
+        "es_kernels, base None": Method(
+            swap,
+            lambda seeds, coefs: add_noise_(table, seeds, coefs, rounding="stochastic", rounding_seed=7),
         ),
     }
 
 
-def _theirs(live, rival):
+def _theirs(live, baseline):
     def member():
-        rival.perturb(live, 1, SIGMA)
-        rival.restore(live, 1, SIGMA)
+        baseline.perturb(live, 1, SIGMA)
+        baseline.restore(live, 1, SIGMA)
 
-    return Way(member, lambda seeds, coefs: rival.update(live, seeds, coefs), rival.member_bytes, rival.update_bytes)
+    def update(seeds, coefs):
+        baseline.update(live, seeds, coefs)
+
+    return Method(member, update, baseline.member_bytes, baseline.update_bytes, baseline.empties_cache)
 
 
 def coefficients(n):

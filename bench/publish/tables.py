@@ -93,7 +93,7 @@ def _gpu_row(r):
     ]
 
 
-def rivals(report=None):
+def baselines(report=None):
     """Ours against what people do, on the shapes of real models."""
     report = report or results("kernels-cpu")
     parts = []
@@ -114,14 +114,14 @@ def rivals(report=None):
         for who in dict.fromkeys([*(r["who"] for r in rows), *(who for who, _ in why if who)]):
             mine = {r["what"]: r for r in rows if r["who"] == who}
             cells = (
-                _rival_cells(mine[what]) if what in mine else (why.get((who, what), ""), "", "") for what, _ in whats
+                _baseline_cells(mine[what]) if what in mine else (why.get((who, what), ""), "", "") for what, _ in whats
             )
             body.append([who, *itertools.chain(*cells)])
         parts.append(table(header, body))
     return "\n\n".join(parts)
 
 
-def _rival_cells(r):
+def _baseline_cells(r):
     """Of a GPU's row the host's seconds too; what waits for the GPU has none of its own."""
     host = "" if "host_seconds" not in r else f" (host {r['host_seconds']:.2g})" if r["queued"] else " (waits)"
     return f"{r['seconds']:.3g}{host}", f"{r['times_ours']:.2f}", _bytes(r["peak_extra_bytes"])
@@ -202,11 +202,11 @@ def generation(report=None):
     body = []
     for model in dict.fromkeys(r["model"] for r in report["break_even"]):
         rows = {r["way"]: r for r in report["break_even"] if r["model"] == model}
-        extra = (_bytes(max(rows[way]["peak_extra_bytes"].values())) for way in (reference, ours))
+        extra = (_bytes(max(rows[method]["peak_extra_bytes"].values())) for method in (reference, ours))
         body.append(
             [
                 model,
-                *(_tokens(rows[way]["tokens"][share]) for way in (reference, ours) for share in ("0.1", "0.01")),
+                *(_tokens(rows[method]["tokens"][share]) for method in (reference, ours) for share in ("0.1", "0.01")),
                 *extra,
             ]
         )
@@ -281,8 +281,8 @@ def exactness():
         *(text for title in after for text in (title, f"to {setting['reference']}")),
     ]
     left = "; ".join(
-        f"{way} {report[key]['changed']:.0%}, by {report[key]['error_over_step']:.2g} of a step"
-        for way, key in (("add then subtract", "add_then_subtract"), ("base None", "base_none"))
+        f"{method} {report[key]['changed']:.0%}, by {report[key]['error_over_step']:.2g} of a step"
+        for method, key in (("add then subtract", "add_then_subtract"), ("base None", "base_none"))
     )
     return (
         table(header, body)
@@ -304,13 +304,13 @@ def of_machine(path):
     wanted = aims(targets.reports(path.parent).get(report["machine"].get("gpu"), {}))
     others = json.loads(beside.read_text()) if beside.exists() else {}
     report = {key: value for key, value in others.items() if key != "left_out"} | report
-    parts = {"calls": calls, "rivals": rivals, "tables": launches, "generations": generation, "decodings": decodings}
+    parts = {"calls": calls, "rivals": baselines, "tables": launches, "generations": generation, "decodings": decodings}
     return "\n\n".join(filter(None, [wanted, *(make(report) for key, make in parts.items() if report.get(key))]))
 
 
 def decodings(report):
     """Seconds of one member's long answers, by the way of decoding; a ~ before what was extrapolated."""
-    ways = list(dict.fromkeys(r["decoding"] for r in report["decodings"]))
+    methods = list(dict.fromkeys(r["decoding"] for r in report["decodings"]))
     body = []
     for model, workload in dict.fromkeys((r["model"], r["workload"]) for r in report["decodings"]):
         by = {r["decoding"]: r for r in report["decodings"] if (r["model"], r["workload"]) == (model, workload)}
@@ -320,12 +320,14 @@ def decodings(report):
                     model,
                     workload,
                     *(
-                        f"{'~' * (not by[way]['answers_measured'])}{by[way]['answers']:.3g}" if way in by else ""
-                        for way in ways
+                        f"{'~' * (not by[method]['answers_measured'])}{by[method]['answers']:.3g}"
+                        if method in by
+                        else ""
+                        for method in methods
                     ),
                 ]
             )
-    return table(["answers of a member, seconds", "", *ways], body) if body else ""
+    return table(["answers of a member, seconds", "", *methods], body) if body else ""
 
 
 def aims(kinds):
@@ -671,7 +673,7 @@ TABLES = {
     "scale-simulated": scale_simulated,
     "scale-varied": scale_varied,
     "cpu": cpu,
-    "rivals": rivals,
+    "rivals": baselines,
     "generation": generation,
     "countdown": countdown,
     "memory": memory,

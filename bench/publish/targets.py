@@ -45,7 +45,7 @@ def _triton(operation):
     )
 
 
-def _rival(what, base):
+def _reference(what, base):
     """The reference's seconds over ours."""
 
     def ratio(reports):
@@ -165,7 +165,7 @@ TARGETS = [
             f"es-at-scale over ours, {words}",
             bound,
             False,
-            _rival(what, base),
+            _reference(what, base),
             "{:.2f}",
             _left_out("rivals", what, ("es-at-scale", f"es_kernels, base {base}")),
         )

@@ -3,20 +3,20 @@ do today.
 
     python -m bench.speed.generation [--device cpu|cuda] [--out bench/results] [--models NAME ...] [--seconds 900]
 
-What is so, first: answers take nearly all of the time. With the 1024 tokens of the paper's Countdown the reference's
+First of all: answers take nearly all of the time. With the 1024 tokens of the paper's Countdown the reference's
 own handling of weights is about one percent of a generation by README's arithmetic for a GPU, and less on a CPU, so
 nobody gains there from faster kernels. They count where answers are short (one token, log-probabilities of given ones,
 the 100 tokens of two questions of conciseness) and in memory, which is KV cache. Large populations make updates long,
 but answers as well: the shares stay.
 
 A generation of N members takes N * (weights + answers + rewards) + update. Where answers take less than two seconds
-whole members are timed, the ways of handling weights in turn; else weights in turn and answers by themselves, the same
-for every way. What there is no time to wait for is extrapolated, and its row says from what: answers from one batch of
-prompts at shorter lengths (the parabola through the last three: a step costs more the longer the cache), updates of
-many seeds from those of 1 and 30. Break-even: the number of tokens at which handling weights takes a tenth, or a
-hundredth, of the generation.
+whole members are timed, the methods in turn; else weights in turn and answers by themselves, the same for every method.
+What there is no time to wait for is extrapolated, and its row says from what: answers from one batch of prompts at
+shorter lengths (the parabola through the last three: a step costs more the longer the cache), updates of many seeds
+from those of 1 and 30. Break-even: the number of tokens at which handling weights takes a tenth, or a hundredth, of the
+generation.
 
-Writes generation-cpu.json or generation-GPU.json, anew after every workload. An error there (no memory) costs its own
+Writes generation-cpu.json or generation-GPU.json after every workload. An error there (no memory) costs its own
 workload alone.
 """
 
@@ -37,9 +37,9 @@ import torch
 
 from bench import RESULTS
 from bench.common import environment, shapes, timing
-from bench.common.baselines import RIVALS
-from bench.common.methods import HELD, YARDSTICK, coefficients, ways
-from bench.speed.generation_cost import LIMIT, LONG, ROWS, Answers, Workload, extrapolated, load, medians, samples
+from bench.common.baselines import BASELINES
+from bench.common.methods import HELD, YARDSTICK, coefficients, make_methods
+from bench.speed.generation_cost import LIMIT, LONG, ROWS, AnswerTimer, Workload, extrapolated, load, medians, samples
 from es_finetune.runs.files import write_atomically
 from es_finetune.tasks import load_task
 
@@ -71,38 +71,40 @@ MEZO, MEZO_PASSES = "MeZO", 3 / 4
 
 
 class Weights:
-    """Seconds and temporary bytes of each way to handle a model's weights; and the ways, for as long as they are
+    """Seconds and temporary bytes of each method on a model's weights; and the methods, for as long as they are
     needed."""
 
     def __init__(self, model, device):
-        self.ways = ways({name: p.detach() for name, p in model.named_parameters()}, (*THEIRS, MEZO))
-        self.apart = {name for name in self.ways if device == "cuda" and name in RIVALS and RIVALS[name].empties_cache}
+        self.methods = make_methods({name: p.detach() for name, p in model.named_parameters()}, (*THEIRS, MEZO))
+        self.apart = {name for name, method in self.methods.items() if device == "cuda" and method.empties_cache}
         self.device, self.updates, self.in_turn, self.extra = device, {}, {}, {}
-        self.members = self._medians({name: way.member for name, way in self.ways.items()})
+        self.members = self._medians({name: method.member for name, method in self.methods.items()})
         for n in (1, 30):
             self._update(n)
-        for name, way in self.ways.items():
-            update = functools.partial(way.update, *coefficients(2))  # no rival's memory depends on the number of seeds
+        for name, method in self.methods.items():
+            update = functools.partial(method.update, *coefficients(2))  # memory does not depend on the number of seeds
             self.extra[name] = {
-                "member": timing.peak_extra_bytes(way.member, device),
+                "member": timing.peak_extra_bytes(method.member, device),
                 "update": timing.peak_extra_bytes(update, device),
             }
 
     def update(self, n):
-        """({way: seconds} of an update by n seeds, measured or not)."""
+        """({method: seconds} of an update by n seeds, measured or not)."""
         if n not in self.updates:
             one, thirty = self.updates[1], self.updates[30]
-            found = {name: one[name] + (n - 1) * (thirty[name] - one[name]) / 29 for name in thirty}
-            if sum(found.values()) > LIMIT[self.device]:
-                return found, False
+            extrapolated = {name: one[name] + (n - 1) * (thirty[name] - one[name]) / 29 for name in thirty}
+            if sum(extrapolated.values()) > LIMIT[self.device]:
+                return extrapolated, False
             self._update(n)
         return self.updates[n], True
 
     def _update(self, n):
-        wanted = [name for name in self.ways if name != MEZO or n == 1]
-        self.updates[n] = self._medians(
-            {name: functools.partial(self.ways[name].update, *coefficients(n)) for name in wanted}
-        )
+        runs = {
+            name: functools.partial(method.update, *coefficients(n))
+            for name, method in self.methods.items()
+            if name != MEZO or n == 1
+        }
+        self.updates[n] = self._medians(runs)
 
     def _medians(self, runs):
         """In turn, but for those that empty the allocator's cache: the next to allocate would pay."""
@@ -112,24 +114,27 @@ class Weights:
         )
 
     def with_answers(self, work, answer):
-        """({way: seconds of weights}, {way: seconds of answers}): whole members of each way in turn. Answers are the
-        same work for all, so their samples are one heap, but for those of a way that empties the allocator's cache: the
-        answers after it must allocate anew."""
-        if work[1:4] not in self.in_turn:
-            found = samples(
+        """({method: seconds of weights}, {method: seconds of answers}): whole members of each method in turn. Answers
+        are the same work for all, so their samples are one heap, but for those of a method that empties the allocator's
+        cache: the answers after it must allocate again."""
+        if work.questions not in self.in_turn:
+            seconds = samples(
                 {
                     (what, name): run
-                    for name, way in self.ways.items()
-                    for what, run in (("weights", way.member), ("answers", answer))
+                    for name, method in self.methods.items()
+                    for what, run in (("weights", method.member), ("answers", answer))
                 },
                 self.device,
             )
-            heap = statistics.median(s for name in self.ways if name not in self.apart for s in found["answers", name])
-            answers = {
-                name: statistics.median(found["answers", name]) if name in self.apart else heap for name in self.ways
-            }
-            self.in_turn[work[1:4]] = {name: statistics.median(found["weights", name]) for name in self.ways}, answers
-        return self.in_turn[work[1:4]]
+            heap = [s for name in self.methods if name not in self.apart for s in seconds["answers", name]]
+            self.in_turn[work.questions] = (
+                {name: statistics.median(seconds["weights", name]) for name in self.methods},
+                {
+                    name: statistics.median(seconds["answers", name] if name in self.apart else heap)
+                    for name in self.methods
+                },
+            )
+        return self.in_turn[work.questions]
 
 
 _countdown = functools.cache(functools.partial(load_task, "countdown"))
@@ -185,7 +190,7 @@ def memory(name, gpu_bytes=None):
     more (f32 noise)."""
     m, sizes = shapes.MODELS[name], [math.prod(shape) for shape in shapes.parameter_shapes(name).values()]
     a_token = 2 * m.layers * m.kv_heads * (m.hidden // m.heads) * 2
-    held = {base: n * sum(sizes) for base, n in BASES.items()} | {REFERENCE: RIVALS[REFERENCE].update_bytes(sizes)}
+    held = {base: n * sum(sizes) for base, n in BASES.items()} | {REFERENCE: BASELINES[REFERENCE].update_bytes(sizes)}
     row = {"model": name, "parameters": sum(sizes), "kv_bytes_a_token": a_token}
     for what, n in held.items():
         row[what] = {"bytes": n, "kv_tokens": n // a_token} | ({"share_of_gpu": n / gpu_bytes} if gpu_bytes else {})
@@ -210,7 +215,7 @@ def measure(report, name, device, decoding, known, end):
     except RuntimeError as error:
         _failed(report, name, decoding, "weights", error)
         return
-    weights, clock = known[name], Answers(model, device, decoding, end)
+    weights, timer = known[name], AnswerTimer(model, device, decoding, end)
     about = {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -224,22 +229,22 @@ def measure(report, name, device, decoding, known, end):
             report["left_out"].append(f"{name}: {work.name}" + f", {decoding}" * again)
             continue
         try:
-            _keep_faster(report, rows_of(work, about, weights, clock))
+            _keep_faster(report, rows_of(work, about, weights, timer))
         except RuntimeError as error:  # out of memory, or what "static" or "continuous" failed to do
             _failed(report, name, decoding, work.name, error)
         _save(report)
-    _add_break_even(report, name, decoding, weights, clock)
-    weights.ways = None  # the bases' memory
+    _add_break_even(report, name, decoding, weights, timer)
+    weights.methods = None  # the bases' memory
     _save(report)
 
 
-def rows_of(work, about, weights, clock):
-    answers, source = clock.seconds(work)
+def rows_of(work, about, weights, timer):
+    answers, source = timer.seconds(work)
     updates, update_measured = weights.update(work.update_seeds)
     members, each = weights.members, dict.fromkeys(weights.members, answers)
-    in_turn = source is None and answers < SHORT and weights.ways is not None
+    in_turn = source is None and answers < SHORT and weights.methods is not None
     if in_turn:
-        members, each = weights.with_answers(work, clock.run(work))
+        members, each = weights.with_answers(work, timer.run(work))
     about = about | {
         "workload": work.name,
         **work._asdict(),
@@ -249,49 +254,50 @@ def rows_of(work, about, weights, clock):
     }
     about |= {"answers_from": source} if source else {}
     rewards, rows = seconds_of_rewards(work), []
-    for way in weights.members:
-        if way != MEZO or work.update_seeds == 1:
-            a_member = members[way] * (MEZO_PASSES if way == MEZO else 1)
-            rows.append(about | {"way": way} | generation(work.population, a_member, each[way], rewards, updates[way]))
+    for method in weights.members:
+        if method != MEZO or work.update_seeds == 1:
+            a_member = members[method] * (MEZO_PASSES if method == MEZO else 1)
+            parts = generation(work.population, a_member, each[method], rewards, updates[method])
+            rows.append(about | {"way": method} | parts)
     reference = next(row["total"] for row in rows if row["way"] == REFERENCE)
     return [row | {"times_reference": row["total"] / reference} for row in rows]
 
 
-def _add_break_even(report, name, decoding, weights, clock):
-    if len(clock.points) < 2 or not any(
+def _add_break_even(report, name, decoding, weights, timer):
+    if len(timer.points) < 2 or not any(
         row["decoding"] == decoding and row["tokens"] > LONG for row in report["generations"] if row["model"] == name
     ):
         return  # nothing to go by, or the other decoding was faster
     long = next(work for work in WORKLOADS if work.tokens > LONG)
     report["break_even"] = [row for row in report["break_even"] if row["model"] != name]  # of a slower decoding
-    batches = math.ceil(long.prompts / ROWS[clock.device])
+    batches = math.ceil(long.prompts / ROWS[timer.device])
 
     def answers(tokens):
-        return batches * extrapolated(clock.points, tokens)
+        return batches * extrapolated(timer.points, tokens)
 
     by_tokens = {
-        "longest_measured": max(clock.points),
+        "longest_measured": max(timer.points),
         "seconds_answers": {str(2**i): answers(2**i) for i in range(12)},
     }
-    for way in weights.updates[30]:
+    for method in weights.updates[30]:
         parts = {
-            "seconds_member": weights.members[way],
-            "seconds_update": weights.updates[30][way],
+            "seconds_member": weights.members[method],
+            "seconds_update": weights.updates[30][method],
             "seconds_a_token": (answers(129) - answers(1)) / 128,
         }
         tokens = {
-            str(share): break_even(share, weights.members[way], weights.updates[30][way], 30, answers)
+            str(share): break_even(share, weights.members[method], weights.updates[30][method], 30, answers)
             for share in (0.1, 0.01)
         }
         row = {
             "model": name,
             "decoding": decoding,
-            "way": way,
+            "way": method,
             "prompts": long.prompts,
             "prompt_tokens": long.prompt_tokens,
         }
         report["break_even"].append(
-            row | parts | by_tokens | {"tokens": tokens, "peak_extra_bytes": weights.extra[way]}
+            row | parts | by_tokens | {"tokens": tokens, "peak_extra_bytes": weights.extra[method]}
         )
 
 
@@ -327,8 +333,8 @@ def _keep_faster(report, rows):
 
 
 def _line(rows):
-    found = {row["way"]: row for row in rows}
-    ours, theirs = found[YARDSTICK], found[REFERENCE]
+    by_method = {row["way"]: row for row in rows}
+    ours, theirs = by_method[YARDSTICK], by_method[REFERENCE]
     both = [
         f"{who} {row['total']:9.2f} s, of it weights {row['share_of_weights']:6.2%}"
         for who, row in (("theirs", theirs), ("ours", ours))

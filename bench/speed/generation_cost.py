@@ -34,6 +34,11 @@ class Workload(NamedTuple):
     population: int = 30
     update_seeds: int = 30
 
+    @property
+    def questions(self):
+        """All that the seconds of a member's answers depend on."""
+        return self.prompts, self.prompt_tokens, self.tokens
+
 
 class Numbers:
     """A tokenizer for random weights: texts are numbers in decimal."""
@@ -80,21 +85,21 @@ def timed(run, device):
 def samples(runs, device, rounds=3):
     """{name: function} -> {name: [seconds]}: all in turn, until LIMIT. The first round warms up and counts only if it
     was the only one."""
-    found, begin = {name: [] for name in runs}, time.monotonic()
+    measured, begin = {name: [] for name in runs}, time.monotonic()
     for _ in range(rounds + 1):
         for name, run in runs.items():
-            found[name].append(timed(run, device))
+            measured[name].append(timed(run, device))
         if time.monotonic() - begin > LIMIT[device]:
             break
-    return {name: seconds[1:] or seconds for name, seconds in found.items()}
+    return {name: seconds[1:] or seconds for name, seconds in measured.items()}
 
 
 def medians(runs, device):
     return {name: statistics.median(seconds) for name, seconds in samples(runs, device).items()}
 
 
-class Answers:
-    """Seconds of the answers of one member, measured as far as there is time for it."""
+class AnswerTimer:
+    """Seconds of the answers of one member, measured as far as time allows."""
 
     def __init__(self, model, device, decoding, end):
         self.model, self.device, self.decoding, self.end = model, device, decoding, end
@@ -105,9 +110,9 @@ class Answers:
         """(seconds, None if they were measured or else what they were extrapolated from)."""
         batches = math.ceil(work.prompts / ROWS[self.device])
         if work.tokens <= LONG:
-            if work[1:4] not in self.short:
-                self.short |= medians({work[1:4]: self.run(work)}, self.device)
-            return self.short[work[1:4]], None
+            if work.questions not in self.short:
+                self.short |= medians({work.questions: self.run(work)}, self.device)
+            return self.short[work.questions], None
         one_batch = work._replace(prompts=work.prompts // batches)
         if self.decoding == "static":
             self.points = {}  # another cache, another law
@@ -133,18 +138,18 @@ class Answers:
         prompts = [[draws.randrange(1, vocabulary) for _ in range(work.prompt_tokens)] for _ in range(work.prompts)]
         if work.tokens == 0:
             return functools.partial(log_probability, self.model, torch.tensor(prompts, device=self.device))
-        if work[1:4] not in self.engines:
+        if work.questions not in self.engines:
             engine = HFEngine(
                 self.model, Numbers(), work.tokens, min(work.prompts, ROWS[self.device]), decoding=self.decoding
             )
             # One: "static" keeps its caches
-            self.engines = {work[1:4]: (engine, engine.encode([" ".join(map(str, ids)) for ids in prompts]))}
+            self.engines = {work.questions: (engine, engine.encode([" ".join(map(str, ids)) for ids in prompts]))}
             for _ in range(3 if self.decoding == "static" else 0):  # to compile, to warm up, to capture
                 self._generate(work, 4)
         return functools.partial(self._generate, work, tokens or work.tokens)
 
     def _generate(self, work, tokens):
-        engine, encoded = self.engines[work[1:4]]
+        engine, encoded = self.engines[work.questions]
         engine.options.max_new_tokens = engine.max_new_tokens = tokens
         lengths = {len(answer.ids) for answer in engine.generate(encoded)}
         if lengths != {tokens}:

@@ -2,21 +2,20 @@
 
     python -m bench.speed.kernels [--device cpu|cuda] [--out bench/results] [--seconds 3000]
 
-Writes kernels-cpu.json or kernels-GPU.json, anew with every row, so that what was measured stays when time runs out or
-a group fails; `left_out` says what was not, and why: no time, or a need of memory that is counted before (sizes times
-bytes a value). Three lists of rows:
+Writes kernels-cpu.json or kernels-GPU.json after every row, so that what was measured stays when time runs out or a
+group fails. `left_out` says what was not measured, and why: no time, or too little memory for what is counted before
+(sizes times bytes a value). Three lists of rows:
 
-calls    one flat tensor: every operation, dtype, rounding, backend and size. Beside the time: bytes, share of the
-bandwidth of a copy of the same
-         tensor in the same rounds (the floor), normals made, and on a GPU the share of the instructions it can issue at
-         the clock that was read.
-tables   the true shapes of real models in one launch, against one flat tensor of their size.
-rivals   what one member and one update of a generation cost, ours against what people do today (rivals.py), with peak
-extra memory.
+calls    One flat tensor: every operation, dtype, rounding, backend and size. Beside the time: bytes, share of the
+         bandwidth of a copy of the same tensor in the same rounds (the floor), normals made, and on a GPU the share of
+         the instructions it can issue at the clock that was read.
+tables   The true shapes of real models in one launch, against one flat tensor of their size.
+rivals   What one member and one update of a generation cost, ours against the baselines (baselines.py), with peak extra
+         memory.
 
-Variants are interleaved, medians of rounds with 20th and 80th percentile. On a GPU all that is timed is in its queue
-before it begins (timing.py): calls and tables as captured graphs, rivals eagerly, whose rows give the host's seconds
-beside the GPU's. A kernel whose bits are not the reference's gets no row.
+Variants are interleaved; figures are medians of rounds with 20th and 80th percentile. On a GPU all that is timed is in
+its queue before it begins (timing.py): calls and tables as captured graphs; baselines eagerly, and their rows give the
+host's seconds beside the GPU's. A kernel whose bits are not the reference's gets no row.
 """
 
 import argparse
@@ -38,8 +37,8 @@ import torch
 
 import es_kernels
 from bench import RESULTS
-from bench.common import baselines, environment, shapes, timing
-from bench.common.methods import HELD, SIGMA, YARDSTICK, coefficients, ways
+from bench.common import environment, shapes, timing
+from bench.common.methods import HELD, SIGMA, YARDSTICK, coefficients, make_methods
 from bench.common.operations import DTYPES, Operation, operations, right, right_at_size
 from bench.common.timing import Variant, interleave
 from es_finetune.runs.files import write_atomically
@@ -49,8 +48,7 @@ from es_kernels.backends import cpu
 # The first is that of a large weight: the size of the tables in README
 SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]
 MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
-# Model -> members of the update against rivals, 0 for none: on a CPU 30 of them are minutes of random numbers for each
-# rival.
+# Model -> members of the update against baselines, 0 for none: on a CPU each takes minutes for the noise of 30.
 MODELS = {
     "cpu": {"50M": 8, "Qwen2.5-0.5B": 0},
     "cuda": {"Qwen2.5-7B": 30, "Qwen2.5-0.5B": 30, "Qwen2.5-1.5B": 30, "Llama-3.1-8B": 0},
@@ -74,7 +72,7 @@ class Place(NamedTuple):
 
 
 def places(device):
-    """Groups of places that can be interleaved with each other; of a CPU each is alone, since threads and instruction
+    """Groups of places that can be interleaved with each other. On a CPU each is alone, since threads and instruction
     set are the process's."""
     if device == "cuda":
         why = {name: es_kernels.backends.unavailable(name, torch.device(device)) for name in ("cuda", "triton")}
@@ -109,7 +107,7 @@ class Report:
         self.save()
 
     def leave_out(self, why, kind, **about):
-        """about: `model`, and of rivals `who` and `what`, if it is of no others."""
+        """about: `model`, and of baselines `who` and `what`, if it is of no others."""
         self.content["left_out"].append({"kind": kind, **about, "why": why})
         print(f"left out: {kind} {', '.join(map(str, about.values()))}: {why}", file=sys.stderr, flush=True)
         self.save()
@@ -242,9 +240,9 @@ def _timed(seconds):
     return {"seconds": seconds.median, **known}
 
 
-# ---- tables and rivals: the shapes of real models ----
+# ---- tables and baselines: the shapes of real models ----
 
-# What measure_rivals calls.
+# What measure_baselines calls of ours.
 OURS = [
     Operation("perturb", "bf16", "f32"),
     Operation("perturb", "bf16", "bf16"),
@@ -322,8 +320,8 @@ def measure_table(report, group, model):
             )
 
 
-def measure_rivals(report, group, model, seeds):
-    """`member`: what one member's weights cost, until the next may begin (rivals perturb and restore). `update`: of
+def measure_baselines(report, group, model, seeds):
+    """`member`: what one member's weights cost, until the next may begin (baselines perturb and restore). `update`: of
     `seeds` members, until live weights are ready. seeds = 0: no update."""
     device, place, sizes = report.device, group[0], _sizes(model)
     place.enter()
@@ -333,33 +331,33 @@ def measure_rivals(report, group, model, seeds):
     if not all(passing):
         return
     live = _weights(model, device)
-    all_ways = ways(live)
+    all_methods = make_methods(live)
     for what in ("member", "update") if seeds else ("member",):
-        counted = {name: getattr(way, f"{what}_bytes")(sizes) for name, way in all_ways.items()}
+        counted = {name: getattr(method, f"{what}_bytes")(sizes) for name, method in all_methods.items()}
         fitting = {
-            name: all_ways[name]
+            name: all_methods[name]
             for name, needed in counted.items()
             if report.fits(needed, "rivals", model=model, who=name, what=what)
         }
 
         def work(n_seeds, fitting=fitting, what=what):
             return {
-                name: way.member if what == "member" else functools.partial(way.update, *coefficients(n_seeds))
-                for name, way in fitting.items()
+                name: method.member if what == "member" else functools.partial(method.update, *coefficients(n_seeds))
+                for name, method in fitting.items()
             }
 
-        # Eagerly, as rivals must: a generator's seed cannot be captured. Ours is one launch, or two.
+        # Eagerly, as baselines must: a generator's seed cannot be captured. Ours is one launch, or two.
         variants = {name: Variant(lambda k, run=run: run(), capture=False) for name, run in work(seeds).items()}
-        apart = {
-            name: v
-            for name, v in variants.items()
-            if name == YARDSTICK or name in baselines.RIVALS and baselines.RIVALS[name].empties_cache
-        }
         timings, ratios = {}, {}
-        for together in ({name: v for name, v in variants.items() if name == YARDSTICK or name not in apart}, apart):
-            found = interleave(together, device, rounds=3)
-            ratios = {name: found[name].median / found[YARDSTICK].median for name in found} | ratios
-            timings = found | timings
+        for empties_cache in (False, True):
+            together = {
+                name: v
+                for name, v in variants.items()
+                if name == YARDSTICK or all_methods[name].empties_cache == empties_cache
+            }
+            measured = interleave(together, device, rounds=3)
+            ratios = {name: measured[name].median / measured[YARDSTICK].median for name in measured} | ratios
+            timings = measured | timings
         for name, run in work(2).items():  # nobody's memory depends on the number of seeds
             row = {
                 "model": model,
@@ -399,7 +397,7 @@ def main():
         for dtype, wanted in main_ones.items()
         for group in groups[1:]
     ]
-    plan += [("rivals", measure_rivals, best, model, seeds) for model, seeds in MODELS[args.device].items()]
+    plan += [("rivals", measure_baselines, best, model, seeds) for model, seeds in MODELS[args.device].items()]
     plan += [("tables", measure_table, best, model) for model in MODELS[args.device]]
     plan += [("calls", measure_calls, best, dtype, n, wanted) for n in SIZES[1:] for dtype, wanted in every.items()]
     complete = True

@@ -1,6 +1,6 @@
-"""Contract: every rival does the work that it stands for. Its perturbation is N(0, sigma^2) noise in every tensor, from
-the seed alone; `restore` takes it back up to rounding; its update adds the very noise of the perturbations, each with
-its coefficient. What it holds in between is what is counted for it."""
+"""Contract: every baseline does the work that it stands for. Its perturbation is N(0, sigma^2) noise in every tensor,
+from the seed alone; `restore` takes it back up to rounding; its update adds the very noise of the perturbations, each
+with its coefficient. What it holds in between is what is counted for it."""
 
 import weakref
 
@@ -16,13 +16,13 @@ def weights(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name, rival in baselines.RIVALS.items() if rival.only_on is None])
-def test_a_rival_does_the_work(name, dtype):
-    rival, rounding = baselines.RIVALS[name], 2.0**-7 if dtype == torch.bfloat16 else 2.0**-22
+@pytest.mark.parametrize("name", [name for name, baseline in baselines.BASELINES.items() if baseline.only_on is None])
+def test_a_baseline_does_the_work(name, dtype):
+    baseline, rounding = baselines.BASELINES[name], 2.0**-7 if dtype == torch.bfloat16 else 2.0**-22
     one, two, again = weights(dtype), weights(dtype), weights(dtype)
-    rival.perturb(one, 5, 0.5)
-    rival.perturb(two, 6, 0.5)
-    rival.perturb(again, 5, 0.5)
+    baseline.perturb(one, 5, 0.5)
+    baseline.perturb(two, 6, 0.5)
+    baseline.perturb(again, 5, 0.5)
     for key in one:
         assert torch.equal(one[key], again[key])
         assert abs(one[key].float().mean()) < 5 * 0.5 / one[key].numel() ** 0.5
@@ -31,9 +31,9 @@ def test_a_rival_does_the_work(name, dtype):
             abs(torch.corrcoef(torch.stack([one[key].float().flatten(), two[key].float().flatten()]))[0, 1])
             < 5 / one[key].numel() ** 0.5
         )
-    rival.restore(again, 5, 0.5)
+    baseline.restore(again, 5, 0.5)
     assert max(w.abs().max() for w in again.values()) <= 4 * rounding
-    rival.update(again := weights(dtype), [5, 6], [0.5, -0.25])
+    baseline.update(again := weights(dtype), [5, 6], [0.5, -0.25])
     for key in one:
         torch.testing.assert_close(
             again[key].float(), one[key].float() - 0.5 * two[key].float(), rtol=0, atol=8 * rounding
@@ -76,18 +76,19 @@ class Held(TorchDispatchMode):
 
 # What is compiled shows no operation here; Triton's has no temporaries, and its kernels run on a GPU.
 @pytest.mark.parametrize(
-    "name", [name for name, rival in baselines.RIVALS.items() if rival.only_on is None and name != "torch.compile"]
+    "name",
+    [name for name, b in baselines.BASELINES.items() if b.only_on is None and name != "torch.compile"],
 )
-def test_what_a_rival_holds_is_what_is_counted_for_it(name):
+def test_what_a_baseline_holds_is_what_is_counted_for_it(name):
     """On a CPU the same operations as on a GPU."""
-    rival, params = (
-        baselines.RIVALS[name],
+    baseline, params = (
+        baselines.BASELINES[name],
         {f"w{n}": torch.zeros(n, dtype=torch.bfloat16) for n in (100_000, 300_000, 200_000)},
     )
     sizes = [p.numel() for p in params.values()]
     for run, counted in (
-        (lambda: rival.perturb(params, 1, 0.1), rival.member_bytes),
-        (lambda: rival.update(params, [1, 2, 3], [0.1] * 3), rival.update_bytes),
+        (lambda: baseline.perturb(params, 1, 0.1), baseline.member_bytes),
+        (lambda: baseline.update(params, [1, 2, 3], [0.1] * 3), baseline.update_bytes),
     ):
         with Held() as held:
             run()
@@ -95,4 +96,4 @@ def test_what_a_rival_holds_is_what_is_counted_for_it(name):
 
 
 def test_triton_is_left_out_on_a_cpu():
-    assert "Triton tl.randn" in baselines.RIVALS and "Triton tl.randn" not in baselines.available("cpu")
+    assert "Triton tl.randn" in baselines.BASELINES and "Triton tl.randn" not in baselines.available("cpu")

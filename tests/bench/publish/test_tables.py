@@ -93,7 +93,7 @@ def test_what_a_gpu_could_not_hold_or_queue_is_said():
             "why": "needs 45.7 GB, 21.5 GB can be had",
         }
     ]
-    lines = tables.rivals({"rivals": rows, "left_out": why}).splitlines()
+    lines = tables.baselines({"rivals": rows, "left_out": why}).splitlines()
     assert lines[2].startswith("| ours | 0.01 (host 0.002) |")
     assert lines[3].endswith("| needs 45.7 GB, 21.5 GB can be had |  |  |")
     assert lines[4].startswith("| es-at-scale | 0.01 (waits) |") and lines[4].endswith("|  |  |  |")

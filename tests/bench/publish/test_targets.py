@@ -153,7 +153,7 @@ def test_a_target_that_the_card_cannot_hold_says_so(folder):
     )
 
 
-def test_what_another_rival_could_not_hold_is_no_targets_reason(folder):
+def test_what_another_baseline_could_not_hold_is_no_targets_reason(folder):
     def without_updates(content):
         content["rivals"] = [row for row in content["rivals"] if row["what"] != "update"]
         content["left_out"] = [

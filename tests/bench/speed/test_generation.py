@@ -1,6 +1,6 @@
 """Contract: a generation is the sum of its parts; break-even inverts that sum; what was extrapolated says so, and from
-what; every way does its work on every parameter; a run writes whole rows, and what fails or has no time costs nothing
-else."""
+what; every method does its work on every parameter; a run writes whole rows, and what fails or has no time costs
+nothing else."""
 
 import json
 import sys
@@ -67,13 +67,13 @@ def test_bytes_and_cache_of_a_model():
 
 
 @pytest.mark.parametrize("name", [*baselines.available("cpu"), *OURS])
-def test_every_way_does_its_member_and_its_update(name):
+def test_every_method_does_its_member_and_its_update(name):
     live = {"a": torch.zeros(64, 33, dtype=torch.bfloat16), "b": torch.zeros(77, dtype=torch.bfloat16)}
-    way = methods.ways(live)[name]
-    way.update(*methods.coefficients(4))
+    method = methods.make_methods(live)[name]
+    method.update(*methods.coefficients(4))
     assert all((p != 0).double().mean() > 0.9 for p in live.values())
     before = {key: p.clone() for key, p in live.items()}
-    way.member()
+    method.member()
     for key, p in live.items():
         moved = (p - before[key]).float().abs().max()
         if name in OURS:  # the next member's weights: nothing has to be undone
@@ -114,7 +114,7 @@ def run(monkeypatch, tmp_path):
 
 def test_a_run_writes_whole_rows(run):
     report = run()
-    expected = {(w.name, way) for w in generation.WORKLOADS for way in (*generation.THEIRS, *OURS)} | {
+    expected = {(w.name, method) for w in generation.WORKLOADS for method in (*generation.THEIRS, *OURS)} | {
         ("a MeZO step", "MeZO")
     }
     assert {(r["workload"], r["way"]) for r in report["generations"]} == expected and len(report["generations"]) == len(
@@ -125,7 +125,7 @@ def test_a_run_writes_whole_rows(run):
         assert row["answers_measured"] and row["update_measured"] and "answers_from" not in row
         assert row["in_turn"]
         same = [r["answers"] for r in report["generations"] if r["workload"] == row["workload"]]
-        assert same == [row["answers"]] * len(same)  # one measurement for every way
+        assert same == [row["answers"]] * len(same)  # one measurement for every method
     assert all(row["times_reference"] == 1 for row in report["generations"] if row["way"] == generation.REFERENCE)
     assert {row["way"] for row in report["break_even"]} == {*generation.THEIRS, *OURS}
     assert not report["left_out"] and not report["errors"]
@@ -133,7 +133,7 @@ def test_a_run_writes_whole_rows(run):
 
 
 def test_what_there_is_no_time_for_is_extrapolated_and_says_so(run, monkeypatch):
-    monkeypatch.setattr(generation_cost.Answers, "_time_for", lambda self, seconds: False)
+    monkeypatch.setattr(generation_cost.AnswerTimer, "_time_for", lambda self, seconds: False)
     monkeypatch.setitem(generation_cost.LIMIT, "cpu", 0)
     rows = {r["workload"]: r for r in run()["generations"] if r["way"] == generation.REFERENCE}
     assert not rows["long"]["answers_measured"]
@@ -178,8 +178,8 @@ def test_the_faster_decoding_is_kept():
             "update_measured": True,
         }
         return [
-            about | {"way": way, "answers": seconds, "total": seconds, "share_of_weights": 0.0}
-            for way in (*generation.THEIRS, *OURS)
+            about | {"way": method, "answers": seconds, "total": seconds, "share_of_weights": 0.0}
+            for method in (*generation.THEIRS, *OURS)
         ]
 
     for first, second, kept in (
@@ -197,9 +197,9 @@ def test_the_faster_decoding_is_kept():
 @pytest.mark.parametrize("decoding", generation.DECODINGS)
 def test_every_decoding_answers_with_as_many_tokens_as_are_asked(decoding):
     work = generation_cost.Workload("any", 5, 7, 12)
-    clock = generation_cost.Answers(generation_cost.load("embedded", "cpu"), "cpu", decoding, 0)
-    clock.run(work)()
-    clock.run(work, 3)()  # it raises if a row has another length
+    timer = generation_cost.AnswerTimer(generation_cost.load("embedded", "cpu"), "cpu", decoding, 0)
+    timer.run(work)()
+    timer.run(work, 3)()  # it raises if a row has another length
 
 
 def test_both_decodings_stand_in_the_table():

@@ -27,7 +27,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "SIZES", [4096, 1000])
     monkeypatch.setattr(kernels, "MODELS", {"cpu": {"tiny": 2}})
     monkeypatch.setitem(shapes.MODELS, "tiny", TINY)
-    monkeypatch.setattr(baselines, "available", lambda device: {"MeZO": baselines.RIVALS["MeZO"]})
+    monkeypatch.setattr(baselines, "available", lambda device: {"MeZO": baselines.BASELINES["MeZO"]})
     threads = torch.get_num_threads()
     monkeypatch.setenv("ES_KERNELS_ISA", "baseline")  # main() sets it: restored afterwards
 
@@ -101,13 +101,13 @@ def test_a_run_that_dies_keeps_every_row_before(small, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "peak_extra_bytes", lambda run, device: next(peaks))
     report = kernels.Report("cpu", tmp_path, 60)
     with pytest.raises(StopIteration):
-        kernels.measure_rivals(report, [kernels.Place("cpu", "baseline", 1)], "tiny", 2)
+        kernels.measure_baselines(report, [kernels.Place("cpu", "baseline", 1)], "tiny", 2)
     kept = json.loads((tmp_path / "kernels-cpu.json").read_text())
     assert len(kept["rivals"]) == 1 and not kept["complete"]
 
 
 def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
-    """Every step of it but the kernels: captured calls and tables, eager rivals that are queued or wait, the targets
+    """Every step of it but the kernels: captured calls and tables, eager baselines that are queued or wait, the targets
     and tables made of them."""
     monkeypatch.setattr(kernels, "SIZES", [4096])
     monkeypatch.setattr(kernels, "MODELS", {"cuda": {"Qwen2.5-7B": 30}})
@@ -123,7 +123,7 @@ def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
         baselines,
         "available",
         lambda device: {
-            "es-at-scale": baselines.Rival(waits, lambda *a: None, waits, baselines.Bytes(), baselines.Bytes())
+            "es-at-scale": baselines.Baseline(waits, lambda *a: None, waits, baselines.Bytes(), baselines.Bytes())
         },
     )
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cuda", "--out", str(tmp_path)])
@@ -160,10 +160,10 @@ OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None
 def measured_on(monkeypatch, tmp_path):
     """measured_on(card): ({(kind, who, what)} of the rows that Qwen2.5-7B gets there, what is left out). Nothing is
     made or timed: what is free goes down by weights and bases as soon as these are there."""
-    all_ways = {name: methods.Way(print, print) for name in OURS}
-    all_ways |= {
-        name: methods.Way(print, print, rival.member_bytes, rival.update_bytes)
-        for name, rival in baselines.RIVALS.items()
+    all_methods = {name: methods.Method(print, print) for name in OURS}
+    all_methods |= {
+        name: methods.Method(print, print, baseline.member_bytes, baseline.update_bytes, baseline.empties_cache)
+        for name, baseline in baselines.BASELINES.items()
     }
 
     def measured(card):
@@ -177,7 +177,7 @@ def measured_on(monkeypatch, tmp_path):
             monkeypatch.setattr(
                 kernels, "_free_bytes", lambda device: CARDS[card] - methods.HELD(kernels._sizes("Qwen2.5-7B"))
             )
-            return all_ways
+            return all_methods
 
         def timed(variants, device, rounds):
             return dict.fromkeys(variants, timing.Timing(1.0, 1.0, 1.0, rounds))
@@ -187,7 +187,7 @@ def measured_on(monkeypatch, tmp_path):
             raise InterruptedError
 
         for name, stands_for in {
-            "ways": with_bases,
+            "make_methods": with_bases,
             "interleave": timed,
             "_weights": lambda *arguments: {},
             "_table_and_flat": made,
@@ -197,7 +197,7 @@ def measured_on(monkeypatch, tmp_path):
         group = [kernels.Place("cuda")]
         with contextlib.suppress(InterruptedError):
             kernels.measure_table(report, group, "Qwen2.5-7B")
-        kernels.measure_rivals(report, group, "Qwen2.5-7B", 30)
+        kernels.measure_baselines(report, group, "Qwen2.5-7B", 30)
         return rows, report.content["left_out"]
 
     return measured
@@ -206,7 +206,7 @@ def measured_on(monkeypatch, tmp_path):
 def test_every_row_of_a_7b_model_is_measured_on_an_h200(measured_on):
     rows, left_out = measured_on("H200")
     assert left_out == []
-    assert rows == {("rivals", who, what) for who in (*OURS, *baselines.RIVALS) for what in ("member", "update")} | {
+    assert rows == {("rivals", who, what) for who in (*OURS, *baselines.BASELINES) for what in ("member", "update")} | {
         ("tables", None, None)
     }
 
@@ -218,7 +218,7 @@ def test_an_h100_leaves_out_only_what_holds_a_sum_of_the_whole_model(measured_on
         ("torch._foreach", "update", "needs 45.7 GB, 22.2 GB can be had"),
         ("torch.compile", "update", "needs 30.5 GB, 22.2 GB can be had"),
     ]
-    assert len(rows) == 2 * len(OURS) + 2 * len(baselines.RIVALS) - 2 + 1
+    assert len(rows) == 2 * len(OURS) + 2 * len(baselines.BASELINES) - 2 + 1
 
 
 def test_a_small_card_says_what_it_would_take(measured_on):
