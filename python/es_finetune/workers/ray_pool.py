@@ -8,6 +8,8 @@ that a run needs to go on.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 import socket
 import time
@@ -66,19 +68,51 @@ class Actor:
         self.worker.save_snapshot(folder)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What an actor is busy with.
+
+    Attributes:
+        reference: Of Ray, to what it will come back with.
+        on_result: Called with that, once.
+        on_lost: Called instead where the actor dies or hangs.
+        limit: Seconds that it should take at most; None: as long as it takes.
+        since: When it was asked, in seconds of `time.monotonic`.
+    """
+
+    reference: Any
+    on_result: Callable[[Any], object]
+    on_lost: Callable[[], object] = lambda: None
+    limit: float | None = None
+    since: float = dataclasses.field(default_factory=lambda: time.monotonic())
+
+    @property
+    def hangs_at(self) -> float:
+        """When the actor counts as hanging, by the same clock."""
+        return math.inf if self.limit is None else self.since + _HANGS * self.limit
+
+
 @dataclasses.dataclass
 class Slot:
-    """One actor after the other."""
+    """A place in the pool: one actor after the other.
+
+    Attributes:
+        number: Of the place, from 0.
+        actor: The present one.
+        host: Where it runs.
+        started: Whether it has its worker.
+        generation: Updates that it has done, or been asked to do.
+        call: What it is busy with; None: nothing.
+        deaths: Of actors here, since the last result.
+    """
 
     number: int
     actor: Any = None
     host: str = "?"
-    generation: int = 0  # updates that it has done, or been asked to do
-    call: Any = None  # what it is at
-    what: tuple = ()  # ("start",), ("catch up",), ("job", spread, job), ("update",)
-    since: float = 0.0
-    limit: float | None = None  # seconds that it should take at most
-    deaths: int = 0  # since the last result
+    started: bool = False
+    generation: int = 0
+    call: Call | None = None
+    deaths: int = 0
 
     @property
     def name(self) -> str:
@@ -131,7 +165,7 @@ class RayPool:
             self._snapshots: Path | None = None
             self._start: dict[str, Any] | None = None
             self._limit, self._drop = options.straggler_limit, options.drop_stragglers
-            self._health_actor: Any = None  # the actor that has looked at a member of this generation
+            self._health_actor: Any = None  # the one that has measured a member of this generation
             self.slots = [Slot(number) for number in range(self.count)]
             for slot in self.slots:
                 self._start_actor(slot)
@@ -139,12 +173,12 @@ class RayPool:
             self.close()
             raise
 
-    # --- what a Trainer asks
-    # -------------------------------------------------------------------------------------------
+    # --- what a Trainer asks ------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        while any(slot.what == ("start",) for slot in self.slots):
-            self._wait(None)
+        while not all(slot.started for slot in self.slots):
+            self._wait()
+        assert self._start is not None  # of the first that has started
         return self._start
 
     def fast_forward(self, generations: Sequence[Row], snapshots: Path | None = None) -> None:
@@ -155,11 +189,6 @@ class RayPool:
         self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
     ) -> tuple[list[Row], list[int]]:
         lines = dict(known)
-
-        def take(member: int, line: Row) -> None:
-            keep(line)
-            lines[member] = line
-
         self._health_actor = None
 
         def ask(slot: Slot, member: int) -> Any:
@@ -168,43 +197,57 @@ class RayPool:
                 self._health_actor = slot.actor
             return slot.actor.member.remote(generation, member, measures)
 
+        def take(member: int, line: Row) -> None:
+            keep(line)
+            lines[member] = line
+
         dispatch = Dispatch(self.plan.left(known), self._limit, self._drop)
         self._spread(dispatch, ask, take)
         return [lines[member] for member in sorted(lines)], sorted(dispatch.dropped)
 
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
-        found: dict[str, dict[str, Any]] = {}
-        one = None
-        # All that are free do it now, at the same time; who is late with a member, or new, repeats it from the log
-        # before its next work.
+        """All actors that are free do it now, at the same time. One that is late with a member, or new, repeats it from
+        the log before its next work."""
+        results: dict[str, dict[str, Any]] = {}  # by the workers' names
+        outcome: dict[str, Any] | None = None  # of the worker that measures health, else of the first
+        calls: list[Call] = []
+
+        def take(slot: Slot, measures: bool, result: dict[str, Any]) -> None:
+            nonlocal outcome
+            if len(self._log) > update.generation:  # the others went on without this one, which proves itself now
+                line = self._log[update.generation]
+                logged = {key: int(line[key], 16) for key in ("theta", "live")}
+                require_agreement(update, {"the log": {**result, **logged}, slot.name: result}, result)
+                return
+            results[slot.name] = result
+            outcome = result if outcome is None or measures else outcome
+
         while True:
             self._catch_up_and_replace()
             for slot in self._ready():
                 slot.generation += 1
                 measures = with_health and slot.actor == self._health_actor
-                self._ask(slot, ("update", measures), slot.actor.update.remote(update, measures), self._limit)
-            pending = [slot for slot in self.slots if slot.what[:1] == ("update",)]
-            if found and (
-                not pending or (self._limit and time.monotonic() - min(slot.since for slot in pending) > self._limit)
-            ):
+                reference = slot.actor.update.remote(update, measures)
+                slot.call = Call(reference, functools.partial(take, slot, measures), limit=self._limit)
+                calls.append(slot.call)
+            pending = [slot.call for slot in self.slots if slot.call in calls]
+            late = self._limit and pending and time.monotonic() - min(call.since for call in pending) > self._limit
+            if outcome is not None and (late or not pending):
                 break
-            for slot, what, result in self._wait(self._limit):
-                if what[0] == "update":
-                    found[slot.name] = result
-                    one = result if one is None or what[1] else one
-        one = require_agreement(update, found, one)
-        self._log.append(line_of(update, one))
-        return one
+            self._wait(self._limit)
+        outcome = require_agreement(update, results, outcome)
+        self._log.append(line_of(update, outcome))
+        return outcome
 
     def answer_held_out(self) -> Evaluation:
-        found: dict[int, Evaluation] = {}
+        answered: dict[int, Evaluation] = {}
         questions = len(self.plan.held_out)
         parts = min(self.count, questions)
         # The limit is one of a member; a part has more questions, or fewer.
         longer = max(1.0, questions / parts / (self.plan.prompts or len(self.task.train)))
         dispatch = Dispatch(range(parts), self._limit and self._limit * longer)
-        self._spread(dispatch, lambda slot, part: slot.actor.answer_held_out.remote(part, parts), found.__setitem__)
-        return Evaluation.joined([found[part] for part in range(parts)])
+        self._spread(dispatch, lambda slot, part: slot.actor.answer_held_out.remote(part, parts), answered.__setitem__)
+        return Evaluation.joined([answered[part] for part in range(parts)])
 
     def save_model(self, folder: Path) -> None:
         """Written by one of the workers: ValueError where that is not this machine and the folder is not shared."""
@@ -213,8 +256,7 @@ class RayPool:
         if not folder.is_dir():
             raise UserError(
                 f"the model was written to {folder} on another machine of the cluster: use a shared folder, or "
-                "--save_model false and es-finetune export, "
-                "which needs the log alone"
+                "--save_model false and es-finetune export, which needs the log alone"
             )
 
     def save_snapshot(self, folder: Path) -> None:
@@ -228,102 +270,91 @@ class RayPool:
         if self._own:
             self.ray.shutdown()
 
-    # --- actors
-    # ----------------------------------------------------------------------------------------------------------
+    # --- actors -------------------------------------------------------------------------------------------------------
 
     def _spread(self, dispatch: Dispatch, ask: Callable[[Slot, int], Any], take: Callable[[int, Any], None]) -> None:
         """Have every job of the dispatch done by some actor, whatever becomes of others. `take` gets the first result
         of each."""
-        spread = object()  # results of another are too late
+
+        def on_result(job: int, result: Any) -> None:
+            if dispatch.done(job):  # not of one that came too late, when the dispatch may be over
+                take(job, result)
+
         while True:
-            self._catch_up_and_replace(dispatch)
+            self._catch_up_and_replace()
             dispatch.give_up(time.monotonic())
             for slot in self._ready():
                 job = dispatch.next(slot.number, time.monotonic())
                 if job is not None:
-                    self._ask(slot, ("job", spread, job), ask(slot, job), dispatch.limit)
+                    slot.call = Call(
+                        ask(slot, job),
+                        functools.partial(on_result, job),
+                        functools.partial(dispatch.lost, slot.number),
+                        dispatch.limit,
+                    )
             if dispatch.finished:
                 return
             # Who would take a member that gets late: without anyone free there is nothing to wake up for.
             due = dispatch.overdue() if dispatch.drop or self._ready() else None
-            for slot, what, result in self._wait(None if due is None else due - time.monotonic(), dispatch):
-                if what[0] == "job" and what[1] is spread and dispatch.done(what[2]):
-                    take(what[2], result)
-                elif what[0] == "update":  # of one that was late with it
-                    done = self._log[slot.generation - 1]
-                    proof = {key: int(done[key], 16) for key in ("theta", "live")}
-                    require_agreement(
-                        Update(done["generation"], 0.0, 0, None),
-                        {"the log": {**result, **proof}, slot.name: result},
-                        result,
-                    )
+            self._wait(None if due is None else due - time.monotonic())
 
     def _ready(self) -> list[Slot]:
         """The actors that have nothing to do and all updates done."""
         return [slot for slot in self.slots if slot.call is None and slot.generation == len(self._log)]
 
-    def _ask(self, slot: Slot, what: tuple, call: Any, limit: float | None = None) -> None:
-        slot.call, slot.what, slot.since, slot.limit = call, what, time.monotonic(), limit
-
-    def _catch_up_and_replace(self, dispatch: Dispatch | None = None) -> None:
+    def _catch_up_and_replace(self) -> None:
         """Bring free actors to the log's end, and replace those that hang."""
         for slot in self.slots:
             if slot.call is None and slot.generation < len(self._log):
                 behind = self._log[slot.generation :]
                 snapshots = self._snapshots if slot.generation == 0 else None
                 slot.generation = len(self._log)
-                self._ask(slot, ("catch up",), slot.actor.fast_forward.remote(behind, snapshots))
-            elif slot.call is not None and slot.limit and time.monotonic() - slot.since > _HANGS * slot.limit:
-                self._replace(
-                    slot, f"it took more than {_HANGS} times the straggler limit of {slot.limit:g} s", dispatch
-                )
+                slot.call = Call(slot.actor.fast_forward.remote(behind, snapshots), on_result=lambda _: None)
+            elif slot.call is not None and time.monotonic() > slot.call.hangs_at:
+                limit = f"the straggler limit of {slot.call.limit:g} s"
+                self._replace(slot, f"it took more than {_HANGS} times {limit}")
 
-    def _wait(self, timeout: float | None, dispatch: Dispatch | None = None) -> list[tuple[Slot, tuple, Any]]:
-        """What one of the actors came back with, as (slot, what it was asked, result); nothing after `timeout` seconds,
-        or where one died or hangs."""
-        calls = {slot.call: slot for slot in self.slots if slot.call is not None}
-        now = time.monotonic()
-        waits = [slot.since + _HANGS * slot.limit - now for slot in calls.values() if slot.limit] + (
-            [] if timeout is None else [timeout]
-        )
-        ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=max(0.05, min(waits)) if waits else None)
+    def _wait(self, timeout: float | None = None) -> None:
+        """Wait until one of the actors comes back with something, and hand that on; at most `timeout` seconds, or until
+        one dies or hangs."""
+        busy = {call.reference: (slot, call) for slot in self.slots if (call := slot.call) is not None}
+        until = min(call.hangs_at for _, call in busy.values()) - time.monotonic()
+        until = min(until, math.inf if timeout is None else timeout)
+        ready, _ = self.ray.wait(list(busy), num_returns=1, timeout=None if until == math.inf else max(0.05, until))
         if not ready:
-            return []
-        slot = calls[ready[0]]
-        what, slot.call, slot.what = slot.what, None, ()
+            return
+        slot, call = busy[ready[0]]
         try:
             result = self.ray.get(ready[0])
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
+                slot.call = None
                 raise error.cause from None  # it would be the same on any other
-            self._replace(slot, first_line(error.cause), dispatch)
-            return []
+            return self._replace(slot, first_line(error.cause))
         except self.ray.exceptions.RayError as error:
-            self._replace(slot, first_line(error), dispatch)
-            return []
-        if what[0] == "start":
-            self._on_started(slot, result)
-        else:
+            return self._replace(slot, first_line(error))
+        slot.call = None
+        if slot.started:
             slot.deaths = 0
-        return [(slot, what, result)]
+        call.on_result(result)
 
     def _start_actor(self, slot: Slot) -> None:
         slot.actor = self.ray.remote(Actor).options(**self._resources).remote(self._make_worker)
-        slot.generation = 0
-        self._ask(slot, ("start",), slot.actor.start.remote())
+        slot.generation, slot.started = 0, False
+        slot.call = Call(slot.actor.start.remote(), functools.partial(self._on_started, slot))
 
-    def _on_started(self, slot: Slot, found: dict[str, Any]) -> None:
-        slot.host = found["host"]
+    def _on_started(self, slot: Slot, started: dict[str, Any]) -> None:
+        slot.started, slot.host = True, started["host"]
         if self._start is None:
-            self._start, self.backend, self.parameters = found["start"], found["backend"], found["parameters"]
-        require_same_run(slot.name, found["start"], self._start)
+            self._start, self.backend, self.parameters = started["start"], started["backend"], started["parameters"]
+        require_same_run(slot.name, started["start"], self._start)
 
-    def _replace(self, slot: Slot, why: str, dispatch: Dispatch | None) -> None:
+    def _replace(self, slot: Slot, why: str) -> None:
         slot.deaths += 1
         if slot.deaths > _DEATHS:
             raise RuntimeError(f"{slot.name} died {slot.deaths} times without a result in between; at last: {why}")
-        if dispatch is not None:
-            dispatch.lost(slot.number)
+        if slot.call is not None:
+            slot.call.on_lost()
         self._kill_actor(slot)
         self._start_actor(slot)
 
