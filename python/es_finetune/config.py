@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import types
 import typing
@@ -37,6 +36,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 GROUPS = ("task", "model", "run", "noise and update", "evaluation", "workers", "files")
 
 
+# A field whose default is None may be None when it is given. Where its type says otherwise, the config fills it in.
+#
 # In a field's metadata: its group and help, the choices it has, if it has few, and whether it is resumable. A resumable
 # option may differ when a run goes on: it decides where, how fast and how closely watched the run is, not what its log
 # holds, since equal scores give equal weights anywhere. Model, data and reward are resumable because the log knows them
@@ -67,7 +68,7 @@ def _metadata(group: str, help: str, choices: Sequence[str] | None, resumable: b
 class TaskConfig:
     """What is asked and how answers are scored."""
 
-    task: str | None = _flag(
+    task: str = _flag(
         "task", "countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward"
     )
     data: str | None = _flag(
@@ -99,13 +100,13 @@ class TaskConfig:
 class ModelConfig:
     """The model and where it computes."""
 
-    model: str | None = _flag(
+    model: str = _flag(
         "model", "folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own", resumable=True
     )
     dtype: str = _flag("model", "of the weights; auto: as saved", "auto", choices=WEIGHT_DTYPES)
     lora_rank: int = _flag("model", "tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)
     pad_token: str | None = _flag("model", "an existing token to pad with, for a tokenizer that has none")
-    batch_size: int | None = _preset("model", "batch_size", "prompts per call of generate", resumable=True)
+    batch_size: int = _preset("model", "batch_size", "prompts per call of generate", resumable=True)
     decoding: str = _flag(
         "model",
         "how transformers generates; static: compiled on a GPU; continuous: continuous batching",
@@ -116,7 +117,7 @@ class ModelConfig:
     attn_implementation: str | None = _flag(
         "model", "transformers' attention, e.g. sdpa or flash_attention_2; its own choice if not given", resumable=True
     )
-    threads: int | None = _preset("model", "threads", "CPU threads; 0: torch's choice", resumable=True)
+    threads: int = _preset("model", "threads", "CPU threads; 0: torch's choice", resumable=True)
     device: str = _flag("model", "cpu, cuda, cuda:1, ...; auto: cuda if there is one", "auto", resumable=True)
 
 
@@ -132,10 +133,11 @@ class Setup(ModelConfig, TaskConfig):
         """Replace each None that has a default by it, and check. ValueError for what is missing or wrong."""
         make_plain(self)
         if self.task is None:
-            self.task = (
-                "custom" if self.data or self.reward else "countdown-char" if self.model in (None, "embedded") else None
-            )
-            if self.task is None:
+            if self.data or self.reward:
+                self.task = "custom"
+            elif self.model in (None, "embedded"):
+                self.task = "countdown-char"
+            else:
                 raise UserError(
                     "no task was given: add --task, e.g. countdown, or --data FILE.jsonl and --reward FILE.py:FUNCTION"
                 )
@@ -163,11 +165,11 @@ class TrainConfig(Setup):
     """One run. A value of None is filled in when the config is made: the demo's where the model is the embedded one,
     else the paper's (arXiv:2509.24372)."""
 
-    output: str | None = _flag("files", "folder of the run; runs/TASK-MODEL if not given", resumable=True)
-    generations: int | None = _preset("noise and update", "generations", "how many updates")
+    output: str = _flag("files", "folder of the run; runs/TASK-MODEL if not given", resumable=True)
+    generations: int = _preset("noise and update", "generations", "how many updates")
     population: int = _flag("noise and update", "members per generation", 30)
-    sigma: float | None = _preset("noise and update", "sigma", "scale of the noise")
-    lr: float | None = _preset("noise and update", "lr", "scale of the update")
+    sigma: float = _preset("noise and update", "sigma", "scale of the noise")
+    lr: float = _preset("noise and update", "lr", "scale of the update")
     sigma_schedule: str = _flag(
         "noise and update", "how sigma falls from its value to final_scale times it", "constant", choices=SCHEDULES
     )
@@ -209,7 +211,7 @@ class TrainConfig(Setup):
         f"{PAPER['prompts']}",
     )
     seed: int = _flag("noise and update", "of the whole run", 0)
-    eval_every: int | None = _preset(
+    eval_every: int = _preset(
         "evaluation",
         "eval_every",
         "generations between evals on the held-out prompts; 0: only first and last",
@@ -407,7 +409,7 @@ def make_plain(config) -> None:
     """Make each field the plain value of its type, as log and config.json hold it: of a Path its text, of an integer of
     NumPy an int. UserError, by name, for a value of another type, for NaN and infinities, and for one that is none of
     the field's choices."""
-    for name, allowed in _types(type(config)).items():
+    for name, allowed in field_types(type(config)).items():
         value = getattr(config, name)
         if value is None and types.NoneType in allowed:
             continue
@@ -424,22 +426,27 @@ def make_plain(config) -> None:
                 raise UserError(f"{option.name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {entry!r}")
 
 
-@functools.cache
-def _types(kind: type) -> dict[str, tuple[type, ...]]:
-    """Of each field (T,) or (T, NoneType), of a list (list, T)."""
+def field_types(kind: type) -> dict[str, tuple[type, ...]]:
+    """Of each field (T,), of a list (list, T), and with NoneType at the end where it may be given as None."""
+    hints = typing.get_type_hints(kind)
 
-    def allowed(hint: Any) -> tuple[type, ...]:
+    def allowed(option: dataclasses.Field) -> tuple[type, ...]:
+        hint = hints[option.name]
         inside = typing.get_args(hint)
-        return (list, *inside) if typing.get_origin(hint) is list else inside or (hint,)
+        if typing.get_origin(hint) is list:
+            return (list, *inside)
+        if types.NoneType in inside:
+            return inside
+        return (hint, types.NoneType) if option.default is None else (hint,)
 
-    return {name: allowed(hint) for name, hint in typing.get_type_hints(kind).items()}
+    return {option.name: allowed(option) for option in dataclasses.fields(kind)}
 
 
 def _text(name: str, value: Any) -> str:
-    found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
-    if not isinstance(found, str):
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(text, str):
         raise UserError(f"{name} must be text, not {value!r}")
-    return str(found)
+    return str(text)
 
 
 def _truth(name: str, value: Any) -> bool:
@@ -498,11 +505,11 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
 
 def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
     """(name pattern, sigma) of each entry of sigma_for. ValueError for one that is not PATTERN=SIGMA."""
-    found = []
+    sigmas = []
     for text in config.sigma_for:
         pattern, _, sigma = text.rpartition("=")
         try:
-            found.append((pattern, f32_positive("sigma", float(sigma))))
+            sigmas.append((pattern, f32_positive("sigma", float(sigma))))
         except ValueError:
             pattern = ""
         if not pattern:
@@ -510,4 +517,4 @@ def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
                 f"sigma_for must be PATTERN=SIGMA with a positive sigma, not {text!r}; to leave parameters out use "
                 "freeze"
             )
-    return found
+    return sigmas

@@ -57,11 +57,11 @@ def param_groups(
                 unused.discard(pattern)
             return bool(fitting or whole)
 
-        # Lists, not generators: every pattern is tried, though the first decides, so that one that fits nothing is seen.
-        tuned = any([fits(pattern) for pattern in tune]) or not tune
-        frozen = any([fits(pattern) for pattern in freeze])
+        # Every pattern is tried, though the first that fits decides: one that fits nothing must be seen.
+        tuning = [pattern for pattern in tune if fits(pattern)]
+        freezing = [pattern for pattern in freeze if fits(pattern)]
         sigmas = [own for pattern, own in sigma_for if fits(pattern)]
-        if tuned and not frozen:
+        if (tuning or not tune) and not freezing:
             groups.setdefault(sigmas[0] if sigmas else sigma, []).append(entry)
     if unused:
         raise UserError(

@@ -68,8 +68,8 @@ def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionSt
     Raises:
         UserError: The names do not fit the config's patterns (`groups.param_groups`), or the optimizer refuses.
     """
-    patterns = {"tune": config.tune, "freeze": config.freeze, "sigma_for": own_sigmas(config)}
-    return EvolutionStrategy(param_groups(entries, config.sigma, **patterns), **optimizer_options(config))
+    groups = param_groups(entries, config.sigma, tune=config.tune, freeze=config.freeze, sigma_for=own_sigmas(config))
+    return EvolutionStrategy(groups, **optimizer_options(config))
 
 
 def make_schedules(config: TrainConfig) -> Schedules:

@@ -62,26 +62,37 @@ class WorkersDiffer(RuntimeError):
     """Workers that should hold the same weights, or be on the same run, do not."""
 
 
-def require_same_run(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def require_same_run(name: str, start: dict[str, Any], expected: dict[str, Any]) -> None:
     """WorkersDiffer unless a worker's start is the expected one."""
     for what, value in expected.items():
         # Its name and form may differ: the weights are known by fingerprint
-        if found[what] != value and what != "model":
+        if start[what] != value and what != "model":
             raise WorkersDiffer(
-                f"{name} is not on the same run as the others: its {what} is {found[what]!r}, not {value!r}"
+                f"{name} is not on the same run as the others: its {what} is {start[what]!r}, not {value!r}"
             )
 
 
-def require_agreement(update: Update, found: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
-    """What `update` of several workers returns: of `one`, with the seconds of all. WorkersDiffer, by name, where
-    weights differ."""
-    proofs = {name: f"theta {of['theta']:016x}, live {of['live']:016x}" for name, of in found.items()}
+def require_agreement(update: Update, results: dict[str, dict[str, Any]], one: dict[str, Any]) -> dict[str, Any]:
+    """Prove that an update came to the same weights on several workers.
+
+    Args:
+        update: Which it was.
+        results: What each worker's `update` returned, by the worker's name.
+        one: Of these the one to return.
+
+    Returns:
+        `one`, with the kernels' seconds of all.
+
+    Raises:
+        WorkersDiffer: Weights differ. It names the workers that have others than most.
+    """
+    proofs = {name: f"theta {of['theta']:016x}, live {of['live']:016x}" for name, of in results.items()}
     (most, agree), *others = Counter(proofs.values()).most_common()
     if others:
         odd = "; ".join(f"{name} has {proof}" for name, proof in proofs.items() if proof != most)
         raise WorkersDiffer(
             f"after generation {update.generation + 1} the weights of the workers differ: {odd}; {agree} of "
-            f"{len(found)} have {most}. The generation "
-            "is not in the log: resume the run; if it happens again, look for faulty memory or different builds"
+            f"{len(results)} have {most}. The generation is not in the log: resume the run; if it happens again, "
+            "look for faulty memory or different builds"
         )
-    return {**one, "seconds_kernels": math.fsum(of["seconds_kernels"] for of in found.values())}
+    return {**one, "seconds_kernels": math.fsum(of["seconds_kernels"] for of in results.values())}

@@ -86,7 +86,8 @@ def make_worker(
 
 
 def make_plan(config: TrainConfig, task: Task) -> Plan:
-    """What a generation of this config asks of every worker."""
+    """What a generation of this config asks of every worker. The task: as `check_task` has proven it."""
+    assert config.prompts is not None
     return Plan(
         task,
         population=config.population,
@@ -135,7 +136,7 @@ def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None,
 
 def _for_an_actor(config: TrainConfig) -> TrainConfig:
     """The config for a worker of its own that may run in another folder: with absolute paths."""
-    changes = {"output": str(Path(config.output).resolve())}
+    changes: dict[str, Any] = {"output": str(Path(config.output).resolve())}
     for name in ("model", "data", "test_data"):
         value = getattr(config, name)
         if value and Path(value).exists():

@@ -101,10 +101,11 @@ class Ranks:
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
         """Every rank repeats the generations of the first one's log, which alone has to be given them."""
-        sent = [list(generations), snapshots]
+        sent: list[Any] = [list(generations), snapshots]
         dist.broadcast_object_list(sent)
-        self.generation = len(sent[0])
-        self.worker.fast_forward(*sent)
+        generations, snapshots = sent
+        self.generation = len(generations)
+        self.worker.fast_forward(generations, snapshots)
 
     def evaluate(
         self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False

@@ -214,7 +214,7 @@ class RemoteWeights:
     def save_snapshot(self, folder: str) -> None:
         self._call("save_snapshot", folder)
 
-    def filled(self, model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    def filled(self, model: Any, dtype: torch.dtype) -> torch.nn.Module:
         """The model, so far empty, with the live weights of the workers as its own, in the CPU's memory."""
         from safetensors import safe_open
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from es_finetune.workers.weights import Weights
 if current_platform.is_cpu():
     # On a CPU vLLM packs the weight of each linear layer for its own matrix product and leaves an empty one behind: a
     # change in place would reach 8 % of a model. This module is imported before the model is loaded.
-    def _plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def _plain(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = _plain
@@ -127,7 +127,7 @@ def _parts(
         yield rows(names[2], heads + kv, v, place * v, counted=not once)
     elif isinstance(layer, MergedColumnParallelLinear) and len(names) == len(layer.output_sizes):
         start = 0
-        for name, size in zip(names, layer.output_sizes):
+        for name, size in zip(names, layer.output_sizes, strict=True):
             mine = size // layer.tp_size
             yield rows(name, start, mine, layer.tp_rank * mine)
             start += mine
@@ -136,12 +136,12 @@ def _parts(
     elif type(layer) is RowParallelLinear and kind == "weight":
         yield Part(whole, tensor, layer.tp_rank * cols, cols * layer.tp_size, True)
     elif isinstance(layer, VocabParallelEmbedding):
-        found = layer.shard_indices
-        if found.num_added_elements:
+        shard = layer.shard_indices
+        if shard.num_added_elements:
             raise UserError(
                 f"{prefix} has tokens added by vLLM, which the checkpoint does not have: load the model without them"
             )
-        yield rows(whole, 0, found.num_org_elements, found.org_vocab_start_index)
+        yield rows(whole, 0, shard.num_org_elements, shard.org_vocab_start_index)
     elif (
         isinstance(layer, LinearBase)
         and not isinstance(layer, (ReplicatedLinear, RowParallelLinear))
@@ -157,6 +157,10 @@ def _parts(
 
 class Extension:
     """Methods that vLLM adds to its workers (worker_extension_cls); the driver calls them by collective_rpc."""
+
+    # The worker's own
+    rank: int
+    get_model: Callable[[], torch.nn.Module]
 
     def es_build(self, config: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
         """Makes the run's weights over this worker's part of the model. `shapes`: of the checkpoint's tensors. Returns
@@ -233,7 +237,7 @@ class _Sharded(Weights):
         super().__init__(entries, *of_weights)
         if all(counted):
             return
-        self.entries = [entry for entry, once in zip(entries, counted) if once]
+        self.entries = [entry for entry, once in zip(entries, counted, strict=True) if once]
         names = {entry[0] for entry in self.entries}
 
         def fingerprint(of: str = "theta") -> int:
@@ -241,9 +245,9 @@ class _Sharded(Weights):
             kept = [
                 (name, tensor, segments)
                 for table in tables
-                for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments)
+                for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments, strict=True)
                 if name in names
             ]
             return es_kernels.fingerprint(es_kernels.ParamTable(kept))
 
-        self.optimizer.fingerprint = fingerprint
+        self.optimizer.fingerprint = fingerprint  # type: ignore[method-assign]  # of this process's share
