@@ -206,7 +206,7 @@ class TrainConfig(Setup):
     )
     prompts: int | None = _flag(
         "task",
-        "training prompts per generation, drawn anew each time, the same for all members; 0: all of them; "
+        "training prompts drawn for each generation, the same for all members; 0: all of them; "
         f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else "
         f"{PAPER['prompts']}",
     )

@@ -102,17 +102,16 @@ def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
         assert [line["digest"] for line in digests[0]] == [line["digest"] for line in digests[1]]
     else:
         for z in ((1.0, -1.0, 0.5, -0.5), (-0.5, 1.5, -1.0, 0.0)):
-            looks = [worker.answer_held_out() for worker in pair]
-            assert [a.ids for a in looks[0].answers] == [a.ids for a in looks[1].answers] and looks[0].digest == looks[
-                1
-            ].digest
+            evals = [worker.answer_held_out() for worker in pair]
+            assert [a.ids for a in evals[0].answers] == [a.ids for a in evals[1].answers]
+            assert evals[0].digest == evals[1].digest
             lines = [worker.evaluate(generation, {}, lambda line: None)[0] for worker in pair]
             assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
             assert len({line["digest"] for line in lines[0]}) > 1  # a stale cache would answer alike
             found = [worker.update(Update(generation, 0.0, 4, z), with_health=False) for worker in pair]
             assert found[0]["theta"] == found[1]["theta"] and found[0]["live"] == found[1]["live"]
             generation += 1
-        assert looks[0].digest != ours.answer_held_out().digest
+        assert evals[0].digest != ours.answer_held_out().digest
 
 
 def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):

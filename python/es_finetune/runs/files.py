@@ -45,7 +45,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add one object to a .jsonl file. OSError, as of a full disk, leaves the file as it was."""
+    """Add one object to a .jsonl file.
+
+    Raises:
+        OSError: As of a full disk. The file is as it was.
+    """
     before = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
@@ -56,8 +60,11 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, of a missing one none. A torn last line, which a killed writer leaves, is
-    dropped."""
+    """The objects of a .jsonl file, of a missing one none. A torn last line, which a killed writer leaves, is dropped.
+
+    Raises:
+        UserError: A line before the last is no JSON object.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -79,7 +86,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def generation_rows(path: Path) -> list[dict[str, Any]]:
-    """As `read_rows`, of a file whose rows each say of which generation they are: metrics.jsonl and evals.jsonl."""
+    """As `read_rows`, of a file whose rows each say of which generation they are: metrics.jsonl and evals.jsonl.
+
+    Raises:
+        UserError: One does not, or a line before the last is no JSON object.
+    """
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         if type(row.get("generation")) is not int:
@@ -90,8 +101,12 @@ def generation_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def save_answers(path: Path, items: Sequence[Item], answers: Sequence[Answer], scores: Sequence[Score]) -> None:
-    """JSON lines, one per answer: prompt (text, or the messages of a chat), completion, reward and exact (null where
-    there is none), and for an answer whose scoring failed the error. Whole or not at all."""
+    """Write JSON lines, one per answer: prompt (text, or the messages of a chat), completion, reward and exact (null
+    where there is none), and for an answer whose scoring failed the error.
+
+    Raises:
+        OSError: It could not be written. `path` is as it was before.
+    """
     lines = []
     for item, answer, score in zip(items, answers, scores, strict=True):
         row = {"prompt": item.prompt, "completion": answer.text, "reward": score.reward, "exact": score.exact}

@@ -28,8 +28,16 @@ CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
 
 
 def check_folder(folder: Path, config: TrainConfig) -> None:
-    """ValueError unless the folder is new or empty, or holds a run that is to be continued or replaced. Changes
-    nothing."""
+    """Prove that a run may use the folder. Changes nothing.
+
+    Args:
+        folder: It may be missing.
+        config: Of the run. It says whether an older run is continued or replaced.
+
+    Raises:
+        UserError: The folder is a file, or holds what is no part of a run; or a run that the config neither continues
+            nor replaces, that another config began, or whose log is damaged or of an older format.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file: give a folder")
     if is_begun(folder / "run.log"):
@@ -47,7 +55,7 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
             raise UserError(f"--overwrite would remove {inside[0]}, which the run needs: give another --output")
         if config.resume:
             header, generations = read_log(folder / "run.log")
-            _refuse_other(config, config_of(header, folder), len(generations))
+            require_resumable(config, config_of(header, folder), len(generations))
     elif config.resume:
         raise UserError(f"output {folder} holds no run to resume: leave out --resume, or give the folder of a run")
     else:
@@ -61,20 +69,32 @@ def check_folder(folder: Path, config: TrainConfig) -> None:
 
 
 def inherit(config: TrainConfig) -> None:
-    """Fill in, from the log of a run that is resumed, the number of prompts that was left open: it is the one the run
-    began with."""
+    """Fill in, where a run is resumed, the number of prompts that was left open: the one that the run began with.
+
+    Raises:
+        UserError: The log is damaged or of an older format.
+    """
     log = Path(config.output) / "run.log"
     if config.resume and config.prompts is None and is_begun(log):
         config.prompts = read_log(log)[0]["config"]["prompts"]
 
 
-def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
-    """ValueError if a resumed run would not be the run that was begun."""
-    for field in dataclasses.fields(TrainConfig):
-        name, was, now = field.name, getattr(then, field.name), getattr(here, field.name)
+def require_resumable(config: TrainConfig, begun: TrainConfig, done: int) -> None:
+    """Prove that a resumed run is the run that was begun.
+
+    Args:
+        config: How it goes on.
+        begun: How it began.
+        done: Generations that it has done.
+
+    Raises:
+        UserError: An option that is not resumable differs. The number of generations may, where schedules are constant.
+    """
+    for option in dataclasses.fields(TrainConfig):
+        name, was, now = option.name, getattr(begun, option.name), getattr(config, option.name)
         if name in RESUMABLE or was == now:
             continue
-        if name == "generations" and now >= done and "constant" == here.lr_schedule == here.sigma_schedule:
+        if name == "generations" and now >= done and "constant" == config.lr_schedule == config.sigma_schedule:
             continue  # only then does the number of generations decide nothing before its end
         raise UserError(
             f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another "
@@ -83,7 +103,7 @@ def _refuse_other(here: TrainConfig, then: TrainConfig, done: int) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a run, or eval of it, leaves something of this name in its folder."""
+    """Whether a run, or `es-finetune eval`, leaves something of this name in its folder."""
     return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(
         ("eval-", ".model-", "journal-")
     )

@@ -387,7 +387,7 @@ def _capacity(ray, options: PoolOptions) -> tuple[int, int]:
     gpus = options.gpus if have.get("GPU") else 0
     count = options.workers or int(have.get("GPU", 0)) // max(1, options.gpus)
     if not count:
-        raise UserError("the Ray cluster has no GPU: say with --ray_workers how many workers shall compute on its CPUs")
+        raise UserError("the Ray cluster has no GPU: say with --ray_workers how many workers compute on its CPUs")
     for what, needed in (("GPU", gpus * count), ("CPU", count)):
         if needed > have.get(what, 0):
             raise UserError(

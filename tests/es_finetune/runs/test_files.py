@@ -54,7 +54,7 @@ def test_saved_answers_can_be_read_back(tmp_path):
     chat = ({"role": "user", "content": "3 + 5?\n"},)
     items = [Item("a\u2028", 0), Item(chat, 1)]
     path = tmp_path / "base.jsonl"
-    path.write_text("of an earlier look")
+    path.write_text("of an earlier eval")
     save_answers(
         path, items, [Answer("x\ny\ud800", (1,)), Answer("8", (2,))], [Score(0.5, 1.0), Score(None, error="broke")]
     )
