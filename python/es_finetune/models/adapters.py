@@ -45,7 +45,7 @@ def add_lora(base: torch.nn.Module, rank: int) -> torch.nn.Module:
     # Instead of PEFT's own draw for A, which depends on the device and on torch's version: the kernels' noise, with the
     # same variance, 1 / (3 * inputs). B starts at 0.
     with torch.no_grad():
-        for name, parameter, *_ in named_segments(model):
+        for name, parameter, _ in named_segments(model):
             if parameter.requires_grad and "lora_A" in name.split("."):
                 es_kernels.add_noise_(
                     parameter.zero_(), [LORA_SEED], [1 / math.sqrt(3 * parameter.shape[1])], name=name

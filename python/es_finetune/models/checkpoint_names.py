@@ -13,40 +13,43 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from es_finetune.errors import UserError
-from es_kernels import Segment
+from es_kernels import NamedTensor, Segment
 
 # What torch.compile and checkpoint_wrapper call the module inside
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 MAX_SEGMENTS = 1024  # for one part of a parameter; a layout that needs more is an interleave
 
 
-def named_segments(model: torch.nn.Module) -> Iterator[tuple]:
-    """(canonical name, parameter), or (name, parameter, [es_kernels.Segment, ...]), of each parameter of `model`, tied
-    ones once.
+def named_segments(model: torch.nn.Module) -> Iterator[NamedTensor]:
+    """Each parameter of `model`, tied ones once, with its canonical name: that in the files that `save_pretrained`
+    writes.
 
-    The canonical name is the one in the files that `save_pretrained` writes: without what DataParallel, torch.compile
-    and activation checkpointing put in; of tied parameters the one that is written, nearly always their first; for the
-    weights of a PEFT adapter, the name in adapter_model.safetensors; for the weights under an adapter, the name in the
-    base model's checkpoint. A parameter that the checkpoint holds as several tensors, as the fused experts of a
-    mixture, or as a part of one, comes with segments and its name in memory. Where the checkpoint's tensor is no view
-    of it (permuted, interleaved) it has only that name, with a warning: its noise is not that of the checkpoint's
-    tensor. ValueError for a model that cannot be tuned (refuse_untunable).
+    So it is without what DataParallel, torch.compile and activation checkpointing put in; of tied parameters the one
+    that is written, nearly always their first; for the weights of a PEFT adapter, the name in
+    adapter_model.safetensors; for the weights under an adapter, the name in the base model's checkpoint.
+
+    A parameter that the checkpoint holds as several tensors, as the fused experts of a mixture, or as a part of one,
+    comes with segments and its name in memory. Where the checkpoint's tensor is no view of it (permuted, interleaved)
+    it has only that name, with a UserWarning: its noise is not that of the checkpoint's tensor.
+
+    Raises:
+        UserError: The model cannot be tuned (refuse_untunable).
     """
     model, base = unwrap(model), base_of(model)
     refuse_untunable(model)
     adapter = adapter_names(model)
     memory = {name: p for name, p in _once(base) if id(p) not in adapter}
     names = {id(p): name for name, p in memory.items()}
-    found, copied, error = _checkpoint_layout(base, memory)
+    stored, copied, error = _checkpoint_layout(base, memory)
     for name, parameter in model.named_parameters():
         if id(parameter) in adapter:
-            yield adapter[id(parameter)], parameter
+            yield NamedTensor(adapter[id(parameter)], parameter)
         elif id(parameter) not in names:
-            yield _clean(name), parameter
+            yield NamedTensor(_clean(name), parameter)
         else:
             name = names[id(parameter)]
-            target, *segments = found.get(name, (name,))
-            yield target, parameter, *segments
+            name, segments = stored.get(name, (name, None))
+            yield NamedTensor(name, parameter, segments)
     if copied:
         warnings.warn(
             f"{len(copied)} parameter(s) draw noise by the name in memory, e.g. {copied[0]}, because the checkpoint "
@@ -74,15 +77,15 @@ def refuse_untunable(model: torch.nn.Module) -> None:
     learning."""
     refuse_prompt_learning(model)
     model, base = unwrap(model), base_of(model)
-    found = _quantised(base)
-    if not found:
+    reason = _quantised(base)
+    if not reason:
         return
     adapter = adapter_names(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapter]
     if trainable or not adapter:
         own = f", of which only such as {trainable[0]} could be tuned" if trainable else ""
         raise UserError(
-            f"{type(base).__name__} has quantised weights ({found}){own}: give the unquantised model, or tune a LoRA "
+            f"{type(base).__name__} has quantised weights ({reason}){own}: give the unquantised model, or tune a LoRA "
             "adapter over this one, "
             "the rest frozen"
         )
@@ -208,10 +211,12 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata  # on the meta device every data_ptr is 0
 
 
-def _checkpoint_layout(model, memory) -> tuple[dict[str, tuple], list[str], str]:
+def _checkpoint_layout(
+    model: torch.nn.Module, memory: dict[str, torch.nn.Parameter]
+) -> tuple[dict[str, tuple[str, list[Segment] | None]], list[str], str]:
     """How transformers would save the parameters `memory` (name -> parameter) of `model`.
 
-    Returns what differs from memory (name -> (checkpoint name,) or (name, segments)), the names that have no such
+    Returns what differs from memory (name -> (checkpoint name, None) or (name, segments)), the names that have no such
     description, and why if that is an error. The conversion that `save_pretrained` makes is run on meta tensors.
     """
     if not hasattr(model, "save_pretrained"):
@@ -244,10 +249,11 @@ def _checkpoint_layout(model, memory) -> tuple[dict[str, tuple], list[str], str]
             parts.setdefault(owner, []).extend(segments)
             covered[owner] += sum(s.rows * s.cols for s in segments)
     exact = {name for name, n in covered.items() if n == sources[name].numel()}
-    found = {
-        name: (whole[name],) if name in whole else (name, parts[name]) for name in exact & (whole.keys() | parts.keys())
+    stored: dict[str, tuple[str, list[Segment] | None]] = {
+        name: (whole[name], None) if name in whole else (name, parts[name])
+        for name in exact & (whole.keys() | parts.keys())
     }
-    return found, [name for name in sources if name not in exact], ""
+    return stored, [name for name in sources if name not in exact], ""
 
 
 def _same_order(view: torch.Tensor, source: torch.Tensor) -> bool:

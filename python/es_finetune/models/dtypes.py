@@ -8,6 +8,7 @@ import itertools
 import torch
 
 from es_finetune.models.checkpoint_names import adapter_names, base_of, named_segments, unwrap
+from es_kernels import NamedTensor
 
 MIXED = "mixed_dtypes"  # key of a config.json: the files hold tensors of several dtypes, each to be loaded as it is
 
@@ -43,7 +44,9 @@ def dtypes_in_files(path: str) -> dict[str, torch.dtype | None]:
 def cast_as_in_files(model: torch.nn.Module, dtypes: dict[str, torch.dtype | None]) -> None:
     """Give each parameter and buffer the dtype of the file's tensor, or of the tensors that it is made of the
     widest."""
-    for name, tensor, *segments in itertools.chain(named_segments(model), model.named_buffers()):
-        found = [dtypes[key] for key in ({s.name for s in segments[0]} if segments else {name}) if dtypes.get(key)]
-        if found and tensor.is_floating_point():
-            tensor.data = tensor.data.to(functools.reduce(torch.promote_types, found))
+    buffers = itertools.starmap(NamedTensor, model.named_buffers())
+    for name, tensor, segments in itertools.chain(named_segments(model), buffers):
+        names = {segment.name for segment in segments} if segments else {name}
+        stored = [dtype for key in names if (dtype := dtypes.get(key))]
+        if stored and tensor.is_floating_point():
+            tensor.data = tensor.data.to(functools.reduce(torch.promote_types, stored))

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from es_finetune.errors import UserError
+from es_kernels import NamedTensor
 
 
 def param_groups(
-    entries: Iterable[tuple],
+    entries: Iterable[NamedTensor],
     sigma: float,
     *,
     tune: Sequence[str] = (),
@@ -40,9 +41,9 @@ def param_groups(
     groups: dict[float, list] = {}
     name = ""
     for entry in entries:
-        if not entry[1].requires_grad:
+        if not entry.tensor.requires_grad:
             continue
-        name, parts = entry[0], list(dict.fromkeys(segment.name for segment in (entry[2] if len(entry) == 3 else ())))
+        name, parts = entry.name, list(dict.fromkeys(segment.name for segment in entry.segments or ()))
 
         def fits(pattern: str, name: str = name, parts: list[str] = parts) -> bool:
             fitting = [part for part in parts if fnmatch.fnmatchcase(part, pattern)]

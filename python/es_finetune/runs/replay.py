@@ -60,7 +60,7 @@ def rebuild(
 
 def _load_start(
     header: dict[str, Any], name: str, device: str, config: TrainConfig
-) -> tuple[torch.nn.Module, Any, list[tuple]]:
+) -> tuple[torch.nn.Module, Any, list[es_kernels.NamedTensor]]:
     """(model, tokenizer, its parameters). Weights of several dtypes in memory, which a run was given, may be in files
     that do not say so."""
     for mixed in (False, True):
@@ -80,7 +80,7 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
         ) from None
 
 
-def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str, Any]:
+def start_of(entries: Sequence[es_kernels.NamedTensor], optimizer: EvolutionStrategy) -> dict[str, Any]:
     """What the log's header says of the weights before the first update; `entries`: of all parameters, as
     named_segments gives them."""
     return {
@@ -91,9 +91,9 @@ def start_of(entries: Sequence[tuple], optimizer: EvolutionStrategy) -> dict[str
     }
 
 
-def base_fingerprint(entries: Sequence[tuple]) -> str:
+def base_fingerprint(entries: Sequence[es_kernels.NamedTensor]) -> str:
     """Of all parameters that the kernels can read, frozen ones too; quantised ones under an adapter they cannot."""
-    read = [entry for entry in entries if entry[1].dtype in DTYPES and has_plain_memory(entry[1])]
+    read = [entry for entry in entries if entry.tensor.dtype in DTYPES and has_plain_memory(entry.tensor)]
     return f"{es_kernels.fingerprint(es_kernels.ParamTable(read)):016x}"
 
 

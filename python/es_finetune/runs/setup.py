@@ -14,6 +14,7 @@ from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.groups import param_groups
 from es_finetune.runs.schedules import Schedules
 from es_finetune.tasks import Task, load_task
+from es_kernels import NamedTensor
 
 
 def make_task(config: Setup) -> Task:
@@ -58,7 +59,7 @@ def make_engine(config: Setup, task: Task, model: torch.nn.Module, tokenizer: An
     return engine
 
 
-def make_optimizer(entries: Iterable[tuple], config: TrainConfig) -> EvolutionStrategy:
+def make_optimizer(entries: Iterable[NamedTensor], config: TrainConfig) -> EvolutionStrategy:
     """The optimizer of a config.
 
     Args:

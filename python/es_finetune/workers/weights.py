@@ -15,6 +15,7 @@ from es_finetune.runs.log import Generation
 from es_finetune.runs.replay import fast_forward, start_of
 from es_finetune.runs.schedules import Schedules
 from es_finetune.runs.snapshot import save_snapshot
+from es_kernels import NamedTensor
 
 
 class Weights:
@@ -29,7 +30,11 @@ class Weights:
     """
 
     def __init__(
-        self, entries: Sequence[tuple], optimizer: EvolutionStrategy, schedules: Schedules, with_health: bool = False
+        self,
+        entries: Sequence[NamedTensor],
+        optimizer: EvolutionStrategy,
+        schedules: Schedules,
+        with_health: bool = False,
     ):
         self.entries, self.optimizer, self.schedules = entries, optimizer, schedules
         self.health = Health(optimizer) if with_health else None

@@ -27,9 +27,8 @@ def fingerprint():
     """fingerprint(model, trainable=False) of its weights, or of those alone that are tuned."""
 
     def fingerprint(model, trainable=False):
-        return es_kernels.fingerprint(
-            es_kernels.ParamTable(e for e in named_segments(model) if e[1].requires_grad or not trainable)
-        )
+        entries = [entry for entry in named_segments(model) if entry.tensor.requires_grad or not trainable]
+        return es_kernels.fingerprint(es_kernels.ParamTable(entries))
 
     return fingerprint
 
@@ -64,6 +63,6 @@ def tuned(save_tiny, tmp_path):
     model, tokenizer, _ = load_model(save_tiny(tmp_path / "base"), device="cpu", dtype="bfloat16", lora_rank=2)
     with torch.no_grad():
         es_kernels.add_noise_(
-            es_kernels.ParamTable((n, p) for n, p in named_segments(model) if p.requires_grad), [5], [0.3]
+            es_kernels.ParamTable(entry for entry in named_segments(model) if entry.tensor.requires_grad), [5], [0.3]
         )
     return model, tokenizer

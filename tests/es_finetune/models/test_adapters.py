@@ -37,7 +37,7 @@ def test_a_new_adapter_is_all_that_is_trainable(save_tiny, tmp_path, text):
     folder = save_tiny(tmp_path)
     base, tokenizer, _ = load_model(folder, device="cpu")
     model, _, identity = load_model(folder, device="cpu", lora_rank=3)
-    trained = {name: p for name, p in named_segments(model) if p.requires_grad}
+    trained = {name: p for name, p, _ in named_segments(model) if p.requires_grad}
     assert len(trained) == 2 * 7 * 2 and all(re.search(r"\.lora_[AB]\.weight$", name) for name in trained)
     assert identity["lora_rank"] == 3 and identity["class"] == "LlamaForCausalLM" and not model.training
     assert identity["trainable"] == sum(p.numel() for p in trained.values()) < identity["parameters"]
@@ -66,14 +66,14 @@ def test_the_first_values_of_an_adapter(save_tiny, bits, tmp_path):
     state = torch.get_rng_state()
     model = load_model(folder, device="cpu", lora_rank=8)[0]
     assert torch.equal(torch.get_rng_state(), state)
-    for name, p in named_segments(model):
+    for name, p, _ in named_segments(model):
         if name.endswith("lora_A.weight"):
             expected = es_kernels.add_noise_(torch.zeros(p.shape), [0], [1 / math.sqrt(3 * p.shape[1])], name=name)
             assert torch.equal(bits(p), bits(expected)) and p.abs().sum() > 0
         elif name.endswith("lora_B.weight"):
             assert not p.any()
     prefix = "base_model.model.model.layers.0.self_attn."
-    a = dict(named_segments(model))
+    a = {name: p for name, p, _ in named_segments(model)}
     assert not torch.equal(a[f"{prefix}q_proj.lora_A.weight"], a[f"{prefix}k_proj.lora_A.weight"])
 
 

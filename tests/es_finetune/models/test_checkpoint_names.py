@@ -54,9 +54,7 @@ def fingerprint(named):
 
 
 def checkpoint_names(entries):
-    return {segment.name for entry in entries if len(entry) == 3 for segment in entry[2]} | {
-        entry[0] for entry in entries if len(entry) == 2
-    }
+    return {part.name for entry in entries for part in entry.segments or [entry]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,7 +137,7 @@ def test_tied_weights_have_the_name_of_the_file_where_that_is_not_their_first(tm
 
 
 def test_tied_weights_count_once_under_their_first_name(tiny_qwen2):
-    names = [entry[0] for entry in named_segments(tiny_qwen2)]
+    names = [entry.name for entry in named_segments(tiny_qwen2)]
     assert names == [name for name, _ in tiny_qwen2.named_parameters()]
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
@@ -160,7 +158,7 @@ def compile_a_layer(model):
 def test_an_adapter_has_the_names_of_its_file(build_model, tmp_path, adapter, wrap):
     model = build_model("lora", **adapter)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    trained = [(name, p) for name, p in named_segments(wrap(model)) if p.requires_grad]
+    trained = [(name, p) for name, p, _ in named_segments(wrap(model)) if p.requires_grad]
     assert {name for name, _ in trained} == read(tmp_path).keys()
     assert fingerprint(trained) == fingerprint(read(tmp_path))
 
@@ -169,7 +167,7 @@ def test_an_adapter_inside_of_a_transformers_model(build_model, tmp_path):
     build_model("lora").save_pretrained(tmp_path / "adapter")
     model = build_model("llama")
     model.load_adapter(str(tmp_path / "adapter"))
-    trained = [(name, p) for name, p in named_segments(model) if "lora" in name]
+    trained = [(name, p) for name, p, _ in named_segments(model) if "lora" in name]
     assert fingerprint(trained) == fingerprint(read(tmp_path / "adapter"))
 
 
@@ -179,7 +177,7 @@ def test_weights_under_an_adapter_have_the_names_of_the_base_checkpoint(build_mo
     model = build_model(kind)
     files = saved(model, tmp_path)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **adapter))
-    frozen = [entry for entry in named_segments(model) if not entry[1].requires_grad]
+    frozen = [entry for entry in named_segments(model) if not entry.tensor.requires_grad]
     assert fingerprint(frozen) == fingerprint(files)
 
 
@@ -229,7 +227,7 @@ def test_warns_of_a_layout_that_is_no_view(build_model, tmp_path, operation):
     model._weight_conversions = conversions("mlp.up.weight", ["mlp.up_proj.weight"], operation)
     files = saved(model, tmp_path)
     with pytest.warns(UserWarning, match=r"2 parameter.*e\.g\. model\.layers\.0\.mlp\.up_proj\.weight") as caught:
-        entries = dict(named_segments(model))
+        entries = {name: p for name, p, _ in named_segments(model)}
     assert len(caught) == 1
     changed = {f"model.layers.{i}.mlp.up{part}.weight" for i in (0, 1) for part in ("", "_proj")}
     assert entries.keys() == files.keys() ^ changed
@@ -243,7 +241,7 @@ def test_warns_of_a_conversion_that_fails(build_model):
         "mlp.up.weight", ["mlp.up_proj.weight"], ("Chunk", {"dim": 0}), ("Chunk", {"dim": 9})
     )
     with pytest.warns(UserWarning, match="cannot be found out"):
-        names = [name for name, _ in named_segments(model)]
+        names = [name for name, _, _ in named_segments(model)]
     assert names == [name for name, _ in model.named_parameters()]
 
 
@@ -253,21 +251,22 @@ def test_no_memory_is_needed():
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig())
     entries = list(named_segments(model))
-    assert sum(len(entry[2]) for entry in entries if len(entry) == 3) == 32 * 8 * 3
-    covered = sum(s.rows * s.cols for entry in entries if len(entry) == 3 for s in entry[2])
-    assert covered + sum(entry[1].numel() for entry in entries if len(entry) == 2) == sum(
+    assert sum(len(entry.segments) for entry in entries if entry.segments) == 32 * 8 * 3
+    covered = sum(s.rows * s.cols for entry in entries for s in entry.segments or ())
+    assert covered + sum(entry.tensor.numel() for entry in entries if not entry.segments) == sum(
         p.numel() for p in model.parameters()
     )
 
 
 def test_before_version_5_nothing_is_fused(tiny_mixtral, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
-    assert [entry[0] for entry in named_segments(tiny_mixtral)] == [name for name, _ in tiny_mixtral.named_parameters()]
+    names = [name for name, _ in tiny_mixtral.named_parameters()]
+    assert [entry.name for entry in named_segments(tiny_mixtral)] == names
 
 
 def test_a_plain_module():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    assert list(named_segments(torch.compile(model))) == list(model.named_parameters())
+    assert list(named_segments(torch.compile(model))) == [(name, p, None) for name, p in model.named_parameters()]
 
 
 # --- what cannot be tuned
@@ -349,7 +348,7 @@ def test_an_adapter_over_quantised_weights_is_tuned(build_model, tmp_path, quant
         quantise(base)
         base.lm_head.weight.requires_grad_(False)
     entries = list(named_segments(model))
-    assert fingerprint([(name, p) for name, p in entries if p.requires_grad]) == fingerprint(read(tmp_path))
+    assert fingerprint([(name, p) for name, p, _ in entries if p.requires_grad]) == fingerprint(read(tmp_path))
     assert base_fingerprint(entries)
     base.model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="of which only such as .*norm.weight could be tuned"):

@@ -221,24 +221,24 @@ class Extension:
         return str(path)
 
 
-def _entry(part: Part, shape: list[int]) -> tuple:
+def _entry(part: Part, shape: list[int]) -> es_kernels.NamedTensor:
     """As named_segments gives them: without segments where the view is all of the checkpoint's tensor."""
     tensor = part.tensor.detach().requires_grad_()
     if part.first == 0 and list(tensor.shape) == shape:
-        return part.name, tensor
-    return part.name, tensor, [part.segment]
+        return es_kernels.NamedTensor(part.name, tensor)
+    return es_kernels.NamedTensor(part.name, tensor, [part.segment])
 
 
 class _Sharded(Weights):
     """Weights of which this process has a part; the fingerprints are of what it counts, so that those of all processes
     add up to the model's."""
 
-    def __init__(self, entries: list[tuple], *of_weights: Any, counted: list[bool]):
+    def __init__(self, entries: list[es_kernels.NamedTensor], *of_weights: Any, counted: list[bool]):
         super().__init__(entries, *of_weights)
         if all(counted):
             return
         self.entries = [entry for entry, once in zip(entries, counted, strict=True) if once]
-        names = {entry[0] for entry in self.entries}
+        names = {entry.name for entry in self.entries}
 
         def fingerprint(of: str = "theta") -> int:
             tables = [getattr(weights, of) for weights in self.optimizer.tables]
