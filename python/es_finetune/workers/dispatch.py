@@ -8,12 +8,15 @@ from collections.abc import Hashable, Iterable
 
 
 class Dispatch:
-    """The members of one generation, handed out one at a time to whoever is free, so that no worker waits for a slow
-    one.
+    """The members of one generation, handed out one at a time to whoever is free: no worker waits for a slow one.
 
-    A member that has been out for more than `limit` seconds is handed out once more as soon as a worker has nothing
-    else to do (the first result counts), or with `drop` given up. limit=None: as long as it takes. Times are seconds of
-    any clock.
+    Args:
+        members: In the order in which they are handed out.
+        limit: Seconds. A member that has been out for longer is handed out once more as soon as a worker has nothing
+            else to do; the first result counts. None: it may take as long as it takes.
+        drop: Give such a member up instead.
+
+    Times are seconds of any clock.
     """
 
     def __init__(self, members: Iterable[int], limit: float | None = None, drop: bool = False):

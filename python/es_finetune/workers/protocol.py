@@ -21,12 +21,21 @@ from es_finetune.workers.plan import Plan
 
 
 class Workers(Protocol):
-    """Methods as in worker.Worker, where they are described."""
+    """What a Trainer knows of its workers. Methods are as in worker.Worker, where they are described.
+
+    Attributes:
+        count: How many there are.
+        task: What is asked.
+        plan: What a generation asks of each.
+        model: The torch module, where it is in this process; else None.
+        backend: Of es_kernels, as it names itself.
+        parameters: Of the model.
+    """
 
     count: int
     task: Task
     plan: Plan
-    model: Any  # where it is in this process, else None
+    model: Any
     backend: str
     parameters: int
 
@@ -50,7 +59,7 @@ class Workers(Protocol):
 
 
 def require_shared_master(master: str) -> None:
-    """ValueError for weights that are a worker's own."""
+    """UserError for weights that would be a worker's own."""
     if master == "none":
         raise UserError(
             "master 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy "

@@ -10,13 +10,24 @@ from es_finetune.engines import Engine
 
 
 class Replica(NamedTuple):
-    """One copy of a model with the run's weights over it, wherever an engine keeps it."""
+    """One copy of a model with the run's weights over it, wherever an engine keeps it.
 
-    weights: Any  # weights.Weights, or what passes its calls on
+    Attributes:
+        weights: `weights.Weights`, or what passes its calls on.
+        engine: Answers with the live weights.
+        identity: What the log's header says of the model.
+        parameters: How many it has.
+        backend: Of es_kernels.
+        save_model: Writes the live weights into a folder, as transformers loads them.
+        model: The torch module, where it is in this process.
+        close: Lets go of the engine.
+    """
+
+    weights: Any
     engine: Engine
-    identity: dict[str, Any]  # what the log's header says of the model
+    identity: dict[str, Any]
     parameters: int
-    backend: str  # of es_kernels
-    save_model: Callable[[Path], None]  # writes the live weights, as transformers loads them
-    model: Any = None  # where it is in this process
+    backend: str
+    save_model: Callable[[Path], None]
+    model: Any = None
     close: Callable[[], None] = lambda: None

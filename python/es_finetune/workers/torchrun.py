@@ -47,7 +47,11 @@ def is_first_rank() -> bool:
 
 
 def for_this_rank(config: TrainConfig) -> TrainConfig:
-    """The config for this rank: on a GPU of its own, and going on where there is a run if torchrun has restarted it."""
+    """The config for this rank: on a GPU of its own, and resuming if torchrun has restarted a run that had begun.
+
+    Raises:
+        UserError: There are more ranks than GPUs here, or the config's weights cannot be shared.
+    """
     config = copy.copy(config)
     require_shared_master(config.master)
     if config.device in ("auto", "cuda") and torch.cuda.is_available():
@@ -79,10 +83,14 @@ def _meet() -> dist.Store:
 
 class Ranks:
     """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order;
-    only `answer_held_out`, `save_model` and `save_snapshot` are its own."""
+    only `answer_held_out`, `save_model` and `save_snapshot` are its own.
+
+    Args:
+        worker: This rank's.
+        options: Of its config, those that decide the run (`config.decided_options`): the same on every rank.
+    """
 
     def __init__(self, worker: Worker, options: dict[str, Any]):
-        """`options`: of the config, those that decide the run. They must be the same on every rank."""
         self.worker, self.options = worker, options
         self.plan, self.task, self.model = worker.plan, worker.task, worker.model
         self.backend, self.parameters = worker.backend, worker.parameters
@@ -90,7 +98,11 @@ class Ranks:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def start(self) -> dict[str, Any]:
-        """As the first rank's. WorkersDiffer, naming the rank, where another one's differs."""
+        """As of one worker.
+
+        Raises:
+            WorkersDiffer: A rank, which it names, is not on the first one's run.
+        """
         start = self.worker.start()
         mine = {**start, **{f"option {name}": value for name, value in self.options.items()}}
         everyone = self._gathered((socket.gethostname(), mine))
@@ -100,7 +112,7 @@ class Ranks:
         return start
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
-        """Every rank repeats the generations of the first one's log, which alone has to be given them."""
+        """As of one worker. The first rank's arguments count, on all of them."""
         sent: list[Any] = [list(generations), snapshots]
         dist.broadcast_object_list(sent)
         generations, snapshots = sent
@@ -110,7 +122,7 @@ class Ranks:
     def evaluate(
         self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
     ) -> tuple[list[Row], list[int]]:
-        """What is known is the first rank's to say: it has read the journals of all."""
+        """As of one worker. What is known is the first rank's to say: it has read the journals of all."""
         sent = [known]
         dist.broadcast_object_list(sent)
         [known] = sent
@@ -125,14 +137,22 @@ class Ranks:
         return [lines[member] for member in sorted(lines)], []
 
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
-        """WorkersDiffer, naming the ranks, where the weights after it differ."""
+        """As of one worker.
+
+        Raises:
+            WorkersDiffer: The weights after it differ; it names the ranks.
+        """
         mine = self.worker.update(update, with_health)
         everyone = self._gathered((f"rank {self.rank} on {socket.gethostname()}", mine))
         return require_agreement(update, dict(everyone), mine)
 
     def follow(self, folder: Path, generations: int) -> None:
-        """What a rank does that does not lead: the same run, so many generations, without its log. Its journal is in
-        `folder`, beside the first rank's."""
+        """Take part in the run of the first rank, to its end.
+
+        Args:
+            folder: Of the run. This rank's journal is in it, beside the first one's.
+            generations: Of the whole run.
+        """
         self.start()
         self.fast_forward([])
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,10 @@ class Worker:
     """A replica and what to ask it. Its methods are those of `protocol.Workers`: a Trainer does not know whether it has
     one worker or many.
 
+    Args:
+        replica: The model with the run's weights.
+        plan: What a generation asks.
+
     Raises:
         Unaskable: A question that the model cannot be asked, whether it would be drawn or not.
     """
@@ -37,20 +41,43 @@ class Worker:
         self._training = None if plan.prompts else every
 
     def start(self) -> dict[str, Any]:
-        """What the run's log says of its start, and all workers must agree on: the weights, the noise, the questions,
-        how answers are scored."""
+        """What the log's header says of the run's start, and all workers must agree on.
+
+        Returns:
+            `model`, and what `replay.start_of` and `identity.task_identity` say: plain JSON.
+        """
         return {"model": self.replica.identity, **self.weights.start(), **task_identity(self.task)}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
-        """Repeat logged updates, given as the log's lines, from the model's start. A folder of snapshots that is not
-        there, as on another machine, holds none."""
+        """Repeat logged updates from the model's start.
+
+        Args:
+            generations: Lines of the log, without its header.
+            snapshots: A folder of snapshots, to begin at one of them. One that is not there, as on another machine,
+                holds none.
+
+        Raises:
+            UserError: The weights after a generation are not those of the log.
+        """
         self.weights.fast_forward(generations, None if snapshots is None else str(snapshots))
 
     def evaluate(
         self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
     ) -> tuple[list[Row], list[int]]:
-        """The lines of all members of the generation in order, those in `known` as they are; and which were dropped
-        (none). `keep` gets every new line at once. `with_health`: the update after it will tell the health."""
+        """Score the members of a generation.
+
+        Args:
+            generation: Counted from 0; the updates before it are done.
+            known: Lines of members that were scored before, by number. They count as they are.
+            keep: Gets every new line as soon as there is one.
+            with_health: The update that follows will be asked for the health.
+
+        Returns:
+            The members' lines (`rows.member_line`) in their order, and which members were dropped: here none.
+
+        Raises:
+            RewardFailed: A reward failed, and the plan stops on that.
+        """
         members = range(self.plan.population) if self.plan.every_member else self.plan.left(known)
         lines = {**known, **{line["member"]: line for line in self.run(generation, members, keep, with_health, known)}}
         return [lines[member] for member in sorted(lines)], []
@@ -63,7 +90,11 @@ class Worker:
         with_health: bool = False,
         known: dict[int, Row] | None = None,
     ) -> list[Row]:
-        """The lines of these members, which are drawn one at a time."""
+        """Score these members, which are drawn one at a time. Arguments and errors as for `evaluate`.
+
+        Returns:
+            Their lines, in the order of `members`.
+        """
         training = self._training or Evaluator(self.replica.engine, self.task, self.plan.training(generation))
         lines = []
         try:
@@ -88,18 +119,21 @@ class Worker:
         return self.weights.apply(list(update), with_health)
 
     def answer_held_out(self, part: int = 0, parts: int = 1) -> Evaluation:
-        """Answers of theta to the held-out questions, or to one of `parts` equal parts of them."""
+        """Answers of theta to the held-out questions, or to the one of `parts` nearly equal parts of them."""
         if parts == 1:
             return self._held_out()
         return Evaluator(self.replica.engine, self.task, in_parts(self.plan.held_out, parts)[part])()
 
     def save_model(self, folder: Path) -> None:
+        """Write the live weights as a model that `from_pretrained` loads."""
         self.replica.save_model(folder)
 
     def save_snapshot(self, folder: Path) -> None:
+        """Write theta into a folder of snapshots, and remove older ones."""
         self.weights.save_snapshot(str(folder))
 
     def close(self) -> None:
+        """Let go of engine and model."""
         self.replica.close()
 
 

@@ -29,8 +29,11 @@ _BLOCK = 128  # lengths are rounded up to so many tokens
 
 
 def load(config: TrainConfig, task: Task) -> Replica:
-    """The model of the config in vLLM, with the run's weights over it. ValueError for what vLLM or ES in place cannot
-    do."""
+    """The model of the config in vLLM, with the run's weights over it.
+
+    Raises:
+        UserError: vLLM is not installed, or it or ES in place cannot do what the config asks for.
+    """
     _refuse(config)
     vllm = _vllm()
     model, tokenizer, dtype = empty_model(config.model, config.dtype)
@@ -150,7 +153,7 @@ class VllmEngine:
         return [{"prompt_token_ids": ids} for ids in tokens]
 
     def generate(self, encoded: list[dict[str, list[int]]]) -> list[Answer]:
-        tokens = [list(found.outputs[0].token_ids) for found in self.llm.generate(encoded, self.params, use_tqdm=False)]
+        tokens = [list(one.outputs[0].token_ids) for one in self.llm.generate(encoded, self.params, use_tqdm=False)]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
 
@@ -185,12 +188,12 @@ class RemoteWeights:
         self.shapes = shapes
 
     def start(self) -> dict[str, Any]:
-        found = self._call("start")
+        starts = self._call("start")
         proofs = {
-            key: f"{sum(int(of[key], 16) for of in found) % 2**64:016x}"
+            key: f"{sum(int(of[key], 16) for of in starts) % 2**64:016x}"
             for key in ("base_fingerprint", "theta", "live")
         }
-        return {**found[0], **proofs}
+        return {**starts[0], **proofs}
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
         if len(generations):
@@ -240,15 +243,15 @@ class RemoteWeights:
                 )
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return [found["result"] for found in self._rpc("es_call", method, *arguments)]
+        return [of_worker["result"] for of_worker in self._rpc("es_call", method, *arguments)]
 
     def _rpc(self, method: str, *arguments: Any) -> list[Any]:
-        found = self.llm.collective_rpc(method, args=arguments)
-        for rank, of_worker in enumerate(found):
+        results = self.llm.collective_rpc(method, args=arguments)
+        for rank, of_worker in enumerate(results):
             if isinstance(of_worker, dict) and "error" in of_worker:
-                where = f"vLLM's worker {rank}: " if len(found) > 1 else ""
+                where = f"vLLM's worker {rank}: " if len(results) > 1 else ""
                 raise UserError(f"{where}{of_worker['error']}")
-        return found
+        return results
 
 
 def _refuse(config: TrainConfig) -> None:
