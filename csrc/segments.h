@@ -1,4 +1,4 @@
-// The parameter table: plain structs, laid out the same in C++, CUDA, NumPy and Triton (es_kernels/table.py).
+// The parameter table: plain structs, laid out the same in C++, CUDA, NumPy and Triton (es_kernels/segment.py).
 #pragma once
 #include <stdint.h>
 
@@ -21,7 +21,7 @@ struct Segment {
   int32_t out_dtype, base_dtype, anchor_dtype;
   int32_t vector_path;  // 1: every unit of every row is a whole block, aligned to 16 bytes in out, base and anchor
 };
-static_assert(sizeof(Segment) == 120, "es_kernels/table.py lays it out by hand");
+static_assert(sizeof(Segment) == 120, "es_kernels/segment.py lays it out by hand");
 
 inline
 #ifdef __CUDACC__

@@ -13,7 +13,8 @@
 from . import noise
 from .backends import active_backend, backend
 from .ops import add_noise_, fingerprint
-from .table import NamedTensor, ParamTable, Segment
+from .segment import Segment
+from .table import NamedTensor, ParamTable
 
 __version__ = "0.1.0"
 __all__ = ["NamedTensor", "ParamTable", "Segment", "active_backend", "add_noise_", "backend", "fingerprint", "noise"]

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from . import backends, noise
-from .table import Layout, ParamTable, check_tensor, distinct, match, named_tensors, shared_memory
+from .layout import Layout, shared_memory
+from .segment import check_tensor
+from .table import ParamTable, distinct, match, named_tensors
 
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from .. import noise
-from ..table import Layout, Pack  # noqa: F401  (Pack: the type of `pack`)
 
 _CHUNK = 1 << 16  # elements at a time
 _STORAGE = (np.uint32, np.uint16, np.uint16)

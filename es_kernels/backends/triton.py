@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .. import noise, streams
-from ..table import SEGMENT
+from ..segment import SEGMENT
 from .reference import ieee_denormals
 
 try:

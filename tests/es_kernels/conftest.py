@@ -18,6 +18,7 @@ import torch
 import es_kernels
 from es_kernels import native
 from es_kernels.backends import cpu, cuda
+from es_kernels.layout import Layout
 
 from .ptx import backends as ptx
 
@@ -107,6 +108,17 @@ def twin(bits):
         return results["cpu"][0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pack_of():
+    """pack_of(*tensors, segments=None, base=(), anchor=()): the Pack of tensors that are named t0, t1, ..."""
+
+    def pack(*tensors, segments=None, base=(), anchor=()):
+        names = tuple(f"t{i}" for i in range(len(tensors)))
+        return Layout.intern(names, None, segments).pack(tensors, base, anchor)
+
+    return pack
 
 
 def _isas():

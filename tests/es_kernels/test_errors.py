@@ -511,7 +511,7 @@ def test_abi_checks_segments(good, bits, field, value, words):
     if cpu_backend.unavailable(good.device):
         pytest.skip(cpu_backend.unavailable(good.device))
     before = bits(good)
-    pack = es_kernels.table.Pack(
+    pack = es_kernels.layout.Pack(
         ParamTable({GOOD: good, "other": torch.zeros(64)}).layout, [good, torch.zeros(64)], [], []
     )
     pack.segments[field][-1] = value

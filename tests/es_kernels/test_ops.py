@@ -13,7 +13,7 @@ import torch
 
 import es_kernels
 from es_kernels import ParamTable, add_noise_, fingerprint
-from es_kernels.table import Layout
+from es_kernels.layout import Layout
 
 SEEDS = [3, (1 << 63) + 5]
 STOCHASTIC = {"rounding": "stochastic", "rounding_seed": 9}

@@ -8,9 +8,8 @@ import types
 import pytest
 import torch
 
-from es_kernels import streams
+from es_kernels import ParamTable, streams
 from es_kernels.backends import cuda, triton
-from es_kernels.table import ParamTable
 
 GPU = torch.device("cuda", 1)
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import es_kernels
-from es_kernels import noise
-from es_kernels.table import ParamTable, Segment
+from es_kernels import ParamTable, Segment, noise
 
 triton_backend = pytest.importorskip("es_kernels.backends.triton")
 pytestmark = pytest.mark.skipif(triton_backend.triton is None, reason="triton is not installed")

@@ -16,7 +16,7 @@ from es_finetune.models.adapters import add_lora, import_peft
 from es_finetune.models.checkpoint_names import refuse_prompt_config
 from es_finetune.models.dtypes import MIXED, cast_as_in_files, dtype_of, dtypes_in_files
 from es_finetune.models.towers import freeze_towers, towers_of
-from es_kernels.table import DTYPES
+from es_kernels.segment import DTYPES
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 

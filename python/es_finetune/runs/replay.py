@@ -18,7 +18,7 @@ from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
 from es_finetune.runs.log import Generation, read_log
 from es_finetune.runs.setup import make_optimizer
 from es_finetune.runs.snapshot import load_snapshot
-from es_kernels.table import DTYPES
+from es_kernels.segment import DTYPES
 
 
 @dataclass

@@ -22,13 +22,13 @@ import torch
 
 from es_kernels.backends import triton as triton_backend
 from es_kernels.backends.triton import triton
-from es_kernels.table import SEGMENT
+from es_kernels.segment import SEGMENT
 
 from . import interpreter
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[2]
-_SIZES = np.array([4, 2, 2])  # bytes of a DTYPE of es_kernels.table
+_SIZES = np.array([4, 2, 2])  # bytes of a DTYPE of es_kernels.segment
 
 
 @contextlib.contextmanager

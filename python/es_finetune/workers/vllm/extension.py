@@ -86,7 +86,7 @@ def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
                     f"vLLM has taken the weights out of {name} and keeps them in a layout of its own, which cannot be "
                     "perturbed: turn that off"
                 )
-            if parameter.dtype not in es_kernels.table.DTYPES:
+            if parameter.dtype not in es_kernels.segment.DTYPES:
                 raise UserError(
                     f"{name} is {parameter.dtype} in vLLM: quantised weights cannot be perturbed; give a model of "
                     "bfloat16, float16 or float32"
