@@ -19,6 +19,7 @@ teaches a small model to reason: most of the gain is the style in which it answe
 import argparse
 import functools
 import json
+import logging
 import pathlib
 import re
 import shutil
@@ -32,7 +33,7 @@ import torch
 from bench.common import environment
 from bench.learning.countdown_model import MAX_NEW_TOKENS
 from es_finetune.commands.calibrate import calibrate
-from es_finetune.config import PAPER, CalibrateConfig
+from es_finetune.config import PAPER
 from es_finetune.runs.files import write_atomically
 from es_finetune.runs.log import is_begun, read_log
 
@@ -152,6 +153,8 @@ def main():
     )
     parser.add_argument("--sigma", type=float, help="left out: what calibrate finds")
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("es_finetune").setLevel(logging.INFO)
     begin, work = time.monotonic(), args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     facts = environment.describe("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,9 +232,7 @@ def main():
 def _calibrated(base):
     """The sigma that calibrate recommends; where it finds none, the paper's."""
     try:
-        found = calibrate(
-            CalibrateConfig(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200)
-        )
+        found = calibrate(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200)
     except ValueError as error:  # it answers too few questions
         print(error)
         return PAPER["sigma"]

@@ -1,310 +1,405 @@
-"""`es-finetune COMMAND [flags]`. Exit code 2 and one line on stderr for what cannot run; 1 for a run that broke off."""
+"""`es-finetune COMMAND [flags]`: from flags to the functions of es_finetune.commands, and from their results to lines.
+
+Nothing heavy is imported before a command has been read: help, version and errors of the flags come at once.
+
+Exit code 2 and one line on stderr for what cannot be done; 1 for a run that broke off, and for a bug of ours, with its
+traceback.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import importlib
 import json
-import shlex
+import logging
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from es_finetune.errors import FINETUNE, RewardFailed, UserError, did_you_mean, require
+from es_finetune.errors import FINETUNE, RunStopped, UserError, did_you_mean, is_foreseen, require
 
-_NOTHING = {"master": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
-_OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
 CONFIGS = Path(__file__).parent / "configs"
+_NOTHING = {"master": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
+_BUG = "this is a bug of es_finetune: please report it, with the traceback above and what `es-finetune env` prints"
+_TRUE, _FALSE = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
 
-USAGE = """usage: es-finetune COMMAND [flags]
-
-  train [FILE.yaml]   fine-tune a model by evolution strategies; without flags, a one-minute demo on an embedded model.
-                      FILE.yaml holds flags; the experiments of the paper come with the package, as countdown-qwen2.5-1.5b
-  eval                accuracy of a model, or of a run's base or tuned weights, on a task's held-out questions
-  calibrate           find a sigma for a model and a task from a few members
-  replay RUN          make the tuned weights again from base model and log, and prove it by fingerprint
-  export RUN          write the tuned model, made again from the log, for transformers and vLLM
-  report RUN          one HTML page with the plots and sample answers of a run
-
-`es-finetune COMMAND --help` lists the flags."""
+Options = dict[str, Any]
 
 
-def main(arguments: list[str] | None = None) -> int:
+class _Command(NamedTuple):
+    summary: str
+    run: Callable[[Options], None]
+    config: str | None = None  # the dataclass in config.py whose fields are its flags
+    usage: str = "[flags]"
+    takes_config: bool = False  # --config FILE
+    loads_model: bool = True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "eval": _eval,
-        "calibrate": _calibrate,
-        "replay": _replay,
-        "export": _export,
-        "report": _report,
-    }
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
-    if not arguments:
-        print(f"error: no command given\n{USAGE}", file=sys.stderr)
-        return 2
+    debug = "--debug" in arguments
     try:
-        if arguments[0] not in commands:
-            raise UserError(
-                "unknown command "
-                f"{arguments[0]!r}{did_you_mean(arguments[0], commands) or '; the commands are ' + ', '.join(commands)}"
-            )
-        require(f"es-finetune {arguments[0]}", "finetune", *FINETUNE)
-        commands[arguments[0]](arguments[1:])
-    except (ValueError, OSError, RewardFailed) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except _BrokenOff as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        options = _parse(arguments)
+        command = COMMANDS[options.pop("command")]
+        quiet = options.pop("quiet", False)
+        options.pop("debug", None)
+        if command.loads_model:
+            _hide_bars(quiet)
+        if command.config:
+            from es_finetune.monitor.progress import show_messages, terminal
+
+            with show_messages(terminal(), logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO):
+                command.run(options)
+        else:
+            command.run(options)
+    except Exception as error:
+        return _refuse(error, debug)
     return 0
 
 
-class _BrokenOff(Exception):
-    """A run that had begun ended before its end."""
+def _refuse(error: Exception, debug: bool) -> int:
+    """Say on stderr what is wrong; returns the exit code."""
+    cause = error.__cause__ if isinstance(error, RunStopped) and error.__cause__ is not None else error
+    foreseen = is_foreseen(cause)
+    if debug or not foreseen:
+        traceback.print_exception(type(cause), cause, cause.__traceback__)
+    if not foreseen:
+        print(_BUG, file=sys.stderr)
+    if foreseen or cause is not error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+    return 2 if foreseen and not isinstance(error, RunStopped) else 1
 
 
-def _train(arguments: list[str]) -> None:
-    from es_finetune.config import TrainConfig, recorded_options
-    from es_finetune.runs.log import read_log
+# --- the commands -----------------------------------------------------------------------------------------------------
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = _flags_of(_read_yaml(arguments[0]), TrainConfig) + arguments[1:]
-    if _flag(arguments, "resume", "false").lower() in ("true", "yes", "y", "t", "1"):
-        # The log's config, and over it what was given now: Trainer refuses what would make it another run.
-        folder = _flag(arguments, "output")
-        if folder is None:
-            raise UserError("--resume continues the run in a folder: give it with --output")
-        arguments = _flags_of(read_log(Path(folder) / "run.log")[0]["config"], TrainConfig) + arguments
-    config = _parse(TrainConfig, arguments, "train")
-    from huggingface_hub.utils import disable_progress_bars
 
+def _train(options: Options) -> None:
+    from es_finetune.commands.train import train
     from es_finetune.monitor.progress import value
-    from es_finetune.trainer import Trainer, follow
-    from es_finetune.workers import torchrun
-    from es_finetune.workers.protocol import WorkersDiffer
 
-    if not torchrun.is_first_rank():
-        disable_progress_bars()  # the first rank shows what is downloaded
-        try:
-            return follow(config)
-        except (RewardFailed, WorkersDiffer) as error:
-            raise _BrokenOff(_one_line(error)) from error
-    trainer = Trainer(config)
-    try:
-        summary = trainer.train()
-    except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, (OSError, RewardFailed, WorkersDiffer, KeyboardInterrupt)):
-            traceback.print_exc()  # nobody foresaw it
-        words = "stopped" if isinstance(error, KeyboardInterrupt) else _one_line(error)
-        if isinstance(error, RewardFailed) and not (trainer.generation or trainer.members):
-            raise _BrokenOff(
-                f"{words}. Nothing is kept yet: mend the reward, and begin again with --overwrite"
-            ) from error
-        members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
-        kept = f"{_counted(trainer.generation, 'generation')}{members} are kept in {config.output}"
-        begun = read_log(Path(config.output) / "run.log")[0]["config"]
-        changed = _flags_of(
-            {name: value for name, value in recorded_options(trainer.config).items() if value != begun[name]},
-            TrainConfig,
-        )
-        command = shlex.join(["es-finetune", "train", "--resume", "--output", config.output, *changed])
-        how = "the same torchrun, and --resume" if torchrun.under_torchrun() else command
-        raise _BrokenOff(f"{words}. {kept}; continue with: {how}") from error
+    trained = train(options)
+    if trained is None:  # a rank for which the first one speaks
+        return
+    folder, summary = trained
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     print(
         f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and "
-        f"{summary['seconds_total']:.1f} s "
-        f"({summary['share_outside'] or 0:.1%} outside generation and reward); theta {summary['fingerprint']}; "
-        f"{config.output}"
+        f"{summary['seconds_total']:.1f} s ({summary['share_outside'] or 0:.1%} outside generation and reward); "
+        f"theta {summary['fingerprint']}; {folder}"
     )
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _eval(options: Options) -> None:
+    from es_finetune.commands.evaluate import evaluate
+
+    print(json.dumps(evaluate(**options), indent=2))
 
 
-def _eval(arguments: list[str]) -> None:
-    from es_finetune.commands.evaluate import assess
-    from es_finetune.config import EvalConfig
-    from es_finetune.runs.log import read_log
-
-    run = _flag(arguments, "run")
-    if run is not None:
-        asked = read_log(Path(run) / "run.log")[0]["config"]
-        names = set(EvalConfig.__dataclass_fields__) - {"output", "seed", "device"}
-        arguments = _flags_of({name: value for name, value in asked.items() if name in names}, EvalConfig) + arguments
-    print(json.dumps(assess(_parse(EvalConfig, arguments, "eval")), indent=2))
-
-
-def _calibrate(arguments: list[str]) -> None:
+def _calibrate(options: Options) -> None:
     from es_finetune.commands.calibrate import calibrate
-    from es_finetune.config import CalibrateConfig
 
-    if arguments and not arguments[0].startswith("-"):
-        known = {
-            name: value
-            for name, value in _read_yaml(arguments[0]).items()
-            if name in CalibrateConfig.__dataclass_fields__
-        }
-        arguments = _flags_of(known, CalibrateConfig) + arguments[1:]
-    calibrate(_parse(CalibrateConfig, arguments, "calibrate"))
+    result = calibrate(**options)
+    sigma = "" if result["sigma"] is None else f"sigma {result['sigma']:g}, lr {result['lr']:g}: "
+    print(f"{sigma}{result['reason']}")
 
 
-def _replay(arguments: list[str]) -> None:
-    from es_finetune.config import ReplayConfig
+def _replay(options: Options) -> None:
+    from es_finetune.commands.replay import replay
 
-    config = _parse(ReplayConfig, _run_first(arguments, "replay"), "replay")
-    rebuilt = _rebuild(config)
+    rebuilt = replay(**options)
     optimizer = rebuilt.optimizer
     print(
-        f"{config.run}: {optimizer.generation} of {len(rebuilt.generations)} generations made again, each with the "
-        "fingerprints of the log; "
-        f"theta {optimizer.fingerprint('theta'):016x}, live {optimizer.fingerprint('live'):016x}"
+        f"{options['run']}: {optimizer.generation} of {len(rebuilt.generations)} generations made again, each with the "
+        f"fingerprints of the log; theta {optimizer.fingerprint('theta'):016x}, "
+        f"live {optimizer.fingerprint('live'):016x}"
     )
 
 
-def _export(arguments: list[str]) -> None:
-    from es_finetune.config import ExportConfig
-    from es_finetune.models.save import save_model
-    from es_finetune.runs.log import read_log
+def _export(options: Options) -> None:
+    from es_finetune.commands.export import export
 
-    config = _parse(ExportConfig, _run_first(arguments, "export"), "export")
-    output = Path(config.output or Path(config.run) / "model")
-    if output.exists() and not config.overwrite:
-        raise UserError(f"{output} is there already: give another --output, or --overwrite to replace it")
-    if output.exists() and not _is_model(output):
-        raise UserError(
-            f"{output} is no folder of a model alone, which --overwrite could replace: give another --output"
-        )
-    base = config.model or read_log(Path(config.run) / "run.log")[0]["config"]["model"]
-    if output.resolve() == Path(base).resolve():
-        raise UserError(
-            f"{output} is the base model, without which the run cannot be made again: give another --output"
-        )
-    rebuilt = _rebuild(config)
-    save_model(rebuilt.model, rebuilt.tokenizer, output, merge_lora=config.merge_lora)
-    print(
-        f"{output}: the model after {rebuilt.optimizer.generation} generations, live "
-        f"{rebuilt.optimizer.fingerprint('live'):016x}"
-    )
+    exported = export(**options)
+    print(f"{exported.folder}: the model after {exported.generation} generations, live {exported.live}")
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether the folder holds what `save_model` writes and nothing that it does not."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    weights = any(name.endswith(".safetensors") for name in names) and names & {"config.json", "adapter_config.json"}
-    return bool(weights) and all((folder / name).is_file() and Path(name).suffix in _OF_MODELS for name in names)
+def _report(options: Options) -> None:
+    from es_finetune.commands.report import report
+
+    print(report(**options))
 
 
-def _rebuild(config):
-    from es_finetune.monitor.progress import counting
-    from es_finetune.runs.replay import rebuild
+def _env(options: Options) -> None:
+    from es_finetune.commands.env import environment
 
-    with counting(f"replaying {config.run}") as count:
-        return rebuild(
-            config.run, model=config.model, device=config.device, generation=config.generation, on_generation=count
-        )
-
-
-def _report(arguments: list[str]) -> None:
-    from es_finetune.config import ReportConfig
-    from es_finetune.monitor.report import report
-
-    print(report(Path(_parse(ReportConfig, _run_first(arguments, "report"), "report").run)))
+    facts = environment()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
 
 
-# --- flags
-# --------------------------------------------------------------------------------------------------------------
+def _configs(options: Options) -> None:
+    if "name" in options:
+        print(_config_file(options["name"]).read_text(encoding="utf-8"), end="")
+        return
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        values = _read_config(str(path))
+        print(f"{path.stem:26}  {values['task']:26}  {values['model']}")
 
 
-def _parse(kind: type, arguments: list[str], command: str) -> Any:
-    from transformers import HfArgumentParser
+COMMANDS = {
+    "train": _Command(
+        "fine-tune a model by evolution strategies; without flags, a one-minute demo on an embedded model",
+        _train,
+        "TrainConfig",
+        takes_config=True,
+    ),
+    "eval": _Command(
+        "accuracy of a model, or of a run's base or tuned weights, on a task's held-out questions",
+        _eval,
+        "EvalConfig",
+        "[--run RUN] [flags]",
+    ),
+    "calibrate": _Command(
+        "find a sigma for a model and a task from a few members", _calibrate, "CalibrateConfig", takes_config=True
+    ),
+    "replay": _Command(
+        "make the tuned weights again from base model and log, and prove it by fingerprint",
+        _replay,
+        "ReplayConfig",
+        "RUN [flags]",
+    ),
+    "export": _Command(
+        "write the tuned model, made again from the log, for transformers and vLLM",
+        _export,
+        "ExportConfig",
+        "RUN [flags]",
+    ),
+    "report": _Command(
+        "one HTML page with the plots and sample answers of a run",
+        _report,
+        "ReportConfig",
+        "RUN [flags]",
+        loads_model=False,
+    ),
+    "configs": _Command(
+        "list the experiments of the paper, which --config takes by name, or print one",
+        _configs,
+        usage="[NAME] [flags]",
+        loads_model=False,
+    ),
+    "env": _Command("what an issue report needs: versions, devices, backends", _env, loads_model=False),
+}
 
-    _hide_bars()
-    first = {
-        "train": " [FILE.yaml]",
-        "calibrate": " [FILE.yaml]",
-        "eval": " [--run RUN]",
-        "replay": " RUN",
-        "export": " RUN",
-        "report": " RUN",
-    }.get(command, "")
-    usage = f"es-finetune {command}{first} [flags]"
 
-    class Parser(HfArgumentParser):
-        """Hands to argparse a field's help alone, not the rest of its metadata."""
-
-        @staticmethod
-        def _parse_dataclass_field(parser, field):
-            field = copy.copy(field)
-            field.metadata = {"help": field.metadata["help"]}
-            HfArgumentParser._parse_dataclass_field(parser, field)
-
-    parser = Parser(kind, usage=usage, description=kind.__doc__, formatter_class=_Help, allow_abbrev=False)
-    parser.error = _refuse  # instead of the usage of fifty flags
-    _, unknown = parser.parse_known_args(arguments)  # looked at before the config, which might miss what was misspelt
-    if unknown:
-        word = unknown[0]
-        if not word.startswith("-"):
-            raise UserError(f"{word!r} belongs to no flag; usage: {usage}")
-        near = did_you_mean(word.lstrip("-").partition("=")[0], kind.__dataclass_fields__, prefix="--")
-        raise UserError(f"unknown flag {word}{near or f'; es-finetune {command} --help lists them'}")
-    (config,) = parser.parse_args_into_dataclasses(arguments)
-    return config
+# --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def _hide_bars() -> None:
-    """Those of transformers, "Loading weights" and "Writing model shards", a second each around our own. Not the hub's,
-    of gigabytes that are being downloaded, unless they are hidden already; transformers hides both."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage of fifty flags and exit."""
 
-    hidden = are_progress_bars_disabled()
-    disable_progress_bar()
-    if not hidden:
-        enable_progress_bars()
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+    def refuse_flag(self, word: str) -> None:
+        known = (_underscored(string.lstrip("-")) for string in self._option_string_actions)
+        near = did_you_mean(word.lstrip("-").partition("=")[0], dict.fromkeys(known), "--")
+        raise UserError(f"unknown flag {word}{near or f'; {self.prog} --help lists them'}")
+
+
+class _CommandParser(_Parser):
+    """Reads config.py for its flags when it is asked for them, and says what was meant by an unknown one."""
+
+    def __init__(self, *, command: str, **options: Any):
+        self.command, self.spec = command, COMMANDS[command]
+        usage = f"es-finetune {command} {self.spec.usage}"
+        super().__init__(usage=usage, formatter_class=_Help, allow_abbrev=False, **options)
+        self._is_filled = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._is_filled:
+            self._is_filled = True
+            self._fill()
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self._refuse_unknown(unknown[0])
+        return namespace, unknown
+
+    def error(self, message: str) -> Any:
+        if message.startswith("the following arguments are required"):
+            message = f"{self.command} needs the folder of a run: es-finetune {self.command} RUN"
+        raise UserError(message)
+
+    def _fill(self) -> None:
+        self.description = self.spec.summary[0].upper() + self.spec.summary[1:] + "."
+        if self.command == "configs":
+            self.add_argument("name", nargs="?", metavar="NAME", default=argparse.SUPPRESS, help="of one to print")
+        if self.spec.takes_config:
+            self.add_argument(
+                "--config",
+                metavar="FILE",
+                default=argparse.SUPPRESS,
+                help="YAML file of flags, or the name of one that `es-finetune configs` lists; flags beside it count",
+            )
+        _add_common_flags(self)
+        if self.spec.config:
+            _add_flags(self, getattr(importlib.import_module("es_finetune.config"), self.spec.config))
+
+    def _refuse_unknown(self, word: str) -> None:
+        if word.startswith("-"):
+            self.refuse_flag(word)
+        if self.spec.takes_config and (Path(word).is_file() or _ready(word).exists()):
+            raise UserError(f"{word!r} belongs to no flag: did you mean --config {word}?")
+        raise UserError(f"{word!r} belongs to no flag; usage: {self.usage}")
 
 
 class _Help(argparse.HelpFormatter):
-    """Names the default of a flag where it has one."""
+    """Shows of each flag one spelling: --test-data is understood too."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help + ("" if action.default in (None, [], argparse.SUPPRESS) else " (default: %(default)s)")
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment  # of the commands, which argparse forgets
 
-def _refuse(message: str) -> None:
-    raise UserError(message)
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)  # which names of flags and tasks have
 
-
-def _run_first(arguments: list[str], command: str) -> list[str]:
-    if arguments and not arguments[0].startswith("-"):
-        return ["--run", *arguments]
-    if not {"-h", "--help"} & {*arguments} and _flag(arguments, "run") is None:
-        raise UserError(f"{command} needs the folder of a run: es-finetune {command} RUN")
-    return arguments
-
-
-def _flag(arguments: list[str], name: str, default: str | None = None) -> str | None:
-    """The value of --name in `arguments`, before they are parsed; the last if there are several, "true" if it has
-    none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", nargs="?", const="true", default=default)
-    return getattr(parser.parse_known_args(arguments)[0], name)
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)
+        strings = dict.fromkeys(s for s in action.option_strings if s == f"--{_underscored(s[2:])}" or s == "-h")
+        action.option_strings = list(strings)
+        return super()._format_action_invocation(action)
 
 
-def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
-    """The flags that ask for `values`. Through flags, so that types and wrong names are checked in one place."""
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata  # not es_kernels, which loads torch
+
+        try:
+            print(f"es-finetune {metadata.version('es-kernels')}")
+        except metadata.PackageNotFoundError:
+            print("es-finetune, not installed")
+        parser.exit()
+
+
+def _parse(arguments: list[str]) -> Options:
+    """The command, and of its flags those that were given; those of --config below them."""
+    parser = _Parser(
+        prog="es-finetune",
+        usage="es-finetune COMMAND [flags]",
+        description="Fine-tune language models by evolution strategies.",
+        epilog="`es-finetune COMMAND --help` lists the flags of a command.",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
+    )
+    _add_common_flags(parser)
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", prog="es-finetune", parser_class=_CommandParser
+    )
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.summary, command=name)
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in COMMANDS:
+        near = did_you_mean(first, COMMANDS)
+        raise UserError(f"unknown command {first!r}{near or '; the commands are ' + ', '.join(COMMANDS)}")
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:  # by a command's parser it is refused there
+        parser.refuse_flag(unknown[0])
+    options = vars(namespace)
+    if options["command"] is None:
+        raise UserError(f"no command given; the commands are {', '.join(COMMANDS)}, and es-finetune --help says more")
+    command = COMMANDS[options["command"]]
+    if command.config:
+        require(f"es-finetune {options['command']}", "finetune", *FINETUNE)
+    if (file := options.pop("config", None)) is not None:
+        flags = _flags_of(_read_config(file), command.config)
+        options = vars(parser.parse_args([options["command"], *flags])) | options
+    return options
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    for name, help in (
+        ("quiet", "no messages but warnings and errors"),
+        ("debug", "also messages for debugging, and the traceback of every error"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=help)
+
+
+def _add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Of each field a flag; the namespace then holds those that were given."""
+    from es_finetune.config import GROUPS, field_types
+
+    types, fields = field_types(kind), dataclasses.fields(kind)
+    for title in GROUPS:
+        members = [option for option in fields if option.metadata["group"] == title]
+        group = parser.add_argument_group(title) if members else parser
+        for option in members:
+            _add_flag(group, option, types[option.name])
+
+
+def _add_flag(group: Any, option: dataclasses.Field, types: tuple[type, ...]) -> None:
+    is_list, kind = (True, types[1]) if types[0] is list else (False, types[0])
+    help, choices, default = option.metadata["help"].replace("%", "%%"), option.metadata["choices"], option.default
+    if option.default_factory is not dataclasses.MISSING:
+        default = " ".join(option.default_factory())
+    shape: Options = {
+        "type": _bool if kind is bool else kind,
+        "metavar": "{" + ",".join(choices) + "}" if choices else {int: "INT", float: "FLOAT"}.get(kind, "TEXT"),
+    }
+    if is_list:
+        shape["nargs"] = "+"
+    if kind is bool:
+        shape |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        default = str(default).lower()
+    if default is dataclasses.MISSING:
+        group.add_argument(option.name, type=kind, metavar=option.name.upper(), help=help)
+        return
+    if default not in (None, ""):
+        help += f" (default: {default})"
+    strings = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
+    group.add_argument(*strings, default=argparse.SUPPRESS, help=help, **shape)
+    if kind is bool and default == "true":
+        strings = dict.fromkeys((f"--no_{option.name}", f"--no-{option.name.replace('_', '-')}"))
+        group.add_argument(
+            *strings, dest=option.name, action="store_false", default=argparse.SUPPRESS, help=f"--{option.name} false"
+        )
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise argparse.ArgumentTypeError(f"true or false was expected, not {text!r}")
+    return text.lower() in _TRUE
+
+
+def _underscored(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _flags_of(values: Mapping[str, Any], kind: str) -> list[str]:
+    """The flags that ask for `values`. Through flags, so that types and wrong names are checked in one place.
+
+    A file for train serves other commands too: of its options they take those that they have.
+    """
+    config = importlib.import_module("es_finetune.config")
+    known, own = (
+        [option.name for option in dataclasses.fields(one)] for one in (config.TrainConfig, getattr(config, kind))
+    )
     flags = []
     for name, value in values.items():
-        if name not in kind.__dataclass_fields__:
-            raise UserError(
-                f"unknown option {name!r}{did_you_mean(name, kind.__dataclass_fields__) or '; --help lists them'}"
-            )
+        if name not in own:
+            if name in known:
+                continue
+            raise UserError(f"unknown option {name!r}{did_you_mean(name, own) or '; --help lists them'}")
         if value in (None, []):
             value = _NOTHING.get(name)
         if value is not None:
@@ -312,15 +407,15 @@ def _flags_of(values: dict[str, Any], kind: type) -> list[str]:
     return flags
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
-    """The options in a YAML file, or in one that comes with the package."""
-    import yaml
+def _ready(name: str) -> Path:
+    return CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
 
+
+def _config_file(name: str) -> Path:
+    """The YAML file of this path, or that of this name which comes with the package."""
     from es_finetune.tasks import NAMES
 
-    path = Path(name)
-    if not path.exists():
-        path = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+    path = Path(name) if Path(name).exists() else _ready(name)
     if not path.exists():
         ready = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
         flag = f"--task {name}" if name in NAMES else f"--{name}" if "=" in name else ""
@@ -331,6 +426,14 @@ def _read_yaml(name: str) -> dict[str, Any]:
             f"{path} is a folder, and a file with options was expected; a run is continued with --resume --output "
             f"{path}"
         )
+    return path
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """The options in a YAML file."""
+    import yaml
+
+    path = _config_file(name)
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -338,6 +441,21 @@ def _read_yaml(name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no options: it must be lines of NAME: VALUE")
     return values
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _hide_bars(quiet: bool) -> None:
+    """Those of transformers, "Loading weights" and "Writing model shards", a second each around our own. Not the hub's,
+    of gigabytes that are being downloaded, unless they are hidden already; transformers hides both."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    hidden = quiet or are_progress_bars_disabled()
+    disable_progress_bar()
+    if not hidden:
+        enable_progress_bars()
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,11 @@
-"""What a command is refused with before any work: packages that are not installed, words that were misspelt."""
+"""Errors that a user can mend, and the words that say how. Every other exception is a bug of es_finetune.
+
+UserError(ValueError)     what was asked for cannot be done; found before long work wherever that is possible
+RunError(RuntimeError)    a run that had begun cannot go on
+  RewardFailed            because of its reward
+  WorkersDiffer           because its workers do not hold the same weights
+  RunStopped              what `es-finetune train` says of any reason; chained to it
+"""
 
 from __future__ import annotations
 
@@ -12,11 +19,28 @@ FINETUNE = ("transformers", "rich", "matplotlib", "jinja2")
 
 
 class UserError(ValueError):
-    """What a user asked for cannot be done: one line that names the thing and the remedy. Any other error is a bug of ours."""
+    """What was asked for cannot be done: one line that names the thing and the remedy."""
 
 
-class RewardFailed(RuntimeError):
-    """Rewards fail, or are no longer those that the run began with, so that the run cannot go on."""
+class RunError(RuntimeError):
+    """A run that had begun cannot go on."""
+
+
+class RewardFailed(RunError):
+    """Rewards fail, or are no longer those that the run began with."""
+
+
+class WorkersDiffer(RunError):
+    """Workers that should hold the same weights, or be on the same run, do not."""
+
+
+class RunStopped(RunError):
+    """A run ended before its end: why, what is kept, and how to go on. Its cause is what stopped it."""
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether the words of an error are enough: it is the user's, the run's or the operating system's, no bug."""
+    return isinstance(error, (UserError, RunError, OSError, KeyboardInterrupt))
 
 
 @contextlib.contextmanager
@@ -35,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """ValueError, with the extra of es-kernels that brings them, unless these modules are installed."""
+    """UserError, with the extra of es-kernels that brings them, unless these modules are installed."""
     missing = [name.replace("_", "-") for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

@@ -17,7 +17,7 @@ import pytest
 from es_finetune import TrainConfig, Trainer
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
-from es_finetune.workers.protocol import WorkersDiffer
+from es_finetune.errors import WorkersDiffer
 from es_finetune.workers.ray_pool import Actor
 from es_finetune.workers.setup import make_pool
 

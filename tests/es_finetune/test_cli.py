@@ -15,8 +15,9 @@ import pytest
 import transformers
 
 import es_finetune
-from es_finetune.cli import CONFIGS, _flags_of, _parse, _read_yaml, main
+from es_finetune.cli import COMMANDS, CONFIGS, _hide_bars, _parse, main
 from es_finetune.config import TrainConfig
+from es_finetune.errors import UserError
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
@@ -70,7 +71,8 @@ def train(output, *flags):
         (["--batchsize=3"], "unknown flag --batchsize=3: did you mean --batch_size?"),
         (["--pop", "1"], "unknown flag --pop: did you mean --population?"),
         (["--modle", "X", "--task", "countdown"], "unknown flag --modle: did you mean --model?"),
-        (["--sigma", "1", "2"], "'2' belongs to no flag; usage: es-finetune train [FILE.yaml] [flags]"),
+        (["--sigma", "1", "2"], "'2' belongs to no flag; usage: es-finetune train [flags]"),
+        (["--overwrite", "maybe"], "argument --overwrite: true or false was expected, not 'maybe'"),
         (["--model", "embedded", "--task", "countdwn"], "unknown task 'countdwn': did you mean countdown?"),
         (
             ["--model", "embedded", "--task", "reasoning_gym:x"],
@@ -350,19 +352,60 @@ def test_every_prompt_is_proven_before_the_run_whichever_is_drawn(tmp_path, caps
 
 
 def test_commands(capsys):
-    assert main(["--help"]) == 0
+    assert ended(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("train", "eval", "calibrate", "replay", "export", "report"):
-        assert command in out
-        assert command == "train" or main([command, "--no_such_flag"]) == 2
+    for command in COMMANDS:
+        assert re.search(rf"^    {command} +\S", out, re.MULTILINE)
+        assert main([command, "--no_such_flag"]) == 2
     assert main([]) == 2
-    capsys.readouterr()
+    assert capsys.readouterr().err.endswith(
+        "error: no command given; the commands are " + ", ".join(COMMANDS) + ", and es-finetune --help says more\n"
+    )
+
+
+def ended(arguments):
+    """The exit code of what argparse ends by itself: help and version."""
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    return raised.value.code
+
+
+SETUP = """attn_implementation batch_size config data debug decoding device dtype lora_rank max_new_tokens model
+pad_token quiet reward task test_data threads time_limit"""
+TRAIN = """anchored antithetic engine eval_every eval_items final_scale freeze generations health_every lr lr_schedule
+master momentum momentum_window no_save_model on_reward_error on_straggler output overwrite perturb_rounding
+population prompts
+ray_workers report_to resume save_model seed shaping sigma sigma_for sigma_schedule snapshot_every straggler_limit
+tensor_parallel tune update_rounding weight_decay workers"""
+FLAGS = {
+    "train": f"{SETUP} {TRAIN}",
+    "eval": SETUP.replace("config ", "") + " generation items kl kl_model output run samples seed split",
+    "calibrate": f"{SETUP} members prompts seed sigmas",
+    "replay": "debug device generation model quiet",
+    "export": "debug device generation merge_lora model output overwrite quiet",
+    "report": "debug quiet",
+    "configs": "debug quiet",
+    "env": "debug quiet",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_of_a_command_change_only_on_purpose(command, capsys):
+    """Who adds, removes or renames one adds it here, and says so in the docs."""
+    assert ended([command, "--help"]) == 0
+    shown = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(shown) == sorted(FLAGS[command].split())
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["fly"], "unknown command 'fly'; the commands are train, eval, calibrate, replay, export, report"),
+        (
+            ["fly"],
+            "unknown command 'fly'; the commands are train, eval, calibrate, replay, export, report, configs, env",
+        ),
+        (["--quiet", "fly"], "unknown command 'fly'; the commands are " + ", ".join(COMMANDS)),
+        (["--verison"], "unknown flag --verison: did you mean --version?"),
         (["trian"], "unknown command 'trian': did you mean train?"),
         (["Train"], "unknown command 'Train': did you mean train?"),
         (["replay"], "replay needs the folder of a run: es-finetune replay RUN"),
@@ -370,11 +413,24 @@ def test_commands(capsys):
         (["report", "a", "b"], "'b' belongs to no flag; usage: es-finetune report RUN [flags]"),
         (["eval", "RUN"], "'RUN' belongs to no flag; usage: es-finetune eval [--run RUN] [flags]"),
         (["calibrate", "--sigma", "1"], "unknown flag --sigma: did you mean --sigmas?"),
-        (["train", "countdown-qwen2.5-1.5"], "no ready config of that name: did you mean countdown-qwen2.5-1.5b?"),
-        (["train", "countdown"], "no ready config of that name: did you mean --task countdown?"),
-        (["train", "sigma=0.1"], "no ready config of that name: did you mean --sigma=0.1?"),
         (
-            ["train", "."],
+            ["train", "--config", "countdown-qwen2.5-1.5"],
+            "no ready config of that name: did you mean countdown-qwen2.5-1.5b?",
+        ),
+        (["train", "--config", "countdown"], "no ready config of that name: did you mean --task countdown?"),
+        (["train", "--config", "sigma=0.1"], "no ready config of that name: did you mean --sigma=0.1?"),
+        (
+            ["configs", "countdown-qwen2.5"],
+            "no ready config of that name: did you mean "
+            + " or ".join(f"countdown-qwen2.5-{size}" for size in ("0.5b", "1.5b", "3b"))
+            + "?",
+        ),
+        (
+            ["train", "countdown-qwen2.5-1.5b"],
+            "'countdown-qwen2.5-1.5b' belongs to no flag: did you mean --config countdown-qwen2.5-1.5b?",
+        ),
+        (
+            ["train", "--config", "."],
             ". is a folder, and a file with options was expected; a run is continued with --resume --output .",
         ),
     ],
@@ -470,30 +526,36 @@ def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):
 
 
 def test_flags_override_a_yaml_file_whose_numbers_may_be_written_as_people_do(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        "sigma: 2e-3  # a text for YAML\ngenerations: 7\nantithetic: true\nfreeze: ['*norm*', '*embed*']\n"
-    )
-    config = _parse(
-        TrainConfig, [*_flags_of(_read_yaml(str(tmp_path / "run.yaml")), TrainConfig), "--generations", "9"], "train"
-    )
-    assert (config.sigma, config.generations, config.antithetic, config.freeze) == (
-        2e-3,
-        9,
-        True,
-        ["*norm*", "*embed*"],
-    )
-    (tmp_path / "bad.yaml").write_text("sigmma: 1\n")
-    (tmp_path / "nothing.yaml").write_text("master: null\nreport_to: []\nresume: false\nlr:\n")
-    config = _parse(TrainConfig, _flags_of(_read_yaml(str(tmp_path / "nothing.yaml")), TrainConfig), "train")
-    assert (config.master, config.report_to, config.resume, config.lr) == ("none", ["none"], False, 0.01)
-    with pytest.raises(ValueError, match=r"unknown option 'sigmma': did you mean sigma\?"):
-        _flags_of(_read_yaml(str(tmp_path / "bad.yaml")), TrainConfig)
-    for content, words in (("- 1\n", "holds no options"), ("a: [", "is no YAML")):
-        (tmp_path / "bad.yaml").write_text(content)
-        with pytest.raises(ValueError, match=words):
-            _read_yaml(str(tmp_path / "bad.yaml"))
-    with pytest.raises(ValueError, match="ready are .*countdown-qwen2.5-1.5b"):
-        _read_yaml("nothing")
+    def options(content, *flags, command="train"):
+        (tmp_path / "run.yaml").write_text(content)
+        return _parse([command, "--config", str(tmp_path / "run.yaml"), *flags])
+
+    content = "sigma: 2e-3  # a text for YAML\ngenerations: 7\nantithetic: true\nfreeze: ['*norm*', '*embed*']\n"
+    assert options(content, "--generations", "9") == {
+        "command": "train",
+        "sigma": 2e-3,
+        "generations": 9,
+        "antithetic": True,
+        "freeze": ["*norm*", "*embed*"],
+    }
+    assert options("master: null\nreport_to: []\nresume: false\nlr:\n") == {
+        "command": "train",
+        "master": "none",
+        "report_to": ["none"],
+        "resume": False,
+    }
+    # What calibrate has no use for is left out; what no command knows is refused
+    assert options("prompts: 7\ngenerations: 7\n", command="calibrate") == {"command": "calibrate", "prompts": 7}
+    for content, words in (
+        ("sigmma: 1\n", r"unknown option 'sigmma': did you mean sigma\?"),
+        ("sigma: much\n", "argument --sigma: invalid float value: 'much'"),
+        ("- 1\n", "holds no options"),
+        ("a: [", "is no YAML"),
+    ):
+        with pytest.raises(UserError, match=words):
+            options(content)
+    with pytest.raises(UserError, match="ready are .*countdown-qwen2.5-1.5b"):
+        _parse(["train", "--config", "nothing"])
 
 
 PAPER = {
@@ -514,7 +576,8 @@ PAPER = {
 def test_each_experiment_of_the_paper_has_a_ready_config():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PAPER)
     for name, expected in PAPER.items():
-        config = _parse(TrainConfig, _flags_of(_read_yaml(name), TrainConfig), "train")
+        options = _parse(["train", "--config", name])
+        config = TrainConfig(**{name: value for name, value in options.items() if name != "command"})
         assert (config.model, config.task, config.prompts, config.max_new_tokens) == expected
         assert (config.population, config.sigma, config.lr, config.shaping, config.antithetic) == (
             30,
@@ -528,35 +591,10 @@ def test_each_experiment_of_the_paper_has_a_ready_config():
 
 def test_a_runs_config_is_a_yaml_file_for_another(tmp_path, capsys):
     assert train(tmp_path / "one", "--sigma", "0.02", "--overwrite") == 0
-    assert main(["train", str(tmp_path / "one" / "config.json"), "--output", str(tmp_path / "two")]) == 0
+    assert main(["train", "--config", str(tmp_path / "one" / "config.json"), "--output", str(tmp_path / "two")]) == 0
     one, two = (read_log(tmp_path / name / "run.log") for name in ("one", "two"))
     assert one[0]["config"] == two[0]["config"] and one[1] == two[1]
     assert main(["train", "--resume", "--output", str(tmp_path / "one")]) == 0
-
-
-def test_export_replaces_a_model_and_nothing_else(tmp_path, capsys):
-    assert train(tmp_path / "run", "--no_save_model") == 0
-    (tmp_path / "keep").mkdir()
-    (tmp_path / "keep" / "precious").write_text("")
-    for output in (tmp_path / "keep", tmp_path / "run", tmp_path):
-        assert main(["export", str(tmp_path / "run"), "--output", str(output), "--overwrite"]) == 2
-        assert "is no folder of a model alone" in capsys.readouterr().err
-    (tmp_path / "keep" / "precious").rename(tmp_path / "keep" / "config.json")
-    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "keep"), "--overwrite"]) == 2
-    assert (tmp_path / "keep" / "config.json").exists() and (tmp_path / "run" / "run.log").exists()
-    for _ in range(2):
-        assert main(["export", str(tmp_path / "run"), "--overwrite"]) == 0
-    assert main(["export", str(tmp_path / "run")]) == 2
-
-
-def test_export_never_replaces_the_base_model_or_what_lies_beside(tmp_path, capsys, save_tiny):
-    model = save_tiny(tmp_path / "base")
-    assert train(tmp_path / "run", "--model", model, "--task", "countdown-char") == 0
-    (tmp_path / "out.tmp").mkdir()
-    assert main(["export", str(tmp_path / "run"), "--output", model, "--overwrite"]) == 2
-    assert "is the base model" in capsys.readouterr().err
-    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "out.tmp", "run"]
 
 
 def test_how_to_go_on_names_what_was_changed(tmp_path, capsys, monkeypatch):
@@ -586,14 +624,13 @@ def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatc
 
 def test_help_of_a_command_says_how_it_is_called(capsys):
     for command, usage in (
-        ("train", "train [FILE.yaml] [flags]"),
+        ("train", "train [flags]"),
         ("replay", "replay RUN [flags]"),
         ("eval", "eval [--run RUN] [flags]"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            main([command, "--help"])
+        assert ended([command, "--help"]) == 0
         out = capsys.readouterr().out
-        assert ended.value.code == 0 and f"usage: es-finetune {usage}" in out and "default: None" not in out
+        assert f"usage: es-finetune {usage}" in out and "default: None" not in out
 
 
 def test_resume_takes_the_config_of_the_log(tmp_path, capsys):
@@ -625,6 +662,89 @@ def test_a_run_that_breaks_off_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert len(read_log(tmp_path / "run" / "run.log")[1]) == 2
 
 
+LIGHT = """
+import runpy, sys
+sys.argv = ["es-finetune", *sys.argv[1:]]
+try:
+    runpy.run_module("es_finetune", run_name="__main__")
+except SystemExit:
+    print(sorted({"torch", "transformers", "numpy", "rich", "es_finetune.config"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, imported",
+    [
+        (["--help"], []),
+        (["--version"], []),
+        (["fly"], []),
+        (["train", "--help"], ["es_finetune.config"]),
+        (["train", "--sgima", "1"], ["es_finetune.config"]),
+    ],
+    ids=" ".join,
+)
+def test_help_version_and_misspelt_flags_import_nothing_heavy(arguments, imported):
+    done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(imported)
+
+
+def test_help_shows_choices_defaults_and_groups(capsys):
+    assert ended(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--shaping {zscore,ranks,per_prompt}" in out and "--decoding {dynamic,static,continuous}" in out
+    words = " ".join(out.split())
+    assert "(default: zscore)" in words and "0.01 with the embedded model, else 0.001" in words
+    titles = re.findall(r"^(\w[\w ]*):$", out, re.MULTILINE)
+    assert titles == ["options", "task", "model", "noise and update", "evaluation", "workers", "files"]
+
+
+def test_both_spellings_of_a_flag_and_all_of_a_bool_are_understood():
+    flags = ["--eval-items", "3", "--antithetic", "--no-save-model", "--anchored", "no", "--overwrite", "True"]
+    assert _parse(["train", *flags, "--report-to", "wandb", "trackio"]) == {
+        "command": "train",
+        "eval_items": 3,
+        "antithetic": True,
+        "save_model": False,
+        "anchored": False,
+        "overwrite": True,
+        "report_to": ["wandb", "trackio"],
+    }
+
+
+def test_version_configs_and_env(capsys, monkeypatch):
+    assert ended(["--version"]) == 0
+    assert re.fullmatch(r"es-finetune \d+\.\d+.*\n", capsys.readouterr().out)
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(PAPER)
+    assert main(["configs", "countdown-qwen2.5-1.5b"]) == 0
+    assert capsys.readouterr().out == (CONFIGS / "countdown-qwen2.5-1.5b.yaml").read_text()
+    monkeypatch.setitem(sys.modules, "transformers", None)  # what is broken is told, and breaks nothing
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^torch +\d", out, re.MULTILINE) and re.search(r"^serves cpu +\w", out, re.MULTILINE)
+
+
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(capsys, monkeypatch):
+    def planted(options):
+        raise ValueError("nobody foresaw this")
+
+    monkeypatch.setitem(COMMANDS, "configs", COMMANDS["configs"]._replace(run=planted))
+    assert main(["configs"]) == 1
+    out, error = capsys.readouterr()
+    assert not out and "Traceback" in error and "in planted" in error
+    assert error.splitlines()[-2:] == [
+        "ValueError: nobody foresaw this",
+        "this is a bug of es_finetune: please report it, with the traceback above and what `es-finetune env` prints",
+    ]
+
+
+def test_debug_shows_the_traceback_of_a_users_error_too(capsys):
+    assert main(["replay", "/nowhere", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: /nowhere/run.log cannot be read")
+
+
 def test_only_what_is_downloaded_has_bars(monkeypatch):
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
@@ -634,7 +754,7 @@ def test_only_what_is_downloaded_has_bars(monkeypatch):
             hide()
             hidden = are_progress_bars_disabled()
             logging._tqdm_active = True
-            _parse(TrainConfig, [], "train")
+            _hide_bars(quiet=False)
             assert (
                 are_progress_bars_disabled() == hidden == (hide is disable_progress_bars)
                 and not logging.is_progress_bar_enabled()

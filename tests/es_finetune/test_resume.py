@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from es_finetune import TrainConfig, Trainer
+from es_finetune.commands.report import report
 from es_finetune.models.load import EMBEDDED_MODEL
-from es_finetune.monitor.report import report
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.identity import canonical
 from es_finetune.runs.log import SealedLines, read_log

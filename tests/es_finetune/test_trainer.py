@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import es_kernels
-from es_finetune import TrainConfig, Trainer
-from es_finetune.commands.evaluate import assess
-from es_finetune.config import EvalConfig, recorded_options
+from es_finetune import TrainConfig, Trainer, evaluate
+from es_finetune.config import recorded_options
 from es_finetune.errors import RewardFailed
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
@@ -183,18 +182,7 @@ def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     trainer.train()
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["tokens"] > 0 and row["failed"] == 0 and trainer.workers.weights.optimizer.generation == 1
-    found = assess(
-        EvalConfig(
-            run=str(tmp_path / "run"),
-            model=model,
-            task=task,
-            data=options.get("data"),
-            test_data=options.get("test_data"),
-            items=1,
-            batch_size=20,
-            max_new_tokens=8,
-        )
-    )
+    found = evaluate(run=tmp_path / "run", items=1, batch_size=20)
     assert found["samples"] == (20 if task == "conciseness" else 1) and found["questions"] == 1
 
 

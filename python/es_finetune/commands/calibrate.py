@@ -1,7 +1,9 @@
-"""Which sigma suits a model and a task: a few members at each of a row of them, and what became of their reward."""
+"""`es-finetune calibrate`: which sigma suits a model and a task. A few members at each of a row of sigmas, and what
+became of their reward."""
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -9,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from statistics import stdev
 from typing import Any
 
-from rich.console import Console
-
+from es_finetune.commands import takes_options_of
 from es_finetune.config import CalibrateConfig, model_options
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator, rewards_of
@@ -21,6 +22,8 @@ from es_finetune.monitor.advice import is_norm
 from es_finetune.monitor.health import Health
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.setup import make_engine, make_task
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = 64
 
@@ -35,21 +38,22 @@ _CERTAIN = 2  # standard errors from which a loss is one
 _SUCCESSES = 5
 
 
-def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:
-    """Try the sigmas, smallest first, until two in a row do harm and the reward has fallen by half; print a table and
-    what it means.
+@takes_options_of(CalibrateConfig)
+def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+    """Find a sigma for a model and a task from a few members.
 
-    Every member answers the same prompts, and has the same noise, scaled, at every sigma. Returns {"base_reward",
-    "sigmas": the rows of `measure_sigma`, "sigma": the one to use, or None, "lr": half of it, "reason": one sentence}.
-    ValueError for a model, task or number of prompts that cannot be had, before any answer is generated; and for a base
-    model whose answers earn too little to tell what noise costs.
+    Takes the flags of `es-finetune calibrate` as keyword arguments: the fields of `CalibrateConfig`. Tries the sigmas,
+    smallest first, until two in a row do harm and the reward has fallen by half. Every member answers the same prompts,
+    and has the same noise, scaled, at every sigma. A table of what each sigma does goes to `logging`, row by row.
+
+    Returns:
+        "sigma", the one to use, or None, "lr", half of it, and "reason", one sentence; "base_reward", and in "sigmas"
+        the rows of `measure_sigma`; "task" and "model".
+
+    Raises:
+        UserError: Model, task or number of prompts cannot be had, before any answer is generated; or the base model's
+            answers earn too little to tell what noise costs.
     """
-    console = console or Console()
-
-    def say(text: str) -> None:
-        # On a terminal broken between words
-        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-
     task = make_task(config)
     items = list(task.train)
     count = min(PROMPTS, len(items)) if config.prompts is None else config.prompts or len(items)
@@ -65,38 +69,36 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     )
     health = Health(optimizer)
 
-    say(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
+    logger.info(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
     base = evaluator()
     if all(score.reward is None for score in base.scores):
         raise UserError(f"no answer could be scored; the first failure: {base.error[1]}")
     if base.failed:
-        say(
+        logger.warning(
             f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: "
             f"{base.error[1]}"
         )
     base_rewards = rewards_of(task, base.scores)
     refuse_too_few(base_rewards)
     base_reward = math.fsum(base_rewards) / count
-    say(_LEGEND)
-    say(_line(_COLUMNS))
-    say(_line(["0", f"{base_reward:.3g}"]))
+    logger.info(_LEGEND)
+    logger.info(_line(_COLUMNS))
+    logger.info(_line(["0", f"{base_reward:.3g}"]))
     rows: list[dict[str, Any]] = []
     for sigma in config.sigmas:
         rows.append(measure_sigma(sigma, base_rewards, optimizer, evaluator, health))
-        say(_line(_cells(rows[-1])))
+        logger.info(_line(_cells(rows[-1])))
         before, now = [0.0, *(_harm(row, base_reward) for row in rows[-2:])][-2:]
         if before > 1 and now > _COLLAPSED / _BEARABLE:
             break
     sigma, reason = recommend(base_reward, rows)
-    lr = None if sigma is None else sigma / 2
-    say(reason if sigma is None else f"sigma {sigma:g}, lr {lr:g}: {reason}")
     return {
         "task": config.task,
         "model": config.model,
         "base_reward": base_reward,
         "sigmas": rows,
         "sigma": sigma,
-        "lr": lr,
+        "lr": None if sigma is None else sigma / 2,
         "reason": reason,
     }
 
@@ -154,8 +156,8 @@ def measure_sigma(
     base_reward, *means = (math.fsum(of) / len(of) for of in (base_rewards, *rewards))
     every = [reward for of in (base_rewards, *rewards) for reward in of]
     an_answer = (max(every) - min(every)) / len(base_rewards)
-    odd = [(plus - minus) / 2 for plus, minus in zip(means[::2], means[1::2])]
-    even = [(plus + minus) / 2 - base_reward for plus, minus in zip(means[::2], means[1::2])]
+    odd = [(plus - minus) / 2 for plus, minus in zip(means[::2], means[1::2], strict=True)]
+    even = [(plus + minus) / 2 - base_reward for plus, minus in zip(means[::2], means[1::2], strict=True)]
     mean, spread = math.fsum(means) / len(means), stdev(means)
     low = {name: correlation for name, (correlation, _) in arrived["correlation"].items() if not is_norm(name)}
     worst = min(low, key=low.get, default=None)
@@ -189,7 +191,9 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
         remedy = "use more or easier prompts, a reward that also pays for a part, or larger sigmas"
         return None, f"no sigma can be told from another: the model {gets}; {remedy}"
     harm = [_harm(row, base_reward) for row in rows]
-    beyond = next((place for place, two in enumerate(zip(harm, [*harm[1:], math.inf])) if min(two) > 1), None)
+    beyond = next(
+        (place for place, two in enumerate(zip(harm, [*harm[1:], math.inf], strict=True)) if min(two) > 1), None
+    )
     if beyond == 0:
         return (
             None,
@@ -219,7 +223,8 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
     nearest = min(rows, key=lambda row: abs(math.log(row["sigma"] / sigma)))
     if nearest["swallowed"]:
         name, correlation = nearest["correlation"]
-        reason += f". In {nearest['swallowed']} tensor(s) the dtype swallows part of the noise ({name}: correlation {correlation:.2f}): "
+        reason += f". In {nearest['swallowed']} tensor(s) the dtype swallows part of the noise "
+        reason += f"({name}: correlation {correlation:.2f}): "
         reason += "give them a larger sigma with --sigma_for, or float32 with --dtype, or --freeze them"
     return sigma, reason
 
@@ -250,7 +255,7 @@ noise: correlation with the intended one, where lowest; in bf16 norms lose some"
 
 
 def _line(cells: Iterable[str]) -> str:
-    return " ".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values()))
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values(), strict=False))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from es_finetune.commands import takes_options_of
+from es_finetune.commands.replay import rebuild_run
 from es_finetune.config import EvalConfig, model_options
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import measure, rewards_of
@@ -14,15 +16,37 @@ from es_finetune.evaluation.statistics import kl_to_base
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.runs.files import save_answers, write_atomically
 from es_finetune.runs.log import read_log
-from es_finetune.runs.replay import rebuild
 from es_finetune.runs.setup import make_engine, make_task
 
 
-def assess(config: EvalConfig) -> dict[str, Any]:
-    """Answer the questions, score them, and write answers.jsonl and result.json; returns what result.json holds.
+def _options_of_run(options: dict[str, Any]) -> dict[str, Any]:
+    """With a run, its options where no others are given."""
+    if options.get("run") is None:
+        return options
+    logged = read_log(Path(options["run"]) / "run.log")[0]["config"]
+    names = EvalConfig.__dataclass_fields__.keys() - {"output", "seed", "device"}
+    return {name: value for name, value in logged.items() if name in names} | options
 
-    With config.run the weights are made again from the run's log. ValueError for what cannot be measured, before long
-    work.
+
+@takes_options_of(EvalConfig, complete=_options_of_run)
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Measure the accuracy of a model on a task's held-out questions, by the protocol of the paper.
+
+    Takes the flags of `es-finetune eval` as keyword arguments: the fields of `EvalConfig`. With `run` the weights are
+    made again from the run's log, and model, task and settings are those of the run.
+
+        es_finetune.evaluate(model="Qwen/Qwen2.5-1.5B-Instruct", task="countdown", samples=1)
+        es_finetune.evaluate(run="runs/countdown", generation=100)
+
+    Returns:
+        What the file result.json holds, and "answers", the path of answers.jsonl beside it: "metric" ("exact" or
+        "reward"), its mean "value" over the questions and its "interval_95"; the means "reward", "exact" and "format";
+        "failed" scores; "questions", "samples", "tokens", "seconds_generate", "seconds_score"; with `kl` the divergence
+        "kl" in nats a token, its "kl_standard_error" and the "kl_tokens" that it is estimated from.
+
+    Raises:
+        UserError: Something asked for cannot be had. Always before long work.
+        OSError: The files cannot be written.
     """
     generation = None
     if config.run is not None:
@@ -40,7 +64,7 @@ def assess(config: EvalConfig) -> dict[str, Any]:
     items = list(getattr(task, config.split))[: config.items or None]
     device = pick_device(config.device)
     if config.run is not None:
-        rebuilt = rebuild(config.run, model=config.model, device=config.device, generation=generation)
+        rebuilt = rebuild_run(config.run, model=config.model, device=config.device, generation=generation)
         model, tokenizer = rebuilt.model, rebuilt.tokenizer
         del rebuilt  # and with it the exact weights, which only updates need
     else:
@@ -48,9 +72,9 @@ def assess(config: EvalConfig) -> dict[str, Any]:
     samples = config.samples or task.eval_samples
     # The divergence is estimated from answers that the model itself drew.
     temperature = 1.0 if samples > 1 or config.kl else 0.0
-    here = make_engine(config, task, model, tokenizer, temperature=temperature, seed=config.seed)
-    found = measure(here, task, items, samples)
-    rewards = rewards_of(task, found.evaluation.scores)
+    engine = make_engine(config, task, model, tokenizer, temperature=temperature, seed=config.seed)
+    measured = measure(engine, task, items, samples)
+    rewards = rewards_of(task, measured.evaluation.scores)
     result = {
         "task": task.name,
         "model": config.model,
@@ -60,29 +84,29 @@ def assess(config: EvalConfig) -> dict[str, Any]:
         "questions": len(items),
         "samples": samples,
         "decoding": "greedy" if temperature == 0 else f"temperature {temperature}, seed {config.seed}",
-        "metric": found.metric,
-        "value": found.value,
-        "interval_95": [found.low, found.high],
+        "metric": measured.metric,
+        "value": measured.value,
+        "interval_95": [measured.low, measured.high],
         "reward": math.fsum(rewards) / len(rewards),
-        "exact": found.evaluation.mean("exact"),
-        "format": found.evaluation.mean("format"),
-        "failed": found.evaluation.failed,
-        "tokens": found.evaluation.tokens,
-        "seconds_generate": found.evaluation.seconds_generate,
-        "seconds_score": found.evaluation.seconds_score,
+        "exact": measured.evaluation.mean("exact"),
+        "format": measured.evaluation.mean("format"),
+        "failed": measured.evaluation.failed,
+        "tokens": measured.evaluation.tokens,
+        "seconds_generate": measured.evaluation.seconds_generate,
+        "seconds_score": measured.evaluation.seconds_score,
     }
     if config.kl:
-        prompts = [item.prompt for item in found.items]
-        tuned = here.log_probs(prompts, found.evaluation.answers)
+        prompts = [item.prompt for item in measured.items]
+        tuned = engine.log_probs(prompts, measured.evaluation.answers)
         base, base_tokenizer, _ = load_model(config.kl_model or config.model, device=device, **model_options(config))
         kl = kl_to_base(
-            found.evaluation.answers,
+            measured.evaluation.answers,
             tuned,
-            make_engine(config, task, base, base_tokenizer).log_probs(prompts, found.evaluation.answers),
+            make_engine(config, task, base, base_tokenizer).log_probs(prompts, measured.evaluation.answers),
         )
         result |= {"kl": kl.value, "kl_standard_error": kl.standard_error, "kl_tokens": kl.tokens}
     output.mkdir(parents=True, exist_ok=True)
-    save_answers(output / "answers.jsonl", found.items, found.evaluation.answers, found.evaluation.scores)
+    save_answers(output / "answers.jsonl", measured.items, measured.evaluation.answers, measured.evaluation.scores)
     write_atomically(output / "result.json", json.dumps(result, indent=2) + "\n")
     return {**result, "answers": str(output / "answers.jsonl")}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from es_finetune.errors import UserError
+
 Prompt = str | Sequence[dict]
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that cannot be asked: its place in the list that was given, and what is wrong with it, as it follows
     "the prompt"."""
 

@@ -90,7 +90,7 @@ def in_parts(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:
     return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
-class Unaskable(ValueError):
+class Unaskable(UserError):
     """A question whose prompt the model cannot be asked, in one line that says where it is from."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +30,45 @@ def duration(seconds: float) -> str:
     if seconds < 119.5 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:.0f} h"
+
+
+def terminal() -> Console:
+    """Where messages and the live line go: standard output, without colours of numbers."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def is_live(console: Console) -> bool:
+    """Whether a line can change in place there: a terminal, or a notebook with ipywidgets, with which rich draws it."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
+class _Messages(logging.Handler):
+    """Prints the text of each message as a line above the live one."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # On a terminal broken between words
+            self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=not is_live(self.console))
+        except Exception:  # as every handler of logging: a message is worth no run
+            self.handleError(record)
+
+
+@contextmanager
+def show_messages(console: Console, level: int = logging.INFO) -> Iterator[None]:
+    """Print what es_finetune has to say, from `level` on, as plain lines on this console."""
+    logger, handler = logging.getLogger("es_finetune"), _Messages(console)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 class Progress:
@@ -94,14 +134,3 @@ class Progress:
         self.bar.update(self.row, completed=done, description=self.line)
         if not self.live and (done % max(1, self.generations // 10) == 0 or done == 1):
             self.note(self.line)
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int], None]]:
-    """A live line "what: n" on a terminal, nothing elsewhere; call what it gives with n."""
-    console = Console()
-    with Bar(
-        TextColumn("{task.description}", markup=False), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        row = bar.add_task(what, total=None)
-        yield lambda n: bar.update(row, description=f"{what}: {n}")

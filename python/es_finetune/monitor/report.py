@@ -13,15 +13,12 @@ import shlex
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from es_finetune.errors import UserError
 from es_finetune.monitor import plots as drawing
 from es_finetune.monitor.advice import swallowed
 from es_finetune.monitor.health import FAITHFUL
 from es_finetune.monitor.progress import duration, value
-from es_finetune.runs.files import generation_rows, read_rows, write_atomically
-from es_finetune.runs.log import read_log
 
 Row = dict[str, Any]
 
@@ -29,35 +26,44 @@ SAMPLES = 4  # of each kind
 LONGEST = 1200  # characters of a text that are shown
 
 
-def report(folder: str | Path) -> Path:
-    """Write `folder`/report.html and return its path. ValueError if the folder holds no run of es_finetune, or a
-    damaged one."""
+class RunFiles(NamedTuple):
+    """What the folder of a run holds, as far as a page shows it."""
+
+    folder: Path
+    config: Row
+    summary: Row  # empty until the run is complete
+    header: Row  # first line of run.log; empty without one
+    rows: list[Row]  # of metrics.jsonl
+    evals: list[Row]  # of evals.jsonl
+    base_answers: list[Row]
+    tuned_answers: list[Row]
+    written: float | None  # when metrics.jsonl was, in seconds since 1970
+    log_bytes: int | None
+    has_model: bool
+
+
+def page(run: RunFiles) -> str:
+    """The HTML of a run, from what its folder holds."""
     from jinja2 import Environment, StrictUndefined
 
-    run = _read(Path(folder))
-    page = Environment(
+    environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
     )
-    page.globals.update(duration=duration, value=value)
-    template = page.from_string(Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8"))
-    path = Path(folder) / "report.html"
-    write_atomically(path, template.render(**run))
-    return path
+    environment.globals.update(duration=duration, value=value)
+    template = environment.from_string(Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8"))
+    return template.render(**_shown(run))
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _shown(run: RunFiles) -> dict[str, Any]:
     """What the template shows, by name."""
-    config, summary = _object(folder / "config.json"), _object(folder / "summary.json")
-    if config is None:
-        raise UserError(f"{folder} holds no run of es_finetune: it has no config.json")
-    summary = summary or {}
+    folder, config, summary = run.folder, run.config, run.summary
     # A generation done again after a kill has two rows, of which the later counts.
-    rows = list({row["generation"]: row for row in generation_rows(folder / "metrics.jsonl")}.values())
-    evals = list({row["generation"]: row for row in generation_rows(folder / "evals.jsonl")}.values())
-    header = _header(folder / "run.log")
+    rows = list({row["generation"]: row for row in run.rows}.values())
+    evals = list({row["generation"]: row for row in run.evals}.values())
+    header = dict(_flat({name: value for name, value in run.header.items() if name not in ("run", "config", "crc")}))
     metric = header.get("metric", "reward")
     evals = [row for row in evals if row.get(metric) is not None]
-    samples, counts = _samples(folder, metric)
+    samples, counts = _samples(run, metric)
     chance = _chance(counts["better"], counts["worse"])
     asked = summary.get("generations") or config.get("generations")
     return {
@@ -65,7 +71,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "model_folder": repr(str(folder / "model")),
         "task": config.get("task", "unknown task"),
         "model": config.get("model", "unknown model"),
-        "written": _when(folder / "metrics.jsonl"),
+        "written": _when(run.written),
         "finished": bool(summary),
         "done": rows[-1]["generation"] + 1 if rows else 0,
         "asked": asked,
@@ -95,34 +101,9 @@ def _read(folder: Path) -> dict[str, Any]:
             if name in summary and name not in header
         },
         "fingerprints": _fingerprints(header, rows, summary),
-        "log_bytes": (folder / "run.log").stat().st_size if (folder / "run.log").exists() else None,
-        "has_model": (folder / "model").is_dir(),
+        "log_bytes": run.log_bytes,
+        "has_model": run.has_model,
     }
-
-
-def _object(path: Path) -> Row | None:
-    """A JSON file's object; None if there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object")
-    return found
-
-
-def _header(path: Path) -> dict[str, str]:
-    """What run.log says of the run beside its config: versions, model, fingerprints at the start; nested names joined
-    by a space."""
-    if not path.exists():
-        return {}
-    try:
-        header, _ = read_log(path)
-    except ValueError as error:
-        return {"run.log": str(error)}
-    return dict(_flat({name: found for name, found in header.items() if name not in ("run", "config", "crc")}))
 
 
 def _flat(found: Row, before: str = "") -> list[tuple[str, str]]:
@@ -136,10 +117,8 @@ def _plain(found: Any) -> str:
     return found if isinstance(found, str) else "none" if found is None or found == [] else json.dumps(found)
 
 
-def _when(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+def _when(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _outside(rows: list[Row]) -> float | None:
@@ -335,14 +314,13 @@ def _fingerprints(header: dict[str, str], rows: list[Row], summary: Row) -> dict
     return {**before, **{f"{name} after": text for name, text in found.items() if text}}
 
 
-def _samples(folder: Path, metric: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _samples(run: RunFiles, metric: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Held-out answers of base and tuned side by side, and how many became better, worse or stayed.
 
     Of each kind SAMPLES are taken at equal distances through the items, not the best of them.
     """
-    base, tuned = (read_rows(folder / "answers" / f"{name}.jsonl") for name in ("base", "tuned"))
     kinds: dict[str, list[tuple[Row, Row]]] = {"better": [], "worse": [], "same": []}
-    for before, after in zip(base, tuned):
+    for before, after in zip(run.base_answers, run.tuned_answers, strict=False):
         a, b = before.get(metric), after.get(metric)
         if before.get("prompt") != after.get("prompt") or a is None or b is None:
             continue

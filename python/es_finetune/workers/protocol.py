@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from es_finetune.errors import UserError
+from es_finetune.errors import UserError, WorkersDiffer
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.tasks import Task
@@ -65,10 +65,6 @@ def require_shared_master(master: str) -> None:
             "master 'none' rounds the weights at every member, which several workers do not share: choose fp32, copy "
             "or host"
         )
-
-
-class WorkersDiffer(RuntimeError):
-    """Workers that should hold the same weights, or be on the same run, do not."""
 
 
 def require_same_run(name: str, start: dict[str, Any], expected: dict[str, Any]) -> None:

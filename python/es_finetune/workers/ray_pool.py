@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from es_finetune.errors import RewardFailed, UserError, first_line
+from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.evolution_strategy import Update
 from es_finetune.workers.dispatch import Dispatch
 from es_finetune.workers.plan import Plan
-from es_finetune.workers.protocol import WorkersDiffer, require_agreement, require_same_run
+from es_finetune.workers.protocol import require_agreement, require_same_run
 from es_finetune.workers.worker import Worker, line_of
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
@@ -327,7 +327,7 @@ class RayPool:
         try:
             result = self.ray.get(ready[0])
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, (ValueError, OSError, RewardFailed, WorkersDiffer)):
+            if isinstance(error.cause, (ValueError, OSError, RunError)):
                 slot.call = None
                 raise error.cause from None  # it would be the same on any other
             return self._replace(slot, first_line(error.cause))

@@ -17,9 +17,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from es_finetune.commands.report import report
 from es_finetune.monitor import plots
 from es_finetune.monitor.health import FAITHFUL
-from es_finetune.monitor.report import report
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import Generation, SealedLines
 

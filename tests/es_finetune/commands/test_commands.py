@@ -1,0 +1,60 @@
+"""Contract under test: the functions beside the Trainer.
+
+They take a command's flags as keyword arguments, are offered by the package without a heavy import, and say how far
+they are through `logging` alone.
+"""
+
+import dataclasses
+import inspect
+import logging
+import subprocess
+import sys
+
+import pytest
+
+import es_finetune
+from es_finetune import TrainConfig, Trainer
+from es_finetune.commands import replay as replay_module
+from es_finetune.config import CalibrateConfig, EvalConfig, ExportConfig, ReplayConfig, ReportConfig
+
+FUNCTIONS = {
+    "calibrate": CalibrateConfig,
+    "evaluate": EvalConfig,
+    "export": ExportConfig,
+    "replay": ReplayConfig,
+    "report": ReportConfig,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_takes_the_options_of_its_command(name):
+    signature = inspect.signature(getattr(es_finetune, name))
+    assert list(signature.parameters) == [field.name for field in dataclasses.fields(FUNCTIONS[name])]
+    with pytest.raises(TypeError, match="sgima"):
+        getattr(es_finetune, name)(sgima=1)
+
+
+def test_the_package_lists_its_names_and_loads_them_when_asked():
+    script = (
+        "import sys, es_finetune\n"
+        "names = set(dir(es_finetune)) >= set(es_finetune.__all__)\n"
+        "print(names, sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
+    assert set(es_finetune.__all__) == {"EvolutionStrategy", "TrainConfig", "Trainer", "Update", *FUNCTIONS}
+    with pytest.raises(AttributeError, match="'es_finetune' has no attribute 'evalute'"):
+        es_finetune.evalute  # noqa: B018
+
+
+def test_replay_says_how_far_it_is_and_prints_nothing(tmp_path, caplog, capsys, monkeypatch):
+    options = {"generations": 2, "population": 4, "prompts": 16, "eval_items": 32, "report_to": ["none"]}
+    Trainer(TrainConfig(output=tmp_path / "run", save_model=False, **options)).train()
+    capsys.readouterr()
+    monkeypatch.setattr(replay_module, "SECONDS_BETWEEN_MESSAGES", 0.0)
+    with caplog.at_level(logging.INFO, "es_finetune"):
+        rebuilt = es_finetune.replay(tmp_path / "run")
+    assert rebuilt.optimizer.generation == len(rebuilt.generations) == 2
+    assert caplog.messages == [f"replaying {tmp_path / 'run'}: {done} generations made again" for done in (1, 2)]
+    assert not capsys.readouterr().out
+    assert es_finetune.replay(tmp_path / "run", generation=1).optimizer.generation == 1
