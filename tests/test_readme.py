@@ -6,10 +6,12 @@ The example with a Trainer needs a model on disk: tests/es_finetune/test_trainer
 
 import pathlib
 import re
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import torch
 
+import es_finetune
 import es_kernels
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (pathlib.Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
@@ -26,8 +28,20 @@ def the_block_with(words):
     return compile(block, "README.md", "exec")
 
 
-def test_there_are_three_blocks():
-    assert len(BLOCKS) == 3  # one more wants a test of its own
+def test_there_are_four_blocks():
+    assert len(BLOCKS) == 4  # one more wants a test of its own
+
+
+def test_the_commands_block(monkeypatch):
+    """That the functions take these arguments; what they do with them, tests/es_finetune/commands tests."""
+    functions = {
+        name: create_autospec(getattr(es_finetune, name)) for name in ("evaluate", "export", "replay", "calibrate")
+    }
+    for name, function in functions.items():
+        function.return_value = MagicMock()
+        monkeypatch.setattr(es_finetune, name, function)
+    exec(the_block_with("es_finetune.evaluate"), {})
+    assert all(function.called for function in functions.values())
 
 
 def test_the_kernels_block(model, monkeypatch):
