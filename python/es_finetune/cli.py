@@ -322,6 +322,7 @@ def _parse(arguments: list[str]) -> Options:
     if command.config:
         require(f"es-finetune {options['command']}", "finetune", *FINETUNE)
     if (file := options.pop("config", None)) is not None:
+        assert command.config is not None  # --config is a flag of such commands only
         flags = _flags_of(_read_config(file), command.config)
         options = vars(parser.parse_args([options["command"], *flags])) | options
     return options

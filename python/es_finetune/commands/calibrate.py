@@ -71,12 +71,11 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
     logger.info(f"{config.task}, {config.model}: {config.members} members, {count} prompts")
     base = evaluator()
-    if all(score.reward is None for score in base.scores):
-        raise UserError(f"no answer could be scored; the first failure: {base.error[1]}")
-    if base.failed:
+    if (failure := base.error) is not None:
+        if base.all_failed:
+            raise UserError(f"no answer could be scored; the first failure: {failure[1]}")
         logger.warning(
-            f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: "
-            f"{base.error[1]}"
+            f"scoring failed for {base.failed} of {len(base.scores)} answers of the base model; the first: {failure[1]}"
         )
     base_rewards = rewards_of(task, base.scores)
     refuse_too_few(base_rewards)
@@ -91,20 +90,20 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         before, now = [0.0, *(_harm(row, base_reward) for row in rows[-2:])][-2:]
         if before > 1 and now > _COLLAPSED / _BEARABLE:
             break
-    sigma, reason = recommend(base_reward, rows)
+    best, reason = recommend(base_reward, rows)
     return {
         "task": config.task,
         "model": config.model,
         "base_reward": base_reward,
         "sigmas": rows,
-        "sigma": sigma,
-        "lr": None if sigma is None else sigma / 2,
+        "sigma": best,
+        "lr": None if best is None else best / 2,
         "reason": reason,
     }
 
 
 def refuse_too_few(rewards: Sequence[float]) -> None:
-    """ValueError unless the base model's rewards hold as much as _SUCCESSES answers: its right ones, where there are
+    """UserError unless the base model's rewards hold as much as _SUCCESSES answers: its right ones, where there are
     two rewards only, else what the rewards have above the lowest of them, in units of the highest. Of fewer prompts
     with graded rewards, as conciseness has, nothing is asked: the least error, one answer, says what they can tell."""
     if len(rewards) < _SUCCESSES and not set(rewards) <= {0, 1}:
@@ -160,7 +159,7 @@ def measure_sigma(
     even = [(plus + minus) / 2 - base_reward for plus, minus in zip(means[::2], means[1::2], strict=True)]
     mean, spread = math.fsum(means) / len(means), stdev(means)
     low = {name: correlation for name, (correlation, _) in arrived["correlation"].items() if not is_norm(name)}
-    worst = min(low, key=low.get, default=None)
+    worst = min(low, key=lambda name: low[name], default=None)
     return {
         "sigma": sigma,
         "reward": mean,
@@ -203,6 +202,7 @@ def recommend(base_reward: float, rows: Sequence[dict[str, Any]]) -> tuple[float
     bearable = rows[:beyond]
     loudest = max(bearable, key=lambda row: row["spread"])
     if not loudest["spread"]:
+        assert beyond is not None  # some row has a spread
         between = f"up to {bearable[-1]['sigma']:g} all members score the same, and {rows[beyond]['sigma']:g} harms"
         return None, f"no sigma serves: {between}; use more prompts, or sigmas between these"
     # The model no longer answers, which costs nothing where the base gets nothing

@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
         "system": platform.platform(),
         "processor": _probe(_processor),
         "instruction sets": _probe(_instruction_sets),
-        **{name: _probe(lambda name=name: _version(name)) for name in PACKAGES},
+        **{name: _probe(_version, name) for name in PACKAGES},
         "CUDA of torch": _probe(_cuda),
         "GPUs": _probe(_gpus),
         "driver": _probe(_driver),
@@ -30,9 +30,9 @@ def environment() -> dict[str, str]:
     return facts | _backends()
 
 
-def _probe(ask: Callable[[], str]) -> str:
+def _probe(ask: Callable[..., str], *about: str) -> str:
     try:
-        return _without_folders(ask())
+        return _without_folders(ask(*about))
     except Exception as error:
         return _without_folders(f"unknown: {type(error).__name__}: {error}".splitlines()[0])
 
@@ -93,5 +93,5 @@ def _backends() -> dict[str, str]:
         ready = "available" if device.type in kinds else "ready, but torch sees no GPU"
         return backends.unavailable(name, device) or ready
 
-    states = {f"backend {name}": _probe(lambda name=name: state(name)) for name in backends.NAMES}
-    return states | {f"serves {kind}": _probe(lambda kind=kind: active_backend(kind)) for kind in kinds}
+    states = {f"backend {name}": _probe(state, name) for name in backends.NAMES}
+    return states | {f"serves {kind}": _probe(active_backend, kind) for kind in kinds}

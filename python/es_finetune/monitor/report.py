@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
         "In bf16 with master fp32 or host a step below 1 is normal: what the weights cannot show yet is kept in theta."
     )
     held_out = "Items that were never trained on, with 95% intervals. Dotted: the base model."
-    groups = [
+    groups: list[tuple[str, list[tuple[str, str, Any, Callable[..., None]]]]] = [
         (
             "Learning",
             [
@@ -285,13 +286,15 @@ def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
 def _change(evals: list[Row], metric: str, chance: float | None) -> str:
     """ "gain" or "loss", where what became of the same answers says so (`chance`), or without them intervals that do
     not meet; else ""."""
-    first, last = (evals[0], evals[-1]) if evals else ({}, {})
-    before, after = first.get(metric), last.get(metric)
+    if not evals:
+        return ""
+    first, last = evals[0], evals[-1]
+    before, after = first[metric], last[metric]
     if before == after:
         return ""
     if chance is None:
-        ends = [look.get(end) for look in (first, last) for end in ("low", "high")]
-        certain = None not in ends and (ends[3] < ends[0] or ends[1] < ends[2])
+        ends = [row[end] for row in (first, last) for end in ("low", "high") if row.get(end) is not None]
+        certain = len(ends) == 4 and (ends[3] < ends[0] or ends[1] < ends[2])
     else:
         certain = chance < 0.05
     return ("gain" if after > before else "loss") if certain else ""
