@@ -53,7 +53,7 @@ def add_lora(base: torch.nn.Module, rank: int) -> torch.nn.Module:
     return model
 
 
-def merged_copy(model: torch.nn.Module) -> torch.nn.Module:
+def merged_copy(model: torch.nn.Module) -> Any:
     """A copy on the CPU with the adapter added into the weights.
 
     Raises:
@@ -79,7 +79,7 @@ def merged_copy(model: torch.nn.Module) -> torch.nn.Module:
     return _merge(_cpu_copy(model), kind)
 
 
-def _merge(model: torch.nn.Module, kind: str) -> torch.nn.Module:
+def _merge(model: Any, kind: str) -> Any:
     try:
         return model.merge_and_unload()
     except Exception as error:  # of any type, by what an adapter's layers cannot do

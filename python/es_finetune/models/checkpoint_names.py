@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -59,17 +60,18 @@ def named_segments(model: torch.nn.Module) -> Iterator[NamedTensor]:
         )
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(model: torch.nn.Module) -> Any:  # a module with attributes of transformers, or of PEFT
     """The model inside of torch.compile, DataParallel and their like."""
-    while list(model._modules) in ([name] for name in ("module", *_WRAPPERS)) and not model._parameters:
-        (model,) = model._modules.values()
-    return model
+    inside: Any = model
+    while list(inside._modules) in ([name] for name in ("module", *_WRAPPERS)) and not inside._parameters:
+        (inside,) = inside._modules.values()
+    return inside
 
 
-def base_of(model: torch.nn.Module) -> torch.nn.Module:
+def base_of(model: torch.nn.Module) -> Any:  # a module with attributes of transformers
     """The model itself, inside of wrappers and PEFT: what computes, and what a checkpoint of the whole model holds."""
-    model = unwrap(model)
-    return unwrap(model.get_base_model()) if is_peft(model) else model
+    inside = unwrap(model)
+    return unwrap(inside.get_base_model()) if is_peft(inside) else inside
 
 
 def refuse_untunable(model: torch.nn.Module) -> None:
@@ -94,8 +96,8 @@ def refuse_untunable(model: torch.nn.Module) -> None:
 def refuse_prompt_learning(model: torch.nn.Module) -> None:
     """ValueError for an adapter whose virtual tokens are put in by PEFT's wrapper, which answers are not generated
     through."""
-    model = unwrap(model)
-    for config in model.peft_config.values() if is_peft(model) else ():
+    inside = unwrap(model)
+    for config in inside.peft_config.values() if is_peft(inside) else ():
         refuse_prompt_config(config)
 
 
@@ -175,10 +177,10 @@ def adapter_names(model: torch.nn.Module) -> dict[int, str]:
 
     # A layer is asked, since the model's own active_adapters() may refuse the installed PEFT: transformers 5.24.0 wants
     # 0.22, which is not out.
-    asked = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)) if inside else model
+    active: Any = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)) if inside else model
     # save_embedding_layers: "auto" would ask the hub for the base model's config.
     state = get_peft_model_state_dict(
-        model, model.state_dict(keep_vars=True), adapter_name=asked.active_adapters[0], save_embedding_layers=False
+        model, model.state_dict(keep_vars=True), adapter_name=active.active_adapters[0], save_embedding_layers=False
     )
     return {id(p): ("base_model.model." if inside else "") + _wrapperless(key) for key, p in state.items()}
 

@@ -34,7 +34,7 @@ def dtypes_in_files(path: str) -> dict[str, torch.dtype | None]:
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     files = get_checkpoint_shard_files(path, index)[0] if index else [cached_file(path, SAFE_WEIGHTS_NAME)]
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    dtypes = {}
+    dtypes: dict[str, torch.dtype | None] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             dtypes |= {name: names.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}

@@ -232,7 +232,7 @@ def _load_tokenizer(name: str, path: str, base_path: str) -> Any:
         return AutoTokenizer.from_pretrained(path if own else base_path, padding_side="left", trust_remote_code=False)
 
 
-def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: torch.nn.Module) -> None:
+def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: Any) -> None:
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(

@@ -48,25 +48,25 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     """
     from safetensors import SafetensorError
 
-    model, folder = unwrap(model), Path(folder)
-    if is_peft(model) and merge_lora:
-        model = merged_copy(model)
+    inside, folder = unwrap(model), Path(folder)
+    if is_peft(inside) and merge_lora:
+        inside = merged_copy(inside)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     part = scratch / "new"
     part.mkdir()
     try:
-        if is_peft(model):
+        if is_peft(inside):
             # "auto" would ask the hub whether the vocabulary has grown.
-            model.save_pretrained(part, save_embedding_layers=False)
+            inside.save_pretrained(part, save_embedding_layers=False)
         else:
-            with _savable_generation_config(model, part):
-                model.save_pretrained(part)
-            if dtype_of(model) == "mixed":
+            with _savable_generation_config(inside, part):
+                inside.save_pretrained(part)
+            if dtype_of(inside) == "mixed":
                 config = part / "config.json"
                 config.write_text(json.dumps({**json.loads(config.read_text()), MIXED: True}, indent=2) + "\n")
-            if towers_of(model.config):
-                _copy_processor(model, part)
+            if towers_of(inside.config):
+                _copy_processor(inside, part)
         tokenizer.save_pretrained(part)
     except BaseException as error:
         shutil.rmtree(scratch)
@@ -79,7 +79,7 @@ def save_model(model: torch.nn.Module, tokenizer: Any, folder: str | os.PathLike
     shutil.rmtree(scratch)
 
 
-def _copy_processor(model: torch.nn.Module, folder: Path) -> None:
+def _copy_processor(model: Any, folder: Path) -> None:
     from transformers.utils import cached_file
 
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
@@ -91,7 +91,7 @@ def _copy_processor(model: torch.nn.Module, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _savable_generation_config(model: torch.nn.Module, folder: Path) -> Iterator[None]:
+def _savable_generation_config(model: Any, folder: Path) -> Iterator[None]:
     """Within, the model's generation config is one that can be saved: transformers refuses options of sampling without
     do_sample, which published models have. They are left out of what is written; greedy text does not depend on
     them."""

@@ -7,7 +7,7 @@ evolution strategies, and no method ever evaluates model text as code in this pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ class Item(NamedTuple):
     """
 
     prompt: str | tuple[dict, ...]
-    key: Hashable
+    key: Any  # hashable
     data: Any = None
     source: str = ""
 
@@ -44,21 +44,44 @@ class Score(NamedTuple):
 
 
 class Task(Protocol):
-    """`train` and `test` share no key; `score` is a pure function of its arguments and never raises, whatever the
-    text."""
+    """What is asked, and what an answer is worth: any object with these attributes.
 
-    name: str
-    max_new_tokens: int
-    train: Sequence[Item]
-    test: Sequence[Item]
-    metric: str  # "exact" or "reward": the headline on held-out items
-    floor: float | None  # reward of an answer whose scoring failed; None: the lowest of its generation
-    eval_samples: int  # answers per held-out question: 1 is greedy, more are sampled at temperature 1
-    notes: Sequence[str]  # what loading left out or changed, one sentence each, to be shown when a run starts
-    # A task whose scoring is the user's code may have code_digest: str | None, by which a resumed run knows that it is
-    # the same.
+    A task whose scoring is the user's code may have another one, `code_digest: str | None`, by which a resumed run
+    knows that it is the same.
+    """
 
-    def score(self, item: Item, completion: str) -> Score: ...
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many tokens an answer may have."""
+
+    @property
+    def train(self) -> Sequence[Item]: ...
+
+    @property
+    def test(self) -> Sequence[Item]:
+        """Held-out questions. It shares no key with `train`."""
+
+    @property
+    def metric(self) -> str:
+        """ "exact" or "reward": the headline on held-out items."""
+
+    @property
+    def floor(self) -> float | None:
+        """Reward of an answer whose scoring failed. None: the lowest of its generation."""
+
+    @property
+    def eval_samples(self) -> int:
+        """Answers per held-out question: 1 is greedy, more are sampled at temperature 1."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What loading left out or changed, one sentence each, to be shown when a run starts."""
+
+    def score(self, item: Item, completion: str) -> Score:
+        """A pure function of its arguments, which never raises, whatever the text."""
 
 
 NAMES = ("countdown", "countdown-char", "conciseness", "math", "reasoning-gym:<name>", "custom")
@@ -78,19 +101,27 @@ def load_task(
 ) -> Task:
     """The task of this name, its splits checked to be disjoint.
 
-    countdown              needs nothing; `seed` decides the questions
-    countdown-char         needs nothing; its split is fixed, for the embedded model was trained on it
-    conciseness            needs nothing
-    math                   `data`, `test_data`: names of hub datasets, or local files and folders; the defaults are MATH
-                           levels 3 to 5 and MATH-500
-    reasoning-gym:<name>   any dataset of the package reasoning-gym; `seed` decides the questions
-    custom                 `data`: a JSON lines file or dicts, each with a "prompt"; `reward`: "module:function" or
-                           "file.py:function", run in a process of its own, or a callable, run in this one without a
-                           time limit. Without `test_data` the share `test_share` of the prompts is held out
+    - countdown: needs nothing; `seed` decides the questions.
+    - countdown-char: needs nothing; its split is fixed, for the embedded model was trained on it.
+    - conciseness: needs nothing.
+    - math: `data` and `test_data` are names of hub datasets, or local files and folders; the defaults are MATH levels 3
+      to 5 and MATH-500.
+    - reasoning-gym:<name>: any dataset of the package reasoning-gym; `seed` decides the questions.
+    - custom: your own `data` and `reward`.
 
-    `time_limit`: seconds that scoring one answer may take where it runs in a process of its own.
-    ValueError, in one sentence, for an unknown name, an argument that the task does not take, bad data, a reward that
-    is none, a package that is not installed, and splits that overlap.
+    Args:
+        name: One of `NAMES`.
+        data: Of custom: a JSON lines file or dicts, each with a "prompt".
+        test_data: As `data`, to hold out.
+        reward: "module:function" or "file.py:function", run in a process of its own, or a callable, run in this one
+            without a time limit.
+        seed: Of the questions.
+        time_limit: Seconds that scoring one answer may take where it runs in a process of its own.
+        test_share: The share of custom's prompts that is held out without `test_data`.
+
+    Raises:
+        UserError: An unknown name, an argument that the task does not take, bad data, a reward that is none, a package
+            that is not installed, splits that overlap.
     """
     if not (math.isfinite(time_limit) and time_limit > 0):
         raise UserError(f"time_limit is {time_limit}; it must be a positive number of seconds")
@@ -103,6 +134,7 @@ def load_task(
             f"task {name!r} makes its own questions; data and test_data are for the tasks 'math' and 'custom'"
         )
 
+    task: Task
     if name == "countdown":
         from es_finetune.tasks.countdown import Countdown
 
@@ -137,7 +169,7 @@ def load_task(
 
 
 def check_disjoint(task: Task) -> None:
-    """ValueError if a question of the test split can also be trained on."""
+    """UserError if a question of the test split can also be trained on."""
     shared = {item.key for item in task.train} & {item.key for item in task.test}
     if shared:
         example = str(min(shared, key=str))

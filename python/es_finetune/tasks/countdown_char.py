@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from fractions import Fraction
 
 from es_finetune.tasks import Item, Score
 from es_finetune.tasks.arithmetic import evaluate
@@ -52,7 +53,7 @@ class CountdownChar:
         number; exact: it also uses exactly the given numbers and equals the target."""
         if len(completion) != 5 or not _FORMAT.fullmatch(completion):
             return Score(0.0, 0.0, 0.0)
-        value, numbers = evaluate(completion)
+        value, numbers = _evaluated(completion)
         exact = float((tuple(sorted(numbers)), value) == item.key)
         return Score(0.1 + 0.9 * exact, exact, 1.0)
 
@@ -65,11 +66,17 @@ def prompt(answer: str, target: int) -> str:
 def solutions(targets: range = range(100)) -> dict[tuple[tuple[int, ...], int], list[str]]:
     """(sorted numbers, target) -> all its answers, for every question with a target in `targets`; the task's own by
     default."""
-    found: dict[tuple[tuple[int, ...], int], list[str]] = {}
+    answers: dict[tuple[tuple[int, ...], int], list[str]] = {}
     for a, b, c in itertools.product(range(1, 10), repeat=3):
         for first, second in itertools.product("+-*", repeat=2):
             answer = f"{a}{first}{b}{second}{c}"
-            target = int(evaluate(answer)[0])
+            target = int(_evaluated(answer)[0])
             if target in targets:
-                found.setdefault((tuple(sorted((a, b, c))), target), []).append(answer)
-    return found
+                answers.setdefault((tuple(sorted((a, b, c))), target), []).append(answer)
+    return answers
+
+
+def _evaluated(expression: str) -> tuple[Fraction, list[int]]:
+    result = evaluate(expression)
+    assert result is not None  # for what _FORMAT fits
+    return result

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import weakref
-from typing import Any
+from typing import IO, Any
 
 from es_finetune.errors import RewardFailed, UserError
 from es_finetune.tasks import sandbox
@@ -79,7 +79,7 @@ class RewardProcess:
             "memory": MEMORY_BYTES,
         }
         self._folder = os.getcwd()
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._asked = 0  # number of the last request
         try:
             self.attributes: dict[str, Any] = self._start()
@@ -88,7 +88,7 @@ class RewardProcess:
             raise UserError(f"reward {target!r}: {error}") from None
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._process is None or self._ended():
+        if self._process is None or _ended(self._process):
             self._restart()
         return self._ask(arguments, self.seconds)
 
@@ -128,18 +128,11 @@ class RewardProcess:
             )
         except OSError as error:
             raise RewardError(f"cannot start its process: {error}") from None
-        os.set_blocking(process.stdin.fileno(), False)
-        os.set_blocking(process.stdout.fileno(), False)
+        for pipe in _pipes(process):
+            os.set_blocking(pipe.fileno(), False)
         self._process = process
         self._kill = weakref.finalize(self, _kill, process)  # at exit of the interpreter, too
         return self._ask(self._hello, LOAD_SECONDS)
-
-    def _ended(self) -> bool:
-        # Between questions the child has nothing to say, so anything to read is its end. Linux kills it when the thread
-        # that started it ends (PR_SET_PDEATHSIG), which is no fault of the function.
-        waiting = select.poll()  # select.select knows no descriptor above 1023
-        waiting.register(self._process.stdout, select.POLLIN)
-        return bool(waiting.poll(0))
 
     def _ask(self, request: Any, seconds: float) -> Any:
         self._asked += 1
@@ -147,13 +140,14 @@ class RewardProcess:
             line = json.dumps([self._asked, request]).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise RewardError(f"the item is not JSON: {one_line(error)}") from None
+        process = self._process
+        assert process is not None
         try:
-            reply = _exchange(self._process, line, self._asked, seconds)
+            reply = _exchange(process, line, self._asked, seconds)
         except TimeoutError:
             self.close()
             raise RewardError(f"no result within {seconds:g} s, killed") from None
         except EOFError:
-            process = self._process
             self.close()
             raise RewardError(_ending(process.returncode)) from None
         except (ValueError, RecursionError):
@@ -163,15 +157,28 @@ class RewardProcess:
             self.close()
             raise
         if "error" in reply:
-            raise {"load": _NotLoaded, "type": RewardTypeError}.get(reply.get("kind"), RewardError)(reply["error"])
+            raise {"load": _NotLoaded, "type": RewardTypeError}.get(str(reply.get("kind")), RewardError)(reply["error"])
         return reply["value"]
 
 
-def _exchange(process: subprocess.Popen, line: bytes, number: int, seconds: float) -> dict[str, Any]:
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    # Between questions the child has nothing to say, so anything to read is its end. Linux kills it when the thread
+    # that started it ends (PR_SET_PDEATHSIG), which is no fault of the function.
+    waiting = select.poll()  # select.select knows no descriptor above 1023
+    waiting.register(_pipes(process)[1], select.POLLIN)
+    return bool(waiting.poll(0))
+
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes, number: int, seconds: float) -> dict[str, Any]:
     """Sends the line of a request and gives its reply; late ones of requests before it are dropped. TimeoutError,
     EOFError; ValueError for what is no reply, or grows beyond `MAX_REPLY`."""
     deadline = time.monotonic() + seconds
-    to, back = process.stdin.fileno(), process.stdout.fileno()
+    to, back = (pipe.fileno() for pipe in _pipes(process))
     waiting = select.poll()
     waiting.register(to, select.POLLOUT)
     rest = memoryview(line)
@@ -216,14 +223,14 @@ def _wait(waiting: select.poll, deadline: float) -> None:
         raise TimeoutError
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     # Only wait() reaps the child, so until then its number, and the group's, can be nobody else's.
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
-    process.stdin.close()
-    process.stdout.close()
+    for pipe in _pipes(process):
+        pipe.close()
     process.wait()
 
 

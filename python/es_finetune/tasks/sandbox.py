@@ -72,13 +72,17 @@ def score_parts(value: Any) -> tuple[float, float | None, float | None]:
     if unknown or "reward" not in value:
         problem = f"has {unknown[0][:40]!r}" if unknown else "has no 'reward'"
         raise RewardTypeError(f"the dict returned {problem}; it takes reward, and if wanted exact and format")
-    shares = []
-    for name in ("exact", "format"):
-        share = None if value.get(name) is None else finite_number(value[name], name)
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share}, outside 0 to 1")
-        shares.append(share)
-    return finite_number(value["reward"], "the reward"), *shares
+    exact, format = (_share(value.get(name), name) for name in ("exact", "format"))
+    return finite_number(value["reward"], "the reward"), exact, format
+
+
+def _share(value: Any, what: str) -> float | None:
+    if value is None:
+        return None
+    share = finite_number(value, what)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{what} is {share}, outside 0 to 1")
+    return share
 
 
 def one_line(error: BaseException, file: str | None = None) -> str:
@@ -89,12 +93,9 @@ def one_line(error: BaseException, file: str | None = None) -> str:
     except Exception:  # an exception whose own __str__ fails
         text = ""
     text = text[:240].encode("utf-8", "backslashreplace").decode()
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file and frame.filename == file]
-    return (
-        type(error).__name__
-        + (f": {text}" if text else "")
-        + (f" ({os.path.basename(file)}:{lines[-1]})" if lines else "")
-    )
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    place = f" ({os.path.basename(file)}:{lines[-1]})" if file and lines else ""
+    return type(error).__name__ + (f": {text}" if text else "") + place
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ def import_function(where: str, name: str) -> Any:
             # At the end: a file beside it can be imported, and none can stand in for an installed package.
             sys.path.append(os.path.dirname(where))
             spec = importlib.util.spec_from_file_location("es_finetune_reward", where)
+            assert spec is not None and spec.loader is not None  # of a name that ends in .py
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module  # dataclasses look their module up
             spec.loader.exec_module(module)
@@ -159,7 +161,7 @@ def code_digest(where: str, name: str) -> str | None:
 
 def source_file(function: Any) -> str | None:
     """The file that `function` is defined in, or None."""
-    return getattr(sys.modules.get(getattr(function, "__module__", None)), "__file__", None)
+    return getattr(sys.modules.get(getattr(function, "__module__", None) or ""), "__file__", None)
 
 
 def check_signature(function: Any) -> None:

@@ -224,7 +224,7 @@ def test_an_interrupted_answer_is_not_taken_for_the_next(file):
 
 def test_a_late_reply_is_never_taken_for_the_next(file, monkeypatch):
     process = RewardProcess(f"{file}:behave", 20.0)
-    monkeypatch.setattr(RewardProcess, "_ended", lambda self: False)  # which would notice one that has come already
+    monkeypatch.setattr(reward_process, "_ended", lambda process: False)  # which would notice one that has come already
     for _ in range(2):  # requests that nobody waits for
         process._asked += 1
         os.write(process._process.stdin.fileno(), json.dumps([process._asked, ["late reply", {}]]).encode() + b"\n")

@@ -45,8 +45,7 @@ def restrict(package: str | None = None) -> None:
     sympy_parser.stringify_expr = stringify_formula
     for name, module in list(sys.modules.items()):
         if package is not None and name.split(".")[0] == package:
-            module.eval = value
-            module.exec = _refuse
+            vars(module).update(eval=value, exec=_refuse)
     sys.dont_write_bytecode = True
     sys.addaudithook(_hook)
 
