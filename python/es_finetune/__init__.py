@@ -1,6 +1,7 @@
 """Fine-tune language models by evolution strategies, with forward passes only.
 
 Trainer, TrainConfig         a run: made from a config, kept in a folder, resumed after a kill
+Callback                     what follows a run, and may stop it
 EvolutionStrategy, Update    the optimizer alone, for any training loop
 evaluate                     accuracy of a model, or of a run's base or tuned weights
 calibrate                    a sigma for a model and a task
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from es_finetune.commands.replay import replay
     from es_finetune.commands.report import report
     from es_finetune.config import TrainConfig
+    from es_finetune.monitor.callbacks import Callback
     from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
     from es_finetune.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "EvolutionStrategy",
     "TrainConfig",
     "Trainer",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "monitor.callbacks",
     "EvolutionStrategy": "optim.evolution_strategy",
     "TrainConfig": "config",
     "Trainer": "trainer",

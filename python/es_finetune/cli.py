@@ -80,9 +80,10 @@ def _refuse(error: Exception, debug: bool) -> int:
 
 def _train(options: Options) -> None:
     from es_finetune.commands.train import train
-    from es_finetune.monitor.progress import value
+    from es_finetune.monitor.progress import Progress, value
 
-    trained = train(options)
+    quiet = not logging.getLogger("es_finetune").isEnabledFor(logging.INFO)
+    trained = train(options, callbacks=[] if quiet else [Progress()])
     if trained is None:  # a rank for which the first one speaks
         return
     folder, summary = trained

@@ -1,17 +1,19 @@
-"""One ES run in a folder: load, measure, train, measure again, write; or continue where a killed one stopped.
+"""One ES run in a folder: load, evaluate, train, evaluate again, write; or continue where a killed one stopped.
 
-What the folder holds is in README ("A run is a log"). run.log and journal decide how a run continues (runlog.py); all
-other files are for people and can be made again from them.
+What the folder holds is in docs/files.md. run.log and journal decide how a run continues (runs/log.py); all other files
+are for people and can be made again from them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +22,103 @@ import torch
 import es_kernels
 from es_finetune import errors
 from es_finetune.config import TrainConfig, recorded_options
-from es_finetune.errors import RewardFailed, UserError
+from es_finetune.errors import RewardFailed, UserError, did_you_mean
 from es_finetune.evaluation.evaluator import Unaskable
 from es_finetune.monitor.advice import norms_note, warnings_of
+from es_finetune.monitor.callbacks import Callback
 from es_finetune.monitor.plots import plot_run
-from es_finetune.monitor.progress import Progress
-from es_finetune.monitor.rows import estimate, eval_row, population_row, summary, total_seconds
-from es_finetune.monitor.trackers import Tracker, require
+from es_finetune.monitor.progress import duration, estimate
+from es_finetune.monitor.rows import eval_row, population_row, summary
+from es_finetune.monitor.trackers import as_callback, trackers_named
 from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
 from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remove
-from es_finetune.runs.log import FORMAT, SealedLines, parse_log, read_journals, sealed
-from es_finetune.runs.replay import check_start
-from es_finetune.tasks import Task
+from es_finetune.runs.log import FORMAT, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
+from es_finetune.runs.replay import check_start, config_of
+from es_finetune.tasks import Data, Task, load_task
 from es_finetune.workers import torchrun
 from es_finetune.workers.setup import make_ranks, make_workers
 from es_finetune.workers.worker import line_of
 
+Reward = str | Callable[[str, dict], Any]
+Row = dict[str, Any]
+
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
+logger = logging.getLogger(__name__)
 
-def follow(config: TrainConfig, **objects) -> None:
-    """What the ranks of torchrun do instead of a Trainer's work, all but the first: their share of the members.
-    Arguments as for Trainer."""
+
+def follow(
+    config: TrainConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Data | None = None,
+    test_data: Data | None = None,
+    reward: Reward | None = None,
+    task: Task | None = None,
+) -> None:
+    """What every rank of torchrun but the first does instead of training: its share of the members, to the run's end.
+
+    Arguments as for Trainer.
+    """
     config = torchrun.for_this_rank(config)
     inherit(config)
-    make_ranks(config, **objects).follow(Path(config.output), config.generations)
+    task = _own_task(config, task, data=data, test_data=test_data, reward=reward)
+    ranks = make_ranks(config, model=model, tokenizer=tokenizer, task=task)
+    ranks.follow(Path(config.output), config.generations)
 
 
 class Trainer:
-    """Everything a run needs, made and checked before it starts; `train` does the work.
+    """A run: made and checked here, begun by `train`.
 
-    config:            what to do. Its `model` and `task` are loaded, unless objects are given:
-    model, tokenizer:  a causal LM of transformers (its parameters that require grad are tuned, in place) and its
-                       tokenizer. Those that text does not pass through, as of a vision tower, are frozen. config.model
-                       is then only the name in the log.
-    task:              any object with the attributes of tasks.Task, as load_task("custom", data=[...],
-                       reward=function).
+    The constructor reads and loads, and writes nothing: an older run in the folder stays as it is until `train` has
+    proven and started all that the new one needs. A Trainer prints nothing but warnings; what it has to say goes to
+    `logging`, as "es_finetune", and `monitor.progress` draws it.
 
-    A bad config, model, task or folder raises ValueError or OSError from the constructor, before any long work.
+        trainer = Trainer(TrainConfig(model=..., task="custom"), data=questions, reward=reward)
+        summary = trainer.train()
 
-    Under torchrun it is for the first rank, which writes the folder; the others call `follow`.
+    Args:
+        config: What to do. It stays as it is. Its `model` and `task` are loaded, unless objects are given:
+        model: A causal LM of transformers, tuned in place: its parameters that require grad, and of these only those
+            that text passes through (a vision tower is frozen). `config.model` is then but its name in the log.
+        tokenizer: Its tokenizer.
+        data: The questions of the task "custom": dicts with a "prompt" and whatever the reward needs, or a .jsonl file
+            of such.
+        test_data: The held-out ones; without them a share of `data` is held out.
+        reward: `reward(completion, item)`, a number to be made large: a function, which runs in this process without a
+            time limit, or "FILE.py:FUNCTION", which runs in a process of its own.
+        task: Another task: any object with the attributes of `tasks.Task`.
+        callbacks: What follows the run: `Callback` objects, and trackers of accelerate, beside those of
+            `config.report_to`.
+
+    Attributes:
+        config: As given, with all that it left open.
+        folder: Of the run.
+        model: The model being tuned; None where it is in other processes (ray, vllm).
+        task: The task.
+        generation: Updates done.
+        rows: Lines of metrics.jsonl so far, one for each update.
+        evals: Lines of evals.jsonl so far.
+
+    Raises:
+        UserError: Something asked for cannot be done: config, model, task or folder. Always before long work.
+        OSError: A file cannot be read.
+        RuntimeError: Under torchrun, on another rank than the first: call `follow` there.
     """
 
-    def __init__(self, config: TrainConfig, *, model=None, tokenizer=None, task: Task | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        data: Data | None = None,
+        test_data: Data | None = None,
+        reward: Reward | None = None,
+        task: Task | None = None,
+        callbacks: Iterable[Any] = (),
+    ):
         if torchrun.under_torchrun():
             if not torchrun.is_first_rank():
                 raise RuntimeError(
@@ -75,31 +131,74 @@ class Trainer:
         errors.require("a run", "finetune", *errors.FINETUNE)
         inherit(config)
         open_prompts = config.prompts is None
+        task = _own_task(config, task, data=data, test_data=test_data, reward=reward)
         check_folder(self.folder, config)
-        require(config.report_to)
+        self.callbacks: list[Callback] = [*trackers_named(config.report_to), *map(as_callback, callbacks)]
+        self.generation = 0
+        self.rows: list[Row] = []
+        self.evals: list[Row] = []
+        self._started: list[Callback] = []
+        self._stopped = False
+        self._log: SealedLines | None = None
+        self._journal: SealedLines | None = None
+        self._scored: list[Row] = []  # members that an earlier process scored
         with self._resumable():
             self.workers = make_workers(config, model=model, tokenizer=tokenizer, task=task)
-        self.model, self.task = self.workers.model, self.workers.task
-        self._by_default = open_prompts and config.prompts  # prompts a generation, where nobody asked for a number
-        self.log: SealedLines | None = None
-        self.journal: SealedLines | None = None
-        self.generation = 0  # updates done
-        self._proof: dict[str, Any] = {}  # the fingerprints after them
-        self._notes: list[str] = []
-        self._scored: list[dict[str, Any]] = []  # members that an earlier process scored
-        self._rows: list[dict[str, Any]] = []
-        self._evals: list[dict[str, Any]] = []
         try:
+            self.model, self.task = self.workers.model, self.workers.task
+            self._default_prompts = open_prompts and bool(config.prompts)  # nobody asked for their number
             with self._resumable():
-                # A pool's workers load model and task only now: still nothing has been written
-                start = self._proof = self.workers.start()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.log = SealedLines(self.folder / "run.log")
-            self.journal = SealedLines(self.folder / "journal", sync=False)
-            self._resume(start) if config.resume else self._begin(start)
+                start = self.workers.start()  # a pool's workers load model and task only now
+            self._lines = self._read_run(start) if config.resume else [self._header(start)]
         except BaseException:
-            self._let_go()
+            self.close()
             raise
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | Path,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        data: Data | None = None,
+        test_data: Data | None = None,
+        reward: Reward | None = None,
+        task: Task | None = None,
+        callbacks: Iterable[Any] = (),
+        **changes: Any,
+    ) -> Trainer:
+        """The Trainer that goes on with the run in a folder, with the config of its log.
+
+        Args:
+            folder: Of the run.
+            model: As for Trainer, and so are the others: give again what was given when the run began.
+            tokenizer: See there.
+            data: See there.
+            test_data: See there.
+            reward: See there.
+            task: See there.
+            callbacks: See there.
+            **changes: Options of TrainConfig that may change: those that decide where, how fast and how closely watched
+                a run is, and with constant schedules `generations`.
+
+        Raises:
+            UserError: The folder holds no run, or not one that these arguments can go on with.
+        """
+        folder = Path(folder)
+        if not is_begun(folder / "run.log"):
+            raise UserError(f"{folder} holds no run to resume: give the folder of a run")
+        fields = [field.name for field in dataclasses.fields(TrainConfig)]
+        for name in changes:
+            if name in ("output", "overwrite", "resume"):
+                raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
+            if name not in fields:
+                raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
+        again = {"data": data, "test_data": test_data, "reward": reward}
+        replaced = {name: None for name, given in again.items() if given is not None and name not in changes}
+        header, _ = read_log(folder / "run.log")
+        config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
+        return cls(config, model=model, tokenizer=tokenizer, task=task, callbacks=callbacks, **again)
 
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:
@@ -115,66 +214,35 @@ class Trainer:
                 f"{_FROM_THIS_ONE}"
             ) from error
 
-    # --- the folder ---------------------------------------------------------------------------------------------------
+    # --- checked by the constructor -----------------------------------------------------------------------------------
 
-    def _begin(self, start: dict[str, Any]) -> None:
-        """A new run: prove what it will write, remove what an older one left, then write."""
-        config, folder = self.config, self.folder
-        if self.log.lines and not config.overwrite:
-            raise UserError(
-                f"output {folder} holds a run that another process has begun meanwhile: give another folder"
-            )
-        versions = {"torch": torch.__version__, "es_kernels": es_kernels.__version__}
+    def _header(self, start: Row) -> Row:
+        """The first line of a new run's log, proven to be one."""
         header = {
             "run": FORMAT,
             "es_finetune": es_kernels.__version__,
-            "config": recorded_options(config),
+            "config": recorded_options(self.config),
             **start,
-            "versions": versions,
+            "versions": {"torch": torch.__version__, "es_kernels": es_kernels.__version__},
         }
         sealed(header)
-        # Older curves step aside until the trackers have started: one that refuses shall leave the old run as it was.
-        curves = [folder / name for name in CURVES if (folder / name).exists()]
-        for path in curves:
-            path.rename(f"{path}.old")
-        try:
-            self.tracker = Tracker(config.report_to, folder, recorded_options(config))
-        except BaseException:
-            remove(folder / name for name in CURVES)
-            for path in curves:
-                Path(f"{path}.old").rename(path)
-            raise
-        # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
-        self.log.clear()
-        self.journal.clear()
-        remove(
-            path for path in folder.iterdir() if is_ours(path.name) and path.name not in ("run.log", "journal", *CURVES)
-        )
-        write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
-        self.log.append(header)
-        self.workers.fast_forward([])
+        return header
 
-    def _resume(self, start: dict[str, Any]) -> None:
-        """Bring the workers to where the log ends, and the files for people with them."""
-        config, folder = self.config, self.folder
-        header, generations = parse_log(folder / "run.log", self.log.lines)
-        check_start(header, start, config.model)
-        self._refuse_other_task(header, start)
-        self._scored = read_journals(folder)  # also of ranks that there were more of
-        self.workers.fast_forward(self.log.lines[1:], folder / "snapshots")
-        self.generation = len(generations)
-        self._proof = self.log.lines[-1]  # the header, where there is no generation
-        for rows, name, least in ((self._rows, "metrics.jsonl", 0), (self._evals, "evals.jsonl", 1)):
-            rows += [row for row in generation_rows(folder / name) if row["generation"] < len(generations) + least]
-        for rows, name in ((self._rows, "metrics.jsonl"), (self._evals, "evals.jsonl")):
-            write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-        self.tracker = Tracker(config.report_to, folder, recorded_options(config), done=len(generations))
-        if len(generations) < config.generations:
-            remove([folder / "summary.json"])  # it says that a run is complete
-        write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
+    def _read_run(self, start: Row) -> list[Row]:
+        """Bring workers and rows to where the log ends; its lines."""
+        header, generations = read_log(self.folder / "run.log")
+        check_start(header, start, self.config.model)
+        done = len(generations)
+        self._check_same_questions(header, start)
+        self.rows = [row for row in generation_rows(self.folder / "metrics.jsonl") if row["generation"] < done]
+        self.evals = [row for row in generation_rows(self.folder / "evals.jsonl") if row["generation"] <= done]
+        updates = [generation.to_json() for generation in generations]
+        self.workers.fast_forward(updates, self.folder / "snapshots")
+        self.generation = done
+        return [header, *updates]
 
-    def _refuse_other_task(self, header: dict[str, Any], start: dict[str, Any]) -> None:
-        """ValueError unless the log's questions are asked and answers scored as they were."""
+    def _check_same_questions(self, header: Row, start: Row) -> None:
+        """UserError unless the log's questions are asked and answers scored as they were."""
         config, folder = self.config, self.folder
         for split in ("train", "test"):
             if header[f"{split}_items"] != start[f"{split}_items"]:
@@ -197,14 +265,34 @@ class Trainer:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, Any]:
-        """Run to the last generation; returns what summary.json holds. Call it once; to go on later, resume."""
+    def train(self) -> Row:
+        """Run to the last generation, or to the end of the one in which `stop` was called. Call it once.
+
+        Returns:
+            What summary.json holds.
+
+        Raises:
+            UserError: The folder has been taken by another process meanwhile, or a tracker cannot be started. Nothing
+                of an older run has been changed.
+            RewardFailed: The reward failed, and `on_reward_error` is "stop"; or no answer could be scored.
+            OSError: A file cannot be written, as on a full disk. What was written is whole.
+        """
+        result = None
         try:
-            with Progress(self.config.generations, self.task.metric, done=self.generation) as progress:
-                self._run(progress)
-            return self._finish()
+            self._open()
+            self._run()
+            result = self._finish()
         finally:
-            self.close()
+            try:
+                self._end_callbacks(result)
+            finally:
+                self.close()
+        return result
+
+    def stop(self) -> None:
+        """End the run cleanly after the generation in progress, from a callback or another thread: held-out eval,
+        model and summary are written, and the run can be resumed."""
+        self._stopped = True
 
     @property
     def members(self) -> int:
@@ -212,171 +300,258 @@ class Trainer:
         return len(self.workers.plan.known(read_journals(self.folder), self.generation))
 
     def close(self) -> None:
-        """Let go of the run's folder and the workers, for a Trainer that shall not train; `train` does so at its
-        end."""
-        self.tracker.close()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for file in (self.log, self.journal):
+        """Let go of the workers, for a Trainer that will not train; `train` does so at its end."""
+        for file in (self._log, self._journal):
             if file is not None:
                 file.close()
         self.workers.close()
 
-    def _run(self, progress: Progress) -> None:
-        config, workers = self.config, self.workers
-        held_out = len(workers.plan.held_out)
-        progress.note(
-            f"{self.folder}: {config.task}, {len(self.task.train)} training and {held_out} held-out prompts; "
-            f"{workers.parameters:,} parameters, backend "
-            f"{workers.backend}{f', {workers.count} workers' if workers.count > 1 else ''}"
+    def _open(self) -> None:
+        """Take the folder and start the callbacks; only then change what is in it."""
+        config, folder = self.config, self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = SealedLines(folder / "run.log")
+        self._journal = SealedLines(folder / "journal", sync=False)
+        if config.resume:
+            if parse_log(folder / "run.log", self._log.lines) != parse_log(folder / "run.log", self._lines):
+                raise UserError(
+                    f"another process has gone on with the run in {folder} meanwhile: make the Trainer again"
+                )
+            self._scored = read_journals(folder)  # also of ranks that there were more of
+            self._start_callbacks()
+            for rows, name in ((self.rows, "metrics.jsonl"), (self.evals, "evals.jsonl")):
+                write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+            if self.generation < config.generations:
+                remove([folder / "summary.json"])  # it says that a run is complete
+        else:
+            if self._log.lines and not config.overwrite:
+                raise UserError(
+                    f"output {folder} holds a run that another process has begun meanwhile: give another folder"
+                )
+            with _curves_aside(folder):
+                self._start_callbacks()
+            # The first line comes last: until it is there, the folder holds no run, and nothing of an older one counts.
+            self._log.clear()
+            self._journal.clear()
+            kept = ("run.log", "journal", *CURVES)
+            remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in kept)
+        write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
+        if not config.resume:
+            self._log.append(self._lines[0])
+            self.workers.fast_forward([])
+
+    def _start_callbacks(self) -> None:
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+                self._started.append(callback)
+        except BaseException:
+            self._end_callbacks(None)
+            raise
+
+    def _end_callbacks(self, result: Row | None) -> None:
+        """Tell all that were started. An error of theirs is raised when all know, unless another one ended the run."""
+        failed: Exception | None = None
+        while self._started:
+            callback = self._started.pop(0)
+            try:
+                callback.on_end(self, result)
+            except Exception as error:
+                failed = failed or error
+                if result is None:
+                    logger.warning("%s failed in on_end: %s", type(callback).__name__, error)
+        if failed is not None and result is not None:
+            raise failed
+
+    def _doing(self, text: str) -> None:
+        for callback in self.callbacks:
+            callback.on_activity(self, text)
+
+    def _run(self) -> None:
+        config, workers, task = self.config, self.workers, self.task
+        several = f", {workers.count} workers" if workers.count > 1 else ""
+        logger.info(
+            f"{self.folder}: {config.task}, {len(task.train)} training and {len(workers.plan.held_out)} "
+            f"held-out prompts; {workers.parameters:,} parameters, backend {workers.backend}{several}"
         )
-        for note in (*self._notes, *self.task.notes):
-            progress.note(note)
-        if self._by_default:
-            progress.note(
-                f"{config.prompts} of the {len(self.task.train):,} training prompts are drawn for each generation; "
+        for note in task.notes:
+            logger.info(note)
+        prompts = config.prompts or len(task.train)
+        if self._default_prompts:
+            logger.info(
+                f"{prompts} of the {len(task.train):,} training prompts are drawn for each generation; "
                 "--prompts 0 takes all"
             )
-        prompts = config.prompts or len(self.task.train)
-        progress.note(
+        logger.info(
             f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts"
         )
+        self._first = self.generation  # here
         while True:
-            done = self.generation
-            if (
-                not self._evals
-                or done in (0, config.generations)
-                or (config.eval_every and done % config.eval_every == 0)
-            ):
-                self._evaluate_held_out(progress)
-            if done >= config.generations:
-                return
-            row = self._generation(progress)
-            self.tracker.log(row, self.generation)
-            if len(self._rows) == 1:
-                whole = estimate(row["seconds"], self._evals[0], config.generations, config.eval_every)
-                progress.note(f"estimate: {whole}; peak memory so far {row['peak_memory_bytes'] / 2**30:.1f} GiB")
-            if (note := norms_note(self._rows)) is not None:
-                progress.note(note)
+            last = self._stopped or self.generation >= config.generations
+            if last or not self.evals or (config.eval_every and self.generation % config.eval_every == 0):
+                self._evaluate_held_out()
+            if last:
+                break
+            row = self._generation()
+            if len(self.rows) == 1:
+                peak = row["peak_memory_bytes"] / 2**30
+                logger.info(f"estimate: {self._estimate(row['seconds'])}; peak memory so far {peak:.1f} GiB")
+            if (note := norms_note(self.rows)) is not None:
+                logger.info(note)
             for warning in row["warnings"]:
-                progress.note(f"generation {row['generation'] + 1}: {warning}")
-            progress.update(row, self._evals[-1][self.task.metric], total_seconds(self._rows, self._evals))
+                logger.warning(f"generation {row['generation'] + 1}: {warning}")
+            for callback in self.callbacks:
+                callback.on_generation(self, row)
+        if self.generation < config.generations:
+            workers.stop()
 
-    def _generation(self, progress: Progress) -> dict[str, Any]:
+    def _estimate(self, seconds: float) -> str:
+        return estimate(seconds, self.evals[0]["seconds"], self.config.generations, self.config.eval_every)
+
+    def _generation(self) -> Row:
         """One generation: score the members that the journal does not hold, update, log. Returns its row of
         metrics.jsonl."""
-        config, generation = self.config, self.generation
+        config, generation, workers = self.config, self.generation, self.workers
         begin = time.perf_counter()
-        known = self.workers.plan.known(self._scored, generation)
+        known = workers.plan.known(self._scored, generation)
         # Seconds of an earlier process, which this one's clock does not hold.
-        before = (
-            math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / self.workers.count
-        )
+        before = math.fsum(line["seconds_generate"] + line["seconds_score"] for line in known.values()) / workers.count
         if not known:
-            self.journal.clear()
+            self._journal.clear()
         # Members are handed out in this order, so that of several workers a member's place says how far all of them
         # are.
-        places = {member: place for place, member in enumerate(self.workers.plan.left(known), 1)}
+        places = {member: place for place, member in enumerate(workers.plan.left(known), 1)}
         new = 0
 
-        def keep(line: dict[str, Any]) -> None:
+        def keep(line: Row) -> None:
             nonlocal new
-            self.journal.append(line)
+            self._journal.append(line)
             place, new = places[line["member"]], new + 1
-            seconds = (
-                (time.perf_counter() - begin) / max(place, min(self.workers.count, len(places))) * config.population
-            )
-            if new == 1 and not self._rows:
-                progress.note(
-                    "estimate after the first member: "
-                    f"{estimate(seconds, self._evals[0], config.generations, config.eval_every)}"
-                )
-            progress.member(len(known) + place, config.population, seconds)
+            elapsed = time.perf_counter() - begin
+            seconds = elapsed / max(place, min(workers.count, len(places))) * config.population
+            if new == 1 and not self.rows:
+                logger.info(f"estimate after the first member: {self._estimate(seconds)}")
+            # Later ones are estimated by those before
+            about = f", generation about {duration(seconds)}" if generation == self._first else ""
+            self._doing(f"member {len(known) + place}/{config.population}{about}")
 
-        with_health = bool(config.health_every) and (
-            generation % config.health_every == 0 or generation == config.generations - 1
-        )
-        members, dropped = self.workers.evaluate(generation, known, keep, with_health)
-        update, by_prompt = self.workers.plan.update(generation, members, dropped)
-        found = self.workers.update(update, with_health)
+        last = generation == config.generations - 1
+        with_health = bool(config.health_every) and (generation % config.health_every == 0 or last)
+        members, dropped = workers.evaluate(generation, known, keep, with_health)
+        update, by_prompt = workers.plan.update(generation, members, dropped)
+        outcome = workers.update(update, with_health)
         row = {
             "generation": generation,
-            "sigma": found["sigma"][0],
-            "lr": found["lr"][0],
-            **population_row(members, by_prompt, before + time.perf_counter() - begin, self.workers.count),
-            "seconds_kernels": found["seconds_kernels"],
-            "theta": f"{found['theta']:016x}",
-            "live": f"{found['live']:016x}",
-            "peak_memory_bytes": found["peak_memory_bytes"],
-            **({"health": found["health"]} if "health" in found else {}),
+            "sigma": outcome["sigma"][0],
+            "lr": outcome["lr"][0],
+            **population_row(members, by_prompt, before + time.perf_counter() - begin, workers.count),
+            "seconds_kernels": outcome["seconds_kernels"],
+            "theta": f"{outcome['theta']:016x}",
+            "live": f"{outcome['live']:016x}",
+            "peak_memory_bytes": outcome["peak_memory_bytes"],
+            **({"health": outcome["health"]} if "health" in outcome else {}),
             **({"dropped": dropped} if dropped else {}),
         }
-        row["warnings"] = warnings_of([*self._rows, row], config.population, self._evals[-1])
+        row["warnings"] = warnings_of([*self.rows, row], config.population, self.evals[-1])
         append_row(self.folder / "metrics.jsonl", row)
-        self._proof = line_of(update, found, dropped)
-        self.log.append(self._proof)
+        line = line_of(update, outcome, dropped)
+        self._log.append(line)
         # From here on the generation is made; what follows can be lost.
+        self._lines.append(line)
         self.generation += 1
-        self._rows.append(row)
+        self.rows.append(row)
         if config.snapshot_every and self.generation % config.snapshot_every == 0:
-            self.workers.save_snapshot(self.folder / "snapshots")
+            workers.save_snapshot(self.folder / "snapshots")
         return row
 
-    def _evaluate_held_out(self, progress: Progress) -> None:
+    def _evaluate_held_out(self) -> None:
         """Answer the held-out prompts with theta, unless that is already in evals.jsonl."""
-        done = self.generation
-        if any(look["generation"] == done for look in self._evals):
+        done, items = self.generation, self.workers.plan.held_out
+        if any(row["generation"] == done for row in self.evals):
             return
-        progress.now(f"answering {len(self.workers.plan.held_out):,} held-out prompts")
+        self._doing(f"answering {len(items):,} held-out prompts")
         begin = time.perf_counter()
         evaluation = self.workers.answer_held_out()
-        progress.rest()
         if evaluation.all_failed and not done:
             raise RewardFailed(
                 "no answer of the base model to a held-out question could be scored; the first failure: "
                 f"{evaluation.error[1]}"
             )
         if evaluation.failed:
-            failure = f"held-out answers after {done} updates: scoring failed for {evaluation.failed}; prompt {evaluation.error[0]}: {evaluation.error[1]}"
+            prompt, why = evaluation.error
+            failure = (
+                f"held-out answers after {done} updates: scoring failed for {evaluation.failed}; prompt {prompt}: {why}"
+            )
             if self.config.on_reward_error == "stop" and any(score.reward is None for score in evaluation.scores):
                 raise RewardFailed(failure)
-            progress.note(failure)
-        look = eval_row(self.task, evaluation, done, time.perf_counter() - begin)
-        (self.folder / "answers").mkdir(exist_ok=True)
-        save_answers(
-            self.folder / "answers" / ("tuned.jsonl" if done else "base.jsonl"),
-            self.workers.plan.held_out,
-            evaluation.answers,
-            evaluation.scores,
-        )
-        append_row(self.folder / "evals.jsonl", look)
-        self._evals.append(look)
-        self.tracker.log(look, done, prefix="held_out")
+            logger.warning(failure)
+        row = eval_row(self.task, evaluation, done, time.perf_counter() - begin)
+        answers = self.folder / "answers"
+        answers.mkdir(exist_ok=True)
+        name = "tuned.jsonl" if done else "base.jsonl"
+        save_answers(answers / name, items, evaluation.answers, evaluation.scores)
+        append_row(self.folder / "evals.jsonl", row)
+        self.evals.append(row)
+        for callback in self.callbacks:
+            callback.on_eval(self, row)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> Row:
         """Write the model, the plot and the summary, in this order: a folder that has a summary is complete."""
-        config = self.config
-        found = {
+        config, proof = self.config, self._lines[-1]  # the header, where there is no generation
+        result = {
             "task": config.task,
             "model": config.model,
-            **summary(self.task.metric, self._rows, self._evals),
+            **summary(self.task.metric, self.rows, self.evals),
             "generations": self.generation,
             "backend": self.workers.backend,
             "noise_version": es_kernels.noise.VERSION,
             "seed": config.seed,
-            "fingerprint": self._proof["theta"],
-            "live": self._proof["live"],
+            "fingerprint": proof["theta"],
+            "live": proof["live"],
             "log_bytes": (self.folder / "run.log").stat().st_size,
         }
         if config.save_model:
             self.workers.save_model(self.folder / "model")
-        plot_run(
-            self.folder / "reward.png",
-            f"Evolution strategies on {config.task}",
-            self.task.metric,
-            self._rows,
-            self._evals,
-        )
-        write_atomically(self.folder / "summary.json", json.dumps(found, indent=2) + "\n")
-        return found
+        title = f"Evolution strategies on {config.task}"
+        plot_run(self.folder / "reward.png", title, self.task.metric, self.rows, self.evals)
+        write_atomically(self.folder / "summary.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+
+@contextlib.contextmanager
+def _curves_aside(folder: Path) -> Iterator[None]:
+    """Older curves step aside while trackers start: one that refuses must leave the older run as it was."""
+    curves = [folder / name for name in CURVES if (folder / name).exists()]
+    for path in curves:
+        path.rename(f"{path}.old")
+    try:
+        yield
+    except BaseException:
+        remove(folder / name for name in CURVES)
+        for path in curves:
+            Path(f"{path}.old").rename(path)
+        raise
+
+
+def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward | None) -> Task | None:
+    """The task that was given as an object, or is made of data and reward; None for the one that the config names.
+
+    Of data and reward a path or a name is put into the config, as if it had come with it: so the log keeps it.
+    """
+    supplied = {name: value for name, value in supplied.items() if value is not None}
+    for name, value in supplied.items():
+        if task is not None:
+            raise UserError(f"{name} was given beside task, which has questions and a reward of its own: leave one out")
+        if config.task != "custom":
+            raise UserError(
+                f"{name} is for the task 'custom', and the config's task is {config.task!r}: leave {name} out, or make "
+                "the config with task='custom'"
+            )
+        if getattr(config, name) is not None:
+            raise UserError(f"{name} was given to the Trainer and in the config: leave one out")
+        if isinstance(value, (str, Path)):
+            setattr(config, name, str(value))
+    if all(isinstance(value, (str, Path)) for value in supplied.values()):
+        return task
+    made_of = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
+    return load_task("custom", **made_of, time_limit=config.time_limit)

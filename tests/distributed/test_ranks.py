@@ -96,6 +96,16 @@ def test_a_run_goes_on_with_fewer_ranks_and_is_replaced_with_more(run, alone):
     )
 
 
+def test_a_run_that_a_callback_stops_ends_on_every_rank_and_goes_on(run, alone):
+    stopped = run()
+    process = stopped.start(ranks=2, environment={"STOP_AFTER": "3"})
+    assert stopped.finish(process) == 0, stopped.output
+    assert stopped.summary["generations"] == 3
+    stopped.options["resume"] = True
+    assert stopped(ranks=2)["fingerprint"] == alone.summary["fingerprint"]
+    assert sorted(stopped.scored) == sorted(alone.scored)
+
+
 def test_a_journal_of_another_run_is_not_taken_for_this_one(run, alone, tmp_path):
     """Its machine has a folder of its own, in which a run that the first rank knows nothing of was broken off."""
     (tmp_path / "elsewhere").mkdir()

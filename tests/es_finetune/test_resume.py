@@ -1,9 +1,10 @@
 """Contract under test: a run that was killed goes on as if it had not been.
 
 After kill -9 at any moment `resume` ends with the fingerprint of a run never interrupted, for every master; what was
-scored before the kill is never scored again. A snapshot shortens the way and changes no bit. A log, model, task or
-config of another run is refused by name, with nothing changed. A disk that fills up ends the run with what was written
-intact.
+scored before the kill is never scored again. A callback may stop a run, or fail, and the run goes on in the same way.
+A snapshot shortens the way and changes no bit. A log, model, task or config of another run is refused by name, with
+nothing changed, and the constructor of a Trainer never changes anything. A disk that fills up ends the run with what
+was written intact.
 """
 
 import copy
@@ -20,8 +21,10 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from es_finetune import TrainConfig, Trainer
+import es_kernels
+from es_finetune import Callback, TrainConfig, Trainer
 from es_finetune.commands.report import report
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.runs.files import read_rows
@@ -119,7 +122,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_pa
     assert read_log(folder / "run.log")[1] == read_log(tmp_path / "whole" / "run.log")[1]
     assert [row["generation"] for row in read_rows(folder / "metrics.jsonl")] == list(range(5))
     assert [row["generation"] for row in read_rows(folder / "evals.jsonl")] == [0, 2, 4, 5]
-    # A kill costs at most what was being answered: one member or one look.
+    # A kill costs at most what was being answered: one member or one eval.
     once = os.path.getsize(f"{tmp_path}/whole.scored")
     assert once <= scored() <= once + kills * 24
 
@@ -166,7 +169,7 @@ def test_a_snapshot_changes_no_bit_and_a_damaged_one_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["theta-000004.safetensors"]
     trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), resume=True, **OPTIONS))
     assert f"{trainer.workers.weights.optimizer.fingerprint():016x}" == whole["fingerprint"]
-    trainer.log.close(), trainer.journal.close()
+    trainer.close()
     snapshot = tmp_path / "run" / "snapshots" / "theta-000004.safetensors"
     data = bytearray(snapshot.read_bytes())
     data[-1] ^= 1
@@ -409,11 +412,149 @@ def test_overwrite_leaves_nothing_of_the_run_before(interrupted, tmp_path):
     run(interrupted, resume=True)  # and the log does not remember how it was begun
 
 
-def test_two_processes_do_not_write_one_run(tmp_path):
-    first = Trainer(TrainConfig(output=str(tmp_path / "run"), **OPTIONS))
-    with pytest.raises(ValueError, match="written by another process"):
-        Trainer(TrainConfig(output=str(tmp_path / "run"), resume=True, **OPTIONS))
-    first.log.close()
+def test_two_processes_do_not_write_one_run(interrupted):
+    """Neither at the same time, nor one from where the other has gone on meanwhile."""
+    first, second = Trainer.resume(interrupted), Trainer.resume(interrupted)
+
+    class Second(Callback):
+        def on_generation(self, trainer, row):
+            with pytest.raises(ValueError, match="written by another process"):
+                second.train()
+
+    first.callbacks.append(Second())
+    third = Trainer.resume(interrupted)
+    first.train()
+    with pytest.raises(ValueError, match="another process has gone on with the run in .* meanwhile"):
+        third.train()
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}], ids=str)
+def test_a_trainer_that_does_not_train_changes_nothing(interrupted, options):
+    before = contents(interrupted)
+    trainer = Trainer(TrainConfig(output=str(interrupted), **options, **OPTIONS), callbacks=[Callback()])
+    trainer.close()
+    assert contents(interrupted) == before
+    folder = interrupted.parent / "new"
+    Trainer(TrainConfig(output=str(folder), **OPTIONS)).close()
+    assert not folder.exists()
+
+
+def test_resume_needs_the_folder_alone(interrupted, tmp_path):
+    whole = run(tmp_path / "whole")
+    trainer = Trainer.resume(interrupted, batch_size=16, report_to=[])
+    assert (trainer.generation, trainer.config.batch_size, trainer.config.population) == (2, 16, 4)
+    assert trainer.train()["fingerprint"] == whole["fingerprint"]
+
+
+def test_resume_refuses_what_would_make_it_another_run(interrupted, tmp_path):
+    before = contents(interrupted)
+    for changes, words in (
+        ({"sigma": 0.02}, "begun with sigma 0.01, not 0.02"),
+        ({"sigmas": 0.02}, "unknown option 'sigmas': did you mean sigma?"),
+        ({"output": "elsewhere"}, "output is no option of a run that is resumed in its own folder"),
+        ({"data": [{"prompt": "^1:"}]}, "data is for the task 'custom', and the config's task is 'countdown-char'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer.resume(interrupted, **changes)
+    with pytest.raises(ValueError, match="holds no run to resume: give the folder of a run"):
+        Trainer.resume(tmp_path / "nowhere")
+    assert contents(interrupted) == before and not (tmp_path / "nowhere").exists()
+
+
+class Watcher(Callback):
+    """Writes down what it is told; stops the run, or fails, at a hook."""
+
+    def __init__(self, stop_at=None, fail_at=None):
+        self.calls, self.stop_at, self.fail_at = [], stop_at, fail_at
+
+    def told(self, trainer, *what):
+        self.calls.append(what)
+        if what == self.stop_at:
+            trainer.stop()
+        if what == self.fail_at:
+            raise RuntimeError("the watcher fell")
+
+    def on_start(self, trainer):
+        self.told(trainer, "start", trainer.generation)
+
+    def on_generation(self, trainer, row):
+        assert trainer.rows[-1] is row and trainer.generation == row["generation"] + 1
+        self.told(trainer, "generation", row["generation"])
+
+    def on_eval(self, trainer, row):
+        self.told(trainer, "eval", row["generation"])
+
+    def on_end(self, trainer, summary):
+        self.told(trainer, "end", summary and summary["generations"])
+
+
+def watched(folder, watcher, resume=False, callbacks=()):
+    config = TrainConfig(output=str(folder), resume=resume, **OPTIONS)
+    return Trainer(config, callbacks=[watcher, *callbacks]).train()
+
+
+def test_callbacks_are_told_what_happens_when_it_has(tmp_path):
+    watcher = Watcher()
+    watched(tmp_path / "run", watcher)
+    told = ", ".join(f"{hook} {number}" for hook, number in watcher.calls)
+    assert told == (
+        "start 0, eval 0, generation 0, generation 1, eval 2, generation 2, generation 3, eval 4, generation 4, "
+        "eval 5, end 5"
+    )
+
+
+def test_a_callback_stops_a_run_that_then_goes_on_as_if_it_had_not(tmp_path):
+    whole = run(tmp_path / "whole")
+    watcher = Watcher(stop_at=("generation", 2))
+    summary = watched(tmp_path / "run", watcher)
+    assert watcher.calls[-3:] == [("generation", 2), ("eval", 3), ("end", 3)]
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text()) and summary["generations"] == 3
+    tuned = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert f"{es_kernels.fingerprint(tuned):016x}" == summary["live"]
+    watcher = Watcher()
+    assert watched(tmp_path / "run", watcher, resume=True)["fingerprint"] == whole["fingerprint"]
+    assert watcher.calls[:2] == [("start", 3), ("generation", 3)]
+    at_once = watched(tmp_path / "none", Watcher(stop_at=("start", 0)))
+    assert (at_once["generations"], at_once["base"]) == (0, at_once["final"])
+
+
+@pytest.mark.parametrize("hook", [("generation", 1), ("eval", 2)])
+def test_an_error_of_a_callback_ends_the_run_which_can_be_resumed(tmp_path, hook):
+    whole = run(tmp_path / "whole")
+    watcher, other = Watcher(fail_at=hook), Watcher()
+    with pytest.raises(RuntimeError, match="the watcher fell"):
+        watched(tmp_path / "run", watcher, callbacks=[other])
+    assert watcher.calls[-2:] == [hook, ("end", None)] and other.calls[-1] == ("end", None)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert watched(tmp_path / "run", Watcher(), resume=True)["fingerprint"] == whole["fingerprint"]
+
+
+def test_a_callback_that_fails_at_the_start_leaves_the_older_run_as_it_was(interrupted):
+    before, first = contents(interrupted), Watcher()
+    trainer = Trainer(
+        TrainConfig(output=str(interrupted), overwrite=True, **OPTIONS),
+        callbacks=[first, Watcher(fail_at=("start", 0)), Watcher()],
+    )
+    with pytest.raises(RuntimeError, match="the watcher fell"):
+        trainer.train()
+    assert contents(interrupted) == before
+    assert first.calls == [("start", 0), ("end", None)] and trainer.callbacks[2].calls == []
+
+
+def test_an_error_at_the_end_hides_no_other(tmp_path, caplog):
+    class Falling(Watcher):
+        def on_end(self, trainer, summary):
+            super().on_end(trainer, summary)
+            raise ValueError("too late")
+
+    last = Watcher()
+    with pytest.raises(RuntimeError, match="the watcher fell"):
+        watched(tmp_path / "run", Falling(fail_at=("generation", 0)), callbacks=[last])
+    assert "Falling failed in on_end: too late" in caplog.messages and last.calls[-1] == ("end", None)
+    last = Watcher()
+    with pytest.raises(ValueError, match="too late"):
+        watched(tmp_path / "run", Falling(), resume=True, callbacks=[last])
+    assert last.calls[-1] == ("end", 5) and (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("at", [3, 8, 14])

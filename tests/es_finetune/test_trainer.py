@@ -321,7 +321,7 @@ def test_all_members_see_the_same_prompts_and_each_generation_draws_its_own(tmp_
 
     task = Watched()
     train(tmp_path / "run", task, model="embedded", prompts=5, eval_items=1)
-    inner = seen[1:-1]  # without the looks at the one held-out item
+    inner = seen[1:-1]  # without the evals on the one held-out item
     members = [inner[i : i + 5] for i in range(0, len(inner), 5)]
     assert len(members) == 8 and members[0] == members[1] == members[2] == members[3] != members[4] == members[7]
 
@@ -392,7 +392,7 @@ def test_a_run_may_be_asked_to_stop_at_a_failing_reward(tmp_path):
     assert summary(tmp_path / "run")["fingerprint"] == summary(tmp_path / "whole")["fingerprint"]
 
 
-def test_a_reward_that_always_fails_ends_the_run_at_its_first_look(tmp_path):
+def test_a_reward_that_always_fails_ends_the_run_at_its_first_eval(tmp_path):
     class Broken(Letters):
         floor = 0.0  # as in eval, a floor is no answer to it
 
@@ -430,8 +430,8 @@ def test_a_held_out_answer_that_fails_counts_as_the_floor(tmp_path):
             return Score(None, error="half of them") if item.key in [(a,) for a in range(1, 5)] else Score(2.0)
 
     train(tmp_path / "run", Half(), model="embedded", prompts=0)
-    look = read_rows(tmp_path / "run" / "evals.jsonl")[0]
-    assert look["reward"] == -4.0 == summary(tmp_path / "run")["base"] and look["low"] < -4 < look["high"]
+    row = read_rows(tmp_path / "run" / "evals.jsonl")[0]
+    assert row["reward"] == -4.0 == summary(tmp_path / "run")["base"] and row["low"] < -4 < row["high"]
 
 
 # --- Python
@@ -458,6 +458,58 @@ def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
     found = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
     assert found["metric"] == "reward" and found["final"] <= 0
     assert all(not torch.equal(before[name], p) for name, p in tiny_llama.named_parameters())
+
+
+QUESTIONS = [{"prompt": f"^{a}:", "length": a} for a in range(1, 10)]
+
+
+def right_length(completion, item):
+    return -abs(len(completion) - item["length"])
+
+
+def own(folder, **options):
+    options = {"model": "embedded", "task": "custom", "max_new_tokens": 6, **SMALL, "prompts": 0, **options}
+    return TrainConfig(output=str(folder), **options)
+
+
+def test_data_and_reward_may_be_objects_files_or_both_with_one_result(tmp_path):
+    """A path is kept in the log, so that the run is resumed without it; an object has to be given again."""
+    file = tmp_path / "items.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    objects = Trainer(own(tmp_path / "objects"), data=QUESTIONS, reward=right_length).train()
+    mixed = Trainer(own(tmp_path / "mixed"), data=file, reward=right_length).train()
+    flags = Trainer(own(tmp_path / "flags", data=str(file)), reward=right_length).train()
+    assert objects["fingerprint"] == mixed["fingerprint"] == flags["fingerprint"]
+    recorded = {name: read_log(tmp_path / name / "run.log")[0]["config"]["data"] for name in ("objects", "mixed")}
+    assert recorded == {"objects": None, "mixed": str(file)}
+    again = Trainer.resume(tmp_path / "mixed", reward=right_length, generations=3).train()
+    other = Trainer.resume(tmp_path / "objects", data=file, reward=right_length, generations=3).train()
+    assert other["fingerprint"] == again["fingerprint"] != objects["fingerprint"]
+    with pytest.raises(ValueError, match="the task 'custom' needs data .* and a reward"):
+        Trainer.resume(tmp_path / "objects")
+
+
+def test_a_reward_in_a_file_is_named_as_on_the_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(completion, item):\n    return -len(completion)\n")
+    trainer = Trainer(own(tmp_path / "run"), data=QUESTIONS, reward=f"{tmp_path}/mine.py:reward")
+    assert trainer.config.reward == f"{tmp_path}/mine.py:reward" and trainer.task.code_digest
+
+
+@pytest.mark.parametrize(
+    "options, objects, words",
+    [
+        ({}, {"task": Letters(), "data": QUESTIONS}, "data was given beside task, which has questions"),
+        ({"task": "countdown-char"}, {"reward": right_length}, "reward is for the task 'custom', .* 'countdown-char'"),
+        ({"data": "a.jsonl"}, {"data": QUESTIONS}, "data was given to the Trainer and in the config"),
+        ({}, {"data": QUESTIONS}, "the task 'custom' needs data .* and a reward"),
+        ({}, {"data": QUESTIONS, "reward": 3}, "the reward is of type int"),
+    ],
+    ids=str,
+)
+def test_contradictions_between_config_and_objects_are_refused(tmp_path, options, objects, words):
+    with pytest.raises(ValueError, match=words):
+        Trainer(own(tmp_path / "run", **options), **objects)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_holds_plain_values_whatever_it_was_given():
@@ -493,13 +545,26 @@ def test_a_config_holds_plain_values_whatever_it_was_given():
             TrainConfig(**wrong)
 
 
+@pytest.fixture
+def messages(caplog):
+    """What the Trainer has said since it was last asked."""
+    caplog.set_level("INFO", "es_finetune")
+
+    def said():
+        lines = list(caplog.messages)
+        caplog.clear()
+        return lines
+
+    return said
+
+
 def own_task(questions):
     return load_task(
         "custom", data=[{"prompt": f"^{a}:"} for a in range(questions)], reward=lambda completion, item: len(completion)
     )
 
 
-def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_path, monkeypatch, messages):
     """Here 6, of the 16 that are left for training from 20. The run says so, and how many answers that is, before the
     first of them."""
     monkeypatch.setattr("es_finetune.runs.setup.CUSTOM_PROMPTS", 6)
@@ -516,7 +581,7 @@ def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_p
         config = TrainConfig(output=str(tmp_path / name), task="custom", **options, **more)
         Trainer(config, task=own_task(questions)).train()
         assert config.prompts == more.get("prompts")  # the caller's config serves for another file
-        return read_log(tmp_path / name / "run.log")[0]["config"]["prompts"], capsys.readouterr().out.splitlines()
+        return read_log(tmp_path / name / "run.log")[0]["config"]["prompts"], messages()
 
     prompts, lines = prompts_of("many")
     assert prompts == 6
@@ -541,9 +606,9 @@ def test_a_custom_task_asks_128_prompts_a_generation_unless_told_otherwise(tmp_p
         prompts_of("some", resume=True, prompts=0)
 
 
-def test_the_whole_run_is_estimated_after_its_first_member(tmp_path, capsys):
+def test_the_whole_run_is_estimated_after_its_first_member(tmp_path, messages):
     train(tmp_path / "run")
-    lines = capsys.readouterr().out.splitlines()
+    lines = messages()
     after_member, after_generation = (i for i, line in enumerate(lines) if line.startswith("estimate"))
     assert lines[after_member].startswith("estimate after the first member: ") and after_generation == after_member + 1
     assert all(
@@ -551,16 +616,14 @@ def test_the_whole_run_is_estimated_after_its_first_member(tmp_path, capsys):
         for i in (after_member, after_generation)
     )
     train(tmp_path / "run", resume=True, generations=3)
-    assert "\nestimate" not in capsys.readouterr().out
+    assert not [line for line in messages() if line.startswith("estimate")]
 
 
-def test_a_trainer_that_shall_not_train_lets_go_of_its_folder(tmp_path):
-    config = TrainConfig(output=str(tmp_path / "run"), overwrite=True, **SMALL)
-    first = Trainer(config)
-    with pytest.raises(ValueError, match="another process or Trainer"):
-        Trainer(config)
-    first.close()
-    Trainer(config).close()
+def test_a_trainer_prints_nothing(tmp_path, capfd):
+    train(tmp_path / "run")
+    printed = capfd.readouterr()
+    bars = ("Loading weights", "Writing model shards", "")  # of transformers, which has a switch for them
+    assert printed.out == "" and all(line.startswith(bars) for line in re.split(r"[\r\n]+", printed.err))
 
 
 def test_a_task_without_items_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,12 @@ class Trained(NamedTuple):
     summary: dict[str, Any]  # what summary.json holds
 
 
-def train(options: Mapping[str, Any]) -> Trained | None:
+def train(options: Mapping[str, Any], callbacks: Iterable[Any] = ()) -> Trained | None:
     """Begin the run that `options` ask for, or with `resume` go on with the one in the folder `output`.
 
     Args:
         options: Fields of TrainConfig, by name. With `resume` the run's log fills in what is not given.
+        callbacks: As for `Trainer`.
 
     Returns:
         Folder and summary; None on a rank of torchrun other than the first.
@@ -49,7 +50,7 @@ def train(options: Mapping[str, Any]) -> Trained | None:
         except RunError as error:
             raise RunStopped(_words(error)) from error
         return None
-    trainer = Trainer(config)
+    trainer = Trainer(config, callbacks=callbacks)
     done = trainer.generation
     try:
         return Trained(trainer.folder, trainer.train())

@@ -1,17 +1,20 @@
-"""The progress of a run on a terminal: one live line; in a file or a pipe: one plain line every few generations."""
+"""What is shown of a run on a terminal, in a file or a pipe: its messages and its progress."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 from rich.table import Column
+
+from es_finetune.monitor.callbacks import Callback, Row, Run
+from es_finetune.monitor.rows import total_seconds
 
 
 def value(metric: str, number: float | None) -> str:
@@ -32,8 +35,26 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:.0f} h"
 
 
+def estimate(seconds: float, eval_seconds: float, generations: int, eval_every: int) -> str:
+    """How long a whole run takes, in words.
+
+    Args:
+        seconds: Of a generation.
+        eval_seconds: Of an eval on the held-out prompts.
+        generations: Of the run.
+        eval_every: Generations between evals; 0: only the first and the last.
+    """
+    each = f"{seconds:.1f} s" if seconds < 120 else duration(seconds)
+    evals = 2 + ((generations - 1) // eval_every if eval_every else 0)
+    return (
+        f"{duration(seconds * generations + eval_seconds * evals)} for {generations} generations of {each} and "
+        f"{evals} evals on the held-out prompts of {eval_seconds:.1f} s"
+    )
+
+
+@functools.cache
 def terminal() -> Console:
-    """Where messages and the live line go: standard output, without colours of numbers."""
+    """Where messages and the live line go, one above the other: standard output, without colours of numbers."""
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -71,66 +92,51 @@ def show_messages(console: Console, level: int = logging.INFO) -> Iterator[None]
         logger.setLevel(before)
 
 
-class Progress:
-    """Use as a context manager; `update` after every generation. `metric`: the headline on held-out items, exact or
-    reward. `done`: generations that an earlier process did."""
+class Progress(Callback):
+    """Draws the progress of a run: a live line on a terminal, a plain line every few generations in a file or a pipe.
 
-    def __init__(self, generations: int, metric: str = "exact", console: Console | None = None, done: int = 0):
-        self.generations, self.metric = generations, metric
-        self.console = console or Console(highlight=False, soft_wrap=True)
-        # In a notebook rich draws its live line with ipywidgets; without them it would only complain.
-        self.live = self.console.is_terminal or (
-            self.console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-        )
+    Args:
+        console: That of `show_messages`, or messages would break the live line.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or terminal()
+        self.live = is_live(self.console)
         # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower
         # still, its end is cut.
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self.bar = Bar(text, console=self.console, disable=not self.live)
+        self.first: tuple[int, float] | None = None  # generations and seconds when the first one here was done
+
+    def on_start(self, trainer: Run) -> None:
         # What the live line says of the generations done, in short and in full
-        self.latest = self.line = f"{done}/{generations}"
-        self.row = self.bar.add_task(self.latest, total=generations)
-        self.first: tuple[int, float] | None = None
-
-    def __enter__(self) -> Progress:
+        self.latest = self.line = f"{trainer.generation}/{trainer.config.generations}"
+        self.row = self.bar.add_task(self.latest, total=trainer.config.generations)
         self.bar.start()
-        return self
 
-    def __exit__(self, *exception) -> None:
-        self.bar.stop()
+    def on_activity(self, trainer: Run, doing: str) -> None:
+        """On the live line, behind what the generations came to."""
+        self.bar.update(self.row, description=f"{self.latest}  {doing}")
 
-    def note(self, text: str) -> None:
-        """A line that stays: a warning, an estimate, an eval on the held-out items."""
-        # On a terminal broken between words
-        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.live)
-
-    def now(self, text: str) -> None:
-        """What is being done, on the live line behind what the generations came to."""
-        self.bar.update(self.row, description=f"{self.latest}  {text}")
-
-    def rest(self) -> None:
-        """It is done."""
+    def on_eval(self, trainer: Run, row: Row) -> None:
         self.bar.update(self.row, description=self.line)
 
-    def member(self, number: int, population: int, seconds: float) -> None:
-        """After each member of a generation, which will take so many seconds in all."""
-        about = "" if self.first else f", generation about {duration(seconds)}"  # until the line has the time left
-        self.now(f"member {number}/{population}{about}")
-
-    def update(self, row: dict[str, Any], held_out: float | None, seconds: float) -> None:
-        """`row`: the generation's metrics; `held_out`: the latest headline on held-out items; `seconds`: since this
-        process began the run."""
-        done = row["generation"] + 1
-        # Looks at the held-out items between generations count, what came before the first one does not.
+    def on_generation(self, trainer: Run, row: Row) -> None:
+        done, generations, metric = row["generation"] + 1, trainer.config.generations, trainer.task.metric
+        seconds = total_seconds(trainer.rows, trainer.evals)
+        # Evals between generations count, what came before the first one does not.
         first, then = self.first = self.first or (done, seconds)
         each = (seconds - then) / (done - first) if done > first else row["seconds"]
-        held = (
-            value(self.metric, held_out) if self.metric == "reward" else f"{self.metric} {value(self.metric, held_out)}"
-        )
+        held_out = value(metric, trainer.evals[-1][metric])
         self.latest = (
-            f"{done:{len(str(self.generations))}d}/{self.generations}  reward {value('reward', row['reward_mean'])}  "
-            f"held-out {held}  {duration(seconds)}, {duration(each * (self.generations - done))} left"
+            f"{done:{len(str(generations))}d}/{generations}  reward {value('reward', row['reward_mean'])}  "
+            f"held-out {held_out if metric == 'reward' else f'{metric} {held_out}'}  "
+            f"{duration(seconds)}, {duration(each * (generations - done))} left"
         )
         self.line = f"{self.latest}  outside {row['share_outside']:.1%}"
         self.bar.update(self.row, completed=done, description=self.line)
-        if not self.live and (done % max(1, self.generations // 10) == 0 or done == 1):
-            self.note(self.line)
+        if not self.live and (done % max(1, generations // 10) == 0 or done == 1):
+            self.console.print(self.line, markup=False, highlight=False, soft_wrap=True)
+
+    def on_end(self, trainer: Run, summary: Row | None) -> None:
+        self.bar.stop()

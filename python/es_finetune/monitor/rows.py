@@ -12,7 +12,6 @@ import torch
 
 from es_finetune.evaluation.evaluator import Evaluation, floor_of, headline, rewards_of
 from es_finetune.evaluation.statistics import interval, mean_of_known, share_identical
-from es_finetune.monitor.progress import duration
 from es_finetune.tasks import Task
 
 Row = dict[str, Any]
@@ -101,10 +100,10 @@ def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
 
 
 def summary(metric: str, rows: Sequence[Row], evals: Sequence[Row]) -> Row:
-    """What the rows come to. Unknown is None: the base model's part, if the first look was lost, and shares of no time
+    """What the rows come to. Unknown is None: the base model's part, if the first eval was lost, and shares of no time
     at all."""
     last = evals[-1]
-    first = next((look for look in evals if look["generation"] == 0), {metric: None, "low": None, "high": None})
+    first = next((row for row in evals if row["generation"] == 0), {metric: None, "low": None, "high": None})
     seconds = {
         f"seconds{part}": math.fsum(row[f"seconds{part}"] for row in rows)
         for part in ("", "_generate", "_score", "_kernels")
@@ -118,7 +117,7 @@ def summary(metric: str, rows: Sequence[Row], evals: Sequence[Row]) -> Row:
         "final": last[metric],
         "final_interval": [last["low"], last["high"]],
         "held_out": last["items"],
-        "held_out_curve": [[look["generation"], look[metric]] for look in evals],
+        "held_out_curve": [[row["generation"], row[metric]] for row in evals],
         "seconds_total": total_seconds(rows, evals),
         **seconds,
         "share_outside": 1 - (seconds["seconds_generate"] + seconds["seconds_score"]) / training if training else None,
@@ -127,18 +126,7 @@ def summary(metric: str, rows: Sequence[Row], evals: Sequence[Row]) -> Row:
 
 
 def total_seconds(rows: Sequence[Row], evals: Sequence[Row]) -> float:
-    return math.fsum([*(row["seconds"] for row in rows), *(look["seconds"] for look in evals)])
-
-
-def estimate(seconds: float, look: Row, generations: int, eval_every: int) -> str:
-    """How long the whole run takes, if a generation takes `seconds` and every look as long as this first one."""
-    each = f"{seconds:.1f} s" if seconds < 120 else duration(seconds)
-    evals = 2 + ((generations - 1) // eval_every if eval_every else 0)
-    return (
-        f"{duration(seconds * generations + look['seconds'] * evals)} for {generations} generations of {each} and "
-        f"{evals} "
-        f"evals on the held-out prompts of {look['seconds']:.1f} s"
-    )
+    return math.fsum([*(row["seconds"] for row in rows), *(row["seconds"] for row in evals)])
 
 
 def peak_memory(device: torch.device) -> int:

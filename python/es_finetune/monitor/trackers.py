@@ -1,4 +1,4 @@
-"""Scalars of a run sent to TensorBoard, W&B or trackio.
+"""The numbers of a run, sent to TensorBoard, W&B, trackio or a tracker of accelerate.
 
 What goes wrong before the run is an error (a name nobody knows, a package that is missing, a login that is refused);
 what goes wrong during it is a warning, once: no tracker may end a run of hours.
@@ -7,121 +7,158 @@ what goes wrong during it is a warning, once: no tracker may end a run of hours.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import uuid
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from es_finetune.config import TRACKERS
+from es_finetune.config import TRACKERS, recorded_options
 from es_finetune.errors import UserError
+from es_finetune.monitor.callbacks import Callback, Row, Run
+
+logger = logging.getLogger(__name__)
 
 
-def require(report_to: Sequence[str]) -> None:
-    """ValueError unless every name is a tracker whose package can be imported."""
+class Tracker(Callback):
+    """Sends the numbers of a run to one place: train/NAME of each generation, held_out/NAME of each eval, at the number
+    of updates done.
+
+    A subclass has a `name` and says how to `start`, `log` and `finish`. What fails in `start` is a UserError. What
+    fails later is one warning, and the run goes on: a network may come back.
+    """
+
+    name: str
+    remedy = "take it out of report_to or put that right"
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def start(self, folder: Path, config: dict[str, Any], done: int) -> None:
+        """Begin, or go on where updates were `done`; the name of `folder` is the run's."""
+        raise NotImplementedError
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Keep these numbers; `step` only grows."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """No number follows."""
+        raise NotImplementedError
+
+    def on_start(self, trainer: Run) -> None:
+        try:
+            self.start(trainer.folder, recorded_options(trainer.config), trainer.generation)
+        except Exception as error:  # a refused login, a folder that cannot be written
+            raise UserError(f"{self.name} could not be started: {_line(error)}; {self.remedy}") from error
+
+    def on_generation(self, trainer: Run, row: Row) -> None:
+        self._try(lambda: self.log(dict(scalars(row, "train")), trainer.generation))
+
+    def on_eval(self, trainer: Run, row: Row) -> None:
+        self._try(lambda: self.log(dict(scalars(row, "held_out")), trainer.generation))
+
+    def on_end(self, trainer: Run, summary: Row | None) -> None:
+        self._try(self.finish)
+
+    def _try(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s failed, the run goes on without: %s", self.name, _line(error))
+
+
+def trackers_named(report_to: Sequence[str]) -> list[Tracker]:
+    """A tracker for each name of TRACKERS in `report_to`; nothing is started yet.
+
+    Raises:
+        UserError: A name is unknown, its package is not installed, or "none" stands beside another.
+    """
     for name in report_to:
         if name not in TRACKERS:
             raise UserError(f"unknown tracker {name!r} in report_to; choose from: {', '.join(TRACKERS)}")
-        if name != "none":
-            _load(name)
-    if "none" in report_to and len(report_to) > 1:
-        raise UserError(
-            f"report_to holds none beside {next(name for name in report_to if name != 'none')}: give one or the other"
-        )
+    named = [name for name in report_to if name != "none"]
+    if named and "none" in report_to:
+        raise UserError(f"report_to holds none beside {named[0]}: give one or the other")
+    return [_TensorBoard() if name == "tensorboard" else _Hosted(name) for name in named]
 
 
-class Tracker:
-    """`report_to`: names of TRACKERS. `folder`: of the run; its name is the run's name, and TensorBoard's events go to
-    its tensorboard/.
+def as_callback(given: Any) -> Callback:
+    """A Callback as it is; of a tracker of accelerate (`accelerate.tracking.GeneralTracker`) the callback that feeds
+    it.
 
-    `done`: updates already done, of a run that goes on; what was logged after them is dropped from TensorBoard's
-    curves. W&B keeps the run's id in the folder and continues it; trackio continues the run of this name.
+    Raises:
+        UserError: It is neither.
     """
-
-    def __init__(self, report_to: Sequence[str], folder: str | Path, config: dict[str, Any], done: int = 0):
-        require(report_to)
-        self._open: list[_TensorBoard | _Hosted] = []
-        self._warned: set[str] = set()
-        for name in report_to:
-            if name == "none":
-                continue
-            make = _TensorBoard if name == "tensorboard" else _Hosted
-            try:
-                self._open.append(make(name, Path(folder), config, done))
-            except Exception as error:  # a refused login, a folder that cannot be written
-                self.close()
-                raise UserError(
-                    f"{name} could not be started: {_line(error)}; take it out of report_to or put that right"
-                ) from error
-
-    def log(self, row: dict[str, Any], step: int, prefix: str = "train") -> None:
-        """Every number of `row`, nested ones too, under `prefix`/its name. `step`: updates done, which may only
-        grow."""
-        values = dict(scalars(row, prefix))
-        for tracker in self._open:
-            self._try(tracker, tracker.log, values, step)
-
-    def close(self) -> None:
-        for tracker in self._open:
-            self._try(tracker, tracker.close)
-        self._open = []
-
-    def _try(self, tracker: _TensorBoard | _Hosted, do: Any, *arguments: Any) -> None:
-        try:
-            do(*arguments)
-        except Exception as error:
-            if tracker.name not in self._warned:
-                self._warned.add(tracker.name)
-                warnings.warn(f"{tracker.name} failed, the run goes on without: {_line(error)}", stacklevel=3)
+    if isinstance(given, Callback):
+        return given
+    if isinstance(given, type) or not all(hasattr(given, part) for part in ("name", *_GENERAL_TRACKER)):
+        what = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise UserError(
+            f"callbacks holds {what}, which is no {'object' if isinstance(given, type) else 'Callback'}: give objects "
+            "of es_finetune.Callback, or trackers of accelerate"
+        )
+    return _General(given)
 
 
 def scalars(row: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """The numbers of a row, by path: {"health": {"drift": 1.0}} gives prefix/health/drift. A pair [name, number] gives
     its number, any other list each of its numbers, under its place: prefix/health/correlation/w/0 and /1."""
-    for key, found in row.items():
-        if isinstance(found, (list, tuple)):
-            found = (
-                found[1]
-                if len(found) == 2 and isinstance(found[0], str)
-                else {str(place): part for place, part in enumerate(found)}
-            )
-        if isinstance(found, dict):
-            yield from scalars(found, f"{prefix}/{key}")
-        elif isinstance(found, (int, float)):  # true and false are 1 and 0
-            yield f"{prefix}/{key}", found
+    for key, value in row.items():
+        if isinstance(value, (list, tuple)):
+            pair = len(value) == 2 and isinstance(value[0], str)
+            value = value[1] if pair else {str(place): part for place, part in enumerate(value)}
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)):  # true and false are 1 and 0
+            yield f"{prefix}/{key}", value
 
 
-class _TensorBoard:
-    def __init__(self, name: str, folder: Path, config: dict[str, Any], done: int):
+class _TensorBoard(Tracker):
+    """Events in the folder's tensorboard/. Of a run that goes on, what was logged after `done` is dropped from the
+    curves."""
+
+    name = "tensorboard"
+
+    def __init__(self) -> None:
+        super().__init__()
+        _load(self.name)
+
+    def start(self, folder: Path, config: dict[str, Any], done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.name = name
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
         if not done:
-            self.writer.add_text("config", "\n".join(f"    {key}: {found}" for key, found in config.items()))
+            self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, number in values.items():
             self.writer.add_scalar(name, number, step)
         self.writer.flush()  # a queue of its own would be lost with a killed run
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.writer.close()
 
 
-class _Hosted:
-    """wandb and trackio: one interface, wandb's."""
+class _Hosted(Tracker):
+    """wandb and trackio: one interface, wandb's. W&B keeps the run's id in the folder and continues it; trackio
+    continues the run of this name."""
 
-    def __init__(self, name: str, folder: Path, config: dict[str, Any], done: int):
+    def __init__(self, name: str):
+        super().__init__()
         self.name, self.module = name, _load(name)
+
+    def start(self, folder: Path, config: dict[str, Any], done: int) -> None:
         options = {
-            "project": os.environ.get(f"{name.upper()}_PROJECT", "es-finetune"),
+            "project": os.environ.get(f"{self.name.upper()}_PROJECT", "es-finetune"),
             "name": folder.resolve().name,
             "config": config,
+            "resume": "allow" if done else "never",
         }
-        options["resume"] = "allow" if done else "never"
-        if name == "wandb":  # knows a run by its id only
+        if self.name == "wandb":  # knows a run by its id only
             kept = folder / "wandb-id"
             if not done or not kept.exists():
                 kept.write_text(uuid.uuid4().hex)
@@ -131,8 +168,35 @@ class _Hosted:
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.module.finish()
+
+
+# What a tracker of accelerate has beside its name; accelerate itself is not imported.
+_GENERAL_TRACKER = ("store_init_configuration", "log", "finish")
+
+
+class _General(Tracker):
+    """A tracker of accelerate, made by the user: it knows project and run, and gets the config and the numbers."""
+
+    remedy = "take it out of callbacks or put that right"
+
+    def __init__(self, tracker: Any):
+        super().__init__()
+        self.name, self.tracker = str(tracker.name), tracker
+
+    def start(self, folder: Path, config: dict[str, Any], done: int) -> None:
+        if hasattr(self.tracker, "start"):  # opens its resources, in newer versions
+            self.tracker.start()
+        self.tracker.store_init_configuration(
+            {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in config.items()}
+        )
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.tracker.log(values, step=step)
+
+    def finish(self) -> None:
+        self.tracker.finish()
 
 
 def _load(name: str) -> Any:

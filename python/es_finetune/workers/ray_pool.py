@@ -249,6 +249,9 @@ class RayPool:
         self._spread(dispatch, lambda slot, part: slot.actor.answer_held_out.remote(part, parts), answered.__setitem__)
         return Evaluation.joined([answered[part] for part in range(parts)])
 
+    def stop(self) -> None:
+        """Actors only do what they are told."""
+
     def save_model(self, folder: Path) -> None:
         """Written by one of the workers: ValueError where that is not this machine and the folder is not shared."""
         folder = folder.resolve()

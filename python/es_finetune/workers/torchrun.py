@@ -81,6 +81,10 @@ def _meet() -> dist.Store:
     return store
 
 
+class _Stopped(Exception):
+    """The first rank goes on to no other generation."""
+
+
 class Ranks:
     """The workers of a run under torchrun, seen from one of them. Every rank makes the same calls in the same order;
     only `answer_held_out`, `save_model` and `save_snapshot` are its own.
@@ -122,10 +126,13 @@ class Ranks:
     def evaluate(
         self, generation: int, known: dict[int, Row], keep: Callable[[Row], None], with_health: bool = False
     ) -> tuple[list[Row], list[int]]:
-        """As of one worker. What is known is the first rank's to say: it has read the journals of all."""
-        sent = [known]
+        """As of one worker. What is known is the first rank's to say: it has read the journals of all. Where that has
+        stopped, _Stopped."""
+        sent: list[dict[int, Row] | None] = [known]
         dist.broadcast_object_list(sent)
         [known] = sent
+        if known is None:
+            raise _Stopped
         left = self.plan.left(known)
 
         def drawn() -> Iterator[int]:
@@ -173,11 +180,17 @@ class Ranks:
                 lines, dropped = self.evaluate(generation, {}, keep)
                 update, _ = self.plan.update(generation, lines, dropped)
                 self.update(update)
+        except _Stopped:
+            pass
         finally:
             journal.close()
 
     def answer_held_out(self) -> Evaluation:
         return self.worker.answer_held_out()
+
+    def stop(self) -> None:
+        """Tell the other ranks, which wait for the next generation, that none follows."""
+        dist.broadcast_object_list([None])
 
     def save_model(self, folder: Path) -> None:
         self.worker.save_model(folder)

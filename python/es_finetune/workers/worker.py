@@ -124,6 +124,9 @@ class Worker:
             return self._held_out()
         return Evaluator(self.replica.engine, self.task, in_parts(self.plan.held_out, parts)[part])()
 
+    def stop(self) -> None:
+        """No generation follows, though the config asks for more. Who only does what it is told has nothing to do."""
+
     def save_model(self, folder: Path) -> None:
         """Write the live weights as a model that `from_pretrained` loads."""
         self.replica.save_model(folder)

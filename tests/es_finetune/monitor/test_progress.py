@@ -3,27 +3,48 @@
 On a terminal one live line, below 80 columns in ordinary runs and cut, not wrapped, in narrower ones; in a pipe a plain
 line for the first generation, every tenth part and the last, without escape codes. The time left is what the
 generations since the first took, evals on the held-out items included. Within a generation the live line moves with
-every member; a pipe gets nothing of that. Notes stay, as they are, in both.
+every member; a pipe gets nothing of that. Messages stay, as they are, in both.
 """
 
 import io
+import logging
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from es_finetune.monitor.progress import Progress, duration, value
+from es_finetune.monitor.progress import Progress, duration, show_messages, value
 
 ROW = {"reward_mean": 0.5123, "reward_max": 0.9, "exact_mean": None, "seconds": 60.0, "share_outside": 0.0043}
 
 
+class Run:
+    """What Progress sees of a Trainer: generations that take 60 s, each followed by an eval of 12 s, after 100 s for
+    the base model."""
+
+    def __init__(self, generations, metric="exact", held_out=0.4321, begin=0):
+        self.config, self.task = SimpleNamespace(generations=generations), SimpleNamespace(metric=metric)
+        self.generation, self.rows, self.evals = begin, [], [{metric: held_out, "seconds": 100.0}]
+        self.held_out = self.evals[0]
+
+    def after(self, progress, row):
+        self.rows.append({**row, "generation": self.generation})
+        self.evals.append({**self.held_out, "seconds": 12.0})
+        self.generation += 1
+        progress.on_generation(self, self.rows[-1])
+
+
 def run(generations, metric="exact", held_out=0.4321, row=ROW, begin=0, **console):
-    """What is written by a run whose generations take 60 s, each followed by a look of 12 s, after 100 s for the base
-    model."""
+    """What is written by such a run."""
     out = io.StringIO()
-    with Progress(generations, metric, Console(file=out, highlight=False, soft_wrap=True, **console)) as progress:
-        for generation in range(begin, generations):
-            progress.update({**row, "generation": generation}, held_out, 100.0 + 72.0 * (generation + 1 - begin))
-        progress.note("[bold]a note[/bold] 7")
+    screen = Console(file=out, highlight=False, soft_wrap=True, **console)
+    trainer, progress = Run(generations, metric, held_out, begin), Progress(screen)
+    with show_messages(screen):
+        progress.on_start(trainer)
+        for _ in range(begin, generations):
+            trainer.after(progress, row)
+        logging.getLogger("es_finetune.trainer").info("[bold]a note[/bold] 7")
+        progress.on_end(trainer, None)
     return out.getvalue()
 
 
@@ -65,22 +86,42 @@ def test_a_terminal_shows_one_live_line_and_cuts_it():
 
 def test_the_live_line_moves_with_every_member():
     out = io.StringIO()
-    with Progress(500, "exact", Console(file=out, force_terminal=True, width=80), done=3) as progress:
-        progress.now("answering 720 held-out prompts")
-        assert progress.bar.tasks[0].description == "3/500  answering 720 held-out prompts"
-        progress.member(7, 30, 840.0)
-        assert progress.bar.tasks[0].description == "3/500  member 7/30, generation about 14 min"
-        progress.update({**ROW, "generation": 3}, 0.4321, 72.0)
-        progress.member(30, 30, 840.0)
-        line = progress.bar.tasks[0].description
-        assert line == "  4/500  reward 0.512  held-out exact 43.2%  72 s, 8.3 h left  member 30/30" and len(line) < 80
-        progress.rest()
-        assert progress.bar.tasks[0].description == f"{line.partition('  member')[0]}  outside 0.4%"
+    progress, trainer = Progress(Console(file=out, force_terminal=True, width=80)), Run(500, begin=3)
+    trainer.evals[0]["seconds"] = 0.0
+
+    def line():
+        return progress.bar.tasks[0].description
+
+    progress.on_start(trainer)
+    progress.on_activity(trainer, "answering 720 held-out prompts")
+    assert line() == "3/500  answering 720 held-out prompts"
+    progress.on_activity(trainer, "member 7/30, generation about 14 min")
+    assert line() == "3/500  member 7/30, generation about 14 min"
+    trainer.after(progress, ROW)
+    progress.on_activity(trainer, "member 30/30")
+    now = line()
+    assert now == "  4/500  reward 0.512  held-out exact 43.2%  72 s, 8.3 h left  member 30/30" and len(now) < 80
+    progress.on_eval(trainer, {})
+    assert line() == f"{now.partition('  member')[0]}  outside 0.4%"
+    progress.on_end(trainer, None)
+
+
+def test_a_pipe_gets_nothing_of_the_members():
     out = io.StringIO()
-    with Progress(500, console=Console(file=out)) as progress:
-        progress.now("answering 720 held-out prompts")
-        progress.member(7, 30, 840.0)
+    progress, trainer = Progress(Console(file=out)), Run(500)
+    progress.on_start(trainer)
+    progress.on_activity(trainer, "member 7/30, generation about 14 min")
+    progress.on_end(trainer, None)
     assert not out.getvalue().strip()
+
+
+def test_messages_are_shown_from_a_level_on_and_only_while_it_is_asked_for():
+    out, logger = io.StringIO(), logging.getLogger("es_finetune.anything")
+    with show_messages(Console(file=out), logging.WARNING):
+        logger.info("an estimate")
+        logger.warning("a [warning] of 3 %s", "words")
+    logger.warning("too late")
+    assert out.getvalue() == "a [warning] of 3 words\n"
 
 
 def test_numbers_and_times_in_words():
