@@ -397,7 +397,7 @@ def _flags_of(values: Mapping[str, Any], kind: str) -> list[str]:
         [option.name for option in dataclasses.fields(one)] for one in (config.TrainConfig, getattr(config, kind))
     )
     flags = []
-    for name, value in values.items():
+    for name, value in ((str(name), value) for name, value in values.items()):
         if name not in own:
             if name in known:
                 continue

@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that had begun cannot go on."""
+    """A run that had begun cannot go on, for a reason outside of es_finetune: reward, machine, memory."""
 
 
 class RewardFailed(RunError):

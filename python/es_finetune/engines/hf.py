@@ -13,7 +13,7 @@ import torch
 
 from es_finetune.engines import DECODINGS, Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
-from es_finetune.errors import UserError, first_line
+from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
 
 # Static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
@@ -303,7 +303,7 @@ class HFEngine:
                     )
             return [answers[name] for name in names]
         except MemoryError as error:
-            raise RuntimeError(
+            raise RunError(
                 f"no memory for the KV caches of {places} answers at a time: lower batch_size ({error})"
             ) from error
         finally:

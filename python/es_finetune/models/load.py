@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import es_kernels
 from es_finetune.errors import UserError, did_you_mean, loading
 from es_finetune.models import WEIGHT_DTYPES
 from es_finetune.models.adapters import add_lora, import_peft
@@ -125,7 +126,7 @@ def path_of(name: str) -> str:
 
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is the GPU if there is one. UserError for one that torch does not know or
-    see."""
+    see, and where no backend of es_kernels serves it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -134,6 +135,10 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is unknown to torch: give auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r} was asked for, but torch sees no GPU: give --device cpu")
+    try:
+        es_kernels.active_backend(device)
+    except (RuntimeError, ValueError) as error:  # also of what ES_KERNELS_BACKEND asks for
+        raise UserError(str(error)) from error
     return device
 
 

@@ -32,7 +32,10 @@ def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | No
             )
     if modules or any(is_sharded(parameter) for _, parameter, _ in entries):
         return ShardedTable(entries, modules)
-    return es_kernels.ParamTable(entries)
+    try:
+        return es_kernels.ParamTable(entries)
+    except ValueError as error:  # of weights that the kernels cannot read, as of two that overlap in memory
+        raise UserError(str(error)) from error
 
 
 def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from es_finetune.errors import RunError
+
 _ALIGNMENT = 64  # bytes, of each tensor: a line of the processor's cache
 _PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped: every GPU reads it at the host's address
 
@@ -47,7 +49,7 @@ def _register(block: np.ndarray, gpu: torch.device) -> None:
         status = int(cudart.cudaHostRegister(block.ctypes.data, block.nbytes, _PORTABLE_AND_MAPPED))
     if status:
         size = f"{block.nbytes / 1e9:.1f} GB"
-        raise RuntimeError(
+        raise RunError(
             f'CUDA cannot pin {size} of host memory for master="host" (error {status}): free some, or choose '
             'master="copy"'
         )

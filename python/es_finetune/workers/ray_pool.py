@@ -355,7 +355,7 @@ class RayPool:
     def _replace(self, slot: Slot, why: str) -> None:
         slot.deaths += 1
         if slot.deaths > _DEATHS:
-            raise RuntimeError(f"{slot.name} died {slot.deaths} times without a result in between; at last: {why}")
+            raise RunError(f"{slot.name} died {slot.deaths} times without a result in between; at last: {why}")
         if slot.call is not None:
             slot.call.on_lost()
         self._kill_actor(slot)
