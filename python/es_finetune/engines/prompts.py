@@ -33,8 +33,8 @@ def tokenize(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
     for raw in (True, False):  # the template has written the special tokens of a chat already
         rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) == raw]
         if rows:
-            found = tokenizer([rendered[row] for row in rows], add_special_tokens=raw)["input_ids"]
-            for row, tokens in zip(rows, found, strict=True):
+            encoded = tokenizer([rendered[row] for row in rows], add_special_tokens=raw)["input_ids"]
+            for row, tokens in zip(rows, encoded, strict=True):
                 ids[row] = tokens
     return ids
 

@@ -141,22 +141,17 @@ def _rows(source: Data, split: str) -> tuple[Any, str]:
             if not path.is_file():
                 raise UserError("there is no such file")
             # Streaming reads the file itself and leaves no copy of it in a cache.
-            return list(
-                datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
-            ), str(source)
-        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+            loaded = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
+        elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(str(source), streaming=path.is_dir())
+        if not isinstance(loaded, dict):
+            return list(loaded), str(source)
+        chosen = split if split in loaded else next(iter(loaded)) if len(loaded) == 1 else None
+        if chosen is not None:
+            return list(loaded[chosen]), str(source)  # a stream is read only here
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{split} data {str(source)!r} cannot be loaded: {text}") from None
-    if isinstance(loaded, dict):
-        names = list(loaded)
-        chosen = split if split in loaded else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise UserError(
-                f"{split} data {str(source)!r} has the splits {', '.join(names)}, and none is called {split}"
-            )
-        loaded = loaded[chosen]
-    return list(loaded), str(source)
+    raise UserError(f"{split} data {str(source)!r} has the splits {', '.join(loaded)}, and none is called {split}")

@@ -127,6 +127,16 @@ def test_math_bad_data(data, problem):
         load_task("math", data=data, test_data=MATH_TEST)
 
 
+@pytest.mark.parametrize("name, content", [("train.jsonl", b'{"problem": "a"}\n{"prob'), ("train.parquet", b"PAR1")])
+@pytest.mark.parametrize("folder", [True, False])
+def test_math_names_a_file_that_is_broken(tmp_path, name, content, folder):
+    (tmp_path / name).write_bytes(content)
+    source = tmp_path if folder else tmp_path / name
+    with pytest.raises(UserError, match=f"^train data '{source}' cannot be loaded: ") as raised:
+        load_task("math", data=source, test_data=MATH_TEST)
+    assert "\n" not in str(raised.value)
+
+
 def test_math_wants_to_know_the_split(tmp_path):
     data = datasets.Dataset.from_list(MATH)
     datasets.DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "data")
