@@ -1,9 +1,5 @@
-"""What a measurement was taken on: part of every result file; and what the GPU's sensors say while it runs.
+"""What a measurement was taken on, part of every result file; and what the GPU's sensors say while it runs."""
 
-python -m bench.common.environment     the facts, of the GPU if there is one
-"""
-
-import json
 import os
 import platform
 import subprocess
@@ -115,7 +111,3 @@ class Sensors:
         """Energy since the driver was loaded."""
         millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1000
-
-
-if __name__ == "__main__":
-    print(json.dumps(describe("cuda" if torch.cuda.is_available() else "cpu"), indent=1))

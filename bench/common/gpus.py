@@ -59,12 +59,12 @@ def predict(row, gpu):
     if moved:
         seconds["memory"] = moved / (g.gb_per_s * 1e9 * COPY_SHARE)
     binds = max(seconds, key=seconds.get)
-    found = {
+    prediction = {
         "binds": binds,
         "busy": {name: round(s / seconds[binds], 3) for name, s in seconds.items()},
         "assumed": list(g.assumed),
     }
-    return found | (
+    return prediction | (
         {"share_of_copy": round(seconds["memory"] / seconds[binds], 3)}
         if moved
         else {"normals_per_s": float(f"{1 / seconds[binds]:.3g}")}
@@ -78,21 +78,21 @@ def bytes_per_value(kernel):
 
 def measured(folder):
     """{(GPU's name, kernel): row of kernels.py at its largest size}, of every GPU result in a folder."""
-    found = {}
+    largest = {}
     for path in sorted(folder.glob("kernels-*.json")):
         report = json.loads(path.read_text())
         for row in report["calls"] if "gpu" in report["machine"] else ():
             kernel = "triton " * (row["backend"] == "triton") + row.get("kernel", "")
-            best = found.get((report["machine"]["gpu"], kernel))
+            best = largest.get((report["machine"]["gpu"], kernel))
             if best is None or (row["elements"], row.get("seeds", 0)) > (best["elements"], best.get("seeds", 0)):
-                found[report["machine"]["gpu"], kernel] = row
-    return found
+                largest[report["machine"]["gpu"], kernel] = row
+    return largest
 
 
 def predictions(rows, folder):
     """One row for every kernel of `rows` and GPU of its architecture, with `measured` beside it where there is one."""
     known = measured(folder)
-    found = []
+    predicted = []
     for row in rows:
         for gpu, g in GPUS.items():
             if g.arch != row["arch"]:
@@ -104,5 +104,5 @@ def predictions(rows, folder):
             if beside:
                 key = "share_of_copy" if bytes_per_value(row["kernel"]) else "normals_per_s"
                 prediction["measured"] = {key: beside[key], "elements": beside["elements"]}
-            found.append(prediction)
-    return found
+            predicted.append(prediction)
+    return predicted

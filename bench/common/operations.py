@@ -67,11 +67,11 @@ class Operation(NamedTuple):
 def operations(dtype):
     """All that is timed for weights of one dtype."""
     roundings = [False] if dtype == "f32" else [False, True]
-    found = [Operation("perturb", dtype, base, 1, stochastic) for base in (None, "f32") for stochastic in roundings]
-    found += [
+    listed = [Operation("perturb", dtype, base, 1, stochastic) for base in (None, "f32") for stochastic in roundings]
+    listed += [
         Operation("swap" if n == 2 else "update", dtype, None, n, stochastic) for n in SEEDS for stochastic in roundings
     ]
-    return found + [Operation("restore", dtype, "f32", 0), Operation("fingerprint", dtype)]
+    return listed + [Operation("restore", dtype, "f32", 0), Operation("fingerprint", dtype)]
 
 
 def right(operation, device, backend):
@@ -79,7 +79,7 @@ def right(operation, device, backend):
     reference's bits."""
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 65519.0, 3.3895e38])
     values = torch.cat([torch.randn(10_000, generator=torch.Generator().manual_seed(0)), special])
-    found = []
+    outcomes = []
     for name, where in ((backend, device), ("reference", "cpu")):
         out = values.to(where, DTYPES[operation.out], copy=True)
         base = None if operation.base is None else values.flip(0).to(where, DTYPES[operation.base], copy=True)
@@ -87,8 +87,8 @@ def right(operation, device, backend):
         bases = None if base is None else ParamTable({"all": base, "part": base.clone()[3:]})
         with es_kernels.backend(name):
             result = operation.on(table, bases, where)()
-        found.append([result] if operation.what == "fingerprint" else table.tensors)
-    return all(same_bits(a, b) for a, b in zip(*found, strict=True))
+        outcomes.append([result] if operation.what == "fingerprint" else table.tensors)
+    return all(same_bits(a, b) for a, b in zip(*outcomes, strict=True))
 
 
 def right_at_size(operation, out, base, device, backend):

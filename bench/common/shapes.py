@@ -1,5 +1,5 @@
-"""Shapes of real models, written down: weights that nobody has to download, for benchmarks that shall meet the sizes
-people use."""
+"""Shapes of real models, written down, so that benchmarks meet the sizes people use and nobody has to download
+weights."""
 
 from typing import NamedTuple
 

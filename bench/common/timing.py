@@ -1,15 +1,14 @@
 """Times variants of one piece of work against each other: interleaved, so that what the machine does meanwhile meets
 all of them alike.
 
-On a GPU what is measured is the GPU's time between two events, never the time that it takes to ask for the work. Two
-ways:
+On a GPU what is measured is the GPU's time between two events, never the time that it takes to ask for the work. Work
+runs in one of two ways:
 
-    captured     as a CUDA graph over buffer sets that together exceed the L2 cache three times: for calls of a few
-    microseconds, of which Python could
-                 not queue enough. Rotating over sets rather than flushing the cache: a flush would leave dirty lines
-                 for the timed kernel to evict.
-    eager        what cannot be captured (a generator's seed) or is long enough, on whole models, which exceed the cache
-    by themselves.
+    captured    As a CUDA graph over buffer sets that together exceed the L2 cache three times: for calls of a few
+                microseconds, of which Python could not queue enough. Why not flush the cache instead: a flush would
+                leave dirty lines for the timed kernel to evict.
+    eager       For what cannot be captured (a generator's seed) or is long enough: whole models, which exceed the cache
+                by themselves.
 
 Before either a kernel spins (torch.cuda._sleep), twice as long as the host needed to ask for all of it the last time:
 so the whole sample is in the queue when its first kernel begins. Whether it was, each sample says: the first event must
@@ -71,10 +70,10 @@ def interleave(variants, device, rounds=9):
     sensors = Sensors(device) if cuda else None
     for round_ in range(rounds + 1):
         for name, sample in samplers.items():
-            found = sample(sensors)
+            timed = sample(sensors)
             if round_:  # the first warms up
-                samples[name].append(found)
-    return {name: _timing(found) for name, found in samples.items()}
+                samples[name].append(timed)
+    return {name: _timing(timed) for name, timed in samples.items()}
 
 
 def _timing(samples):

@@ -27,18 +27,18 @@ Instruction = collections.namedtuple("Instruction", "address predicate text")
 
 def tool(name):
     """Path of cuobjdump or nvdisasm: of the toolkit, or of the triton wheel, which carries both."""
-    found = shutil.which(name)
-    if not found:
+    path = shutil.which(name)
+    if not path:
         try:
             import triton
 
             candidate = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / name
-            found = str(candidate) if candidate.exists() else None
+            path = str(candidate) if candidate.exists() else None
         except ImportError:
             pass
-    if not found:
+    if not path:
         raise SystemExit(f"{name} was not found: install the CUDA toolkit or triton")
-    return found
+    return path
 
 
 def functions(binary, arch):
@@ -51,13 +51,13 @@ def functions(binary, arch):
         if shutil.which("c++filt")
         else dump
     )
-    found, current = {}, None
+    by_name, current = {}, None
     for line in names.splitlines():
         if "Function :" in line:
-            current = found.setdefault(line.split("Function :")[1].strip(), [])
+            current = by_name.setdefault(line.split("Function :")[1].strip(), [])
         elif current is not None and (m := _LINE.search(line)):
             current.append(Instruction(int(m[1], 16), (m[2] or "").strip(), m[3].strip()))
-    return found
+    return by_name
 
 
 def resources(binary, arch=None):
@@ -72,11 +72,11 @@ def resources(binary, arch=None):
         if shutil.which("c++filt")
         else dump
     )
-    found = {}
+    by_name = {}
     for name, usage in re.findall(r"Function (.+?):\n\s+(REG:.*)", dump):
         numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        found[name.strip()] = {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
-    return found
+        by_name[name.strip()] = {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
+    return by_name
 
 
 def loops(code):
@@ -85,14 +85,15 @@ def loops(code):
     index = {i.address: k for k, i in enumerate(code)}
     back = []
     for k, i in enumerate(code):
-        target = _target(i)
+        target = branch_target(i)
         if target is not None and target in index and index[target] < k:
             back.append((index[target], k))
     innermost = [(a, b) for a, b in back if not any((c, d) != (a, b) and a <= c and d <= b for c, d in back)]
     return [trip for a, b in innermost if (trip := _shortest_trip(code, index, a, b))]
 
 
-def _target(i):
+def branch_target(i):
+    """Address that an instruction branches to; None for others."""
     m = re.match(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)*`?\(?0x([0-9a-f]+)", i.text)
     return int(m[1], 16) if m else None
 
@@ -107,7 +108,7 @@ def _shortest_trip(code, index, start, end):
             while path[-1] != start:
                 path.append(came[path[-1]])
             return [code[p] for p in reversed(path)]
-        target = _target(code[k])
+        target = branch_target(code[k])
         following = (
             []
             if target is not None and not code[k].predicate and not re.search(r"BRA.*\bU?P", code[k].text)

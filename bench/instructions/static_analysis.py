@@ -42,7 +42,7 @@ def cuda_kernels(arch, library=None):
     128-bit accesses, registers, spills."""
     library = library or native.path("cuda")
     resources = sass.resources(library, arch)
-    found = {}
+    rows = {}
     for name, code in sass.functions(library, arch).items():
         kernel, stochastic, seeds = re.search(
             r"(perturb|update|fingerprint)(?:<(true|false)(?:, (?:\(int\))?(\d))?>)?", name
@@ -51,9 +51,9 @@ def cuda_kernels(arch, library=None):
         for trip in sass.loops(code):
             label, values = _label(kernel, trip)
             # The loop that does what the unrolled one leaves has the same label, and fewer values.
-            if label and (label not in found or found[label]["values"] < values):
-                found[label] = {"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]}
-    return list(found.values())
+            if label and (label not in rows or rows[label]["values"] < values):
+                rows[label] = {"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]}
+    return list(rows.values())
 
 
 def _label(kernel, trip):
@@ -118,23 +118,22 @@ def main():
             f"{r['arch']:7} {r['kernel']:32} {r['instructions_per_value']:6.2f} a value  {r['registers']:3} registers  "
             f"{r['spill_bytes']} B spilled  ({pipes})"
         )
-    found = gpus.predictions(rows, args.json.parent)
-    for p in found:
+    predictions = gpus.predictions(rows, args.json.parent)
+    for p in predictions:
         print(
             f"{p['gpu']:14} {p['kernel']:32} predicted {_reach(p['predicted'])}, {p['predicted']['binds']} binds"
             + (f"; measured {_reach(p['measured'])}" if "measured" in p else "")
         )
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        args.json, json.dumps({"what": __doc__.split("\n")[0], "rows": rows, "predictions": found}, indent=1) + "\n"
-    )
+    report = {"what": __doc__.split("\n")[0], "rows": rows, "predictions": predictions}
+    write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
-def _reach(found):
+def _reach(figures):
     return (
-        f"{found['share_of_copy']:.0%} of a copy"
-        if "share_of_copy" in found
-        else f"{found['normals_per_s']:.3g} normals/s"
+        f"{figures['share_of_copy']:.0%} of a copy"
+        if "share_of_copy" in figures
+        else f"{figures['normals_per_s']:.3g} normals/s"
     )
 
 

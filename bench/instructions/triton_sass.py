@@ -14,7 +14,7 @@ _VARIANTS = {"": {}, " stochastic": {"stochastic": True}, "update": {"n_seeds": 
 def rows(arch):
     """Of the 128-bit path over contiguous tensors: one row per storage format of out and base, and one for the loop
     over seeds."""
-    found = {}
+    by_label = {}
     for variant, options in _VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
             cubin = pathlib.Path(folder) / "kernel.cubin"
@@ -27,33 +27,33 @@ def rows(arch):
                 row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip, sass.normals(trip)), **resources}
                 # The loop over several rows, which divides, has the same formats: the cheaper one is that of a
                 # contiguous tensor.
-                if label not in found or row["instructions_per_value"] < found[label]["instructions_per_value"]:
-                    found[label] = row
-    return list(found.values())
+                if label not in by_label or row["instructions_per_value"] < by_label[label]["instructions_per_value"]:
+                    by_label[label] = row
+    return list(by_label.values())
 
 
 def _trips(code):
-    """Every way through every innermost loop that makes normals, as lists of instructions."""
+    """Every path through every innermost loop that makes normals, as lists of instructions."""
     index = {i.address: k for k, i in enumerate(code)}
     loops = collections.defaultdict(int)
     for k, i in enumerate(code):
-        start = index.get(sass._target(i), k)
+        start = index.get(sass.branch_target(i), k)
         if start < k:
             loops[start] = max(loops[start], k)
     for start, end in loops.items():
         if any(s != start and start <= s and e <= end for s, e in loops.items()):
             continue
-        open_ways = [(start, [])]
-        while open_ways:
-            k, way = open_ways.pop()
+        unfinished = [(start, [])]
+        while unfinished:
+            k, path = unfinished.pop()
             while start <= k <= end:
                 i = code[k]
-                way = [*way, i]
-                target = index.get(sass._target(i))
-                if target == start and sass.normals(way):
-                    yield way
+                path = [*path, i]
+                target = index.get(sass.branch_target(i))
+                if target == start and sass.normals(path):
+                    yield path
                 elif target is not None and target > k:
-                    open_ways.append((target, way))
+                    unfinished.append((target, path))
                 if target is not None and not i.predicate and not re.search(r"BRA.*\bU?P\d", i.text):
                     break
                 k += 1

@@ -163,14 +163,14 @@ def train(options):
             group["lr"] = options.lr * min(1.0, part / WARMUP + 1e-3, (1 - part) / 0.6)
         ids, labels = (t.to(device, non_blocking=True) for t in next(batches))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = model(input_ids=ids, labels=labels).loss
+            batch_loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
-        found.backward()
+        batch_loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         tokens, step = tokens + ids.numel(), step + 1
         if step % 50 == 0:
-            loss = found.item()
+            loss = batch_loss.item()
             print(f"step {step:6}  {100 * part:5.1f} %  loss {loss:.4f}", flush=True)
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS
     model.to(torch.bfloat16).save_pretrained(options.output)

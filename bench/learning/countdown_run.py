@@ -117,17 +117,18 @@ def of_generations(run):
     generations after the first, which compiles, {part: share of the time} and seconds of one, or None where there are
     none."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {"reward": [rows[0]["reward_mean"], rows[-1]["reward_mean"]], "shares": None, "seconds_a_generation": None}
+    figures = {"reward": [rows[0]["reward_mean"], rows[-1]["reward_mean"]]}
+    figures |= {"shares": None, "seconds_a_generation": None}
     total = sum(row["seconds"] for row in rows[1:])
     if total:
         shares = {
             part: sum(row[f"seconds_{part}"] for row in rows[1:]) / total for part in ("generate", "score", "kernels")
         }
-        found |= {
+        figures |= {
             "shares": shares | {"outside generation": 1 - shares["generate"]},
             "seconds_a_generation": total / len(rows[1:]),
         }
-    return found
+    return figures
 
 
 def main():
@@ -157,8 +158,8 @@ def main():
     logging.getLogger("es_finetune").setLevel(logging.INFO)
     begin, work = time.monotonic(), args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    facts = environment.describe("cuda" if torch.cuda.is_available() else "cpu")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = environment.describe(device)
 
     base = work / "base"
     seconds = ["--seconds", str(SHARE_OF_PRETRAINING * args.seconds)]
@@ -232,11 +233,11 @@ def main():
 def _calibrated(base):
     """The sigma that calibrate recommends; where it finds none, the paper's."""
     try:
-        found = calibrate(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200)
+        calibration = calibrate(model=str(base), task="countdown", max_new_tokens=MAX_NEW_TOKENS, batch_size=200)
     except ValueError as error:  # it answers too few questions
         print(error)
         return PAPER["sigma"]
-    return found["sigma"] or PAPER["sigma"]
+    return calibration["sigma"] or PAPER["sigma"]
 
 
 def _flags(pairs):

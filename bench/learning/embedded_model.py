@@ -1,4 +1,4 @@
-"""Train the embedded model of `countdown-char` and write it beside this file:
+"""Trains the embedded model of `countdown-char` and writes it into es_finetune/models/embedded:
 
     python -m bench.learning.embedded_model [--output DIR]
 

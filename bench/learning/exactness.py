@@ -10,7 +10,7 @@ too (quartiles 0.37 and 3.0). One generation of adding and subtracting leaves 43
 step's rms; at the paper's setting and weights N(0, 0.02) 48% and 0.81.
 
 So small a sigma hardly changes what a model of this size answers. So the reward is the mean log-probability of 64
-questions' answers, in plain style: one forward pass, and hundreds of generations take minutes. Looked at are the 269
+questions' answers, in plain style: one forward pass, and hundreds of generations take minutes. Evaluated are the 269
 held-out questions: the share whose greedy answer is right (0.42 at first, mostly because the model spoils its style:
 what is learnt is mostly style), and their mean log-probability, which does not saturate. Every way of keeping the
 weights starts from the same weights and sees the same seeds, so the same noise and questions; errors are over seeds,
@@ -33,7 +33,7 @@ import es_kernels
 from bench import RESULTS
 from es_kernels.noise import MEMBER_NOISE, member_seed
 
-SIGMA, LR, POPULATION, QUESTIONS, LOOK_EVERY = 0.002, 0.001, 30, 64, 10
+SIGMA, LR, POPULATION, QUESTIONS, EVAL_EVERY = 0.002, 0.001, 30, 64, 10
 STEP = LR / math.sqrt(POPULATION)  # rms of one update of a weight
 MIDWAY = 100  # generations: while all still learn, a difference shows that the end, where all have learnt, may hide
 # way: dtype of the weights, options of the optimizer (None: add then subtract)
@@ -97,17 +97,17 @@ class AddThenSubtract:
 
 class Questions:
     """Questions with answers in plain style, as tokens. For the reward one answer each, the one with the prompt's order
-    of numbers; to look at with all right ones: what the model says greedily is one of them if each of its tokens is the
+    of numbers; to evaluate, all right ones: what the model says greedily is one of them if each of its tokens is the
     most likely one after those before it."""
 
     def __init__(self, items, tokenizer, all_answers=False):
         from es_finetune.tasks.countdown_char import prompt, solutions
 
-        found = solutions()
+        right_answers = solutions()
         right = [
-            found[item.key]
+            right_answers[item.key]
             if all_answers
-            else [next(a for a in found[item.key] if prompt(a, item.key[1]) == item.prompt)]
+            else [next(a for a in right_answers[item.key] if prompt(a, item.key[1]) == item.prompt)]
             for item in items
         ]
         tokens = [
@@ -167,7 +167,7 @@ def embedded(dtype):
 
 
 def run(way, seed, generations):
-    """Held-out share and log-probability every LOOK_EVERY generations, from the untouched model on. The weights are
+    """Held-out share and log-probability every EVAL_EVERY generations, from the untouched model on. The weights are
     kept as the way says; what computes with them is f32, which this CPU does six times faster than bf16, so that
     nothing but the weights differs."""
     from es_finetune.tasks.countdown_char import CountdownChar
@@ -190,7 +190,7 @@ def run(way, seed, generations):
 
     curve, log_p = [], []
     for generation in range(generations + 1):
-        if generation % LOOK_EVERY == 0:
+        if generation % EVAL_EVERY == 0:
             curve.append(round(all_answers.right(loaded()), 4))
             log_p.append(round(test.reward(model), 4))
         if generation < generations:
@@ -259,11 +259,11 @@ def summary(runs):
 def _compared(curves, reference):
     mean, error = _mean_and_error(curves)
     differences = _mean_and_error(curves - reference)
-    found = {"mean": mean.tolist(), "error": error.tolist()}
-    for name, look in (("midway", MIDWAY // LOOK_EVERY), ("end", -1)):
-        values = (*(a[look] for a in (mean, error)), *(a[look] for a in differences))
-        found[name] = dict(zip(("mean", "error", "difference", "difference_error"), map(float, values), strict=True))
-    return found
+    figures = {"mean": mean.tolist(), "error": error.tolist()}
+    for name, at in (("midway", MIDWAY // EVAL_EVERY), ("end", -1)):
+        values = (*(a[at] for a in (mean, error)), *(a[at] for a in differences))
+        figures[name] = dict(zip(("mean", "error", "difference", "difference_error"), map(float, values), strict=True))
+    return figures
 
 
 def _mean_and_error(curves):
@@ -289,7 +289,7 @@ def main():
         "lr": LR,
         "population": POPULATION,
         "questions": QUESTIONS,
-        "look_every": LOOK_EVERY,
+        "look_every": EVAL_EVERY,
         "midway": MIDWAY,
     }
     setting |= {"reference": REFERENCE, "seeds": args.seeds, "generations": args.generations}
@@ -309,10 +309,10 @@ def main():
     }
     report = {"setting": setting, **drift, "rows": summary(runs), "runs": runs}
     for row in report["rows"]:
-        for what, found in (("right", row), ("log p", row["log_p"])):
+        for what, figures in (("right", row), ("log p", row["log_p"])):
             texts = (
-                f"{at} {found[at]['mean']:.4f} +- {found[at]['error']:.4f} ({found[at]['difference']:+.4f} +- "
-                f"{found[at]['difference_error']:.4f})"
+                f"{at} {figures[at]['mean']:.4f} +- {figures[at]['error']:.4f} ({figures[at]['difference']:+.4f} +- "
+                f"{figures[at]['difference_error']:.4f})"
                 for at in ("midway", "end")
             )
             print(f"{row['way']:36} {what}  ", *texts, sep="  ")

@@ -1,8 +1,7 @@
 """Writes the golden vectors and the numbers of the specification page, from the reference backend.
 
-    python -m bench.noise.make_golden             writes es_kernels/golden.json and the generated blocks of
-    es_kernels/NOISE.md
-    python -m bench.noise.make_golden --check     writes nothing; exit code 1 if one of the two would change
+    python -m bench.noise.make_golden            write es_kernels/golden.json and the generated blocks of NOISE.md there
+    python -m bench.noise.make_golden --check    write nothing; exit code 1 if one of the two would change
 
 Integers of more than 32 bits do not survive every JSON reader, so all integers stand as hexadecimal strings.
 """
@@ -17,11 +16,11 @@ import numpy as np
 import torch
 
 import es_kernels
+from bench.common.operations import DTYPES
 from bench.noise import fit_noise
 from es_kernels import noise
 
 PACKAGE = pathlib.Path(es_kernels.__file__).parent
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _STORAGE = {"f32": np.uint32, "bf16": np.uint16, "f16": np.uint16}
 
 # Random123's kat_vectors.
@@ -248,7 +247,7 @@ def _vectors(vectors):
 
 
 def page(text, vectors):
-    """NOISE.md with its generated blocks, each between `<!-- NAME -->` and `<!-- end -->`, made anew."""
+    """NOISE.md with its generated blocks, each between `<!-- NAME -->` and `<!-- end -->`."""
     for name, block in (("constants", _constants()), ("quality", _quality()), ("vectors", _vectors(vectors))):
         text, count = re.subn(
             f"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, block=block: m[1] + block + m[2], text, flags=re.S

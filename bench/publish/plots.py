@@ -15,6 +15,7 @@ import pathlib
 import sys
 
 from bench import RESULTS, ROOT
+from bench.publish.targets import OURS, REFERENCE
 
 DOCS = ROOT / "docs"
 BLUE, RED, GREY, SAND, GREEN, VIOLET, BROWN = (
@@ -26,7 +27,6 @@ BLUE, RED, GREY, SAND, GREEN, VIOLET, BROWN = (
     "#7a5c99",
     "#8a5a44",
 )
-YARDSTICK, REFERENCE = "es_kernels, base fp32", "es-at-scale"
 
 
 def baselines(ax, report):
@@ -55,7 +55,7 @@ def baselines(ax, report):
     ax.set_yticks(range(len(names)), names)
     ax.set_xscale("log")
     ax.set_xlim(right=2.5 * max(r["times_ours"] for r in rows if r["model"] == model))
-    ax.set_xlabel(f"times {YARDSTICK}")
+    ax.set_xlabel(f"times {OURS}")
     ax.set_title(f"{model} shapes, bf16, {_machine(report)}")
     ax.legend(frameon=False, loc="lower right", fontsize=8)
 
@@ -97,7 +97,7 @@ def generation(ax, report):
     answers were timed."""
     models = list(dict.fromkeys(r["model"] for r in report["break_even"]))
     for model, color in zip(models, (BLUE, RED, GREEN), strict=False):
-        for way, style in ((REFERENCE, "-"), (YARDSTICK, "--")):
+        for way, style in ((REFERENCE, "-"), (OURS, "--")):
             r = next(r for r in report["break_even"] if r["model"] == model and r["way"] == way)
             weights = r["seconds_member"] + r["seconds_update"] / 30
             tokens = list(map(int, r["seconds_answers"]))

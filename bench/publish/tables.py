@@ -1,7 +1,7 @@
 """Writes the README's tables from bench/results/*.json.
 
-python -m bench.publish.tables                    rewrite README.md
-python -m bench.publish.tables --check            exit with 1 if it differs (a test does the same)
+python -m bench.publish.tables                    rewrite README.md and bench/README.md
+python -m bench.publish.tables --check            exit with 1 if one differs (a test does the same)
 python -m bench.publish.tables --tables FOLDER    print the tables of a machine's results, such as gpu.sh leaves
 """
 
@@ -42,17 +42,17 @@ def calls(report):
         for r in report["calls"]
         if "gpu" not in facts and "times_torch" in r or "gpu" in facts and r["elements"] <= 1 << 27
     )
-    found = [
+    measured = [
         r
         for r in report["calls"]
         if r["elements"] == size and r["dtype"] != "f16" and "stochastic" not in r["operation"]
     ]
     if "gpu" in facts:
         header = ["", "backend", "ms", "GB/s", "of a copy", "normals / s", "of the instructions it can issue"]
-        body = [_gpu_row(r) for r in found if r["operation"] != "p.add_(s * torch.randn(p.shape))"]
+        body = [_gpu_row(r) for r in measured if r["operation"] != "p.add_(s * torch.randn(p.shape))"]
         about = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}"
         return f"{about}, {size:,} elements.\n\n" + table(header, body)
-    cells = {(r["isa"], r["threads"], r["dtype"], r["operation"]): r for r in found}
+    cells = {(r["isa"], r["threads"], r["dtype"], r["operation"]): r for r in measured}
     columns = sorted(
         {(isa, threads) for isa, threads, *_ in cells}, key=lambda c: (["avx512", "avx2", "baseline"].index(c[0]), c[1])
     )
@@ -153,7 +153,7 @@ def generation(report=None):
     """Whole generations, the reference's beside ours; and from which length of answers on handling weights stops to
     matter."""
     report = report or results("generation-cpu")
-    reference, ours = "es-at-scale", "es_kernels, base fp32"
+    reference, ours = targets.REFERENCE, targets.OURS
     cells = {(r["model"], r["workload"], r["way"]): r for r in report["generations"]}
     body, guessed = [], []
     for model, workload in dict.fromkeys(key[:2] for key in cells):
@@ -195,7 +195,14 @@ def generation(report=None):
     if guessed:
         parts.append(
             table(
-                ["extrapolated (answers.py, generation.py)", "task", "N", "what", "es-at-scale: share", "ours: share"],
+                [
+                    "extrapolated (generation_cost.py, generation.py)",
+                    "task",
+                    "N",
+                    "what",
+                    "es-at-scale: share",
+                    "ours: share",
+                ],
                 guessed,
             )
         )
@@ -260,13 +267,13 @@ def exactness():
     body = []
     for r in report["rows"]:
         cells = []
-        for scale, digits, unit, found in (
+        for scale, digits, unit, figures in (
             (100, 1, "%", r["midway"]),
             (100, 1, "%", r["end"]),
             (1, 4, "", r["log_p"]["end"]),
         ):
             value, error, by, by_error = (
-                scale * found[key] for key in ("mean", "error", "difference", "difference_error")
+                scale * figures[key] for key in ("mean", "error", "difference", "difference_error")
             )
             cells.append(f"{value:.{digits}f}{unit} ± {error:.{digits}f}")
             cells.append("" if r["way"] == setting["reference"] else f"{by:+.{digits}f} ± {by_error:.{digits}f}")
@@ -293,8 +300,8 @@ def exactness():
 
 def measured_gpus():
     """Everything of the GPUs that were measured."""
-    found = [path for path in sorted(RESULTS.glob("kernels-*.json")) if path.stem != "kernels-cpu"]
-    return "\n\n".join(map(of_machine, found)) or "No GPU has been measured yet."
+    paths = [path for path in sorted(RESULTS.glob("kernels-*.json")) if path.stem != "kernels-cpu"]
+    return "\n\n".join(map(of_machine, paths)) or "No GPU has been measured yet."
 
 
 def of_machine(path):
@@ -335,12 +342,12 @@ def aims(kinds):
     words = {None: "", True: "reached", False: "**missed**"}
     return table(
         ["to be reached on an H200", "", "measured", ""],
-        [[what, wanted, found or "not yet", words[reached]] for what, wanted, found, reached in targets.rows(kinds)],
+        [[what, wanted, value or "not yet", words[reached]] for what, wanted, value, reached in targets.rows(kinds)],
     )
 
 
 def host():
-    """What a call costs its thread, of every machine that calls.py ran on."""
+    """What a call costs its thread, of every machine that bench_calls.py ran on."""
     body = []
     for path in sorted(RESULTS.glob("calls-*.json")):
         rows = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"] if "thread_us" in b["extra_info"]]
@@ -390,15 +397,15 @@ def variants():
         body.append([name, report["expected"].get(name, ""), "; ".join(cells) or "as shipped"])
     parts = [table(["variant", "expected", f"instructions a value on {report['arch']} (registers)"], body)]
     for path in sorted(RESULTS.glob("variants-*.json")):
-        found = json.loads(path.read_text())
-        operations = list(dict.fromkeys(row["operation"] for row in found["rows"]))
+        timed = json.loads(path.read_text())
+        operations = list(dict.fromkeys(row["operation"] for row in timed["rows"]))
         body = []
-        for backend, name in dict.fromkeys((row["backend"], row["variant"]) for row in found["rows"]):
+        for backend, name in dict.fromkeys((row["backend"], row["variant"]) for row in timed["rows"]):
             times = {
-                row["operation"]: row for row in found["rows"] if (row["backend"], row["variant"]) == (backend, name)
+                row["operation"]: row for row in timed["rows"] if (row["backend"], row["variant"]) == (backend, name)
             }
             body.append([backend, name, *(_times(times.get(operation)) for operation in operations)])
-        parts.append(table([f"times what ships, {found['machine']['gpu']}", "", *operations], body))
+        parts.append(table([f"times what ships, {timed['machine']['gpu']}", "", *operations], body))
     return "\n\n".join(parts)
 
 
@@ -500,8 +507,8 @@ def _predicted_cell(row):
     return text + (f"; measured {_reach(row['measured'])}" if "measured" in row else "")
 
 
-def _reach(found):
-    return f"{found['share_of_copy']:.0%}" if "share_of_copy" in found else f"{found['normals_per_s']:.3g} / s"
+def _reach(figures):
+    return f"{figures['share_of_copy']:.0%}" if "share_of_copy" in figures else f"{figures['normals_per_s']:.3g} / s"
 
 
 def noise():

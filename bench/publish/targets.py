@@ -1,7 +1,7 @@
-"""What the GPU kernels are to reach on an H200, and whether they did: each figure from the files that gpu.sh, tune.py
-and generation.py leave.
+"""The targets of the GPU kernels on an H200, and whether they are reached. Each figure is read from the files that
+gpu.sh, tune.py and generation.py leave.
 
-python -m bench.publish.targets [FOLDER]     a table; without measurements it says so
+    python -m bench.publish.targets [FOLDER]     print a table; without measurements it says so
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from bench import RESULTS
 
 MODEL = "Qwen2.5-7B"
+OURS, REFERENCE = "es_kernels, base fp32", "es-at-scale"  # methods, as result files name them
 
 
 class Target(NamedTuple):
@@ -54,7 +55,7 @@ def _reference(what, base):
             for row in reports["kernels"]["rivals"]
             if row["model"] == MODEL and row["what"] == what
         }
-        return seconds["es-at-scale"] / seconds[f"es_kernels, base {base}"]
+        return seconds[REFERENCE] / seconds[f"es_kernels, base {base}"]
 
     return ratio
 
@@ -75,7 +76,7 @@ def _slowest_table(reports):
 
 def _share_outside(model):
     def share(reports):
-        wanted = (model, "countdown, 1024 tokens", "es_kernels, base fp32")
+        wanted = (model, "countdown, 1024 tokens", OURS)
         return next(
             1 - row["answers"] / row["total"]
             for row in reports["generation"]["generations"]
@@ -167,7 +168,7 @@ TARGETS = [
             False,
             _reference(what, base),
             "{:.2f}",
-            _left_out("rivals", what, ("es-at-scale", f"es_kernels, base {base}")),
+            _left_out("rivals", what, (REFERENCE, f"es_kernels, base {base}")),
         )
         for words, bound, what, base in (
             (f"a member of {MODEL}, base copy", 5.5, "member", "copy"),
@@ -192,27 +193,27 @@ TARGETS = [
 
 def reports(folder):
     """{machine: {kind: content}} of every GPU's files in a folder."""
-    found = {}
+    by_machine = {}
     for kind in ("kernels", "variants", "generation"):
         for path in sorted(folder.glob(f"{kind}-*.json")):
             content = json.loads(path.read_text())
             if "gpu" in content["machine"]:
-                found.setdefault(content["machine"]["gpu"], {})[kind] = content
-    return found
+                by_machine.setdefault(content["machine"]["gpu"], {})[kind] = content
+    return by_machine
 
 
 def rows(of_machine):
     """(what, to be reached, measured, whether it was reached) of each target. Where nothing was measured the last is
     None, and the third why (a model that the GPU's memory cannot hold, say), if that is known."""
-    found = []
+    verdicts = []
     for target in TARGETS:
         wanted = ("at most " if target.at_most else "") + target.form.format(target.bound)
         try:
             value = target.measured(of_machine)
         except (KeyError, StopIteration):
-            found.append((target.what, wanted, target.why_not(of_machine), None))
+            verdicts.append((target.what, wanted, target.why_not(of_machine), None))
             continue
-        found.append(
+        verdicts.append(
             (
                 target.what,
                 wanted,
@@ -220,7 +221,7 @@ def rows(of_machine):
                 value <= target.bound if target.at_most else value >= target.bound,
             )
         )
-    return found
+    return verdicts
 
 
 def main():

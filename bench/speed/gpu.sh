@@ -6,7 +6,7 @@
 # fails does not stop the others. What there was no time for is named at the end: name these steps to run them alone, in another call.
 #
 #   summary.md         the steps, and the tables
-#   kernels-*.json     calls-*.json     generation-*.json        to be copied to bench/results/ and committed; then `python -m bench.publish.tables`
+#   kernels-*.json     calls-*.json     generation-*.json        copy them to bench/results/, run `python -m bench.publish.tables`, commit
 #   plots.png
 #   ncu.txt            Nsight Compute on the two main kernels, where it is there and may read the counters
 #   log.txt            what everything printed: versions, builds, tests, compute-sanitizer
@@ -62,7 +62,8 @@ pytest="$python -m pytest -v -p no:cacheprovider --tb=short"
 # Triton compiles its kernels one after the other in a process: several, where pytest-xdist is there.
 parallel=$($python -c 'import xdist' 2>/dev/null && echo "-n 8")
 
-step versions 30 bash -c "$python -m bench.common.environment; nvcc --version | tail -n 2; nvidia-smi || true"
+describe='import json; from bench.common import environment; print(json.dumps(environment.describe("cuda"), indent=1))'
+step versions 30 bash -c "$python -c '$describe'; nvcc --version | tail -n 2; nvidia-smi || true"
 step build 90 $python setup.py --quiet build_ext --inplace
 # 13 Triton kernels, of some seconds each, are compiled here; the steps after it find them in Triton's cache.
 step installed 90 $python -m es_kernels

@@ -253,14 +253,14 @@ def simulate(policy, workers, members, update, seed=0, **changed):
             done[worker] = generation + 1
         now += update
     total = workers * now
-    found = {
+    figures = {
         "efficiency": useful / total,
         "wasted": wasted / total,
         "dropped": dropped,
         "repeated": repeated,
         "deaths": sum(incarnation),
     }
-    return {"policy": policy, "workers": workers, "population": members, "update": update, **found, "wall": now}
+    return {"policy": policy, "workers": workers, "population": members, "update": update, **figures, "wall": now}
 
 
 def simulated(policy, workers, members=MEMBERS, **changed):

@@ -139,7 +139,7 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
                 with using(**setting), es_kernels.backend(backend):
                     small = not same_bits(name) or right(operation, tensors.device, backend)
                     call = tensors.call(operation)
-                    found = tensors.bits(operation, call)
+                    bits = tensors.bits(operation, call)
             except RuntimeError as error:  # a launch that asks for too much
                 yield {
                     "backend": backend,
@@ -148,8 +148,8 @@ def measure(backend, settings, same_bits, touches, tensors, rounds=9):
                     "error": str(error).splitlines()[0],
                 }
                 continue
-            expected = found if name == SHIPPED else expected
-            if same_bits(name) and not (small and found == expected):
+            expected = bits if name == SHIPPED else expected
+            if same_bits(name) and not (small and bits == expected):
                 yield {"backend": backend, "variant": name, "operation": operation.label, "error": "wrong bits"}
                 continue
             timed[name] = Variant(lambda k, call=call, setting=setting: _run(backend, setting, call))

@@ -59,7 +59,7 @@ class _OnCPU(TorchFunctionMode):
     """Tensors asked for on "cuda" are made on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        def there(argument):
+        def on_cpu(argument):
             return (
                 "cpu"
                 if function is not torch.device
@@ -68,7 +68,7 @@ class _OnCPU(TorchFunctionMode):
                 else argument
             )
 
-        return function(*map(there, args), **{name: there(value) for name, value in (kwargs or {}).items()})
+        return function(*map(on_cpu, args), **{name: on_cpu(value) for name, value in (kwargs or {}).items()})
 
 
 @pytest.fixture

@@ -97,16 +97,16 @@ COUNTED = {
 def test_a_prediction_by_hand():
     # H200: 6 B at 0.9 * 4800 GB/s are 1.389 ps; 132 SMs at 1.98 GHz do 261.36 G cycles/s: 32 / 128 of one 0.957 ps, 12
     # / 64 of one 0.717 ps.
-    found = gpus.predict(COUNTED, "H200 SXM")
-    assert found["binds"] == "memory" and found["share_of_copy"] == 1
-    assert found["busy"]["issue"] == pytest.approx(0.957 / 1.389, abs=1e-3) and found["busy"]["ALU"] == pytest.approx(
-        0.717 / 1.389, abs=1e-3
-    )
+    prediction = gpus.predict(COUNTED, "H200 SXM")
+    assert prediction["binds"] == "memory" and prediction["share_of_copy"] == 1
+    assert prediction["busy"]["issue"] == pytest.approx(0.957 / 1.389, abs=1e-3) and prediction["busy"][
+        "ALU"
+    ] == pytest.approx(0.717 / 1.389, abs=1e-3)
     # Integer multiply-adds share the pipe
-    assert found["busy"]["FMA"] == pytest.approx((8 + 4) / 128 / 0.26136 / 1.389, abs=1e-3)
+    assert prediction["busy"]["FMA"] == pytest.approx((8 + 4) / 128 / 0.26136 / 1.389, abs=1e-3)
     # Twice the instructions: 1.913 ps of issue slots, so 1.389 / 1.913 of a copy.
-    found = gpus.predict(COUNTED | {"instructions_per_value": 64.0}, "H200 SXM")
-    assert found["binds"] == "issue" and found["share_of_copy"] == pytest.approx(1.389 / 1.913, abs=1e-3)
+    prediction = gpus.predict(COUNTED | {"instructions_per_value": 64.0}, "H200 SXM")
+    assert prediction["binds"] == "issue" and prediction["share_of_copy"] == pytest.approx(1.389 / 1.913, abs=1e-3)
     # An update moves nothing: 261.36e9 * 128 / 32 normals a second.
     assert gpus.predict(COUNTED | {"kernel": "update"}, "H200 SXM")["normals_per_s"] == pytest.approx(
         1.045e12, rel=1e-2
@@ -123,7 +123,7 @@ def test_what_was_measured_stands_beside_what_was_predicted(tmp_path):
     (tmp_path / "kernels-cpu.json").write_text(
         json.dumps({"machine": {"processor": "any"}, "calls": [{"backend": "cpu", "kernel": "perturb bf16 <- f32"}]})
     )
-    found = {row["gpu"]: row for row in gpus.predictions([COUNTED], tmp_path)}
-    assert found["H200 SXM"]["measured"] == {"share_of_copy": 0.9, "elements": 900}
-    assert "measured" not in found["H100 SXM"]
-    assert set(found) == {"H100 SXM", "H200 SXM"}
+    by_gpu = {row["gpu"]: row for row in gpus.predictions([COUNTED], tmp_path)}
+    assert by_gpu["H200 SXM"]["measured"] == {"share_of_copy": 0.9, "elements": 900}
+    assert "measured" not in by_gpu["H100 SXM"]
+    assert set(by_gpu) == {"H100 SXM", "H200 SXM"}

@@ -1,5 +1,5 @@
 """Contract: bench/learning/exactness.py does what the paper's code does (in its order and roundings), measures step
-/ ulp in bf16's ulps, gives every way of keeping weights the same noise and questions, looks at what the task calls
+/ ulp in bf16's ulps, gives every way of keeping weights the same noise and questions, evaluates what the task calls
 exact, and pairs differences by seed."""
 
 import json
@@ -51,18 +51,18 @@ def test_every_way_starts_alike_and_sees_the_same_noise_and_questions(monkeypatc
         {way: [] for way in ("f32 weights", "bf16, base None", "bf16, add then subtract")},
     )
 
-    def looked_at(self, model, rows=None):
+    def watched(self, model, rows=None):
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         seen[way].append((weights, rows))
         return reward(self, model, slice(None) if rows is None else rows)
 
-    monkeypatch.setattr(exactness.Questions, "reward", looked_at)
+    monkeypatch.setattr(exactness.Questions, "reward", watched)
     for way in seen:
-        found = exactness.run(way, 0, 1)
-        assert found["way"] == way and len(found["curve"]) == len(found["log_p"]) == 1
+        result = exactness.run(way, 0, 1)
+        assert result["way"] == way and len(result["curve"]) == len(result["log_p"]) == 1
     exact, *others = seen.values()
     for other in others:
-        assert torch.equal(exact[0][0], other[0][0])  # the look before the first generation
+        assert torch.equal(exact[0][0], other[0][0])  # the evaluation before the first generation
         for (mine, rows), (theirs, their_rows) in zip(exact[1:], other[1:], strict=True):
             assert torch.equal(rows, their_rows)
             assert torch.corrcoef(torch.stack([mine - exact[0][0], theirs - exact[0][0]]))[0, 1] > 0.9  # bf16 rounds it
@@ -94,7 +94,7 @@ def test_a_run_that_ended_is_not_made_again(monkeypatch, tmp_path):
 
 
 def test_differences_are_paired_by_seed(monkeypatch):
-    monkeypatch.setattr(exactness, "MIDWAY", exactness.LOOK_EVERY)
+    monkeypatch.setattr(exactness, "MIDWAY", exactness.EVAL_EVERY)
     curves = {
         "bf16, base fp32": [[0.4, 0.5, 0.8], [0.4, 0.6, 0.9]],
         "bf16, base None": [[0.4, 0.4, 0.7], [0.4, 0.5, 0.8]],
@@ -119,7 +119,8 @@ def test_the_committed_run_is_in_the_regime_it_speaks_of():
     assert report["setting"]["seeds"] >= 5 and report["setting"]["generations"] >= 200
     assert len(report["runs"]) == len(exactness.WAYS) * report["setting"]["seeds"]
     for row, again in zip(report["rows"], exactness.summary(report["runs"]), strict=True):
-        for found, expected in ((row, again), (row["log_p"], again["log_p"])):
+        for published, expected in ((row, again), (row["log_p"], again["log_p"])):
             assert all(
-                found[look] == pytest.approx(expected[look], abs=1e-12) for look in ("mean", "error", "midway", "end")
+                published[look] == pytest.approx(expected[look], abs=1e-12)
+                for look in ("mean", "error", "midway", "end")
             )

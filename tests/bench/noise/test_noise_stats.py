@@ -34,7 +34,7 @@ def rows(law, x):
     return statistics.rows()
 
 
-def found(rows):
+def first_defect(rows):
     """The row with the largest deviation, if the gate fails."""
     return (
         max(rows, key=lambda r: abs(r["z"] or 0))
@@ -45,36 +45,36 @@ def found(rows):
 
 def test_clean_noise_passes(law, normals):
     result = rows(law, normals)
-    assert found(result) is None
+    assert first_defect(result) is None
     assert min(r["p"] for r in result) * len(result) > 0.01
 
 
 def test_a_shifted_mean_is_found(law, normals):
     result = rows(law, normals + 0.01)
-    assert found(result)
+    assert first_defect(result)
     assert abs(next(r["z"] for r in result if r["name"] == "E x^1")) > 8
 
 
 def test_a_correlation_at_lag_3_is_found(law, normals):
-    row = found(rows(law, normals + 0.01 * normals.roll(3, dims=1)))
+    row = first_defect(rows(law, normals + 0.01 * normals.roll(3, dims=1)))
     assert (row["group"], row["name"]) == ("lags, x", "lag 3")
     assert row["value"] == pytest.approx(0.01, rel=0.4)
 
 
 def test_a_repeated_stream_is_found(law, normals):
     normals[1] = normals[0]
-    row = found(rows(law, normals))
+    row = first_defect(rows(law, normals))
     assert row["group"].startswith("streams, ") and row["name"].count("member 0") == 2
 
 
 def test_a_repeated_member_is_found(law, normals):
     normals[4] = normals[0]
-    assert found(rows(law, normals))["group"].startswith("members, ")
+    assert first_defect(rows(law, normals))["group"].startswith("members, ")
 
 
 def test_pairs_of_equals_are_found(law, normals):
     normals[:, 1::2] = normals[:, ::2]
-    assert found(rows(law, normals))
+    assert first_defect(rows(law, normals))
 
 
 def test_the_law_is_that_of_fit_noise(law):
@@ -86,7 +86,7 @@ def test_the_law_is_that_of_fit_noise(law):
 
 def test_exact_independent_normals_differ_from_the_law_only_by_little(law):
     """The law is close enough to N(0, 1) that 1e6 exact normals pass as well."""
-    assert found(rows(law, torch.randn(8, 2**17, generator=torch.Generator().manual_seed(1)))) is None
+    assert first_defect(rows(law, torch.randn(8, 2**17, generator=torch.Generator().manual_seed(1)))) is None
 
 
 def test_words_are_those_of_the_kernels():

@@ -18,7 +18,7 @@ GPU = {"gpu": "NVIDIA H200"}
 def folder(tmp_path):
     """Files in which every target is reached, just so; with the names that the scripts write."""
 
-    def row(operation, variant="as shipped", backend="cuda", **found):
+    def row(operation, variant="as shipped", backend="cuda", **figures):
         return {
             "backend": backend,
             "operation": operation,
@@ -26,7 +26,7 @@ def folder(tmp_path):
             "times_shipped": 1.0,
             "share_of_copy": 0.9,
             "normals_per_s": 1.3e12,
-        } | found
+        } | figures
 
     labels = [operation.label for operation in tune.OPERATIONS]
     rows = [row(label) for label in labels] + [
@@ -168,6 +168,7 @@ def test_what_another_baseline_could_not_hold_is_no_targets_reason(folder):
 
 
 def test_the_names_are_those_that_the_scripts_write():
+    assert targets.OURS == YARDSTICK and targets.REFERENCE == generation.REFERENCE
     assert {"no noise", "no keys"} <= set(variants.CUDA) and tune.SHIPPED == "as shipped"
     assert "countdown, 1024 tokens" in [work.name for work in generation.WORKLOADS]
     assert set(MODELS) <= set(kernels.MODELS["cuda"]) and set(MODELS) <= set(generation.MODELS["cuda"])

@@ -16,8 +16,8 @@ OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None
 
 
 def test_a_generation_is_the_sum_of_its_parts():
-    found = generation.generation(30, weights=0.1, answers=2.0, rewards=0.5, update=3.0)
-    assert found == {
+    parts = generation.generation(30, weights=0.1, answers=2.0, rewards=0.5, update=3.0)
+    assert parts == {
         "weights": 3.0,
         "answers": 60.0,
         "rewards": 15.0,
@@ -57,10 +57,10 @@ def test_longer_answers_are_extrapolated_by_what_they_cost_at_length():
 
 def test_bytes_and_cache_of_a_model():
     values, largest = 7_615_616_512, 152_064 * 3584
-    found = generation.memory("Qwen2.5-7B", gpu_bytes=10**11)
-    assert found["fp32"]["bytes"] == 4 * values and found["copy"]["bytes"] == 2 * values and found["None"]["bytes"] == 0
-    assert found["kv_bytes_a_token"] == 2 * 28 * 4 * 128 * 2 and found["copy"]["kv_tokens"] == 2 * values // 57_344
-    assert found["es-at-scale"]["bytes"] == 6 * largest and found["fp32"]["share_of_gpu"] == pytest.approx(
+    row = generation.memory("Qwen2.5-7B", gpu_bytes=10**11)
+    assert row["fp32"]["bytes"] == 4 * values and row["copy"]["bytes"] == 2 * values and row["None"]["bytes"] == 0
+    assert row["kv_bytes_a_token"] == 2 * 28 * 4 * 128 * 2 and row["copy"]["kv_tokens"] == 2 * values // 57_344
+    assert row["es-at-scale"]["bytes"] == 6 * largest and row["fp32"]["share_of_gpu"] == pytest.approx(
         4 * values / 1e11
     )
     assert "share_of_gpu" not in generation.memory("Qwen2.5-7B")["fp32"]

@@ -46,22 +46,22 @@ def test_bytes_on_the_wire_are_those_of_all_lines_and_of_one_update():
 
 
 def test_update_and_memory_are_values_times_unit_costs():
-    found, costs = scale.on_paper("Qwen2.5-7B"), scale.unit_costs()
-    assert found["parameters"] == 7_615_616_512
-    assert found["memory_bytes"] == {"fp32": 6 * 7_615_616_512, "copy": 4 * 7_615_616_512, "none": 2 * 7_615_616_512}
-    assert found["update_seconds_cpu"][256] == pytest.approx(7_615_616_512 * 256 * costs["cpu"])
-    assert found["update_seconds_h200_predicted"][8][256] == pytest.approx(7_615_616_512 * 32 * costs["h200_predicted"])
-    assert found["weights_seconds"] == pytest.approx(2 * 7_615_616_512 / scale.LINK)
+    row, costs = scale.on_paper("Qwen2.5-7B"), scale.unit_costs()
+    assert row["parameters"] == 7_615_616_512
+    assert row["memory_bytes"] == {"fp32": 6 * 7_615_616_512, "copy": 4 * 7_615_616_512, "none": 2 * 7_615_616_512}
+    assert row["update_seconds_cpu"][256] == pytest.approx(7_615_616_512 * 256 * costs["cpu"])
+    assert row["update_seconds_h200_predicted"][8][256] == pytest.approx(7_615_616_512 * 32 * costs["h200_predicted"])
+    assert row["weights_seconds"] == pytest.approx(2 * 7_615_616_512 / scale.LINK)
     even = REPORT["members_whose_update_takes_as_long_as_the_link"]
-    assert even * 7_615_616_512 * costs["h200_predicted"] == pytest.approx(found["weights_seconds"])
+    assert even * 7_615_616_512 * costs["h200_predicted"] == pytest.approx(row["weights_seconds"])
 
 
 @pytest.mark.parametrize("policy", scale.POLICIES)
 def test_without_noise_a_generation_is_its_rounds_and_an_update(policy):
-    found = scale.simulate(policy, 4, 10, 7.0, **QUIET)
-    assert found["wall"] == pytest.approx(3 * (3 * 60.0 + 7.0))  # ten members on four workers: three rounds
-    assert found["efficiency"] == pytest.approx(10 * 60 / (4 * 187.0))
-    assert not any(found[key] for key in ("wasted", "dropped", "repeated", "deaths"))
+    row = scale.simulate(policy, 4, 10, 7.0, **QUIET)
+    assert row["wall"] == pytest.approx(3 * (3 * 60.0 + 7.0))  # ten members on four workers: three rounds
+    assert row["efficiency"] == pytest.approx(10 * 60 / (4 * 187.0))
+    assert not any(row[key] for key in ("wasted", "dropped", "repeated", "deaths"))
 
 
 def test_a_shared_counter_is_list_scheduling_and_waves_are_their_slowest():
@@ -109,19 +109,19 @@ def counting(monkeypatch):
 def test_whatever_happens_every_member_counts_once_or_is_dropped(policy, monkeypatch):
     rough = {"hours_between_failures": 0.3, "stragglers": 0.1, "generations": 20}
     with counting(monkeypatch) as told:
-        found = scale.simulate(policy, 8, 32, 2.0, **rough)
+        row = scale.simulate(policy, 8, 32, 2.0, **rough)
     assert len(told) == 20 and all(sorted(counted + dispatch.dropped) == list(range(32)) for counted, dispatch in told)
-    assert found["dropped"] == sum(len(dispatch.dropped) for _, dispatch in told) and bool(found["dropped"]) == (
+    assert row["dropped"] == sum(len(dispatch.dropped) for _, dispatch in told) and bool(row["dropped"]) == (
         policy == "dropped"
     )
-    assert found["deaths"] > 20 and found["repeated"] > 0 and 0 < found["wasted"] < 1 - found["efficiency"] < 1
+    assert row["deaths"] > 20 and row["repeated"] > 0 and 0 < row["wasted"] < 1 - row["efficiency"] < 1
     # The usual time of those that counted, told from outside.
     draws, s, useful = random.Random("0 8 32"), scale.SIMULATED | rough, 0.0
     for counted, _ in told:
         times = scale.drawn(draws, 32, s)
         useful += sum(times[member][0] for member in counted)
-    assert found["efficiency"] * 8 * found["wall"] == pytest.approx(useful)
-    assert found == scale.simulate(policy, 8, 32, 2.0, **rough) != scale.simulate(policy, 8, 32, 2.0, 1, **rough)
+    assert row["efficiency"] * 8 * row["wall"] == pytest.approx(useful)
+    assert row == scale.simulate(policy, 8, 32, 2.0, **rough) != scale.simulate(policy, 8, 32, 2.0, 1, **rough)
 
 
 def test_what_a_death_costs_one_worker_can_be_told_by_hand(monkeypatch):
@@ -131,9 +131,9 @@ def test_what_a_death_costs_one_worker_can_be_told_by_hand(monkeypatch):
     for every, updates in ((0, 2), (2, 0)):
         moments = iter([2 * 250.0 + 95.0, math.inf])
         changed = {**QUIET, "generations": 4, "hours_between_failures": 1.0, "snapshot_every": every}
-        found = scale.simulate("shared counter", 1, 4, 10.0, **changed)
-        assert found["deaths"] == found["repeated"] == 1
-        assert found["wall"] == pytest.approx(4 * 250 + 35 + 120 + updates * 10) and found["wasted"] * found[
+        row = scale.simulate("shared counter", 1, 4, 10.0, **changed)
+        assert row["deaths"] == row["repeated"] == 1
+        assert row["wall"] == pytest.approx(4 * 250 + 35 + 120 + updates * 10) and row["wasted"] * row[
             "wall"
         ] == pytest.approx(35)
 
@@ -142,18 +142,18 @@ def test_a_late_members_second_copy_counts_and_the_first_is_wasted():
     """Every member straggles where it goes out first: 300 s. Two workers, one member: given to the second after 180 s,
     done 60 s later; the first works on until 300 s, and makes up for the update after that."""
     changed = {**QUIET, "stragglers": 1.0, "generations": 1}
-    found = scale.simulate("re-issued", 2, 1, 5.0, **changed)
+    row = scale.simulate("re-issued", 2, 1, 5.0, **changed)
     assert (
-        found["wall"] == pytest.approx(245.0)
-        and found["repeated"] == 1
-        and found["efficiency"] == pytest.approx(60 / (2 * 245))
+        row["wall"] == pytest.approx(245.0)
+        and row["repeated"] == 1
+        and row["efficiency"] == pytest.approx(60 / (2 * 245))
     )
     dropped = scale.simulate("dropped", 2, 1, 5.0, **changed)
     assert dropped["wall"] == pytest.approx(185.0) and dropped["dropped"] == 1 and dropped["efficiency"] == 0
     # In the second generation the first worker is still at its member of the first, until 300, and at the update until
     # 305; the second's copy is late at 245 + 180 = 425, goes to the first, is done at 485.
-    found = scale.simulate("re-issued", 2, 1, 5.0, **changed | {"generations": 2})
-    assert found["wall"] == pytest.approx(490.0) and found["wasted"] * 2 * 490 == pytest.approx(300)
+    row = scale.simulate("re-issued", 2, 1, 5.0, **changed | {"generations": 2})
+    assert row["wall"] == pytest.approx(490.0) and row["wasted"] * 2 * 490 == pytest.approx(300)
 
 
 def test_what_is_published_is_what_the_script_computes():
