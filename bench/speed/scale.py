@@ -34,7 +34,7 @@ from bench.common import shapes
 from es_finetune.engines import Answer
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import member_line
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.runs.files import write_atomically
 from es_finetune.tasks import Score
 from es_finetune.workers.dispatch import Dispatch
@@ -94,7 +94,7 @@ def wire(workers, members):
     pads to the longest. Ray: what the driver receives, and what each worker does."""
     n = population(workers, members)
     lines = list(map(line, range(-(-n // workers))))
-    update = Update(123, 0.123456789, n, tuple(random.Random(0).gauss(0, 1) for _ in range(n)))
+    update = Update(123, tuple(random.Random(0).gauss(0, 1) for _ in range(n)), n, 0.123456789)
     return {
         "workers": workers,
         "members_a_worker": members,

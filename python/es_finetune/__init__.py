@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from es_finetune.commands.report import report
     from es_finetune.config import TrainConfig
     from es_finetune.monitor.callbacks import Callback
-    from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
+    from es_finetune.optim.evolution_strategy import EvolutionStrategy
+    from es_finetune.optim.update import Update
     from es_finetune.trainer import Trainer
 
 __all__ = [
@@ -40,7 +41,7 @@ _HOMES = {
     "EvolutionStrategy": "optim.evolution_strategy",
     "TrainConfig": "config",
     "Trainer": "trainer",
-    "Update": "optim.evolution_strategy",
+    "Update": "optim.update",
     "calibrate": "commands.calibrate",
     "evaluate": "commands.evaluate",
     "export": "commands.export",

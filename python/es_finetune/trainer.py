@@ -454,7 +454,7 @@ class Trainer:
         }
         row["warnings"] = warnings_of([*self.rows, row], config.population, self.evals[-1])
         append_row(self.folder / "metrics.jsonl", row)
-        line = line_of(update, outcome, dropped)
+        line = line_of(update, outcome)
         self._log.append(line)
         # From here on the generation is made; what follows can be lost.
         self._lines.append(line)

@@ -15,9 +15,9 @@ import time
 import pytest
 
 from es_finetune import TrainConfig, Trainer
+from es_finetune.errors import WorkersDiffer
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_log
-from es_finetune.errors import WorkersDiffer
 from es_finetune.workers.ray_pool import Actor
 from es_finetune.workers.setup import make_pool
 
@@ -128,7 +128,7 @@ def test_a_stragglers_member_is_given_to_another(cluster, tmp_path, run):
     with Stopped(pool, 1):
         found = trainer.train()
     assert found["fingerprint"] == expected["fingerprint"]
-    assert all(not g.dropped for g in read_log(tmp_path / "run/run.log")[1])
+    assert all(not g.update.dropped for g in read_log(tmp_path / "run/run.log")[1])
 
 
 def test_or_dropped_and_recorded(cluster, tmp_path):
@@ -144,7 +144,7 @@ def test_or_dropped_and_recorded(cluster, tmp_path):
 
     pool.evaluate = stopping
     trainer.train()
-    first, second = read_log(tmp_path / "run/run.log")[1]
+    first, second = (g.update for g in read_log(tmp_path / "run/run.log")[1])
     assert len(first.dropped) == 1 and first.z[first.dropped[0]] == 0 and first.scored == 5
     assert second.dropped == () and second.scored == 6
     row = read_rows(tmp_path / "run/metrics.jsonl")[0]

@@ -77,10 +77,10 @@ def test_a_run_leaves_what_it_promises(run):
 def test_rows_and_log_say_the_same(run):
     rows = read_rows(run / "metrics.jsonl")
     header, generations = read_log(run / "run.log")
-    assert [row["generation"] for row in rows] == [g.generation for g in generations] == [0, 1]
+    assert [row["generation"] for row in rows] == [g.update.generation for g in generations] == [0, 1]
     assert header["model"]["model"] == "embedded" and header["config"]["population"] == 4
     for row, logged in zip(rows, generations, strict=True):
-        assert row["reward_min"] <= row["reward_mean"] == logged.reward <= row["reward_max"]
+        assert row["reward_min"] <= row["reward_mean"] == logged.update.reward <= row["reward_max"]
         assert row["reward_low"] < row["reward_mean"] < row["reward_high"]  # over the prompts
         assert row["theta"] == row["live"] == f"{logged.theta:016x}"  # f32 weights, so both are the same numbers
         assert (logged.lr, logged.sigma) == ((row["lr"],), (row["sigma"],))
@@ -119,7 +119,7 @@ def test_any_model_is_tuned_and_exported(save_tiny, tmp_path, kind, dtype):
         tmp_path / "run", Letters(), model=model, dtype=dtype, sigma=0.05, lr=0.05, prompts=0, batch_size=16, **options
     )
     _, generations = read_log(tmp_path / "run" / "run.log")
-    assert generations[-1].z is not None
+    assert generations[-1].update.z is not None
     (weights,) = (tmp_path / "run" / "model").glob("*.safetensors")
     tensors = load_file(weights)
     assert (
@@ -202,7 +202,7 @@ def outcome(folder, **options):
     rows = read_rows(folder / "metrics.jsonl")
     return {
         "rewards": (rows[0]["reward_min"], rows[0]["reward_mean"], rows[0]["reward_max"]),  # of the first population
-        "z": read_log(folder / "run.log")[1][0].z,
+        "z": read_log(folder / "run.log")[1][0].update.z,
         "theta": [row["theta"] for row in rows],
         "trainer": trainer,
         "rows": rows,
@@ -415,7 +415,7 @@ def test_a_reward_that_fails_for_every_training_prompt_changes_nothing(tmp_path)
 
     trainer = train(tmp_path / "run", Broken(), model="embedded", prompts=0)
     header, generations = read_log(tmp_path / "run" / "run.log")
-    assert [g.z for g in generations] == [
+    assert [g.update.z for g in generations] == [
         None,
         None,
     ] and f"{trainer.workers.weights.optimizer.fingerprint():016x}" == header["theta"]

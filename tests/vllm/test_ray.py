@@ -64,7 +64,7 @@ def test_a_killed_actor_changes_nothing(saved, tmp_path):
         found = trainer.train()
         thread.join()
         assert found["fingerprint"] == expected["fingerprint"] and all(
-            g.z is not None for g in read_log(tmp_path / "run/run.log")[1]
+            g.update.z is not None for g in read_log(tmp_path / "run/run.log")[1]
         )
     finally:
         ray.shutdown()

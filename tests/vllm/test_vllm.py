@@ -14,7 +14,7 @@ import torch
 import es_kernels
 from es_finetune import TrainConfig, Trainer
 from es_finetune.models.checkpoint_names import named_segments
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.runs.log import read_log
 from es_finetune.runs.replay import rebuild
 from es_finetune.tasks import load_task
@@ -108,7 +108,7 @@ def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
             lines = [worker.evaluate(generation, {}, lambda line: None)[0] for worker in pair]
             assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
             assert len({line["digest"] for line in lines[0]}) > 1  # a stale cache would answer alike
-            found = [worker.update(Update(generation, 0.0, 4, z), with_health=False) for worker in pair]
+            found = [worker.update(Update(generation, z, 4, 0.0), with_health=False) for worker in pair]
             assert found[0]["theta"] == found[1]["theta"] and found[0]["live"] == found[1]["live"]
             generation += 1
         assert evals[0].digest != ours.answer_held_out().digest
@@ -123,7 +123,9 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
     )
     task = long_questions()
     found = Trainer(config, task=task).train()
-    assert found["backend"] == "cpu in vLLM" and all(g.z is not None for g in read_log(tmp_path / "run/run.log")[1])
+    assert found["backend"] == "cpu in vLLM" and all(
+        g.update.z is not None for g in read_log(tmp_path / "run/run.log")[1]
+    )
     assert f"{rebuild(tmp_path / 'run', device='cpu').optimizer.fingerprint('live'):016x}" == found["live"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert f"{es_kernels.fingerprint(es_kernels.ParamTable(named_segments(exported))):016x}" == found["live"]

@@ -17,67 +17,13 @@ from es_finetune.models.checkpoint_names import has_plain_memory
 from es_finetune.optim import dtensor, host_memory
 from es_finetune.optim.options import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
 from es_finetune.optim.shaping import SHAPINGS
+from es_finetune.optim.update import Update, checked_reward, make_update
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
 MASTERS = ("fp32", "copy", "host", None)
 ROUNDINGS = ("nearest", "stochastic")
-MAX_REWARD = 1e100  # sums of squares of rewards are finite; tasks.sandbox has the same limit
 _Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
 _Result = TypeVar("_Result")
-
-
-class Update(NamedTuple):
-    """What one generation did; with the param_groups' options of then it is all that `replay` needs."""
-
-    generation: int  # counted from 0
-    mean: float  # of the rewards of the members not dropped; with shaping="per_prompt" of their means over the prompts
-    scored: int  # how many members that is
-    # F32 values, 0 for dropped members; None: the rewards hold no signal, nothing was changed
-    z: tuple[float, ...] | None
-
-
-def make_update(
-    generation: int,
-    fitness: Sequence,
-    dropped: Collection[int] = (),
-    *,
-    population: int,
-    shaping: str,
-    antithetic: bool,
-) -> Update:
-    """What `EvolutionStrategy.tell` would do with these rewards, without any weights: for who hands it to several
-    workers, each of which will `apply` it. Arguments and errors as there."""
-    if len(fitness) != population:
-        raise UserError(f"tell() needs {population} rewards, one per member, and got {len(fitness)}")
-    out = set(dropped)
-    if not out <= set(range(population)):
-        raise UserError(f"dropped members must be in 0..{population - 1}, not {sorted(out - set(range(population)))}")
-    if antithetic:
-        out |= {member ^ 1 for member in out}
-    if len(out) == population:
-        raise UserError("every member was dropped: there is nothing to learn from")
-    rewards = [
-        None if member in out else checked_reward(reward, member, shaping) for member, reward in enumerate(fitness)
-    ]
-    scored = [reward for reward in rewards if reward is not None]
-    if shaping == "per_prompt":
-        scored = [math.fsum(reward) / len(reward) for reward in scored]
-    return Update(generation, math.fsum(scored) / len(scored), len(scored), SHAPINGS[shaping](rewards))
-
-
-def checked_reward(reward: Any, member: int, shaping: str) -> float | list[float]:
-    """What the shaping takes: one number of at most 1e100, or with "per_prompt" a list of them. ValueError for anything
-    else."""
-    if shaping != "per_prompt":
-        return _finite(reward, member)
-    is_sequence = getattr(reward, "ndim", 0) == 1 or (
-        isinstance(reward, Sequence) and not isinstance(reward, (str, bytes))
-    )
-    if not is_sequence or not len(reward):
-        raise UserError(
-            f'with shaping="per_prompt" the reward of member {member} must be a sequence, one number per prompt, not {reward!r}'
-        )
-    return [_finite(of_prompt, member) for of_prompt in reward]
 
 
 class EvolutionStrategy(torch.optim.Optimizer):
@@ -257,7 +203,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 self.perturb(member)
                 rewards.append(checked_reward(closure(), member, self.shaping))
             self._refuse_changed()
-            return self._apply(self._shaped(rewards)).mean  # writes live, so that restoring it first would be in vain
+            return self._apply(self._shaped(rewards)).reward  # writes live, so that restoring it first would be in vain
         except BaseException:
             self._put_back()
             raise
@@ -591,7 +537,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             **{key: getattr(self, key) for key in _SETTINGS},
             "theta": whole("theta"),
             "anchor": whole("anchor"),
-            "history": [[past.generation, past.mean, past.scored, list(past.z)] for past in self._history],
+            "history": [past.to_json() for past in self._history],
         }
         return state
 
@@ -627,7 +573,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 dtensor.local(tensor).copy_(dtensor.local(saved[kind][name]))
         for key in _SETTINGS:
             setattr(self, key, saved[key])
-        self._history = [Update(generation, mean, scored, tuple(z)) for generation, mean, scored, z in saved["history"]]
+        self._history = [Update.from_json(past) for past in saved["history"]]
         if self.master is not None:
             for weights in self._weights:
                 self._restore(weights)
@@ -796,18 +742,3 @@ def _is_named(entry: Any) -> bool:
     return segments is None or (
         isinstance(segments, (list, tuple)) and all(isinstance(segment, es_kernels.Segment) for segment in segments)
     )
-
-
-def _finite(reward: Any, member: int) -> float:
-    try:
-        value = float(reward)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
-        raise UserError(f"the reward of member {member} must be one number, not {reward!r}") from None
-    if not abs(value) <= MAX_REWARD:
-        problem = (
-            "a member that failed must be declared dropped"
-            if not math.isfinite(value)
-            else f"its size must be at most {MAX_REWARD:g}"
-        )
-        raise UserError(f"the reward of member {member} is {value}; {problem}")
-    return value

@@ -18,6 +18,7 @@ import numpy as np
 
 from es_finetune.errors import UserError
 
+MAX_REWARD = 1e100  # sums of squares of rewards are finite; tasks.sandbox has the same limit
 # Sums of z-scores that should cancel leave about 1e-16 * prompts; divided by their own std it would make a step of full
 # size.
 _ROUNDING = 1e-9

@@ -22,7 +22,6 @@ without its newline, which is dropped. A line of run.log has reached the disk be
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -30,9 +29,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from es_finetune.errors import UserError
+from es_finetune.optim.update import Update
 
 FORMAT = 2  # in 1 the option master was called base
 _SEAL = ', "crc": "%08x"}\n'
@@ -42,41 +40,22 @@ _SEAL_LENGTH = len(_SEAL % 0)
 class Generation(NamedTuple):
     """One generation as the log keeps it."""
 
-    generation: int  # counted from 0
-    z: tuple[float, ...] | None  # f32 values, one per member
-    scored: int
-    reward: float  # mean over the members; not needed to replay
+    update: Update
     lr: tuple[float, ...]  # of each param_group
     sigma: tuple[float, ...]
     theta: int  # fingerprints after the update
     live: int
-    dropped: tuple[int, ...] = ()  # members that were given up: their z is 0, and they are not among the scored
 
     def to_json(self) -> dict[str, Any]:
-        z = None if self.z is None else base64.b64encode(np.array(self.z, "<f4").tobytes()).decode()
-        found = {**self._asdict(), "z": z, "theta": f"{self.theta:016x}", "live": f"{self.live:016x}"}
-        return found if self.dropped else {name: value for name, value in found.items() if name != "dropped"}
+        line = self.update.to_json()
+        last = {"dropped": line.pop("dropped")} if self.update.dropped else {}
+        proof = {"theta": f"{self.theta:016x}", "live": f"{self.live:016x}"}
+        return {**line, "lr": self.lr, "sigma": self.sigma, **proof, **last}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Generation:
-        z = (
-            None
-            if found["z"] is None
-            else tuple(np.frombuffer(base64.b64decode(found["z"]), "<f4").astype(float).tolist())
-        )
-        lr, sigma = tuple(found["lr"]), tuple(found["sigma"])
-        theta, live = int(found["theta"], 16), int(found["live"], 16)
-        return cls(
-            found["generation"],
-            z,
-            found["scored"],
-            found["reward"],
-            lr,
-            sigma,
-            theta,
-            live,
-            tuple(found.get("dropped", ())),
-        )
+    def from_json(cls, line: dict[str, Any]) -> Generation:
+        theta, live = int(line["theta"], 16), int(line["live"], 16)
+        return cls(Update.from_json(line), tuple(line["lr"]), tuple(line["sigma"]), theta, live)
 
 
 class SealedLines:
@@ -155,7 +134,7 @@ def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], 
         except (KeyError, TypeError, ValueError):
             what = "a second header" if "run" in line else "no generation"
             raise UserError(f"{path} is damaged in line {number}, which is {what}: remove that line") from None
-    if [g.generation for g in generations] != list(range(len(generations))):
+    if [g.update.generation for g in generations] != list(range(len(generations))):
         raise UserError(f"{path} is damaged: its generations are not 0, 1, 2, ...")
     return lines[0], generations
 

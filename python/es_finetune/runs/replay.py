@@ -14,7 +14,7 @@ from es_finetune.config import TrainConfig, model_options
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import has_plain_memory, named_segments
 from es_finetune.models.load import load_model, pick_device
-from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
+from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.log import Generation, read_log
 from es_finetune.runs.setup import make_optimizer
 from es_finetune.runs.snapshot import load_snapshot
@@ -128,13 +128,13 @@ def fast_forward(
     for generation in generations[done:]:
         for group, lr, sigma in zip(optimizer.param_groups, generation.lr, generation.sigma, strict=True):
             group["lr"], group["sigma"] = lr, sigma
-        optimizer.replay(Update(generation.generation, generation.reward, generation.scored, generation.z))
+        optimizer.replay(generation.update)
         found = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
         if found != (generation.theta, generation.live):
             raise UserError(
-                f"generation {generation.generation}: theta and live have the fingerprints {found[0]:016x} and "
+                f"generation {generation.update.generation}: theta and live have the fingerprints {found[0]:016x} and "
                 f"{found[1]:016x}, "
                 f"the log says {generation.theta:016x} and {generation.live:016x}"
             )
         if on_generation is not None:
-            on_generation(generation.generation + 1)
+            on_generation(generation.update.generation + 1)

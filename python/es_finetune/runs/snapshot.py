@@ -55,7 +55,7 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
             continue
         state = optimizer.state_dict()
         remembered = generations[max(0, done - optimizer.momentum_window) : done] if optimizer.momentum else ()
-        history = [[g.generation, g.reward, g.scored, list(g.z)] for g in remembered if g.z is not None]
+        history = [g.update.to_json() for g in remembered if g.update.z is not None]
         damaged = f"{path} is damaged: remove it, and the log serves"
         try:
             theta = load_file(path)

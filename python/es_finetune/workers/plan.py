@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from es_finetune.monitor.rows import Row, rewards_by_prompt
-from es_finetune.optim.evolution_strategy import Update, make_update
+from es_finetune.optim.update import Update, make_update
 from es_finetune.tasks import Item, Task
 from es_kernels.noise import PROMPT_CHOICE, member_seed
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from es_finetune.errors import UserError, WorkersDiffer
 from es_finetune.evaluation.evaluator import Evaluation
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.tasks import Task
 from es_finetune.workers.plan import Plan
 

@@ -20,7 +20,7 @@ from typing import Any
 from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.workers.dispatch import Dispatch
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.protocol import require_agreement, require_same_run

@@ -25,7 +25,7 @@ from es_finetune.config import TrainConfig
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.runs.log import SealedLines, is_begun
 from es_finetune.workers.protocol import require_agreement, require_same_run, require_shared_master
 from es_finetune.workers.worker import Worker

@@ -10,7 +10,8 @@ import torch
 
 from es_finetune.monitor.health import Health
 from es_finetune.monitor.rows import peak_memory
-from es_finetune.optim.evolution_strategy import EvolutionStrategy, Update
+from es_finetune.optim.evolution_strategy import EvolutionStrategy
+from es_finetune.optim.update import Update
 from es_finetune.runs.log import Generation
 from es_finetune.runs.replay import fast_forward, start_of
 from es_finetune.runs.schedules import Schedules
@@ -70,17 +71,16 @@ class Weights:
         """A part of the health that `apply` returns when it looks too: of the member in place."""
         self.health.measure_member()
 
-    def apply(self, update: Sequence, with_health: bool = False) -> dict[str, Any]:
-        """Do an update (generation, mean, scored, z) of the present generation. Returns the fingerprints after it, lr
-        and sigma of each param_group, the seconds in kernels since the update before, peak memory, and if `with_health`
-        its health."""
+    def apply(self, update: dict[str, Any], with_health: bool = False) -> dict[str, Any]:
+        """Do an update (Update.to_json) of the present generation. Returns the fingerprints after it, lr and sigma of
+        each param_group, the seconds in kernels since the update before, peak memory, and if `with_health` its
+        health."""
         self.schedules.set(self.optimizer)
         groups = self.optimizer.param_groups
         lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
         if with_health:
             self.health.measure_before_update()
-        generation, mean, scored, z = update
-        self.optimizer.apply(Update(generation, mean, scored, None if z is None else tuple(z)))
+        self.optimizer.apply(Update.from_json(update))
         found = {
             "theta": self.optimizer.fingerprint("theta"),
             "live": self.optimizer.fingerprint("live"),

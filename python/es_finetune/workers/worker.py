@@ -10,7 +10,7 @@ from typing import Any
 from es_finetune.errors import RewardFailed
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator, in_parts
 from es_finetune.monitor.rows import Row, member_line
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.runs.identity import task_identity
 from es_finetune.runs.log import Generation
 from es_finetune.workers.plan import Plan
@@ -116,7 +116,7 @@ class Worker:
 
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         """Do the update; what Weights.apply returns."""
-        return self.weights.apply(list(update), with_health)
+        return self.weights.apply(update.to_json(), with_health)
 
     def answer_held_out(self, part: int = 0, parts: int = 1) -> Evaluation:
         """Answers of theta to the held-out questions, or to the one of `parts` nearly equal parts of them."""
@@ -140,7 +140,6 @@ class Worker:
         self.replica.close()
 
 
-def line_of(update: Update, found: dict[str, Any], dropped: Sequence[int] = ()) -> dict[str, Any]:
+def line_of(update: Update, found: dict[str, Any]) -> dict[str, Any]:
     """The log's line of an update and what it came to (Workers.update)."""
-    options = (tuple(found["lr"]), tuple(found["sigma"]), found["theta"], found["live"], tuple(dropped))
-    return Generation(update.generation, update.z, update.scored, update.mean, *options).to_json()
+    return Generation(update, tuple(found["lr"]), tuple(found["sigma"]), found["theta"], found["live"]).to_json()

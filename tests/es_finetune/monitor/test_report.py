@@ -20,6 +20,7 @@ import pytest
 from es_finetune.commands.report import report
 from es_finetune.monitor import plots
 from es_finetune.monitor.health import FAITHFUL
+from es_finetune.optim.update import Update
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import Generation, SealedLines
 
@@ -90,10 +91,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         rows.append(row)
         log.append(
             Generation(
-                generation,
-                tuple(draws.gauss(0, 1) for _ in range(30)),
-                30,
-                mean,
+                Update(generation, tuple(draws.gauss(0, 1) for _ in range(30)), 30, mean),
                 (5e-4,),
                 (1e-3,),
                 int(row["theta"], 16),

@@ -185,7 +185,7 @@ def calls(opt):
     yield lambda: opt.step(lambda: 0.0)
     yield lambda: opt.evaluate(lambda member: 0.0)
     yield lambda: opt.tell([0.0] * 4)
-    yield lambda: opt.replay(Update(0, 0.0, 4, None))
+    yield lambda: opt.replay(Update(0, None, 4, 0.0))
     yield opt.state_dict
 
 
@@ -209,8 +209,8 @@ def doors(opt):
     yield lambda: opt.perturb(1)
     yield opt.restore
     yield lambda: opt.tell([0.0, 1.0, 2.0, 3.0])
-    yield lambda: opt.apply(Update(opt.generation, 0.0, 4, (1.0, -1.0, 1.0, -1.0)))
-    yield lambda: opt.replay(Update(opt.generation, 0.0, 4, (1.0, -1.0, 1.0, -1.0)))
+    yield lambda: opt.apply(Update(opt.generation, (1.0, -1.0, 1.0, -1.0), 4, 0.0))
+    yield lambda: opt.replay(Update(opt.generation, (1.0, -1.0, 1.0, -1.0), 4, 0.0))
 
 
 @torch.no_grad()
@@ -505,7 +505,7 @@ def test_the_update_uses_the_z_of_its_shaping(bits, weights, shaping, shaped):
     es_kernels.add_noise_(
         theta, [member_seed(0, 0, m) for m in range(6)], [float(np.float32(0.03 / 5 * value)) for value in z]
     )
-    assert opt.tell(fitness, dropped=[3]) == Update(0, math.fsum([3.0, 1.0, 1.0, -2.0, 1e9]) / 5, 5, z)
+    assert opt.tell(fitness, dropped=[3]) == Update(0, z, 5, math.fsum([3.0, 1.0, 1.0, -2.0, 1e9]) / 5, (3,))
     assert_same(bits, theta, tensors(opt))
 
 
@@ -520,9 +520,9 @@ def test_per_prompt_takes_a_sequence_of_rewards_from_each_member(bits, weights):
     )
     update = told.tell([tuple(fitness[0]), np.array(fitness[1]), torch.tensor(fitness[2]), fitness[3]])
     assert update.z == z and update.scored == 4
-    assert update.mean == math.fsum(math.fsum(row) / 3 for row in fitness) / 4
+    assert update.reward == math.fsum(math.fsum(row) / 3 for row in fitness) / 4
     rows = iter(fitness)
-    assert stepped.step(lambda: next(rows)) == update.mean
+    assert stepped.step(lambda: next(rows)) == update.reward
     for opt in (told, stepped):
         assert_same(bits, theta, tensors(opt))
 
@@ -694,7 +694,7 @@ def test_a_generation_passes_over_memory_so_often(weights, monkeypatch):
         opt.step(fitness.__next__)
         assert passes == step
         passes.clear()
-        opt.replay(Update(1, 0.0, 4, z_scores(rewards(1, 4))))
+        opt.replay(Update(1, z_scores(rewards(1, 4)), 4, 0.0))
         assert passes == replay
         assert len(looks) == (5 if master else 0)  # for what others write: one at the start, two a generation
         passes.clear()
@@ -727,7 +727,7 @@ def test_a_replay_of_the_updates_is_the_run(bits, weights, config):
             update = original.tell([*fitness[:4], None, None], dropped=[4, 5])
         else:
             left = iter(fitness)
-            update = Update(generation, original.step(lambda: next(left)), 6, shaped(fitness))
+            update = Update(generation, shaped(fitness), 6, original.step(lambda: next(left)))
         assert replayed.replay(update) == update
         assert replayed.generation == generation + 1
         assert_same(bits, tensors(original), tensors(replayed))
@@ -738,8 +738,8 @@ def test_an_update_of_another_generation_or_population_is_refused(bits, weights)
     opt = EvolutionStrategy(weights(BF16), population=4, master=None)
     theta = tensors(opt)
     for update, words in (
-        (Update(1, 0.0, 4, (1.0, -1.0, 1.0, -1.0)), "of generation 1, but this optimizer is at 0"),
-        (Update(0, 0.0, 3, (1.0, -1.0, 0.5)), "3 values of z, but the population is 4"),
+        (Update(1, (1.0, -1.0, 1.0, -1.0), 4, 0.0), "of generation 1, but this optimizer is at 0"),
+        (Update(0, (1.0, -1.0, 0.5), 3, 0.0), "3 values of z, but the population is 4"),
     ):
         with pytest.raises(ValueError, match=words):
             opt.replay(update)
@@ -983,7 +983,7 @@ def test_lr_schedulers_drive_lr(weights, drive, recwarn):
         elif drive == "tell":
             opt.tell(rewards(0, 4))
         else:
-            opt.replay(Update(generation, 0.0, 4, z_scores(rewards(0, 4))))
+            opt.replay(Update(generation, z_scores(rewards(0, 4)), 4, 0.0))
         coefs = [float(np.float32(seen[-1] / 4 * z)) for z in z_scores(rewards(0, 4))]
         es_kernels.add_noise_(before, [member_seed(0, generation, m) for m in range(4)], coefs)
         assert torch.equal(before["layer0.weight"], tensors(opt)["layer0.weight"])

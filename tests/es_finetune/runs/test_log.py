@@ -13,13 +13,15 @@ import random
 import numpy as np
 import pytest
 
+from es_finetune.optim.update import Update
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, read_log, sealed
 
 
-def generation(number, n=6):
+def generation(number, n=6, reward=math.pi):
     values = np.random.default_rng(number).normal(size=n).astype(np.float32)
     z = None if number == 1 else tuple(values.astype(float).tolist())
-    return Generation(number, z, n, math.pi * number, (1e-3 / 3, 5e-324), (0.1,), 2**64 - 1 - number, number)
+    update = Update(number, z, n, reward)
+    return Generation(update, (1e-3 / 3, 5e-324), (0.1,), 2**64 - 1 - number, number)
 
 
 @pytest.fixture
@@ -36,6 +38,21 @@ def test_what_was_appended_is_read_back_exactly(path):
     header, generations = read_log(path)
     assert header["config"] == {"sigma": 1e-3} and header["name"] == "Zürich \u2028 \U0001f600"
     assert generations == [generation(number) for number in range(4)]
+
+
+def test_a_line_is_what_it_always_was():
+    """Keys, their order and the form of each value: the line that a log of this format has."""
+    z = (0.5, -1.25, 0.0)
+    line = Generation(Update(7, z, 2, 0.25, (2,)), (5e-4,), (0.001, 0.1), 2**64 - 1, 1).to_json()
+    assert sealed(line) == (
+        b'{"generation": 7, "z": "AAAAPwAAoL8AAAAA", "scored": 2, "reward": 0.25, "lr": [0.0005], '
+        b'"sigma": [0.001, 0.1], "theta": "ffffffffffffffff", "live": "0000000000000001", '
+        b'"dropped": [2], "crc": "6e3511ea"}\n'
+    )
+    assert Generation.from_json(line) == Generation(Update(7, z, 2, 0.25, (2,)), (5e-4,), (0.001, 0.1), 2**64 - 1, 1)
+    assert [*Generation(Update(7, None, 3, 0.25), (5e-4,), (0.1,), 0, 1).to_json()] == [
+        "generation", "z", "scored", "reward", "lr", "sigma", "theta", "live"
+    ]  # fmt: skip
 
 
 def test_cut_anywhere_it_loses_the_torn_line_only_and_goes_on(path):
@@ -120,8 +137,8 @@ def test_five_hundred_generations_of_thirty_members_take_less_than_300_kB(tmp_pa
     log = SealedLines(tmp_path / "run.log", sync=False)
     for number in range(2, 502):
         log.append(
-            generation(number, 30)
-            ._replace(lr=(5e-4 / 3,), theta=2**64 - 1, live=2**64 - 1, reward=-math.pi / 1e5)
+            generation(number, 30, reward=-math.pi / 1e5)
+            ._replace(lr=(5e-4 / 3,), theta=2**64 - 1, live=2**64 - 1)
             .to_json()
         )
     assert (tmp_path / "run.log").stat().st_size < 250_000  # the header's kilobyte beside it

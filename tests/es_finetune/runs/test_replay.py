@@ -64,7 +64,7 @@ def runs(save_tiny, tmp_path_factory):
                 TrainConfig(output=str(folder / "run"), model=model, task="letters", **options, **CONFIGS[name]),
                 task=Letters(),
             ).train()
-            assert all(g.z for g in read_log(folder / "run" / "run.log")[1])
+            assert all(g.update.z for g in read_log(folder / "run" / "run.log")[1])
             made[name] = folder / "run"
         return made[name]
 

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 
-from es_finetune.optim import evolution_strategy
+from es_finetune.optim import shaping
 from es_finetune.tasks import sandbox
 from es_finetune.tasks.reward_process import RewardProcess
 from es_finetune.tasks.sandbox import RewardTypeError, finite_number, one_line, score_parts
@@ -137,7 +137,7 @@ def test_one_line_survives_hostile_exceptions():
 
 
 def test_the_optimizer_takes_every_reward():
-    assert sandbox.MAX_REWARD == evolution_strategy.MAX_REWARD
+    assert sandbox.MAX_REWARD == shaping.MAX_REWARD
 
 
 # --- imports ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.workers import ray_pool
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.protocol import WorkersDiffer
@@ -93,7 +93,7 @@ def pool(played):
 
 
 def update(generation):
-    return Update(generation, 0.0, 4, (0.0,) * 4)
+    return Update(generation, (0.0,) * 4, 4, 0.0)
 
 
 def test_an_update_that_comes_in_the_next_generation_is_compared_with_its_own(pool, played):

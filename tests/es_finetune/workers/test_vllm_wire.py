@@ -14,7 +14,7 @@ import torch
 
 from es_finetune.config import TrainConfig
 from es_finetune.models.checkpoint_names import named_segments
-from es_finetune.optim.evolution_strategy import Update
+from es_finetune.optim.update import Update
 from es_finetune.runs.setup import make_optimizer, make_schedules
 from es_finetune.workers.weights import Weights
 
@@ -72,7 +72,7 @@ def test_what_crosses_to_vllm_is_json_and_comes_to_the_same_weights(wire, build_
     assert start == weights.start()
     with torch.no_grad():
         for generation, z in enumerate(((1.0, -1.0, 0.1, -0.1), None, (0.5, 0.25, -0.75, 0.0))):
-            update = Update(generation, 0.5, 4, z)
+            update = Update(generation, z, 4, 0.5)
             for each in (remote, weights):
                 each.perturb(0)
                 each.measure_member()
@@ -81,7 +81,7 @@ def test_what_crosses_to_vllm_is_json_and_comes_to_the_same_weights(wire, build_
             assert llm.resets == 3 * generation + 1
             for each in (remote, weights):
                 each.restore()
-            mine, theirs = (each.apply(list(update), with_health=True) for each in (weights, remote))
+            mine, theirs = (each.apply(update.to_json(), with_health=True) for each in (weights, remote))
             assert all(mine[key] == theirs[key] for key in ("theta", "live", "lr", "sigma", "health"))
             assert f"{theirs['theta']:016x}" != start["theta"]
 

@@ -208,9 +208,8 @@ class RemoteWeights:
     def measure_member(self) -> None:
         self._call("measure_member")
 
-    def apply(self, update: Sequence, with_health: bool = False) -> dict[str, Any]:
-        generation, mean, scored, z = update
-        found = self._change("apply", [generation, mean, scored, None if z is None else list(z)], with_health)
+    def apply(self, update: dict[str, Any], with_health: bool = False) -> dict[str, Any]:
+        found = self._change("apply", update, with_health)
         proofs = {key: sum(of[key] for of in found) % 2**64 for key in ("theta", "live")}
         return {**found[0], **proofs, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in found)}
 
