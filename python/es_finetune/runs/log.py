@@ -64,9 +64,14 @@ class SealedLines:
     def __init__(self, path: Path, sync: bool = True):
         """Open `path` or make it, drop a torn last line, and hold a lock on it until it is closed.
 
-        sync=False leaves it to the system when a line reaches the disk: enough where the process may be killed, but not
-        the machine, after which lines are dropped from the first damaged one on. With sync a damaged line is a
-        ValueError, as is a file that another process holds.
+        Args:
+            path: The file.
+            sync: Whether a line has reached the disk when `append` returns. False leaves that to the system: enough
+                where the process may be killed, but not the machine, after which lines are dropped from the first
+                damaged one on.
+
+        Raises:
+            UserError: Another process holds the file, or with sync a line is damaged.
         """
         self.path, self._sync = path, sync
         self._file = open(path, "ab", buffering=0)
@@ -81,7 +86,12 @@ class SealedLines:
         self._file.truncate(whole)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add one line. OSError, as of a full disk, leaves the file as it was."""
+        """Add one line.
+
+        Raises:
+            UserError: It is no JSON.
+            OSError: As of a full disk. The file is as it was.
+        """
         data = memoryview(sealed(line))
         before = os.fstat(self._file.fileno()).st_size
         try:
@@ -103,8 +113,11 @@ class SealedLines:
 
 
 def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
-    """Header and generations of a run.log, also of one that is being written. ValueError if it is damaged or no
-    run.log."""
+    """Header and generations of a run.log, also of one that is being written.
+
+    Raises:
+        UserError: It is damaged, of an older format, or no run.log.
+    """
     try:
         lines, _ = _read(path, strict=True)
     except OSError as error:
@@ -119,7 +132,7 @@ def read_journals(folder: Path) -> list[dict[str, Any]]:
 
 
 def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:
-    """The lines of a run.log as header and generations."""
+    """The lines of a run.log as header and generations. Errors as of `read_log`, where the lines do not fit."""
     if lines and lines[0].get("run") == 1:
         raise UserError(
             f"{path} was written by an older version, es_finetune {lines[0].get('es_finetune')}, whose option base is "
@@ -157,7 +170,8 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
     """The lines of the file before the first that is not whole, and the length in bytes of what they take. With
     `strict` that one must be the last, and torn: without its newline."""
     data = path.read_bytes()
-    lines, at = [], 0
+    lines: list[dict[str, Any]] = []
+    at = 0
     while at < len(data):
         end = data.find(b"\n", at) + 1
         line = data[at:end] if end else b""
@@ -170,7 +184,7 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
                 remedy = (
                     "remove that line, and the run goes on from the one before"
                     if last
-                    else "to begin the run anew, remove the file"
+                    else "remove the file to begin the run again"
                 )
                 raise UserError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {remedy}")
             break

@@ -41,11 +41,18 @@ def rebuild(
     generation: int | None = None,
     on_generation: Callable[[int], None] | None = None,
 ) -> Rebuilt:
-    """The run's model after `generation` updates (all of them if None), made again from its base model and its log
-    alone.
+    """A run's model, made again from its base model and its log alone. Every update is proven by its fingerprints.
 
-    Every update is proven by the fingerprints in the log. ValueError where the log is damaged, the base model is
-    another one, the noise is of another version, or a fingerprint differs.
+    Args:
+        run: Folder of the run.
+        model: Where the base model is now; as in the log, if not given.
+        device: Where to compute: "cpu", "cuda", "cuda:1", ...; "auto": cuda, if there is one.
+        generation: Stop after so many updates; None: do all.
+        on_generation: Called after each with the number of updates done.
+
+    Raises:
+        UserError: The log is damaged or of an older format, the base model is another one, the noise is of another
+            version, or a fingerprint differs.
     """
     header, generations = read_log(Path(run) / "run.log")
     if generation is not None and generation > len(generations):
@@ -72,6 +79,7 @@ def _load_start(
 
 
 def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
+    """The config in the header of the log of `run`. UserError where this version has no such options."""
     try:
         return TrainConfig(**header["config"])
     except TypeError as error:
@@ -81,8 +89,15 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
 
 
 def start_of(entries: Sequence[es_kernels.NamedTensor], optimizer: EvolutionStrategy) -> dict[str, Any]:
-    """What the log's header says of the weights before the first update; `entries`: of all parameters, as
-    named_segments gives them."""
+    """What the log's header says of the weights before the first update.
+
+    Args:
+        entries: All parameters, as `checkpoint_names.named_segments` gives them.
+        optimizer: Over those that are tuned.
+
+    Returns:
+        `noise_version`, and as 16 hex digits each `base_fingerprint` (`base_fingerprint`), `theta` and `live`.
+    """
     return {
         "noise_version": es_kernels.noise.VERSION,
         "base_fingerprint": base_fingerprint(entries),
@@ -97,22 +112,30 @@ def base_fingerprint(entries: Sequence[es_kernels.NamedTensor]) -> str:
     return f"{es_kernels.fingerprint(es_kernels.ParamTable(read)):016x}"
 
 
-def check_start(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
-    """ValueError unless the log's first update was made on weights that started as `here` says (start_of) and with this
-    noise."""
-    if header["noise_version"] != here["noise_version"]:
+def check_start(header: dict[str, Any], start: dict[str, Any], name: str) -> None:
+    """Prove that the log's first update was made on weights that start as these do, with this noise.
+
+    Args:
+        header: Of the log.
+        start: What `start_of` says of the weights at hand.
+        name: Of their model, for the error.
+
+    Raises:
+        UserError: They are others.
+    """
+    if header["noise_version"] != start["noise_version"]:
         raise UserError(
             f"the run was made with noise version {header['noise_version']}, this es_kernels has version "
-            f"{here['noise_version']}"
+            f"{start['noise_version']}"
         )
-    if header["base_fingerprint"] != here["base_fingerprint"]:
+    if header["base_fingerprint"] != start["base_fingerprint"]:
         raise UserError(
-            f"model {name} is not the one the run began with: its fingerprint is {here['base_fingerprint']}, the log "
+            f"model {name} is not the one the run began with: its fingerprint is {start['base_fingerprint']}, the log "
             f"says {header['base_fingerprint']}"
         )
-    if header["theta"] != here["theta"]:
+    if header["theta"] != start["theta"]:
         raise UserError(
-            f"the parameters to tune are not those of the run: their fingerprint is {here['theta']}, the log says "
+            f"the parameters to tune are not those of the run: their fingerprint is {start['theta']}, the log says "
             f"{header['theta']}"
         )
 
@@ -123,17 +146,27 @@ def fast_forward(
     on_generation: Callable[[int], None] | None = None,
     snapshots: Path | None = None,
 ) -> None:
-    """Apply the logged generations to an optimizer at its start; ValueError at the first whose fingerprints differ."""
+    """Repeat logged generations.
+
+    Args:
+        optimizer: At its start, or where the generation before the first of these has left it.
+        generations: Of the log.
+        on_generation: Called after each with the number of updates done.
+        snapshots: Of an optimizer at its start: a folder from which to take the newest snapshot that fits the log.
+
+    Raises:
+        UserError: The weights after a generation have other fingerprints than the log says.
+    """
     done = load_snapshot(snapshots, optimizer, generations) if snapshots is not None else 0
     for generation in generations[done:]:
         for group, lr, sigma in zip(optimizer.param_groups, generation.lr, generation.sigma, strict=True):
             group["lr"], group["sigma"] = lr, sigma
         optimizer.replay(generation.update)
-        found = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
-        if found != (generation.theta, generation.live):
+        result = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
+        if result != (generation.theta, generation.live):
             raise UserError(
-                f"generation {generation.update.generation}: theta and live have the fingerprints {found[0]:016x} and "
-                f"{found[1]:016x}, "
+                f"generation {generation.update.generation}: theta and live have the fingerprints {result[0]:016x} and "
+                f"{result[1]:016x}, "
                 f"the log says {generation.theta:016x} and {generation.live:016x}"
             )
         if on_generation is not None:

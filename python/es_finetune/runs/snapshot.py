@@ -16,7 +16,11 @@ _NAME = re.compile(r"theta-([0-9]+)\.safetensors")
 
 
 def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
-    """Write theta as FOLDER/theta-GENERATION.safetensors, whole or not at all, and then remove older ones."""
+    """Write theta as FOLDER/theta-GENERATION.safetensors, and then remove older snapshots.
+
+    Raises:
+        OSError: It could not be written. The folder is as it was.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -35,11 +39,19 @@ def save_snapshot(folder: Path, optimizer: EvolutionStrategy) -> Path:
 
 
 def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Sequence[Generation]) -> int:
-    """Put the newest snapshot of a generation in `generations` into the optimizer, if there is one; returns its
-    updates.
+    """Put the newest snapshot of a logged generation into the optimizer, if there is one.
 
-    `generations` are those of the log, from the first; what momentum remembers comes of them. A snapshot is
-    used only if its fingerprints are those of the log: otherwise ValueError.
+    Args:
+        folder: Of snapshots; it may be missing.
+        optimizer: At its start.
+        generations: Of the log, from the first. What momentum remembers comes of them.
+
+    Returns:
+        How many updates the optimizer has done now; 0 without a snapshot.
+
+    Raises:
+        UserError: A snapshot is damaged: its fingerprints are not those of the log; or a file has no generation in its
+            name.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -45,13 +45,19 @@ class Weights:
             torch.cuda.reset_peak_memory_stats(device)  # of an earlier run of this process
 
     def start(self) -> dict[str, Any]:
-        """What the log's header says of the weights (replay.start_of); asked before the first update."""
+        """What the log's header says of the weights (`replay.start_of`). Ask before the first update."""
         return start_of(self.entries, self.optimizer)
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
-        """Repeat logged updates from where these weights are; `generations`: lines of the log, the first of them the
-        next to be done. Faster from a snapshot in that folder, for weights at their start. ValueError at the first
-        whose fingerprints differ."""
+        """Repeat logged updates from where these weights are.
+
+        Args:
+            generations: Lines of the log; the first is the next generation to be done.
+            snapshots: A folder of snapshots, from which weights at their start go faster.
+
+        Raises:
+            UserError: The weights after a generation have other fingerprints than the log says.
+        """
         fast_forward(
             self.optimizer,
             [Generation.from_json(line) for line in generations],
@@ -68,31 +74,45 @@ class Weights:
         self.optimizer.restore()
 
     def measure_member(self) -> None:
-        """A part of the health that `apply` returns when it looks too: of the member in place."""
-        self.health.measure_member()
+        """Measure the member in place: a part of the health that the next `apply` returns."""
+        self._health().measure_member()
 
     def apply(self, update: dict[str, Any], with_health: bool = False) -> dict[str, Any]:
-        """Do an update (Update.to_json) of the present generation. Returns the fingerprints after it, lr and sigma of
-        each param_group, the seconds in kernels since the update before, peak memory, and if `with_health` its
-        health."""
+        """Do an update of the present generation.
+
+        Args:
+            update: As `Update.to_json` gives it.
+            with_health: Measure what it does to the weights.
+
+        Returns:
+            `theta` and `live`, the fingerprints after it; `lr` and `sigma`, one number for each param_group;
+            `seconds_kernels` since the update before; `peak_memory_bytes`; and with_health `health`
+            (`Health.measure_after_update`).
+        """
         self.schedules.set(self.optimizer)
         groups = self.optimizer.param_groups
         lr, sigma = ([group[key] for group in groups] for key in ("lr", "sigma"))
         if with_health:
-            self.health.measure_before_update()
+            self._health().measure_before_update()
         self.optimizer.apply(Update.from_json(update))
-        found = {
+        result: dict[str, Any] = {
             "theta": self.optimizer.fingerprint("theta"),
             "live": self.optimizer.fingerprint("live"),
             "lr": lr,
             "sigma": sigma,
         }
         before, self._kernels = self._kernels, self.optimizer.kernel_seconds
-        found |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
-        return found | ({"health": self.health.measure_after_update()} if with_health else {})
+        result |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
+        return result | ({"health": self._health().measure_after_update()} if with_health else {})
 
     def save_snapshot(self, folder: str) -> None:
+        """Write theta into a folder of snapshots, and remove older ones."""
         save_snapshot(Path(folder), self.optimizer)
+
+    def _health(self) -> Health:
+        if self.health is None:
+            raise RuntimeError("health is measured of weights that were made with_health")
+        return self.health
 
     def _device(self) -> torch.device:
         return self.optimizer.tables[0].live.tensors[0].device

@@ -55,7 +55,7 @@ def test_the_member_that_went_out_last_the_longest_ago_is_the_first_to_go_out_ag
 
 def test_dropped_members_are_named_and_their_results_do_not_count():
     d = Dispatch(range(3), limit=5.0, drop=True)
-    for worker, member in zip("abc", range(3)):
+    for worker, member in zip("abc", range(3), strict=True):
         assert d.next(worker, float(member)) == member
     assert d.done(1) and d.next("b", 9.0) is None and d.give_up(5.0) == []
     assert d.give_up(5.5) == [0] and d.give_up(5.5) == [] and d.overdue() == 7.0

@@ -209,9 +209,9 @@ class RemoteWeights:
         self._call("measure_member")
 
     def apply(self, update: dict[str, Any], with_health: bool = False) -> dict[str, Any]:
-        found = self._change("apply", update, with_health)
-        proofs = {key: sum(of[key] for of in found) % 2**64 for key in ("theta", "live")}
-        return {**found[0], **proofs, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in found)}
+        results = self._change("apply", update, with_health)
+        proofs = {key: sum(of[key] for of in results) % 2**64 for key in ("theta", "live")}
+        return {**results[0], **proofs, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in results)}
 
     def save_snapshot(self, folder: str) -> None:
         self._call("save_snapshot", folder)
