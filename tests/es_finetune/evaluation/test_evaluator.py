@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import es_finetune.models
 from es_finetune.engines import Answer
 from es_finetune.engines.hf import HFEngine
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable, headline, measure
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable, headline, in_parts, measure
 from es_finetune.evaluation.statistics import interval
 from es_finetune.tasks import Item, Score, load_task
 
@@ -177,3 +177,11 @@ def test_failed_answers_count():
     assert headline(make_task(None), scores) == [1.0, 0.0, 0.0]
     assert headline(make_task(None, "reward"), scores) == [2.0, -1.0, -1.0]
     assert headline(make_task(None, "reward", floor=-7.0), scores) == [2.0, -7.0, -1.0]
+
+
+def test_parts_differ_in_length_by_at_most_one_and_are_all_of_it():
+    items = [Item(str(k), k) for k in range(11)]
+    for parts in range(1, 12):
+        runs = in_parts(items, parts)
+        assert [item for run in runs for item in run] == items
+        assert len(runs) == parts and max(map(len, runs)) - min(map(len, runs)) <= 1
