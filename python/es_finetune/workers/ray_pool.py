@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from es_finetune.errors import RunError, UserError, first_line
+from es_finetune.errors import RunError, UserError, WorkersDiffer, first_line
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.update import Update
@@ -215,9 +215,7 @@ class RayPool:
         def take(slot: Slot, measures: bool, result: dict[str, Any]) -> None:
             nonlocal outcome
             if len(self._log) > update.generation:  # the others went on without this one, which proves itself now
-                line = self._log[update.generation]
-                logged = {key: int(line[key], 16) for key in ("theta", "live")}
-                require_agreement(update, {"the log": {**result, **logged}, slot.name: result}, result)
+                _require_logged(slot.name, result, self._log[update.generation])
                 return
             results[slot.name] = result
             outcome = result if outcome is None or measures else outcome
@@ -365,6 +363,17 @@ class RayPool:
         if slot.actor is not None:
             self.ray.kill(slot.actor)
             slot.actor = slot.call = None
+
+
+def _require_logged(name: str, result: dict[str, Any], line: Row) -> None:
+    """WorkersDiffer unless an update came to the weights of its line in the log."""
+    theta, live = (f"{result[key]:016x}" for key in ("theta", "live"))
+    if (theta, live) != (line["theta"], line["live"]):
+        raise WorkersDiffer(
+            f"after generation {line['generation'] + 1} the weights of {name} are not those of the log: theta {theta}, "
+            f"live {live}, not theta {line['theta']}, live {line['live']}. Resume the run; if it happens again, look "
+            "for faulty memory or different builds"
+        )
 
 
 def _connect(ray) -> bool:

@@ -128,7 +128,7 @@ class Ranks:
     ) -> tuple[list[Row], list[int]]:
         """As of one worker. What is known is the first rank's to say: it has read the journals of all. Where that has
         stopped, _Stopped."""
-        sent: list[dict[int, Row] | None] = [known]
+        sent: list[Any] = [known]
         dist.broadcast_object_list(sent)
         [known] = sent
         if known is None:

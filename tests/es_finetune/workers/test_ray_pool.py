@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from es_finetune.errors import WorkersDiffer
 from es_finetune.optim.update import Update
 from es_finetune.workers import ray_pool
 from es_finetune.workers.plan import Plan
-from es_finetune.workers.protocol import WorkersDiffer
 from es_finetune.workers.ray_pool import PoolOptions, RayPool
 
 
@@ -109,7 +109,9 @@ def test_and_refused_where_it_differs(pool, played):
     played.weights[1] = 7
     pool.update(update(0))
     played.late.clear()
-    with pytest.raises(WorkersDiffer, match="after generation 1 the weights .* differ: worker 1 on here has"):
+    with pytest.raises(
+        WorkersDiffer, match="after generation 1 the weights of worker 1 on here are not those of the log"
+    ):
         pool.update(update(1))
 
 
