@@ -1,9 +1,13 @@
 """Fixtures of tests/es_finetune: backends, small named weights, a small Llama, bit patterns."""
 
+import functools
+
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import es_kernels
+from es_finetune.tasks import countdown_char
 
 STATES = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4}
 BACKENDS = ("cpu", "reference", "triton")
@@ -15,6 +19,32 @@ def one_thread():
     """Models of these sizes gain nothing from a second thread, and with a busy neighbour each small product waits for
     it."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def questions_made_once():
+    """Each small run of the embedded model asks those of countdown-char, which take a tenth of its time to make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(countdown_char, "solutions", functools.cache(countdown_char.solutions))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def reward_png_is_not_rendered(request, monkeypatch):
+    """A run draws reward.png at its end; to render it too takes a fifth of the time of a small run. A test that looks
+    at the picture asks for `rendered`."""
+    savefig = Figure.savefig
+
+    def save(self, out, format, **options):
+        return out.write(b"not rendered") if format == "png" else savefig(self, out, format=format, **options)
+
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture
+def rendered():
+    """reward.png is rendered: see reward_png_is_not_rendered."""
 
 
 @pytest.fixture(params=BACKENDS)

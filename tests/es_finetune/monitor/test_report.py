@@ -469,7 +469,7 @@ def drawn(monkeypatch, **options):
     return kept[0]
 
 
-def test_reward_png_draws_the_rows_and_the_intervals(tmp_path, monkeypatch):
+def test_reward_png_draws_the_rows_and_the_intervals(rendered, tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", 75)
     rows, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
     rewards, held_out = drawn(
@@ -489,7 +489,7 @@ def test_reward_png_draws_the_rows_and_the_intervals(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("generations, evals", [(0, 0), (1, 1), (3, 0)])
-def test_reward_png_of_next_to_nothing(tmp_path, generations, evals):
+def test_reward_png_of_next_to_nothing(rendered, tmp_path, generations, evals):
     folder = make_run(tmp_path / "run", 3)
     rows, found = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
     plots.plot_run(tmp_path / "reward.png", "ES", "exact", rows[:generations], found[:evals])
