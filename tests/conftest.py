@@ -1,6 +1,7 @@
-"""The marks of folders; Triton's interpreter, made exact; what "quickly" means on the machine that runs the tests."""
+"""The marks of folders; what all workers share; Triton's interpreter, made exact; what "quickly" means on a machine."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import time
@@ -30,6 +31,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for folder in MARKED.keys() & item.path.parents:
             item.add_marker(MARKED[folder])
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """made_once(name, make) -> a folder that make(folder) has filled: by one of pytest-xdist's workers, for all."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def once(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,20 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
-PARTS = {"help", "test-ptx-nvcc", "test-ptx-triton"}  # of another command
 
 
 def test_make_alone_lists_all_commands():
     command = ["make", "-C", ROOT, "--no-print-directory"]
     page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", MAKEFILE, re.M)[1]
-    commands = set(phony.replace("\\", "").split()) - PARTS
+    commands = set(phony.replace("\\", "").split()) - {"help"}
     assert {words.split()[-1] for words in re.findall(r"^  make( [a-z0-9 -]+?)  ", page, re.M)} == commands
+
+
+def test_the_quick_tests_are_there():
+    command = subprocess.run(["make", "-C", ROOT, "-n", "test-quick"], capture_output=True, text=True, check=True)
+    paths = re.findall(r"tests/\S+", command.stdout)
+    assert len(paths) > 5 and all((ROOT / path).exists() for path in paths)
 
 
 @pytest.mark.parametrize("mark", ("gpu", "distributed", "vllm"))

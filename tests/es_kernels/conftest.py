@@ -128,18 +128,18 @@ def _isas():
 
 
 @pytest.fixture(scope="session")
-def cuda_library(tmp_path_factory):
+def cuda_library(made_once):
     """csrc/cuda.cu as a library that runs on the CPU: cuda_on_cpu/cuda_runtime.h."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if not compiler or not (ROOT / "csrc").exists():
         pytest.skip("needs g++ and csrc/")
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "libes_cuda.so"
-    flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wno-psabi -x c++".split()
-    subprocess.run(
-        [compiler, *flags, "-I", ROOT / "tests/es_kernels/cuda_on_cpu", ROOT / "csrc/cuda.cu", "-o", library],
-        check=True,
-    )
-    return ctypes.CDLL(str(library))
+    flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wno-psabi".split()
+    command = [compiler, *flags, "-x", "c++", ROOT / "csrc/cuda.cu", "-I", ROOT / "tests/es_kernels/cuda_on_cpu"]
+
+    def make(folder):
+        subprocess.run([*command, "-o", folder / "libes_cuda.so"], check=True)
+
+    return ctypes.CDLL(str(made_once("cuda_on_cpu", make) / "libes_cuda.so"))
 
 
 @contextlib.contextmanager
@@ -200,10 +200,10 @@ def cuda_on_cpu(cuda_library):
 
 
 @pytest.fixture(scope="session")
-def cuda_ptx_library(tmp_path_factory):
+def cuda_ptx_library(made_once):
     if not ptx.nvcc() or not (ROOT / "csrc").exists():
         pytest.skip("needs nvcc and csrc/")
-    return ptx.Cuda(tmp_path_factory.mktemp("cuda_ptx"))
+    return ptx.Cuda(made_once("cuda_ptx", ptx.compile_cuda))
 
 
 @pytest.fixture

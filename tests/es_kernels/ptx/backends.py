@@ -60,24 +60,26 @@ def reach(segments, n_segments, *others):
     return interpreter.process_memory(ranges)
 
 
+def compile_cuda(folder):
+    """libes_cuda.so and cuda.ptx, in `folder`."""
+    setup = ast.parse((ROOT / "setup.py").read_text())
+    flags = next(
+        ast.literal_eval(n.value) for n in setup.body if isinstance(n, ast.Assign) and n.targets[0].id == "NVCC_FLAGS"
+    )
+    flags = [f for f in flags if not f.startswith("-cudart")] + [
+        "-cudart=none",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-shared",
+    ]
+    sources, library = (ROOT / "csrc/cuda.cu", HERE / "cudart.cpp"), folder / "libes_cuda.so"
+    subprocess.run([nvcc(), *flags, "--keep", "--keep-dir", folder, *sources, "-o", library], check=True)
+
+
 class Cuda:
-    """libes_cuda.so of `folder`, whose launches run PTX."""
+    """libes_cuda.so of compile_cuda's `folder`, whose launches run PTX."""
 
     def __init__(self, folder):
-        setup = ast.parse((ROOT / "setup.py").read_text())
-        flags = next(
-            ast.literal_eval(n.value)
-            for n in setup.body
-            if isinstance(n, ast.Assign) and n.targets[0].id == "NVCC_FLAGS"
-        )
-        flags = [f for f in flags if not f.startswith("-cudart")] + [
-            "-cudart=none",
-            "-gencode=arch=compute_90,code=compute_90",
-            "-shared",
-        ]
-        sources, library = (ROOT / "csrc/cuda.cu", HERE / "cudart.cpp"), folder / "libes_cuda.so"
-        subprocess.run([nvcc(), *flags, "--keep", "--keep-dir", folder, *sources, "-o", library], check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.library = ctypes.CDLL(str(folder / "libes_cuda.so"))
         self.kernels = interpreter.parse((folder / "cuda.ptx").read_text())
         arguments = ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
         self._callback = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self._launch)
