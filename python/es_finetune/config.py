@@ -14,7 +14,18 @@ from typing import Any
 from es_finetune.engines import DECODINGS
 from es_finetune.errors import UserError, did_you_mean
 from es_finetune.models import WEIGHT_DTYPES
-from es_finetune.optim.options import COUNT, f32_positive, finite, is_bool, seed64, whole
+from es_finetune.optim.options import (
+    COUNT,
+    ROUNDINGS,
+    SHAPINGS,
+    check_group,
+    check_options,
+    f32_positive,
+    finite,
+    is_bool,
+    seed64,
+    whole,
+)
 from es_finetune.tasks import NAMES
 
 # What a flag left out means: the paper's run, or for the embedded model the demo. There sigma 0.01 costs a member 4 of
@@ -28,7 +39,6 @@ MAX_THREADS = 1024  # torch still runs with 4096 of them on 2 cores; with 100,00
 CUSTOM_PROMPTS = 128
 
 SCHEDULES = ("constant", "linear", "cosine")
-ROUNDINGS = ("nearest", "stochastic")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -179,7 +189,7 @@ class TrainConfig(Setup):
         "noise and update",
         "rewards to coefficients; ranks: centred ranks; per_prompt: z-scores for each prompt, averaged",
         "zscore",
-        choices=("zscore", "ranks", "per_prompt"),
+        choices=SHAPINGS,
     )
     antithetic: bool = _flag("noise and update", "members in pairs of opposite noise", False)
     momentum: float = _flag(
@@ -299,12 +309,10 @@ class TrainConfig(Setup):
         if not self.lr:
             raise UserError("lr must be a positive number, not 0: with it no generation would change the weights")
         own_sigmas(self)
-        # The optimizer checks its own options; asked here of one weight, before a large model is read from disk.
-        import torch
-
-        from es_finetune.optim.evolution_strategy import EvolutionStrategy
-
-        EvolutionStrategy([("probe", torch.nn.Parameter(torch.zeros(1)))], **optimizer_options(self))
+        options = optimizer_options(self)
+        check_group(**{name: options.pop(name) for name in ("sigma", "lr", "weight_decay")})
+        del options["anchored"]
+        check_options(**options)
         if self.resume and self.overwrite:
             raise UserError("resume continues the run in the output folder and overwrite replaces it: give one of them")
 

@@ -17,8 +17,8 @@ import torch
 
 import es_kernels
 from es_finetune.errors import UserError
-from es_finetune.models.checkpoint_names import MAX_SEGMENTS
 from es_kernels import Segment
+from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
 
 
 def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | None]]) -> es_kernels.ParamTable:
@@ -139,12 +139,16 @@ def local_entry(
         )
     if segments is None:
         segments = [Segment(name, 1, parameter.numel())]
-    boxes = list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS + 1)) if here.numel() else []
+    boxes = (
+        list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS_PER_TENSOR + 1))
+        if here.numel()
+        else []
+    )
     found = _merged(piece for whole in segments for box in boxes for piece in _meeting(whole, box))
-    if max(len(boxes), len(found)) > MAX_SEGMENTS:
+    if max(len(boxes), len(found)) > MAX_SEGMENTS_PER_TENSOR:
         raise UserError(
-            f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS} pieces in a process: shard it in "
-            "another dimension"
+            f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS_PER_TENSOR} pieces in a process: "
+            "shard it in another dimension"
         )
     return name, here, found
 

@@ -15,13 +15,10 @@ import es_kernels
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import has_plain_memory
 from es_finetune.optim import dtensor, host_memory
-from es_finetune.optim.options import COUNT, as_f32, f32_or_zero, f32_positive, finite, seed64, whole
-from es_finetune.optim.shaping import SHAPINGS
+from es_finetune.optim.options import as_f32, check_group, check_options
 from es_finetune.optim.update import Update, checked_reward, make_update
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
-MASTERS = ("fp32", "copy", "host", None)
-ROUNDINGS = ("nearest", "stochastic")
 _Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
 _Result = TypeVar("_Result")
 
@@ -104,35 +101,26 @@ class EvolutionStrategy(torch.optim.Optimizer):
         perturb_rounding: str = "nearest",
         update_rounding: str | None = None,
     ):
-        if master not in MASTERS:
-            raise UserError(f'master must be "fp32", "copy", "host" or None, not {master!r}')
-        if shaping not in SHAPINGS:
-            raise UserError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
-        momentum = finite("momentum", momentum)
-        if not 0 <= momentum < 1:
-            raise UserError(f"momentum must be at least 0 and less than 1, not {momentum}")
-        momentum_window = whole("momentum_window, which counts the present generation,", momentum_window, 1)
-        if update_rounding is None:
-            update_rounding = "stochastic" if master in ("copy", None) else "nearest"
-        for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
-            if rounding not in ROUNDINGS:
-                raise UserError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
-        if master is None and perturb_rounding != "nearest":
-            raise UserError(
-                'perturb_rounding="stochastic" needs weights to return to: choose master="fp32", "copy" or "host"'
-            )
-        population = whole("population", population, 2, COUNT)  # one reward alone has no direction
-        if antithetic and population % 2:
-            raise UserError(f"antithetic members come in pairs: population must be even, not {population}")
-        self.master = master
-        self.population = population
-        self.seed = seed64("seed", seed)
-        self.antithetic = antithetic
-        self.shaping = shaping
-        self.momentum = momentum
-        self.momentum_window = momentum_window
-        self.perturb_rounding = perturb_rounding
-        self.update_rounding = update_rounding
+        options = check_options(
+            population=population,
+            seed=seed,
+            master=master,
+            antithetic=antithetic,
+            shaping=shaping,
+            momentum=momentum,
+            momentum_window=momentum_window,
+            perturb_rounding=perturb_rounding,
+            update_rounding=update_rounding,
+        )
+        self.master: str | None = master
+        self.population: int = options["population"]
+        self.seed: int = options["seed"]
+        self.antithetic: bool = antithetic
+        self.shaping: str = shaping
+        self.momentum: float = options["momentum"]
+        self.momentum_window: int = options["momentum_window"]
+        self.perturb_rounding: str = perturb_rounding
+        self.update_rounding: str = options["update_rounding"]
         self.generation = 0
         self._history: list[Update] = []  # with momentum: those with signal that the next update may need
         self._weights: list[_Weights] = []
@@ -142,11 +130,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, named as in the constructor; group options left out take the constructor's values."""
         group = {**self.defaults, **param_group}
-        group["sigma"] = f32_positive("sigma", group["sigma"])
-        for option in ("lr", "weight_decay"):
-            group[option] = f32_or_zero(option, group[option])
-        if group["lr"] and group["weight_decay"]:
-            f32_positive("the decay, lr * weight_decay,", group["lr"] * group["weight_decay"])
+        group |= check_group(sigma=group["sigma"], lr=group["lr"], weight_decay=group["weight_decay"])
         entries = self._select(group["params"])
         weights = _Weights.of(entries, self.master, group["anchored"])
         super().add_param_group({**group, "params": [(name, parameter) for name, parameter, _ in entries]})

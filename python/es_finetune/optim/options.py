@@ -1,6 +1,6 @@
-"""What a number must be, wherever it is given: an argument of EvolutionStrategy or an option of a config. Each function
-returns the plain Python number; ValueError, by name, for anything else. Imports neither NumPy nor torch: they would
-take most of the time in which a command line is checked."""
+"""What the options of EvolutionStrategy must be, and what a number must be wherever it is given. Each function returns
+plain Python values; UserError, by name, for anything else. Imports neither NumPy nor torch: they would take most of the
+time in which a command line is checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,85 @@ from typing import Any
 from es_finetune.errors import UserError
 
 COUNT = 2**32 - 1  # members and generations are 32-bit words of the counter that member seeds come from
+
+MASTERS = ("fp32", "copy", "host", None)
+SHAPINGS = ("zscore", "ranks", "per_prompt")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def check_options(
+    *,
+    population: Any,
+    seed: Any,
+    master: Any,
+    antithetic: bool,
+    shaping: Any,
+    momentum: Any,
+    momentum_window: Any,
+    perturb_rounding: Any,
+    update_rounding: Any,
+) -> dict[str, Any]:
+    """The options of a whole run, checked before there is an optimizer.
+
+    Args:
+        population, seed, ...: As EvolutionStrategy takes them.
+
+    Returns:
+        The same options by name, as plain values; an `update_rounding` of None is replaced by its default.
+
+    Raises:
+        UserError: An option has a value that it cannot have, or not together with another.
+    """
+    if master not in MASTERS:
+        raise UserError(f'master must be "fp32", "copy", "host" or None, not {master!r}')
+    if shaping not in SHAPINGS:
+        raise UserError(f'shaping must be "zscore", "ranks" or "per_prompt", not {shaping!r}')
+    momentum = finite("momentum", momentum)
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum must be at least 0 and less than 1, not {momentum}")
+    momentum_window = whole("momentum_window, which counts the present generation,", momentum_window, 1)
+    if update_rounding is None:
+        update_rounding = "stochastic" if master in ("copy", None) else "nearest"
+    for option, rounding in (("perturb_rounding", perturb_rounding), ("update_rounding", update_rounding)):
+        if rounding not in ROUNDINGS:
+            raise UserError(f'{option} must be "nearest" or "stochastic", not {rounding!r}')
+    if master is None and perturb_rounding != "nearest":
+        raise UserError(
+            'perturb_rounding="stochastic" needs weights to return to: choose master="fp32", "copy" or "host"'
+        )
+    population = whole("population", population, 2, COUNT)  # one reward alone has no direction
+    if antithetic and population % 2:
+        raise UserError(f"antithetic members come in pairs: population must be even, not {population}")
+    return {
+        "population": population,
+        "seed": seed64("seed", seed),
+        "master": master,
+        "antithetic": antithetic,
+        "shaping": shaping,
+        "momentum": momentum,
+        "momentum_window": momentum_window,
+        "perturb_rounding": perturb_rounding,
+        "update_rounding": update_rounding,
+    }
+
+
+def check_group(*, sigma: Any, lr: Any, weight_decay: Any) -> dict[str, float]:
+    """The numbers of one param_group.
+
+    Returns:
+        The same numbers by name, as floats.
+
+    Raises:
+        UserError: One is not a number that float32 holds, sigma is not positive, or another is negative.
+    """
+    numbers = {
+        "sigma": f32_positive("sigma", sigma),
+        "lr": f32_or_zero("lr", lr),
+        "weight_decay": f32_or_zero("weight_decay", weight_decay),
+    }
+    if numbers["lr"] and numbers["weight_decay"]:
+        f32_positive("the decay, lr * weight_decay,", numbers["lr"] * numbers["weight_decay"])
+    return numbers
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
