@@ -32,12 +32,11 @@ from es_finetune.monitor.rows import eval_row, population_row, summary
 from es_finetune.monitor.trackers import as_callback, trackers_named
 from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
 from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remove
-from es_finetune.runs.log import FORMAT, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
+from es_finetune.runs.log import FORMAT, Generation, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
 from es_finetune.runs.replay import check_start, config_of
 from es_finetune.tasks import Data, Task, load_task
 from es_finetune.workers import torchrun
 from es_finetune.workers.setup import make_ranks, make_workers
-from es_finetune.workers.worker import line_of
 
 Reward = str | Callable[[str, dict], Any]
 Row = dict[str, Any]
@@ -454,7 +453,7 @@ class Trainer:
         }
         row["warnings"] = warnings_of([*self.rows, row], config.population, self.evals[-1])
         append_row(self.folder / "metrics.jsonl", row)
-        line = line_of(update, outcome)
+        line = Generation.after(update, outcome).to_json()
         self._log.append(line)
         # From here on the generation is made; what follows can be lost.
         self._lines.append(line)

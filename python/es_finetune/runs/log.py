@@ -46,6 +46,11 @@ class Generation(NamedTuple):
     theta: int  # fingerprints after the update
     live: int
 
+    @classmethod
+    def after(cls, update: Update, result: dict[str, Any]) -> Generation:
+        """What the log keeps of an update; `result`: what the workers' `update` returned."""
+        return cls(update, tuple(result["lr"]), tuple(result["sigma"]), result["theta"], result["live"])
+
     def to_json(self) -> dict[str, Any]:
         line = self.update.to_json()
         last = {"dropped": line.pop("dropped")} if self.update.dropped else {}

@@ -21,10 +21,11 @@ from es_finetune.errors import RunError, UserError, WorkersDiffer, first_line
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.update import Update
+from es_finetune.runs.log import Generation
 from es_finetune.workers.dispatch import Dispatch
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.protocol import require_agreement, require_same_run
-from es_finetune.workers.worker import Worker, line_of
+from es_finetune.workers.worker import Worker
 
 # After so many deaths without a single result in between, something else is wrong than a machine.
 _DEATHS = 3
@@ -234,7 +235,7 @@ class RayPool:
                 break
             self._wait(self._limit)
         outcome = require_agreement(update, results, outcome)
-        self._log.append(line_of(update, outcome))
+        self._log.append(Generation.after(update, outcome).to_json())
         return outcome
 
     def answer_held_out(self) -> Evaluation:

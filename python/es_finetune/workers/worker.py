@@ -12,7 +12,6 @@ from es_finetune.evaluation.evaluator import Evaluation, Evaluator, in_parts
 from es_finetune.monitor.rows import Row, member_line
 from es_finetune.optim.update import Update
 from es_finetune.runs.identity import task_identity
-from es_finetune.runs.log import Generation
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.replica import Replica
 
@@ -138,8 +137,3 @@ class Worker:
     def close(self) -> None:
         """Let go of engine and model."""
         self.replica.close()
-
-
-def line_of(update: Update, found: dict[str, Any]) -> dict[str, Any]:
-    """The log's line of an update and what it came to (Workers.update)."""
-    return Generation(update, tuple(found["lr"]), tuple(found["sigma"]), found["theta"], found["live"]).to_json()
