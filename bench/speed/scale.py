@@ -77,8 +77,7 @@ def population(workers, members=MEMBERS):
     return max(POPULATION, members * workers)
 
 
-# --- on paper
-# -------------------------------------------------------------------------------------------------------------
+# ---- on paper ----
 
 
 def line(member=0):
@@ -144,8 +143,7 @@ def on_paper(model):
     }
 
 
-# --- in simulation
-# --------------------------------------------------------------------------------------------------------
+# ---- in simulation ----
 
 
 class Waves(Dispatch):

@@ -229,8 +229,7 @@ def main():
                     lambda name: name == SHIPPED or all(v.same_bits for v in variants.parts(name, variants.CUDA)),
                     _touches,
                 ),
-                # Of Triton each variant is compiled anew for every operation, seconds each: only those with something
-                # to gain.
+                # Triton compiles each variant for every operation, seconds each: only those with something to gain.
                 ("triton", constants, lambda name: True, lambda name: (variants.PERTURB, variants.UPDATE)),
             ):
                 why = es_kernels.backends.unavailable(backend, torch.device("cuda"))
