@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from es_finetune import TrainConfig
+from es_finetune.errors import WorkersDiffer
 from es_finetune.runs.log import SealedLines, read_journals, read_log
 from es_finetune.workers import torchrun
-from es_finetune.errors import WorkersDiffer
 from es_finetune.workers.setup import make_ranks
 
 KILLS = 10

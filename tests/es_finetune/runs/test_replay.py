@@ -119,7 +119,7 @@ def test_export_writes_what_the_run_wrote(run, tmp_path, capsys):
     assert main(["export", str(run), "--output", str(tmp_path / "model")]) == 0
     ours, theirs = (sorted(folder.glob("*.safetensors")) for folder in (tmp_path / "model", run / "model"))
     assert [path.name for path in ours] == [path.name for path in theirs]
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         assert (
             es_kernels.fingerprint(load_file(a))
             == es_kernels.fingerprint(load_file(b))
