@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from es_finetune.monitor.advice import norms_note, warnings_of
 from es_finetune.monitor.callbacks import Callback
 from es_finetune.monitor.plots import plot_run
 from es_finetune.monitor.progress import duration, estimate
-from es_finetune.monitor.rows import eval_row, population_row, summary
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Row, Summary, eval_row, population_row, summary
 from es_finetune.monitor.trackers import as_callback, trackers_named
 from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
 from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remove
@@ -39,7 +39,6 @@ from es_finetune.workers import torchrun
 from es_finetune.workers.setup import make_ranks, make_workers
 
 Reward = str | Callable[[str, dict], Any]
-Row = dict[str, Any]
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
@@ -134,12 +133,11 @@ class Trainer:
         check_folder(self.folder, config)
         self.callbacks: list[Callback] = [*trackers_named(config.report_to), *map(as_callback, callbacks)]
         self.generation = 0
-        self.rows: list[Row] = []
-        self.evals: list[Row] = []
+        self.rows: list[GenerationRow] = []
+        self.evals: list[EvalRow] = []
         self._started: list[Callback] = []
         self._stopped = False
-        self._log: SealedLines | None = None
-        self._journal: SealedLines | None = None
+        self._open_files: list[SealedLines] = []
         self._scored: list[Row] = []  # members that an earlier process scored
         with self._resumable():
             self.workers = make_workers(config, model=model, tokenizer=tokenizer, task=task)
@@ -193,8 +191,10 @@ class Trainer:
                 raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
             if name not in fields:
                 raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
-        again = {"data": data, "test_data": test_data, "reward": reward}
-        replaced = {name: None for name, given in again.items() if given is not None and name not in changes}
+        again: dict[str, Any] = {"data": data, "test_data": test_data, "reward": reward}
+        replaced: dict[str, Any] = {
+            name: None for name, given in again.items() if given is not None and name not in changes
+        }
         header, _ = read_log(folder / "run.log")
         config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
         return cls(config, model=model, tokenizer=tokenizer, task=task, callbacks=callbacks, **again)
@@ -217,7 +217,7 @@ class Trainer:
 
     def _header(self, start: Row) -> Row:
         """The first line of a new run's log, proven to be one."""
-        header = {
+        header: Row = {
             "run": FORMAT,
             "es_finetune": es_kernels.__version__,
             "config": recorded_options(self.config),
@@ -233,8 +233,10 @@ class Trainer:
         check_start(header, start, self.config.model)
         done = len(generations)
         self._check_same_questions(header, start)
-        self.rows = [row for row in generation_rows(self.folder / "metrics.jsonl") if row["generation"] < done]
-        self.evals = [row for row in generation_rows(self.folder / "evals.jsonl") if row["generation"] <= done]
+        rows: list[Any] = generation_rows(self.folder / "metrics.jsonl")
+        evals: list[Any] = generation_rows(self.folder / "evals.jsonl")
+        self.rows = [row for row in rows if row["generation"] < done]
+        self.evals = [row for row in evals if row["generation"] <= done]
         updates = [generation.to_json() for generation in generations]
         self.workers.fast_forward(updates, self.folder / "snapshots")
         self.generation = done
@@ -264,7 +266,7 @@ class Trainer:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def train(self) -> Row:
+    def train(self) -> Summary:
         """Run to the last generation, or to the end of the one in which `stop` was called. Call it once.
 
         Returns:
@@ -300,9 +302,8 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of the workers, for a Trainer that will not train; `train` does so at its end."""
-        for file in (self._log, self._journal):
-            if file is not None:
-                file.close()
+        for file in self._open_files:
+            file.close()
         self.workers.close()
 
     def _open(self) -> None:
@@ -310,7 +311,9 @@ class Trainer:
         config, folder = self.config, self.folder
         folder.mkdir(parents=True, exist_ok=True)
         self._log = SealedLines(folder / "run.log")
+        self._open_files.append(self._log)
         self._journal = SealedLines(folder / "journal", sync=False)
+        self._open_files.append(self._journal)
         if config.resume:
             if parse_log(folder / "run.log", self._log.lines) != parse_log(folder / "run.log", self._lines):
                 raise UserError(
@@ -318,6 +321,7 @@ class Trainer:
                 )
             self._scored = read_journals(folder)  # also of ranks that there were more of
             self._start_callbacks()
+            rows: Sequence[Mapping[str, Any]]
             for rows, name in ((self.rows, "metrics.jsonl"), (self.evals, "evals.jsonl")):
                 write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
             if self.generation < config.generations:
@@ -348,7 +352,7 @@ class Trainer:
             self._end_callbacks(None)
             raise
 
-    def _end_callbacks(self, result: Row | None) -> None:
+    def _end_callbacks(self, result: Summary | None) -> None:
         """Tell all that were started. An error of theirs is raised when all know, unless another one ended the run."""
         failed: Exception | None = None
         while self._started:
@@ -395,8 +399,8 @@ class Trainer:
             if len(self.rows) == 1:
                 peak = row["peak_memory_bytes"] / 2**30
                 logger.info(f"estimate: {self._estimate(row['seconds'])}; peak memory so far {peak:.1f} GiB")
-            if (note := norms_note(self.rows)) is not None:
-                logger.info(note)
+            if (lost := norms_note(self.rows)) is not None:
+                logger.info(lost)
             for warning in row["warnings"]:
                 logger.warning(f"generation {row['generation'] + 1}: {warning}")
             for callback in self.callbacks:
@@ -407,7 +411,7 @@ class Trainer:
     def _estimate(self, seconds: float) -> str:
         return estimate(seconds, self.evals[0]["seconds"], self.config.generations, self.config.eval_every)
 
-    def _generation(self) -> Row:
+    def _generation(self) -> GenerationRow:
         """One generation: score the members that the journal does not hold, update, log. Returns its row of
         metrics.jsonl."""
         config, generation, workers = self.config, self.generation, self.workers
@@ -439,7 +443,7 @@ class Trainer:
         members, dropped = workers.evaluate(generation, known, keep, with_health)
         update, by_prompt = workers.plan.update(generation, members, dropped)
         outcome = workers.update(update, with_health)
-        row = {
+        row: Any = {
             "generation": generation,
             "sigma": outcome["sigma"][0],
             "lr": outcome["lr"][0],
@@ -471,20 +475,19 @@ class Trainer:
         self._doing(f"answering {len(items):,} held-out prompts")
         begin = time.perf_counter()
         evaluation = self.workers.answer_held_out()
-        if evaluation.all_failed and not done:
-            raise RewardFailed(
-                "no answer of the base model to a held-out question could be scored; the first failure: "
-                f"{evaluation.error[1]}"
-            )
-        if evaluation.failed:
+        if evaluation.error is not None:
             prompt, why = evaluation.error
+            if evaluation.all_failed and not done:
+                raise RewardFailed(
+                    f"no answer of the base model to a held-out question could be scored; the first failure: {why}"
+                )
             failure = (
                 f"held-out answers after {done} updates: scoring failed for {evaluation.failed}; prompt {prompt}: {why}"
             )
             if self.config.on_reward_error == "stop" and any(score.reward is None for score in evaluation.scores):
                 raise RewardFailed(failure)
             logger.warning(failure)
-        row = eval_row(self.task, evaluation, done, time.perf_counter() - begin)
+        row: Any = eval_row(self.task, evaluation, done, time.perf_counter() - begin)
         answers = self.folder / "answers"
         answers.mkdir(exist_ok=True)
         name = "tuned.jsonl" if done else "base.jsonl"
@@ -494,10 +497,10 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_eval(self, row)
 
-    def _finish(self) -> Row:
+    def _finish(self) -> Summary:
         """Write the model, the plot and the summary, in this order: a folder that has a summary is complete."""
         config, proof = self.config, self._lines[-1]  # the header, where there is no generation
-        result = {
+        result: Any = {
             "task": config.task,
             "model": config.model,
             **summary(self.task.metric, self.rows, self.evals),
@@ -552,5 +555,5 @@ def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward 
             setattr(config, name, str(value))
     if all(isinstance(value, (str, Path)) for value in supplied.values()):
         return task
-    made_of = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
+    made_of: dict[str, Any] = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
     return load_task("custom", **made_of, time_limit=config.time_limit)

@@ -19,8 +19,9 @@ import es_kernels
 from es_finetune import TrainConfig, Trainer, evaluate
 from es_finetune.config import recorded_options
 from es_finetune.errors import RewardFailed
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, MemberLine, Summary
 from es_finetune.runs.files import read_rows
-from es_finetune.runs.log import read_log
+from es_finetune.runs.log import read_journals, read_log
 from es_finetune.runs.schedules import scale
 from es_finetune.tasks import Item, Score, load_task
 
@@ -92,6 +93,18 @@ def test_rows_and_log_say_the_same(run):
         assert row["seconds"] >= row["seconds_generate"] + row["seconds_score"]
     assert rows[-1]["theta"] == summary(run)["fingerprint"]
     assert rows[0]["health"]["correlation_min"][1] > 0.999 and rows[0]["health"]["drift"] > 0
+
+
+def test_rows_have_exactly_the_fields_that_are_documented(run):
+    for row in read_rows(run / "metrics.jsonl"):
+        assert GenerationRow.__required_keys__ <= row.keys() <= GenerationRow.__annotations__.keys()
+    first, last = (read_rows(run / "metrics.jsonl")[place] for place in (0, -1))
+    assert first["health"].keys() == last["health"].keys() == Health.__annotations__.keys()
+    for row in read_rows(run / "evals.jsonl"):
+        assert row.keys() == EvalRow.__annotations__.keys()
+    assert summary(run).keys() == Summary.__annotations__.keys()
+    for line in read_journals(run):
+        assert line.keys() == MemberLine.__annotations__.keys() | {"crc"}
 
 
 def test_the_model_loads_and_is_theta(run):

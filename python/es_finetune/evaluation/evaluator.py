@@ -130,14 +130,12 @@ def encoded(items: Sequence[Item], encode: Callable[[list], Any]) -> Any:
 def _plain(score: Score) -> Score:
     """With Python's numbers, as log and journal hold them; a reward that is no finite number counts as one that
     failed."""
+    parts = {"the reward": score.reward, "exact": score.exact, "format": score.format}
     try:
-        parts = [
-            None if part is None else finite_number(part, name)
-            for name, part in zip(("the reward", "exact", "format"), score)
-        ]
+        reward, exact, format = (None if part is None else finite_number(part, name) for name, part in parts.items())
     except ValueError as error:
         return Score(None, error=str(error))
-    return Score(*parts, score.error)
+    return Score(reward, exact, format, score.error)
 
 
 @dataclass
@@ -167,7 +165,7 @@ def measure(engine: Engine, task: Task, items: Sequence[Item], samples: int = 1)
         )
     asked = [item for item in items for _ in range(samples)]
     evaluation = Evaluator(engine, task, asked)()
-    if evaluation.all_failed:
+    if evaluation.all_failed and evaluation.error is not None:
         raise UserError(f"task {task.name!r}: no answer could be scored; the first failure: {evaluation.error[1]}")
     values = headline(task, evaluation.scores)
     questions = [math.fsum(values[start : start + samples]) / samples for start in range(0, len(values), samples)]

@@ -81,5 +81,5 @@ def kl_to_base(
     if not tokens:
         raise UserError("the KL divergence needs at least one token: all answers are empty")
     value = math.fsum(sums) / tokens
-    spread = math.fsum((total - value * length) ** 2 for total, length in zip(sums, lengths))
+    spread = math.fsum((total - value * length) ** 2 for total, length in zip(sums, lengths, strict=True))
     return KL(value, math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else None, tokens)

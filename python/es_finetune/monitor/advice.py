@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 # The beginning of each warning, by which it is known again in the rows that follow.
 _NO_SIGNAL = "every member scored the same"

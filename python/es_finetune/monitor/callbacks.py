@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from es_finetune.config import TrainConfig
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Summary
 from es_finetune.tasks import Task
-
-Row = dict[str, Any]
 
 
 class Run(Protocol):
@@ -29,8 +28,8 @@ class Run(Protocol):
     task: Task
     model: Any
     generation: int
-    rows: list[Row]
-    evals: list[Row]
+    rows: list[GenerationRow]
+    evals: list[EvalRow]
 
     def stop(self) -> None:
         """End the run cleanly after the generation in progress: held-out eval, model and summary are written, and it
@@ -54,13 +53,13 @@ class Callback:
     def on_activity(self, trainer: Run, doing: str) -> None:
         """What the run is at, in a few words for a display: "member 7/30". At least once for each member."""
 
-    def on_generation(self, trainer: Run, row: Row) -> None:
+    def on_generation(self, trainer: Run, row: GenerationRow) -> None:
         """A generation is done and in the log. `row`: its line of metrics.jsonl."""
 
-    def on_eval(self, trainer: Run, row: Row) -> None:
+    def on_eval(self, trainer: Run, row: EvalRow) -> None:
         """The held-out questions were answered. `row`: the line of evals.jsonl."""
 
-    def on_end(self, trainer: Run, summary: Row | None) -> None:
+    def on_end(self, trainer: Run, summary: Summary | None) -> None:
         """The run is over, whatever ended it: close here what `on_start` opened.
 
         Args:

@@ -56,7 +56,7 @@ class Health:
     `measure_before_update` and `measure_after_update` around `tell`. Changes nothing.
 
     Make it before the first update: drift is counted from the weights of then. It keeps a chunk of up to `samples`
-    elements of each tensor, four times in f32. A look waits for a GPU once or twice.
+    elements of each tensor, four times in f32. A measurement waits for a GPU once or twice.
     """
 
     def __init__(self, optimizer: EvolutionStrategy, samples: int = SAMPLES):
@@ -65,7 +65,7 @@ class Health:
             _Chunk(group, number, *chunk)
             for group, tables in enumerate(optimizer.tables)
             for number, (name, tensor, segments) in enumerate(
-                zip(tables.live.names, tables.live.tensors, tables.live.layout.segments)
+                zip(tables.live.names, tables.live.tensors, tables.live.layout.segments, strict=True)
             )
             for chunk in _sample(name, tensor, segments, samples)
         ]
@@ -82,7 +82,7 @@ class Health:
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._noise: dict[str, Any] = {}
 
-    # --- three looks
+    # --- three measurements
     # ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -94,8 +94,8 @@ class Health:
         as a member is in it; then it is taken out of the sample in the way the optimizer will take it out of the
         weights.
         """
-        inside = [tables.inside for tables in self.optimizer.tables]
-        if None in inside:
+        inside = [tables.inside for tables in self.optimizer.tables if tables.inside is not None]
+        if len(inside) < len(self.optimizer.tables):
             raise RuntimeError(
                 "measure_member() was called without a member in the weights: call it in the closure of evaluate(), or "
                 "in perturbed()"
@@ -103,15 +103,15 @@ class Health:
         live = self._read("live")
         if self.optimizer.master is None:
             self._scratch.copy_(live)
-            for table, (seed, coef) in zip(self._tables, inside):
+            for table, (seed, coef) in zip(self._tables, inside, strict=True):
                 es_kernels.add_noise_(table, [seed], [-coef])
         else:
             self._scratch.copy_(self._read("theta"))
-        for chunk, view in zip(self.chunks, self._views(self._scratch)):
+        for chunk, view in zip(self.chunks, self._views(self._scratch), strict=True):
             view.copy_(view.to(chunk.of(self.optimizer.tables[chunk.group].live).dtype))
         live -= self._scratch
         self._scratch.zero_()
-        for table, (seed, coef) in zip(self._tables, inside):
+        for table, (seed, coef) in zip(self._tables, inside, strict=True):
             es_kernels.add_noise_(table, [seed], [coef])
         n, sx, sy, xx, yy, xy = self._by_name(self._sums(live, self._scratch))
         large = n >= _LEAST
@@ -137,22 +137,14 @@ class Health:
 
     @torch.no_grad()
     def measure_after_update(self) -> dict[str, Any]:
-        """What metrics.jsonl holds as a generation's health. Over all tuned weights, each tensor's chunk standing for
-        the tensor:
+        """What metrics.jsonl holds as a generation's health (rows.Health), each tensor's chunk standing for the tensor.
 
-        correlation         name -> [correlation of realised and intended noise, rms of realised / rms of intended
-        noise], of
-                            tensors with a correlation under 0.9
-        correlation_min     [name, correlation] of the tensor with the lowest, rms_ratio_min [name, rms ratio] of the
-        one with
-                            the smallest; tensors of under 64 elements are left out, and these are None without any
-                            others
-        step_correlation    of the change of live by this update with the update before any rounding (made again in f32,
-        decay
-                            and momentum included); None if there was no update. With master "fp32" and "host" what live
-                            does not show yet is kept in theta; with "copy" and None the rest is noise or lost.
-        step_rms            of the change of live
-        drift               rms of theta - theta at construction; drift_relative: divided by the rms of the latter
+        `step_correlation` is that of live's change with the update made again in f32, decay and momentum included. With
+        master "fp32" and "host" what live does not show yet is kept in theta; with "copy" and None the rest is noise or
+        lost. Tensors of under 64 elements have no correlation.
+
+        Raises:
+            RuntimeError: Nothing was measured before the update.
         """
         if self._before is None:
             raise RuntimeError("measure_after_update() was called without measure_before_update()")
@@ -161,23 +153,23 @@ class Health:
         steps = [tables.step for tables in self.optimizer.tables]
         updated = any(step.seeds for step in steps)
         anchors = self._anchors() if any(step.decay for step in steps) else [None] * len(steps)
-        for table, step, anchor in zip(self._tables, steps, anchors):
+        for table, step, anchor in zip(self._tables, steps, anchors, strict=True):
             if step.seeds:
                 es_kernels.add_noise_(
                     table, step.seeds, step.coefs, decay=step.decay, anchor=anchor if step.decay else None
                 )
-        step = self._pooled(self._sums(self._read("live").sub_(live), self._scratch.sub_(theta)))
+        change = self._pooled(self._sums(self._read("live").sub_(live), self._scratch.sub_(theta)))
         moved = self._pooled(self._sums(self._read("theta").sub_(self._theta0), self._theta0))
-        n = step[0]
-        found = {
+        n = change[0]
+        result = {
             **self._noise,
-            "step_correlation": float(_correlation(*step)) if updated and n >= _LEAST else None,
-            "step_rms": math.sqrt(step[3] / n),
+            "step_correlation": float(_correlation(*change)) if updated and n >= _LEAST else None,
+            "step_rms": math.sqrt(change[3] / n),
             "drift": math.sqrt(moved[3] / n),
             "drift_relative": math.sqrt(moved[3] / moved[4]) if moved[4] else None,
         }
         self._noise = {}
-        return found
+        return result
 
     # --- the sample
     # ----------------------------------------------------------------------------------------------------
@@ -185,13 +177,13 @@ class Health:
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The part of each chunk in a buffer of all."""
         parts = buffer.split([chunk.size for chunk in self.chunks])
-        return [part.view(chunk.part.rows, chunk.part.cols) for chunk, part in zip(self.chunks, parts)]
+        return [part.view(chunk.part.rows, chunk.part.cols) for chunk, part in zip(self.chunks, parts, strict=True)]
 
     def _buffer(self) -> tuple[torch.Tensor, list[es_kernels.ParamTable]]:
         """Zeros, f32, for all chunks, and per group a table that draws the chunks' noise into them."""
         buffer = torch.zeros(sum(chunk.size for chunk in self.chunks), device=self._device)
         entries: list[list] = [[] for _ in self.optimizer.tables]
-        for number, (chunk, view) in enumerate(zip(self.chunks, self._views(buffer))):
+        for number, (chunk, view) in enumerate(zip(self.chunks, self._views(buffer), strict=True)):
             part = chunk.part
             segment = es_kernels.Segment(
                 part.name, part.rows, part.cols, first=part.first, index_stride=part.index_stride
@@ -204,7 +196,7 @@ class Health:
         stay as they are."""
         buffer = torch.empty(len(self._scratch), device=self._device) if into is None else into
         tables = [getattr(of_group, kind) for of_group in self.optimizer.tables]
-        for chunk, view in zip(self.chunks, self._views(buffer)):
+        for chunk, view in zip(self.chunks, self._views(buffer), strict=True):
             if tables[chunk.group] is not None:
                 view.copy_(chunk.of(tables[chunk.group]).view_as(view))
         return buffer
@@ -212,23 +204,26 @@ class Health:
     def _anchors(self) -> list[es_kernels.ParamTable | None]:
         buffer, tables = self._buffer()
         self._read("anchor", into=buffer)
-        return [None if of_group.anchor is None else table for of_group, table in zip(self.optimizer.tables, tables)]
+        return [
+            None if of_group.anchor is None else table
+            for of_group, table in zip(self.optimizer.tables, tables, strict=True)
+        ]
 
     def _sums(self, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
         """f64 [6, chunks]: n, sum x, sum y, sum xx, sum yy, sum xy."""
-        found, start = [], 0
+        sums, start = [], 0
         for size, same in itertools.groupby(chunk.size for chunk in self.chunks):
             stop = start + size * sum(1 for _ in same)
             a, b = x[start:stop].view(-1, size), y[start:stop].view(-1, size)
             dot = torch.linalg.vecdot
-            found.append(torch.stack([a.sum(1), b.sum(1), dot(a, a), dot(b, b), dot(a, b)]))
+            sums.append(torch.stack([a.sum(1), b.sum(1), dot(a, a), dot(b, b), dot(a, b)]))
             start = stop
-        return np.concatenate([self._sizes[None], torch.cat(found, dim=1).cpu().double().numpy()])
+        return np.concatenate([self._sizes[None], torch.cat(sums, dim=1).cpu().double().numpy()])
 
     def _by_name(self, sums: np.ndarray) -> np.ndarray:
-        found = np.zeros((len(sums), len(self.names)))
-        np.add.at(found, (slice(None), self._places), sums)
-        return found
+        by_name = np.zeros((len(sums), len(self.names)))
+        np.add.at(by_name.T, self._places, sums.T)
+        return by_name
 
     def _pooled(self, sums: np.ndarray) -> np.ndarray:
         return sums @ self._weights

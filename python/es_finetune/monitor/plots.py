@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ INK, BAND, ACCENT, SCORE, REST, TEXT, GRID = "#1b4f72", "#aed6f1", "#0f766e", "#
 # In the page a colour is a variable of its style sheet, so that the plots follow its dark mode.
 _NAMES = {INK: "ink", BAND: "band", ACCENT: "accent", SCORE: "score", REST: "rest", TEXT: "text", GRID: "grid"}
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
-def plot_run(path: Path, title: str, metric: str, rows: list[Row], evals: list[Row]) -> None:
+def plot_run(path: Path, title: str, metric: str, rows: Sequence[Row], evals: Sequence[Row]) -> None:
     """Write reward.png, two panels: the population's rewards of `rows`, and `metric` on held-out items of `evals`.
 
     Either list may be empty; its panel then says so.
@@ -65,14 +65,14 @@ def svg(label: str, draw: Callable[[Any], None]) -> str:
         axes = figure.subplots()
         _dress(axes)
         draw(axes)
-        figure.get_layout_engine().set(w_pad=8 / 72)  # the page's font may be wider than the one measured here
+        figure.set_layout_engine("constrained", w_pad=8 / 72)  # the page's font may be wider than the one measured here
         figure.draw_without_rendering()  # a layout changes which ticks there are, so it takes two
         out = io.StringIO()
         figure.savefig(
             out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
     body = out.getvalue()
-    box = re.search(r'viewBox="[^"]*"', body)[0]
+    box = re.findall(r'viewBox="[^"]*"', body)[0]
     body = body[body.index(">", body.index("<svg")) + 1 :]
     # Axes_1 and its like: nothing refers to them, every plot has them, and a page may have an id once
     body = re.sub(r'<g id="[^"]*"', "<g", body)
@@ -82,7 +82,7 @@ def svg(label: str, draw: Callable[[Any], None]) -> str:
     return f'<svg role="img" aria-label="{label}" {box}>{body}'
 
 
-def draw_rewards(axes: Any, rows: list[Row]) -> None:
+def draw_rewards(axes: Any, rows: Sequence[Row]) -> None:
     """Min to max of the members as a band, their mean as a line."""
     x = _updates(rows)
     low, mean, high = (_series(rows, name) for name in ("reward_min", "reward_mean", "reward_max"))
@@ -102,15 +102,20 @@ def draw_rewards(axes: Any, rows: list[Row]) -> None:
     _legend(axes)
 
 
-def draw_held_out(axes: Any, metric: str, evals: list[Row]) -> None:
+def draw_held_out(axes: Any, metric: str, evals: Sequence[Row]) -> None:
     """Each eval on the held-out items with its 95 % interval; a dotted line where the base model stands."""
     x, y = [row["generation"] for row in evals], _series(evals, metric)
     axes.axhline(y[0], color=TEXT, linewidth=1, linestyle=":")
-    ends = [[v if row.get(end) is None else row[end] for row, v in zip(evals, y)] for end in ("low", "high")]
+    ends = [
+        [v if row.get(end) is None else row[end] for row, v in zip(evals, y, strict=True)] for end in ("low", "high")
+    ]
     axes.errorbar(
         x,
         y,
-        yerr=[[max(0.0, v - end) for v, end in zip(y, ends[0])], [max(0.0, end - v) for v, end in zip(y, ends[1])]],
+        yerr=[
+            [max(0.0, v - end) for v, end in zip(y, ends[0], strict=True)],
+            [max(0.0, end - v) for v, end in zip(y, ends[1], strict=True)],
+        ],
         color=ACCENT,
         ecolor=ACCENT,
         elinewidth=1,
@@ -143,18 +148,18 @@ def draw_held_out(axes: Any, metric: str, evals: list[Row]) -> None:
 
 def draw_lines(
     axes: Any,
-    rows: list[Row],
+    rows: Sequence[Row],
     lines: dict[str, Callable[[Row], float | None]],
     percent: bool = False,
     correlation: bool = False,
 ) -> None:
     """One line for each label: f(row), where it is not None. Several lines get a legend. The axis begins at 0; of a
     `correlation` it ends at 1 and begins at 0.9 or below."""
-    for (label, read), colour in zip(lines.items(), (INK, SCORE, ACCENT)):
+    for (label, read), colour in zip(lines.items(), (INK, SCORE, ACCENT), strict=False):
         points = [(row["generation"] + 1, y) for row in rows if (y := read(row)) is not None]
         if points:
             axes.plot(
-                *zip(*points),
+                *zip(*points, strict=True),
                 color=colour,
                 linewidth=1.6 if len(points) < 200 else 1.0,
                 marker="o" if len(points) < 60 else None,
@@ -173,18 +178,18 @@ def draw_lines(
         _legend(axes)
 
 
-def draw_time(axes: Any, rows: list[Row]) -> None:
+def draw_time(axes: Any, rows: Sequence[Row]) -> None:
     """Shares of each generation's seconds, stacked; the legend has the shares of the whole run."""
     parts = {"generate": BAND, "score": SCORE, "kernels": INK}
     seconds = {name: [row.get(f"seconds_{name}") or 0.0 for row in rows] for name in parts}
-    whole = [max(row["seconds"], sum(part), 1e-9) for row, *part in zip(rows, *seconds.values())]
-    seconds["other"] = [total - sum(part) for total, *part in zip(whole, *seconds.values())]
+    whole = [max(row["seconds"], sum(part), 1e-9) for row, *part in zip(rows, *seconds.values(), strict=True)]
+    seconds["other"] = [total - sum(part) for total, *part in zip(whole, *seconds.values(), strict=True)]
     # One step a generation, so that a run of a single one is seen as well.
     x = [edge for at in _updates(rows) for edge in (at - 0.5, at + 0.5)]
     below = [0.0] * len(x)
     for name, colour in {**parts, "other": REST}.items():
-        share = [part / total for part, total in zip(seconds[name], whole) for _ in range(2)]
-        above = [a + b for a, b in zip(below, share)]
+        share = [part / total for part, total in zip(seconds[name], whole, strict=True) for _ in range(2)]
+        above = [a + b for a, b in zip(below, share, strict=True)]
         axes.fill_between(
             x, below, above, color=colour, linewidth=0, label=f"{name} {sum(seconds[name]) / sum(whole):.1%}"
         )
@@ -194,11 +199,11 @@ def draw_time(axes: Any, rows: list[Row]) -> None:
     _legend(axes)
 
 
-def _updates(rows: list[Row]) -> list[int]:
+def _updates(rows: Sequence[Row]) -> list[int]:
     return [row["generation"] + 1 for row in rows]
 
 
-def _series(rows: list[Row], name: str) -> list[float]:
+def _series(rows: Sequence[Row], name: str) -> list[float]:
     """The column, NaN (a gap in a line) where it was not measured."""
     return [float("nan") if row.get(name) is None else row[name] for row in rows]
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 from rich.table import Column
 
-from es_finetune.monitor.callbacks import Callback, Row, Run
-from es_finetune.monitor.rows import total_seconds
+from es_finetune.monitor.callbacks import Callback, Run
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Summary, total_seconds
 
 
 def value(metric: str, number: float | None) -> str:
@@ -118,16 +119,17 @@ class Progress(Callback):
         """On the live line, behind what the generations came to."""
         self.bar.update(self.row, description=f"{self.latest}  {doing}")
 
-    def on_eval(self, trainer: Run, row: Row) -> None:
+    def on_eval(self, trainer: Run, row: EvalRow) -> None:
         self.bar.update(self.row, description=self.line)
 
-    def on_generation(self, trainer: Run, row: Row) -> None:
+    def on_generation(self, trainer: Run, row: GenerationRow) -> None:
         done, generations, metric = row["generation"] + 1, trainer.config.generations, trainer.task.metric
         seconds = total_seconds(trainer.rows, trainer.evals)
         # Evals between generations count, what came before the first one does not.
         first, then = self.first = self.first or (done, seconds)
         each = (seconds - then) / (done - first) if done > first else row["seconds"]
-        held_out = value(metric, trainer.evals[-1][metric])
+        last: Mapping[str, Any] = trainer.evals[-1]
+        held_out = value(metric, last[metric])
         self.latest = (
             f"{done:{len(str(generations))}d}/{generations}  reward {value('reward', row['reward_mean'])}  "
             f"held-out {held_out if metric == 'reward' else f'{metric} {held_out}'}  "
@@ -138,5 +140,5 @@ class Progress(Callback):
         if not self.live and (done % max(1, generations // 10) == 0 or done == 1):
             self.console.print(self.line, markup=False, highlight=False, soft_wrap=True)
 
-    def on_end(self, trainer: Run, summary: Row | None) -> None:
+    def on_end(self, trainer: Run, summary: Summary | None) -> None:
         self.bar.stop()

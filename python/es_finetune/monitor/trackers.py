@@ -10,13 +10,14 @@ import importlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from es_finetune.config import TRACKERS, recorded_options
 from es_finetune.errors import UserError
-from es_finetune.monitor.callbacks import Callback, Row, Run
+from es_finetune.monitor.callbacks import Callback, Run
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,13 @@ class Tracker(Callback):
         except Exception as error:  # a refused login, a folder that cannot be written
             raise UserError(f"{self.name} could not be started: {_line(error)}; {self.remedy}") from error
 
-    def on_generation(self, trainer: Run, row: Row) -> None:
+    def on_generation(self, trainer: Run, row: GenerationRow) -> None:
         self._try(lambda: self.log(dict(scalars(row, "train")), trainer.generation))
 
-    def on_eval(self, trainer: Run, row: Row) -> None:
+    def on_eval(self, trainer: Run, row: EvalRow) -> None:
         self._try(lambda: self.log(dict(scalars(row, "held_out")), trainer.generation))
 
-    def on_end(self, trainer: Run, summary: Row | None) -> None:
+    def on_end(self, trainer: Run, summary: Summary | None) -> None:
         self._try(self.finish)
 
     def _try(self, do: Callable[[], None]) -> None:
@@ -104,7 +105,7 @@ def as_callback(given: Any) -> Callback:
     return _General(given)
 
 
-def scalars(row: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+def scalars(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """The numbers of a row, by path: {"health": {"drift": 1.0}} gives prefix/health/drift. A pair [name, number] gives
     its number, any other list each of its numbers, under its place: prefix/health/correlation/w/0 and /1."""
     for key, value in row.items():

@@ -21,7 +21,10 @@ from es_finetune.monitor.trackers import as_callback, scalars, trackers_named
 
 ROW = {
     "generation": 3, "reward_mean": 0.5, "exact_mean": None, "theta": "00ff", "failed_example": "x", "identical": 0,
-    "health": {"drift": 0.25, "step_correlation": None, "correlation": {"a.weight": [0.8, 1.1]}, "correlation_min": ["a.weight", 0.8]},
+    "health": {
+        "drift": 0.25, "step_correlation": None,
+        "correlation": {"a.weight": [0.8, 1.1]}, "correlation_min": ["a.weight", 0.8],
+    },
     "warnings": ["raise sigma", "lower lr"],
 }  # fmt: skip
 NUMBERS = {
