@@ -22,30 +22,38 @@ _LOGITS_AT_ONCE = 2**28  # elements: 1 GiB in float32
 
 
 class HFEngine:
-    """Decoding with transformers' own loops. Greedy, or at `temperature` > 0 sampled from the whole vocabulary (no
-    top_k, no top_p), from `seed` anew in every call and leaving torch's generators as they were: equal weights give
-    equal answers, and members of a generation share their random numbers.
+    """Decoding with transformers' own loops.
 
-    `decoding`: how. All three stop a row at its end token and a batch when each of its rows has ended or has
-    `max_new_tokens`.
+    All three stop a row at its end token, and a batch when each of its rows has ended or has `max_new_tokens`:
 
     - "dynamic": left-padded batches of `batch_size` prompts of similar length, each with a KV cache of its own that
-    grows. Fastest on a
-      CPU and for small models.
+      grows. Fastest on a CPU and for small models.
     - "static": the same batches over KV caches of fixed size; on CUDA transformers compiles the decoding step and
-    replays it as a CUDA
-      graph, which is captured for the addresses of weights and cache. So each cache is kept for the next call (only as
-      memory: it is zeroed before each batch) and weights must be changed in place, as EvolutionStrategy does, never
-      assigned anew.
+      replays it as a CUDA graph, which is captured for the addresses of weights and cache. So each cache is kept for
+      the next call (only as memory: it is zeroed before each batch), and weights must be changed in place, as
+      EvolutionStrategy does, never assigned.
     - "continuous": no batches; a prompt starts as soon as one of `batch_size` places is free, over a paged KV cache
-    that lives for one
-      call and shares no blocks between prompts. With flash attention (float16 or bfloat16 on CUDA; used where it is
-      installed) decoding steps are CUDA graphs, captured anew in each call: it pays where answers are long and of very
-      different lengths.
+      that lives for one call and shares no blocks between prompts. With flash attention (float16 or bfloat16 on CUDA;
+      used where it is installed) decoding steps are CUDA graphs, captured in each call: it pays where answers are long
+      and of very different lengths.
 
-    Which prompts are computed together depends only on the prompts and on `batch_size`: greedy text can differ in the
-    last bits of the logits when decoding, batch split, thread count or GPU changes, so runs that shall agree must fix
+    Which prompts are computed together depends only on the prompts and on `batch_size`. Greedy text can differ in the
+    last bits of the logits when decoding, batch split, thread count or GPU changes: runs that have to agree must fix
     them.
+
+    Args:
+        model: A transformers causal LM, wrapped or with a PEFT adapter or neither. It is put in eval mode.
+        tokenizer: Its tokenizer, with a pad token.
+        max_new_tokens: How many tokens an answer may have.
+        batch_size: How many prompts are answered at a time.
+        decoding: One of `engines.DECODINGS`.
+        temperature: 0 is greedy. Above, answers are sampled from the whole vocabulary (no top_k, no top_p).
+        seed: Of the samples. Each call starts from it and leaves torch's generators as they were: equal weights give
+            equal answers, and the members of a generation share their random numbers.
+
+    Raises:
+        UserError: An option is none of these, the tokenizer has no pad token, the installed transformers lacks the
+            decoding, or the model's adapter learns a prompt.
     """
 
     def __init__(
@@ -100,9 +108,13 @@ class HFEngine:
         self._caches: dict[int, tuple] = {}  # rows -> (positions, StaticCache)
 
     def prove(self) -> None:
-        """Two tokens, as the first member would be asked for them. ValueError, of one line, where the model cannot
-        generate at all or not by this decoding; a run asks before it writes anything. Where an answer depends on the
-        prompts beside it, batches are of one prompt from then on, with a UserWarning."""
+        """Generate two tokens, as the first member will; a run asks for it before it writes anything.
+
+        Where an answer depends on the prompts beside it, batches are of one prompt from then on, with a UserWarning.
+
+        Raises:
+            UserError: The model cannot generate at all, or not by this decoding.
+        """
         kind = getattr(self.model.config, "model_type", type(self.model).__name__)
         remedy = "" if self.decoding == "dynamic" else ": use --decoding dynamic"
         # What transformers' own flags say comes first: where they say no, XLNet's and OpenAI-GPT's continuous and
@@ -171,11 +183,18 @@ class HFEngine:
     def encode(
         self, prompts: Sequence[str | Sequence[dict]]
     ) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
-        """Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the
-        batch that needs most memory runs first; for "continuous" the prompts' ids, which need no batches.
+        """What does not depend on the weights.
 
-        PromptError for a prompt that is empty, or too long for the model's positions with `max_new_tokens` after it, or
-        has tokens that the model does not embed, or for messages that the tokenizer's chat template refuses.
+        Args:
+            prompts: Texts, or chats as lists of messages.
+
+        Returns:
+            Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the
+            batch that needs most memory runs first. For "continuous" the prompts' ids, which need no batches.
+
+        Raises:
+            PromptError: A prompt is empty, or too long for the model's positions with `max_new_tokens` after it, or has
+                tokens that the model does not embed; or the tokenizer's chat template refuses its messages.
         """
         tokens = tokenize(self.tokenizer, prompts)
         refuse_unanswerable(tokens, self.max_new_tokens, positions_of(self.model), vocabulary_of(self.model))
@@ -189,8 +208,14 @@ class HFEngine:
         return batches
 
     def generate(self, encoded: list) -> list[Answer]:
-        """One answer per prompt, in the prompts' order. RuntimeError where transformers' continuous batching gave
-        up."""
+        """Answer what `encode` gave.
+
+        Returns:
+            One answer per prompt, in the prompts' order.
+
+        Raises:
+            RuntimeError: transformers' continuous batching gave up.
+        """
         with self._only_our_options(), self._own_random_numbers():
             tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -198,11 +223,18 @@ class HFEngine:
 
     @torch.no_grad()
     def log_probs(self, prompts: Sequence[str | Sequence[dict]], answers: Sequence[Answer]) -> list[torch.Tensor]:
-        """Natural log of the probability of each token of `answers` after its prompt and the tokens before it, at
-        temperature 1 under the weights of this moment: one f32 tensor [len(answer.ids)] on the CPU per answer, in their
-        order."""
-        asked = tokenize(self.tokenizer, prompts)
-        whole = [ids + list(answer.ids) for ids, answer in zip(asked, answers, strict=True)]
+        """Log-probabilities of answers under the weights of this moment, at temperature 1.
+
+        Args:
+            prompts: As for `encode`.
+            answers: One per prompt; any tokens will do.
+
+        Returns:
+            Per answer, in their order, one f32 tensor [len(answer.ids)] on the CPU: the natural log of the probability
+            of each of its tokens after the prompt and the tokens before it.
+        """
+        encoded = tokenize(self.tokenizer, prompts)
+        whole = [ids + list(answer.ids) for ids, answer in zip(encoded, answers, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
         result: list[torch.Tensor] = [torch.empty(0)] * len(whole)
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -220,7 +252,7 @@ class HFEngine:
                 input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False
             ).logits
             for row, scores in zip(rows, logits, strict=True):
-                begin, end = len(asked[row]), len(whole[row])
+                begin, end = len(encoded[row]), len(whole[row])
                 chosen = torch.tensor(whole[row][begin:end], device=logits.device)
                 log_p = torch.log_softmax(scores[begin - 1 : end - 1].float(), dim=-1)
                 result[row] = log_p.gather(1, chosen[:, None]).squeeze(1).cpu()
@@ -318,12 +350,12 @@ class HFEngine:
     def _only_our_options(self) -> Iterator[None]:
         """Without the checkpoint's own: generate() fills what a caller leaves open from them, and e.g. Qwen2.5-Instruct
         ships sampling and a repetition penalty."""
-        theirs = self.model.generation_config
+        checkpoints_own = self.model.generation_config
         self.model.generation_config = self.options
         try:
             yield
         finally:
-            self.model.generation_config = theirs
+            self.model.generation_config = checkpoints_own
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
@@ -339,9 +371,9 @@ class HFEngine:
 @contextmanager
 def _silent(logger: str) -> Iterator[None]:
     """Within, it says nothing: transformers logs a page for each failure of its loop, which we raise."""
-    found = logging.getLogger(logger)
-    before, found.disabled = found.disabled, True
+    said = logging.getLogger(logger)
+    before, said.disabled = said.disabled, True
     try:
         yield
     finally:
-        found.disabled = before
+        said.disabled = before

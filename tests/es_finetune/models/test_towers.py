@@ -50,18 +50,18 @@ def test_a_run_saves_all_that_was_loaded(seeing, build_model, tmp_path):
         "lr": 0.1,
         "report_to": ["none"],
     }
-    for given in (
+    for supplied in (
         {},
         {"model": build_model("gemma3_vision"), "tokenizer": transformers.AutoTokenizer.from_pretrained(seeing)},
     ):
-        run = tmp_path / f"run{len(given)}"
+        run = tmp_path / f"run{len(supplied)}"
         Trainer(
-            TrainConfig(model=seeing, task="countdown-char", shaping="ranks", output=str(run), **options), **given
+            TrainConfig(model=seeing, task="countdown-char", shaping="ranks", output=str(run), **options), **supplied
         ).train()
         after = transformers.AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before if SEES.search(name))
-        assert (run / "model" / "preprocessor_config.json").exists() == (not given)
+        assert (run / "model" / "preprocessor_config.json").exists() == (not supplied)
 
 
 def test_a_text_part_that_is_loaded_alone_is_named(seeing, monkeypatch):

@@ -35,5 +35,5 @@ def test_the_last_box(text, inside):
 def test_extraction_takes_any_text(text, more):
     assert last_block(text + "<answer>x</answer>", "answer") == "x"
     assert last_boxed(text + "\\boxed{x}") == "x"
-    for found in (last_boxed(text + "\\boxed{" + more), last_block(text + "</answer>" + more, "answer")):
-        assert found is None or found in text + "\\boxed{" + more
+    for result in (last_boxed(text + "\\boxed{" + more), last_block(text + "</answer>" + more, "answer")):
+        assert result is None or result in text + "\\boxed{" + more

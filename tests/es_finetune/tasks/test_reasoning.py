@@ -65,9 +65,9 @@ def solve(puzzle):
     for cells in itertools.product(itertools.permutations((1, 2, 3, 4)), repeat=4):
         if (
             all(
-                given in (0, cell)
+                clue in (0, cell)
                 for row, line in zip(rows, cells, strict=True)
-                for given, cell in zip(row, line, strict=True)
+                for clue, cell in zip(row, line, strict=True)
             )
             and all(len(set(column)) == 4 for column in zip(*cells, strict=True))
             and all(

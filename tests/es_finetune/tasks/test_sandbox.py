@@ -40,18 +40,18 @@ F = "import neighbour\nimport pytest\ndef f(completion, item):\n    return 1\nde
 
 
 def test_equal_code_has_equal_digests_wherever_it_lies(tmp_path, monkeypatch):
-    here = put(tmp_path / "a", reward=F, neighbour="N = 1\n", stranger="")
-    there = put(tmp_path / "b", moved=F, neighbour="N = 1\n", stranger="X = 3\n")
-    digest = code(f"{here}/reward.py:f")
+    first = put(tmp_path / "a", reward=F, neighbour="N = 1\n", stranger="")
+    second = put(tmp_path / "b", moved=F, neighbour="N = 1\n", stranger="X = 3\n")
+    digest = code(f"{first}/reward.py:f")
     assert digest == "9a0f8cfc3cff16c5"  # a run that was begun before has recorded such digits
-    assert code(f"{there}/moved.py:f") == digest
-    monkeypatch.syspath_prepend(there)
+    assert code(f"{second}/moved.py:f") == digest
+    monkeypatch.syspath_prepend(second)
     assert code("moved:f") == digest
-    assert code(f"{here}/reward.py:g") != digest
-    put(here, neighbour="N = 2\n")
-    assert code(f"{here}/reward.py:f") != digest
-    put(here, neighbour="N = 1\n", reward=F + "\n")
-    assert code(f"{here}/reward.py:f") != digest
+    assert code(f"{first}/reward.py:g") != digest
+    put(first, neighbour="N = 2\n")
+    assert code(f"{first}/reward.py:f") != digest
+    put(first, neighbour="N = 1\n", reward=F + "\n")
+    assert code(f"{first}/reward.py:f") != digest
 
 
 def test_a_module_in_a_package_has_its_package_for_neighbours(tmp_path, monkeypatch):

@@ -40,25 +40,25 @@ def questions(name: str, seed: int, count: int) -> dict:
     """
     if name not in DATASETS:
         return {"unknown": sorted(DATASETS)}
-    found: dict[str, str] = {}
+    by_question: dict[str, str] = {}
     dataset = reasoning_gym.create_dataset(name, seed=seed, size=DRAWS)
     for index in range(DRAWS):
-        if len(found) == count:
+        if len(by_question) == count:
             break
         try:
             entry = dataset[index]
-            found.setdefault(entry["question"], base64.b64encode(pickle.dumps(entry)).decode())
+            by_question.setdefault(entry["question"], base64.b64encode(pickle.dumps(entry)).decode())
         except Exception:  # codeio fails on one draw in a thousand
-            if index > 20 and not found:
+            if index > 20 and not by_question:
                 raise
-    for entry in list(found.values())[:10]:
+    for entry in list(by_question.values())[:10]:
         try:
             score = grade(NONSENSE, {"name": name, "entry": entry})
         except Exception:
             continue
         if score >= 1:
             raise ValueError("its scorer takes nonsense for a right answer")
-    return {"system": SYSTEM_PROMPTS["default"], "questions": list(found.items())}
+    return {"system": SYSTEM_PROMPTS["default"], "questions": list(by_question.items())}
 
 
 def grade(answer: str, item: dict) -> float:
