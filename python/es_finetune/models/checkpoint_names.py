@@ -75,7 +75,7 @@ def base_of(model: torch.nn.Module) -> Any:  # a module with attributes of trans
 
 
 def refuse_untunable(model: torch.nn.Module) -> None:
-    """ValueError for quantised weights, unless all that require grad are an adapter's over them (QLoRA), and for prompt
+    """UserError for quantised weights, unless all that require grad are an adapter's over them (QLoRA), and for prompt
     learning."""
     refuse_prompt_learning(model)
     model, base = unwrap(model), base_of(model)
@@ -94,7 +94,7 @@ def refuse_untunable(model: torch.nn.Module) -> None:
 
 
 def refuse_prompt_learning(model: torch.nn.Module) -> None:
-    """ValueError for an adapter whose virtual tokens are put in by PEFT's wrapper, which answers are not generated
+    """UserError for an adapter whose virtual tokens are put in by PEFT's wrapper, which answers are not generated
     through."""
     inside = unwrap(model)
     for config in inside.peft_config.values() if is_peft(inside) else ():

@@ -169,7 +169,7 @@ def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any,
 
 
 def _read(path: Path):
-    """(line number, value) of each line that is not blank. ValueError says which line is no JSON."""
+    """(line number, value) of each line that is not blank. UserError says which line is no JSON."""
     try:
         # Splitlines() also cuts at characters that a JSON text may hold
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -2,10 +2,9 @@
 
 - Every mistake in the data or the reward is one sentence that names the line or the function, before any long work.
 - Records keep their order; equal ones are dropped and counted. Held-out prompts depend on nothing but the prompts, and
-no
-  prompt is on both sides.
+  no prompt is on both sides.
 - A reward that fails, hangs or returns what is no number scores None and says why; it never raises and never ends the
-run.
+  run.
 """
 
 import json
@@ -82,8 +81,7 @@ def jsonl(tmp_path):
     return write
 
 
-# --- good
-# --------------------------------------------------------------------------------------------------------------
+# --- good -------------------------------------------------------------------------------------------------------------
 
 
 def test_file_and_function(jsonl, rewards):
@@ -160,8 +158,7 @@ def test_a_reward_cannot_change_its_record():
     assert task.score(task.train[0], "") == task.score(task.train[0], "")
 
 
-# --- the split
-# ---------------------------------------------------------------------------------------------------------
+# --- the split --------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=50)
@@ -199,8 +196,7 @@ def test_equal_records_are_dropped_and_different_ones_of_one_prompt_stay_togethe
         load_task("custom", data=records(5), test_data=[{"prompt": "question 3", "length": 9}], reward=length)
 
 
-# --- bad data
-# ----------------------------------------------------------------------------------------------------------
+# --- bad data ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,8 +259,7 @@ def test_a_share_that_is_none(share):
         load_task("custom", data=records(), reward=length, test_share=0.99)
 
 
-# --- bad rewards
-# -------------------------------------------------------------------------------------------------------
+# --- bad rewards ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
