@@ -17,6 +17,7 @@ from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.optim.update import Update
 from es_finetune.runs.setup import make_optimizer, make_schedules
 from es_finetune.workers.weights import Weights
+from es_kernels import NamedTensor
 
 LAYERS = (
     "ColumnParallelLinear LinearBase MergedColumnParallelLinear QKVParallelLinear ReplicatedLinear RowParallelLinear "
@@ -96,3 +97,17 @@ def test_an_error_of_vllms_worker_is_one_of_the_user(wire, build_model):
         engine.RemoteWeights(LLM(worker), config, shapes)
     with pytest.raises(ValueError, match="vLLM has a parameter .* that the checkpoint has not"):
         engine.RemoteWeights(LLM(worker), config, {})
+
+
+def test_fingerprints_of_what_each_process_counts_add_up_to_the_models(wire, weights):
+    _, extension = wire
+    config = TrainConfig(population=4)
+
+    def start(*counted):
+        entries = [NamedTensor(name, tensor) for name, tensor in weights(torch.bfloat16)]
+        optimizer = make_optimizer(entries, config)
+        return extension._Sharded(entries, optimizer, make_schedules(config), counted=list(counted)).start()
+
+    whole, one, other = start(True, True, True, True), start(True, False, False, True), start(False, True, True, False)
+    for key in ("theta", "live", "base_fingerprint"):
+        assert int(whole[key], 16) == (int(one[key], 16) + int(other[key], 16)) % 2**64
