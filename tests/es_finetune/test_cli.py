@@ -745,6 +745,12 @@ def test_debug_shows_the_traceback_of_a_users_error_too(capsys):
     assert "Traceback" in error and error.splitlines()[-1].startswith("error: /nowhere/run.log cannot be read")
 
 
+def test_quiet_leaves_the_result(tmp_path, capfd):
+    assert train(tmp_path / "run", "--quiet", "--no_save_model") == 0
+    out, error = capfd.readouterr()
+    assert out.startswith("held-out exact ") and out.count("\n") == 1 and not error
+
+
 def test_only_what_is_downloaded_has_bars(monkeypatch):
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging

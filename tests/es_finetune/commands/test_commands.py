@@ -42,7 +42,9 @@ def test_the_package_lists_its_names_and_loads_them_when_asked():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"
-    assert set(es_finetune.__all__) == {"EvolutionStrategy", "TrainConfig", "Trainer", "Update", *FUNCTIONS}
+    classes = {"Callback", "EvolutionStrategy", "TrainConfig", "Trainer", "Update"}
+    assert set(es_finetune.__all__) == {*classes, *FUNCTIONS}
+    assert all(getattr(es_finetune, name).__name__ == name for name in es_finetune.__all__)
     with pytest.raises(AttributeError, match="'es_finetune' has no attribute 'evalute'"):
         es_finetune.evalute  # noqa: B018
 
