@@ -23,7 +23,7 @@ _OUTSIDE = "time goes elsewhere"
 REPEAT = 50  # generations until a warning that still holds is said again
 _MOST_ALIKE = 0.5  # share of members with the answers of another: beyond, most evaluations tell nothing new
 _SMOOTH = 5  # generations to average for the best reward so far, against the luck of one draw of prompts
-_NOW = 3  # and for the reward of now: a collapse shall not be found late
+_NOW = 3  # and for the reward of now: a collapse must not be found late
 _DROP = 3  # times what is usual; the difference of two such averages has a standard deviation of about 0.5 of that
 _OUTSIDE_SHARE = 0.1  # the kernels' share of a 7B model with answers of only 100 tokens is 0.04
 

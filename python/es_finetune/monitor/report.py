@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from es_finetune.monitor import plots as drawing
 from es_finetune.monitor.advice import swallowed
 from es_finetune.monitor.health import FAITHFUL
+from es_finetune.monitor.plots import draw_held_out, draw_lines, draw_rewards, draw_time, svg
 from es_finetune.monitor.progress import duration, value
 
 Row = dict[str, Any]
@@ -137,8 +137,8 @@ def _health(name: str):
     number."""
 
     def read(row: Row) -> float | None:
-        found = (row.get("health") or {}).get(name)
-        return found[1] if isinstance(found, list) else found
+        measured = (row.get("health") or {}).get(name)
+        return measured[1] if isinstance(measured, list) else measured
 
     return read
 
@@ -154,7 +154,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
         return lambda row: row.get(name)
 
     def lines(percent: bool = False, **reads):
-        return partial(drawing.draw_lines, rows=rows, lines=reads, percent=percent)
+        return partial(draw_lines, rows=rows, lines=reads, percent=percent)
 
     relative = has(_health("drift_relative"))
     drift = _health("drift_relative" if relative else "drift")
@@ -168,12 +168,12 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
         (
             "Learning",
             [
-                (f"Held-out {metric}", held_out, evals, partial(drawing.draw_held_out, metric=metric, evals=evals)),
+                (f"Held-out {metric}", held_out, evals, partial(draw_held_out, metric=metric, evals=evals)),
                 (
                     "Reward of the population",
                     "Each member's mean over the training prompts of its generation.",
                     rows,
-                    partial(drawing.draw_rewards, rows=rows),
+                    partial(draw_rewards, rows=rows),
                 ),
             ],
         ),
@@ -199,7 +199,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                     f"it. {kept}",
                     has(noise) or has(step),
                     partial(
-                        drawing.draw_lines,
+                        draw_lines,
                         rows=rows,
                         lines={label: read for label, read in realised.items() if has(read)},
                         correlation=True,
@@ -220,7 +220,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                     "Where a generation's time goes",
                     "Shares of its seconds; below, of the whole run.",
                     rows,
-                    partial(drawing.draw_time, rows=rows),
+                    partial(draw_time, rows=rows),
                 ),
                 (
                     "Tokens per second",
@@ -234,9 +234,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
     return [
         {
             "title": title,
-            "plots": [
-                (name, about, Markup(drawing.svg(name, draw)) if there else None) for name, about, there, draw in plots
-            ],
+            "plots": [(name, about, Markup(svg(name, draw)) if there else None) for name, about, there, draw in plots],
         }
         for title, plots in groups
     ]
