@@ -5,6 +5,8 @@ Exit code 0 if a backend serves CPU tensors (and CUDA tensors, where torch sees 
 golden vectors' bits; 1 otherwise. Every probe is guarded: what is broken is reported, in the words of what broke.
 """
 
+from __future__ import annotations
+
 import argparse
 import ctypes
 import importlib.metadata
@@ -14,31 +16,39 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    import es_kernels
 
 GOLDEN = pathlib.Path(__file__).parent / "golden.json"
+_T = TypeVar("_T")
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def _probe(function, *args):
+def _probe(function: Callable[[], _T]) -> _T | str:
     """What `function` returns, or one line about what it raised."""
     try:
-        return function(*args)
+        return function()
     except Exception as error:
         return f"unknown: {_words(error)}"
 
 
-def _words(error):
+def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---- what is installed ----
 
 
-def versions():
+def versions() -> dict[str, Any]:
     """Name -> version, "not installed", or "unknown: ..."."""
     import es_kernels
 
-    found = {
+    result: dict[str, Any] = {
         "es_kernels": es_kernels.__version__,
         "noise": es_kernels.noise.VERSION,
         "python": platform.python_version(),
@@ -46,20 +56,22 @@ def versions():
     }
     for package in ("numpy", "torch", "triton"):
         try:
-            found[package] = importlib.metadata.version(package)
+            result[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            result[package] = "not installed"
         except Exception as error:
-            found[package] = f"unknown: {_words(error)}"
-    found["cuda of torch"] = _probe(lambda: __import__("torch").version.cuda or "none: a CPU or ROCm build")
-    return found | _cuda()
+            result[package] = f"unknown: {_words(error)}"
+    result["cuda of torch"] = _probe(lambda: __import__("torch").version.cuda or "none: a CPU or ROCm build")
+    return result | _cuda()
 
 
-def _cuda():
+def _cuda() -> dict[str, str]:
     """CUDA driver and runtime, as "13.0", and the number of devices, as our own library sees them."""
     from . import native
 
-    as_text = lambda v: f"{v // 1000}.{v % 1000 // 10}"  # noqa: E731
+    def as_text(version: int) -> str:
+        return f"{version // 1000}.{version % 1000 // 10}"
+
     try:
         numbers = [ctypes.c_int(0) for _ in range(3)]
         library = native.load("cuda")
@@ -77,36 +89,37 @@ def _cuda():
         return {"cuda driver": f"unknown: {_words(error)}"}
 
 
-def devices():
+def devices() -> list[str]:
     """The kinds of device whose tensors are looked at: "cpu", and "cuda" where torch sees one."""
     import torch
 
     return ["cpu"] + ["cuda"] * bool(_probe(torch.cuda.is_available) is True)
 
 
-def cpu():
-    def isas():
+def cpu() -> dict[str, Any]:
+    """Instruction sets and threads of the CPU backend."""
+
+    def isas() -> list[str]:
         from .backends import cpu
 
         return cpu.isas()
 
     import torch
 
-    asked = os.environ.get("ES_KERNELS_ISA")
     return {
         "instruction sets": _probe(isas),
-        "ES_KERNELS_ISA": asked or "not set: the first of them",
+        "ES_KERNELS_ISA": os.environ.get("ES_KERNELS_ISA") or "not set: the first of them",
         "threads": _probe(torch.get_num_threads),
     }
 
 
-def backends():
+def backends() -> dict[str, dict[str, str | None]]:
     """Backend -> kind of device -> None (available) or why not."""
     import torch
 
     from . import backends
 
-    def why(name, kind):
+    def why(name: str, kind: str) -> str | None:
         try:
             return backends.unavailable(name, torch.device(kind))
         except Exception as error:
@@ -115,7 +128,7 @@ def backends():
     return {name: {kind: why(name, kind) for kind in ("cpu", "cuda")} for name in backends.NAMES}
 
 
-def active(kind):
+def active(kind: str) -> tuple[str | None, str | None]:
     """(name of the backend that serves this kind of device, None) or (None, why none does)."""
     from . import active_backend
 
@@ -128,7 +141,7 @@ def active(kind):
 # ---- the self-check ----
 
 
-def self_check(golden, device):
+def self_check(golden: dict[str, Any], device: str) -> None:
     """Compares the backend that now serves `device` with the golden vectors. Raises RuntimeError at the first that
     differs."""
     import numpy as np
@@ -138,24 +151,25 @@ def self_check(golden, device):
 
     storage = {"f32": np.uint32, "bf16": np.uint16, "f16": np.uint16}
 
-    def tensor(entry):
+    def tensor(entry: tuple[str, list[str]]) -> torch.Tensor:
         dtype, values = entry
         array = np.array([int(v, 16) for v in values], storage[dtype])
         return torch.from_numpy(array).view(getattr(torch, _DTYPES[dtype])).to(device)
 
-    def bits(t):
+    def bits(t: torch.Tensor) -> list[int]:
         return t.cpu().view(torch.int32 if t.element_size() == 4 else torch.int16).tolist()
 
-    def table(name, t, first):
-        return es_kernels.ParamTable([(name, t, [es_kernels.Segment(name, 1, t.numel(), first=int(first, 16))])])
+    def table(name: str, t: torch.Tensor, first: str) -> es_kernels.ParamTable:
+        whole = es_kernels.Segment(name, 1, t.numel(), first=int(first, 16))
+        return es_kernels.ParamTable([es_kernels.NamedTensor(name, t, [whole])])
 
     for i, v in enumerate(golden["add_noise"]):
         expected, base = tensor(v["out"]), tensor(v["base"])
         anchor = None if v["anchor"] is None else {v["name"]: tensor(v["anchor"])}
         coefs = [_float(c) for c in v["coefs"]]
-        options = dict(decay=_float(v["decay"]), anchor=anchor)
+        options: dict[str, Any] = {"decay": _float(v["decay"]), "anchor": anchor}
         if v["rounding_seed"] is not None:
-            options |= dict(rounding="stochastic", rounding_seed=int(v["rounding_seed"], 16))
+            options |= {"rounding": "stochastic", "rounding_seed": int(v["rounding_seed"], 16)}
         seeds = [int(s, 16) for s in v["seeds"]]
         out = torch.zeros_like(expected)
         es_kernels.add_noise_(table(v["name"], out, v["first"]), seeds, coefs, {v["name"]: base}, **options)
@@ -181,36 +195,44 @@ def self_check(golden, device):
         _require(value == int(v["fingerprint"], 16), f"fingerprint vector {i} differs")
 
 
-def _require(equal, words):
+def _require(equal: bool, words: str) -> None:
     if not equal:
         raise RuntimeError(words)
 
 
-def _float(hexadecimal):
+def _float(hexadecimal: str) -> float:
     import numpy as np
 
     return float(np.array(int(hexadecimal, 16), np.uint32).view(np.float32))
 
 
-def self_checks(available):
-    """[(backend, kind of device, instruction set or None, None or what is wrong, seconds)] of all available
-    backends."""
+class Check(NamedTuple):
+    """The outcome of one self-check."""
+
+    backend: str
+    device: str  # the kind of it
+    isa: str | None  # instruction set
+    error: str | None
+    seconds: float
+
+
+def self_checks(available: dict[str, dict[str, str | None]]) -> list[Check]:
+    """Of all backends that are available, as `backends` says, on every kind of device."""
     import es_kernels
 
-    def check(name, kind, isa):
-        start = time.perf_counter()
+    def check(name: str, kind: str, isa: str | None) -> Check:
+        start, error = time.perf_counter(), None
         try:
             if isa:
                 os.environ["ES_KERNELS_ISA"] = isa
             with es_kernels.backend(name):
                 self_check(json.loads(GOLDEN.read_text()), kind)
-            wrong = None
-        except Exception as error:
-            wrong = _words(error)
+        except Exception as raised:
+            error = _words(raised)
         finally:
             if isa:
                 del os.environ["ES_KERNELS_ISA"]
-        return name, kind, isa, wrong, round(time.perf_counter() - start, 3)
+        return Check(name, kind, isa, error, round(time.perf_counter() - start, 3))
 
     results = []
     for name, reasons in available.items():
@@ -222,7 +244,7 @@ def self_checks(available):
     return results
 
 
-def report():
+def report() -> dict[str, Any]:
     """Everything, as JSON types. `ok` is the verdict."""
     known = backends()
     serves = {kind: active(kind) for kind in devices()}
@@ -230,7 +252,6 @@ def report():
     state = {
         kind: "available" if kind in serves else "ready, but torch sees no such device" for kind in ("cpu", "cuda")
     }
-    keys = ("backend", "device", "isa", "error", "seconds")
     return {
         "versions": versions(),
         "cpu": cpu(),
@@ -239,12 +260,12 @@ def report():
         },
         "ES_KERNELS_BACKEND": os.environ.get("ES_KERNELS_BACKEND"),
         "serves": {kind: name or f"none: {why}" for kind, (name, why) in serves.items()},
-        "self_check": [dict(zip(keys, c)) for c in checks],
-        "ok": all(name for name, _ in serves.values()) and all(error is None for *_, error, _ in checks),
+        "self_check": [c._asdict() for c in checks],
+        "ok": all(name for name, _ in serves.values()) and all(c.error is None for c in checks),
     }
 
 
-def _print(r):
+def _print(r: dict[str, Any]) -> None:
     for title in ("versions", "cpu"):
         for key, value in r[title].items():
             print(f"{key:18} {' '.join(value) if isinstance(value, list) else value}")
@@ -265,14 +286,14 @@ def _print(r):
     print("OK" if r["ok"] else "FAILED")
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m es_kernels", description="What is installed, which backend serves and why, and a self-check."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    arguments = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     r = report()
-    print(json.dumps(r, indent=1)) if arguments.json else _print(r)
+    print(json.dumps(r, indent=1)) if options.json else _print(r)
     return 0 if r["ok"] else 1
 
 

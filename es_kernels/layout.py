@@ -40,7 +40,7 @@ class Layout:
         key: int,
         names: tuple[str, ...],
         streams: tuple[int, ...],
-        segments: tuple[tuple[Segment, ...] | None, ...],
+        segments: tuple[Sequence[Segment] | None, ...],
     ) -> None:
         self.key, self.names, self.streams, self.segments = key, names, streams, segments
         self._packs: Packs = OrderedDict()
@@ -51,7 +51,7 @@ class Layout:
         cls,
         names: tuple[str, ...],
         streams: tuple[int, ...] | None = None,
-        segments: tuple[tuple[Segment, ...] | None, ...] | None = None,
+        segments: tuple[Sequence[Segment] | None, ...] | None = None,
     ) -> Layout:
         """The Layout of this content. `streams` default to the ids of the names."""
         streams = tuple(map(noise.stream_id, names)) if streams is None else streams
@@ -170,7 +170,7 @@ class Pack:
                 )
             # Waits for the copy: any stream may read it
             self._on_device = torch.from_numpy(self.segments.view(np.int64).copy()).to(self.device)
-            self._readers = {stream and stream.cuda_stream}
+            self._readers = {None if stream is None else stream.cuda_stream}
         if stream and stream.cuda_stream not in self._readers:
             # Else the allocator gives an evicted table's memory away while this stream still reads it
             self._on_device.record_stream(stream)

@@ -1,18 +1,21 @@
 """Loads the two shared libraries of the C ABI (csrc/es_kernels.h) and says why one cannot be had."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import pathlib
+from collections.abc import Callable
 
 ABI = 2  # ES_ABI of csrc/es_kernels.h
 
 
-def path(name):
+def path(name: str) -> pathlib.Path:
     return pathlib.Path(__file__).parent / f"libes_{name}.so"
 
 
 @functools.cache
-def _load(name):
+def _load(name: str) -> tuple[ctypes.CDLL | None, str | None]:
     """(library, None) or (None, one line that says why not)."""
     if not path(name).exists():
         made = {"cpu": "without a C++ compiler", "cuda": "without nvcc, or nvcc failed"}[name]
@@ -30,18 +33,20 @@ def _load(name):
     return library, None
 
 
-def why_not(name):
+def why_not(name: str) -> str | None:
+    """One line that says why the library `name`, "cpu" or "cuda", cannot be used, or None."""
     return _load(name)[1]
 
 
-def load(name):
+def load(name: str) -> ctypes.CDLL:
+    """The library `name`, "cpu" or "cuda". Raises RuntimeError that says why it cannot be used."""
     library, why = _load(name)
     if library is None:
         raise RuntimeError(f"the {name} library cannot be used: {why}")
     return library
 
 
-def check(status, error):
+def check(status: int, error: Callable[[], bytes]) -> None:
     """Raises the library's own words if a call returned an error code."""
     if status:
         raise RuntimeError(error().decode())

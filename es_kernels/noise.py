@@ -5,9 +5,17 @@ says it in C++, line by line the same. Everything here is integer arithmetic or 
 there is nothing that a device, a compiler or a math library could do differently.
 """
 
+from __future__ import annotations
+
 import hashlib
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+
+F32: TypeAlias = npt.NDArray[np.float32]
+U32: TypeAlias = npt.NDArray[np.uint32]
+U64: TypeAlias = npt.NDArray[np.uint64]
 
 VERSION = 1
 
@@ -19,8 +27,8 @@ MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING = 0, 1, 2, 3
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 
-# The polynomials of the transform, fitted by bench/noise/fit_noise.py to the distribution function itself, not to log, sqrt,
-# sin and cos. -(log2(m) - (m - 1)), up to a factor, ascending powers of m
+# The polynomials of the transform, fitted by bench/noise/fit_noise.py to the distribution function itself, not to log,
+# sqrt, sin and cos. -(log2(m) - (m - 1)), up to a factor, ascending powers of m
 LOG = tuple(map(np.float32, (2.0364969, -3.5937726, 1.8323295, -0.27228412)))
 LOG_SLOPE = np.float32(-2.1457672e-07)
 RSQRT_SEED, RSQRT = 0x5EDBD221, np.float32(1.1556236)
@@ -30,20 +38,26 @@ SIN = tuple(map(np.float32, (0.0003504429, -2.0631862e-12, 2.599999e-21)))
 _SIGN64 = np.uint64(0x8000000000000000)
 
 
-def u64(value):
-    """`value` as an unsigned 64-bit integer: any Python int of 64 bits, signed or unsigned, is accepted. Raises
-    ValueError otherwise."""
+def u64(value: int) -> int:
+    """`value` as an unsigned 64-bit integer.
+
+    Args:
+        value: Any Python int of 64 bits, signed or unsigned.
+
+    Raises:
+        ValueError: It does not fit in 64 bits.
+    """
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"{value} does not fit in 64 bits")
     return value & 0xFFFFFFFFFFFFFFFF
 
 
-def stream_id(name):
+def stream_id(name: str) -> int:
     """The stream of a tensor: BLAKE2b-64 of its canonical name in UTF-8, read little-endian."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def philox4x32(counter, key, rounds=10):
+def philox4x32(counter: npt.ArrayLike, key: npt.ArrayLike, rounds: int = 10) -> U32:
     """Philox4x32 of Salmon et al. (SC 2011): u32 counter [..., 4], u32 key [..., 2] -> u32 [..., 4]."""
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, np.uint32), -1, 0)
     k0, k1 = np.moveaxis(np.asarray(key, np.uint32), -1, 0)
@@ -58,7 +72,7 @@ def philox4x32(counter, key, rounds=10):
     return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
 
 
-def words(seed, stream, block, domain, rounds=10):
+def words(seed: int, stream: int, block: npt.ArrayLike, domain: int, rounds: int = 10) -> U32:
     """The four random words of each noise block: u64 array block [...] -> u32 [..., 4]."""
     block = np.asarray(block, np.uint64)
     counter = np.empty((*block.shape, 4), np.uint32)
@@ -69,15 +83,28 @@ def words(seed, stream, block, domain, rounds=10):
     return philox4x32(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32), rounds)
 
 
-def member_seed(run_seed, generation, member, purpose=MEMBER_NOISE):
-    """The seed of a population member: a u64 as a Python int. Counter-based, so a run has no hidden generator state."""
+def member_seed(run_seed: int, generation: int, member: int, purpose: int = MEMBER_NOISE) -> int:
+    """The seed of a population member. Counter-based, so a run has no hidden generator state.
+
+    Args:
+        run_seed: 64 bits, signed or unsigned.
+        generation: Number of the generation, u32.
+        member: Number of the member, u32.
+        purpose: What the seed is for: MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE or UPDATE_ROUNDING.
+
+    Returns:
+        A u64.
+
+    Raises:
+        ValueError: `run_seed` does not fit in 64 bits.
+    """
     counter = np.array([generation, DOMAIN_SEED << 29, member, purpose], np.uint32)
     run_seed = u64(run_seed)
     w = philox4x32(counter, np.array([run_seed & 0xFFFFFFFF, run_seed >> 32], np.uint32))
     return int(w[0]) | int(w[1]) << 32
 
 
-def fma(a, b, c):
+def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> F32:
     """float32 a * b + c with ONE rounding, as IEEE 754 defines it.
 
     NumPy has no fma. The product of two float32 is exact in float64; the sum is then rounded to odd there, which makes
@@ -99,7 +126,7 @@ def fma(a, b, c):
         return bits.view(np.float64).astype(np.float32).reshape(np.shape(s))
 
 
-def box_muller(w):
+def box_muller(w: npt.ArrayLike) -> tuple[F32, F32]:
     """One random word u32 [...] -> a pair of normals, f32 [...] each: (r cos, r sin).
 
     Bits 31..14 give the radius, 13..1 the angle over the half circle (an odd integer t in -8191..8191, times pi /
@@ -125,31 +152,43 @@ def box_muller(w):
     return r * x_over_r, (r * t) * y_over_rt
 
 
-def normal_blocks(seed, stream, block):
+def normal_blocks(seed: int, stream: int, block: npt.ArrayLike) -> F32:
     """The eight normals of each noise block: u64 [...] -> f32 [..., 8]."""
     with np.errstate(over="ignore"):
         x, y = box_muller(words(seed, stream, block, DOMAIN_NOISE))
     return np.stack([x, y], axis=-1).reshape(*x.shape[:-1], 8)
 
 
-def normal(seed, stream, index):
-    """noise(seed, stream, index) ~ N(0, 1): u64 seed and stream (Python ints), u64 index array [...] -> f32 [...]."""
+def normal(seed: int, stream: int, index: npt.ArrayLike) -> F32:
+    """noise(seed, stream, index) ~ N(0, 1).
+
+    Args:
+        seed: 64 bits, signed or unsigned.
+        stream: 64 bits: `stream_id` of a tensor's name.
+        index: u64 [...], row-major indices of elements.
+
+    Returns:
+        float32 [...].
+
+    Raises:
+        ValueError: `seed` or `stream` does not fit in 64 bits.
+    """
     index = np.asarray(index, np.uint64)
     blocks, where = np.unique(index >> np.uint64(3), return_inverse=True)
-    return normal_blocks(u64(seed), u64(stream), blocks)[
-        where.reshape(index.shape), (index & np.uint64(7)).astype(np.intp)
-    ]
+    normals = normal_blocks(u64(seed), u64(stream), blocks)
+    result: F32 = normals[where.reshape(index.shape), (index & np.uint64(7)).astype(np.intp)]
+    return result
 
 
-def rounding_thresholds(rounding_seed, stream, block):
+def rounding_thresholds(rounding_seed: int, stream: int, block: npt.ArrayLike) -> U32:
     """The eight 16-bit thresholds of stochastic rounding of each noise block: u64 [...] -> u32 [..., 8]."""
     w = words(rounding_seed, stream, block, DOMAIN_ROUNDING)
     return np.stack([w & np.uint32(0xFFFF), w >> np.uint32(16)], axis=-1).reshape(*w.shape[:-1], 8)
 
 
-def _low(x):
+def _low(x: U64) -> U32:
     return (x & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
 
-def _high(x):
+def _high(x: U64) -> U32:
     return (x >> np.uint64(32)).astype(np.uint32)

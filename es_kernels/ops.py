@@ -6,15 +6,21 @@ from __future__ import annotations
 import math
 import operator
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
 
 from . import backends, noise
-from .layout import Layout, shared_memory
+from .layout import Layout, Pack, shared_memory
 from .segment import check_tensor
-from .table import ParamTable, distinct, match, named_tensors
+from .table import Entries, NamedTensor, ParamTable, distinct, match, named_tensors
+
+Seeds: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | torch.Tensor
+Coefs: TypeAlias = SupportsFloat | Iterable[SupportsFloat] | torch.Tensor
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
+_Named = TypeVar("_Named", bound="ParamTable | Mapping[str, torch.Tensor]")
 
 _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an infinite float32
 
@@ -22,7 +28,7 @@ _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an inf
 # Seeds (int64: the bit pattern of the u64) and coefs (f32) are tensors, on the CPU for Python numbers or on the device;
 # no rounding_seed means to nearest. `layout` is Layout.key: names, streams, segments. No base: in place.
 
-_library = torch.library.Library("es_kernels", "DEF")
+_library: Any = torch.library.Library("es_kernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "add_noise_(Tensor(a!)[] out, Tensor[] base, Tensor[] anchor, Tensor seeds, Tensor coefs, Tensor? rounding_seed, "
     "float decay, int layout) -> ()"
@@ -30,11 +36,27 @@ _library.define(
 _library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
 
 
-def _add_noise_(out, base, anchor, seeds, coefs, rounding_seed, decay, layout):
+def _add_noise_(
+    out: Sequence[torch.Tensor],
+    base: Sequence[torch.Tensor],
+    anchor: Sequence[torch.Tensor],
+    seeds: torch.Tensor,
+    coefs: torch.Tensor,
+    rounding_seed: torch.Tensor | None,
+    decay: float,
+    layout: int,
+) -> None:
     _write(Layout.find(layout).pack(out, base, anchor), out, seeds, coefs, rounding_seed, decay)
 
 
-def _write(pack, out, seeds, coefs, rounding_seed, decay):
+def _write(
+    pack: Pack,
+    out: Sequence[torch.Tensor],
+    seeds: torch.Tensor,
+    coefs: torch.Tensor,
+    rounding_seed: torch.Tensor | None,
+    decay: float,
+) -> None:
     """The op, on the Pack of its tensors."""
     decay = float(np.float32(decay))  # the contract casts first, and looks at the cast value
     for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
@@ -50,11 +72,11 @@ def _write(pack, out, seeds, coefs, rounding_seed, decay):
     torch.autograd.graph.increment_version(out)  # Library.impl does not know that `out` was written; autograd must
 
 
-def _fingerprint(tensors, layout):
+def _fingerprint(tensors: Sequence[torch.Tensor], layout: int) -> torch.Tensor:
     return _hash(Layout.find(layout).pack(tensors))
 
 
-def _hash(pack):
+def _hash(pack: Pack) -> torch.Tensor:
     return (
         backends.choose(pack.device).fingerprint(pack)
         if pack.units
@@ -74,45 +96,98 @@ torch.library.register_fake(
 # ---- the functions ----
 
 
+@overload
 def add_noise_(
-    out,
-    seeds,
-    coefs,
-    base=None,
+    out: _Tensor,
+    seeds: Seeds,
+    coefs: Coefs,
+    base: torch.Tensor | None = None,
     *,
-    name=None,
-    stream=None,
-    decay=0.0,
-    anchor=None,
-    rounding="nearest",
-    rounding_seed=None,
-):
+    name: str | None = None,
+    stream: int | None = None,
+    decay: float = 0.0,
+    anchor: torch.Tensor | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding_seed: Seeds | None = None,
+) -> _Tensor: ...
+@overload
+def add_noise_(
+    out: _Named,
+    seeds: Seeds,
+    coefs: Coefs,
+    base: ParamTable | Entries | None = None,
+    *,
+    decay: float = 0.0,
+    anchor: ParamTable | Entries | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding_seed: Seeds | None = None,
+) -> _Named: ...
+@overload
+def add_noise_(
+    out: Iterable[tuple[str, torch.Tensor] | NamedTensor],
+    seeds: Seeds,
+    coefs: Coefs,
+    base: ParamTable | Entries | None = None,
+    *,
+    decay: float = 0.0,
+    anchor: ParamTable | Entries | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding_seed: Seeds | None = None,
+) -> list[tuple[str, torch.Tensor] | NamedTensor]: ...
+def add_noise_(
+    out: torch.Tensor | ParamTable | Entries,
+    seeds: Seeds,
+    coefs: Coefs,
+    base: torch.Tensor | ParamTable | Entries | None = None,
+    *,
+    name: str | None = None,
+    stream: int | None = None,
+    decay: float = 0.0,
+    anchor: torch.Tensor | ParamTable | Entries | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding_seed: Seeds | None = None,
+) -> torch.Tensor | ParamTable | Entries:
     """out <- round(base + sum_i coefs[i] * noise(seeds[i])), in one pass over memory, for one tensor or a whole model.
-    Returns `out`.
 
-    out: a tensor with `name=` (or `stream=`, its u64 id), a mapping name -> tensor, an iterable of (name, tensor), or a
-    `ParamTable`.
-        float32, bfloat16 or float16, mixed freely. Element i (row-major) of the tensor named s gets noise(seed,
-        stream_id(s), i) ~ N(0, 1): a function of these three integers alone, the same to the bit on every device and
-        backend.
-    seeds: int or sequence of N ints of 64 bits, or an int64 tensor [N] (bit pattern) on the CPU or on the device.
-    coefs: float or sequence of N floats, or a float32 tensor [N]. Python numbers are cast to float32 and must be
-    finite. base: where the weights to add to come from, in out's form (same names; any of the dtypes, out's shapes), in
-    memory of its own: p.clone(),
-        for p.float() of a float32 p is p itself. None: `out` itself. No seeds and a base restore: add_noise_(live, [],
-        [], master).
-    decay, anchor: first base <- base - decay * (base - anchor), one fma; no anchor means 0, no decay no anchor. anchor
-    is in out's form. rounding: "nearest" (even) or "stochastic" (unbiased), which needs `rounding_seed`, fresh for
-    every call: int, or int64 tensor [] or [1].
+        Perturb:  add_noise_(live, seed, sigma, base=master)         Swap: add_noise_(live, [old, new], [-sigma, sigma])
+        Update:   add_noise_(master, seeds, (lr / N * z).tolist())   Restore: add_noise_(live, [], [], base=master)
 
-    The order of operations, all in float32, is fixed by NOISE.md. Raises TypeError or ValueError, naming the tensor,
-    before anything is written; RuntimeError if the memory of a table moved, or with CUDA's words if a launch failed.
+    Element i (row-major) of the tensor named s gets noise(seed, stream_id(s), i) ~ N(0, 1): a function of these three
+    integers alone, the same to the bit on every device and backend. NOISE.md fixes the order of operations, all in
+    float32.
 
-    Perturb:  add_noise_(live, seed, sigma, base=master)             Swap: add_noise_(live, [old, new], [-sigma, sigma])
-    Update:   add_noise_(master, seeds, (lr / N * z).tolist())
+    Args:
+        out: A tensor with `name` (or `stream`), a `ParamTable`, a mapping name -> tensor, or an iterable of
+            (name, tensor) or NamedTensor. float32, bfloat16 or float16, mixed freely, all on one device.
+        seeds: An int or a sequence of N ints of 64 bits, or an int64 tensor [N] (their bit pattern) on the CPU or on
+            the device.
+        coefs: A float or a sequence of N floats, or a float32 tensor [N] on the CPU or on the device. Python numbers
+            are cast to float32 and must be finite.
+        base: The weights to add to, in the form of `out`: the same names and shapes, any of the dtypes, in memory of
+            its own (p.clone(); p.float() of a float32 p is p itself). None: `out` itself.
+        name: Name of a bare tensor, which says what its noise is.
+        stream: In place of `name` its stream, a u64.
+        decay: First base <- base - decay * (base - anchor), in one fma.
+        anchor: What decay moves towards, in the form of `out`. None: 0.
+        rounding: To the dtype of `out`: "nearest" (even) or "stochastic" (unbiased).
+        rounding_seed: For "stochastic", fresh for every call: an int of 64 bits, or an int64 tensor [] or [1].
+
+    Returns:
+        `out`; of an iterable of pairs, a list of them.
+
+    Raises:
+        TypeError: A type or dtype is not supported. Nothing was written.
+        ValueError: Names, shapes, devices or numbers do not fit, or memory overlaps. Nothing was written.
+        RuntimeError: A tensor requires grad outside torch.no_grad(), the memory of a table moved, no backend serves
+            the device, or a launch failed, in CUDA's words.
     """
     seeds, coefs, rounding_seed, decay = _numbers(seeds, coefs, rounding, rounding_seed, decay)
-    if all(t is None or isinstance(t, ParamTable) for t in (base, anchor)) and _direct(out, base, anchor):
+    if (
+        isinstance(out, ParamTable)
+        and (base is None or isinstance(base, ParamTable))
+        and (anchor is None or isinstance(anchor, ParamTable))
+        and _direct(out, base, anchor)
+    ):
         if name is not None or stream is not None:
             raise ValueError(_NAMES_ITSELF)
         pack = out.pack(base, anchor)
@@ -133,35 +208,46 @@ def add_noise_(
             raise ValueError(_NAMES_ITSELF)
         out = out if isinstance(out, (ParamTable, Mapping)) else named_tensors(out)
         tensors, names, layout = _tensors_and_layout(out)
-    base = _match("base", base, out, tensors, names)
-    anchor = _match("anchor", anchor, out, tensors, names)
+    bases = _match("base", base, out, names)
+    anchors = _match("anchor", anchor, out, names)
     if not torch.compiler.is_compiling():
         # Here, because the dispatcher would run the fake kernel, or a copy, and silently write nothing.
-        for what, given in (("out", tensors), ("base", base), ("anchor", anchor)):
-            for n, t in zip(names, given):
-                if t.is_meta or (what == "out" and t.is_neg()):
-                    check_tensor(n, what, t)
+        for role, supplied in (("out", tensors), ("base", bases), ("anchor", anchors)):
+            for n, t in zip(names, supplied, strict=False):  # none of them where there is no base or anchor
+                if t.is_meta or (role == "out" and t.is_neg()):
+                    check_tensor(n, role, t)
     else:
         # A graph writes a copy of out and would hide it; without addresses only the same tensor can be seen.
-        for what, given in (("base", base), ("anchor", anchor)):
-            for n, t, source in zip(names, tensors, given):
+        for role, supplied in (("base", bases), ("anchor", anchors)):
+            for n, t, source in zip(names, tensors, supplied, strict=False):
                 if source is t:
-                    raise ValueError(shared_memory(what, n, n))
+                    raise ValueError(shared_memory(role, n, n))
     if torch.is_grad_enabled():
         _refuse_gradients(names, tensors)
-    torch.ops.es_kernels.add_noise_(tensors, base, anchor, seeds, coefs, rounding_seed, decay, layout)
+    torch.ops.es_kernels.add_noise_(tensors, bases, anchors, seeds, coefs, rounding_seed, decay, layout)
     return out
 
 
-def fingerprint(named):
-    """64 bits (int) of all elements, dtypes, names and indices of a ParamTable, a mapping or an iterable of (name,
-    tensor) pairs: a sum, so any order and any sharding give the same value. NOISE.md has the formula."""
-    if _direct(named):
+def fingerprint(named: ParamTable | Entries) -> int:
+    """64 bits of all elements, dtypes, names and indices: a sum, so any order and any sharding give the same value.
+    NOISE.md has the formula.
+
+    Args:
+        named: A `ParamTable`, a mapping name -> tensor, or an iterable of (name, tensor) or NamedTensor.
+
+    Returns:
+        A u64. Waits for the device.
+
+    Raises:
+        TypeError, ValueError: As `ParamTable` does.
+        RuntimeError: The memory of a table moved, no backend serves the device, or a launch failed.
+    """
+    if isinstance(named, ParamTable) and _direct(named):
         value = _hash(named.pack())
     else:
         tensors, _, layout = _tensors_and_layout(named)
         value = torch.ops.es_kernels.fingerprint(tensors, layout)
-    return value.item() & 0xFFFFFFFFFFFFFFFF
+    return int(value.item()) & 0xFFFFFFFFFFFFFFFF
 
 
 # The dispatcher takes 170 ns a tensor, for tensors that a table knows already. Eager calls on tables go around it,
@@ -171,11 +257,10 @@ _UNSEEN = {torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr(
 _UNSEEN |= {bits | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr() for bits in _UNSEEN}
 
 
-def _direct(out, *others):
+def _direct(*tables: ParamTable | None) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and isinstance(out, ParamTable)
-        and all(table is None or table.plain for table in (out, *others))
+        and all(table is None or table.plain for table in tables)
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _UNSEEN
         and not torch._C._len_torch_function_stack()
         and not torch.autograd._profiler_enabled()
@@ -187,21 +272,21 @@ _NAMES_ITSELF = "name= and stream= are for a bare tensor; this call names its te
 _any_requires_grad = getattr(torch._C, "_any_requires_grad", lambda *tensors: any(t.requires_grad for t in tensors))
 
 
-def _refuse_gradients(names, tensors):
-    for n, t in zip(names, tensors):
+def _refuse_gradients(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    for n, t in zip(names, tensors, strict=True):
         if t.requires_grad:
             raise RuntimeError(f"{n!r} requires grad: write it under torch.no_grad()")
 
 
-def _layout_key(names, streams=None):
+def _layout_key(names: tuple[str, ...], streams: tuple[int, ...] | None = None) -> int:
     return Layout.intern(names, streams).key
 
 
 # As torch.compiler.assume_constant_result does, which imports torch._dynamo: 1.3 s of every import
-_layout_key._dynamo_marked_constant = True
+_layout_key._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _tensors_and_layout(named):
+def _tensors_and_layout(named: ParamTable | Entries) -> tuple[list[torch.Tensor], list[str], int]:
     if isinstance(named, ParamTable):
         if not torch.compiler.is_compiling():
             named.check_unmoved()
@@ -214,25 +299,30 @@ def _tensors_and_layout(named):
                 "a ParamTable"
             )
     if not torch.compiler.is_compiling():
-        entries, layout, _ = distinct(pairs)
-        return [e.tensor for e in entries], [e.name for e in entries], layout.key
-    return [t for _, t in pairs], [n for n, _ in pairs], _layout_key(tuple(n for n, _ in pairs))
+        names, tensors, layout, _ = distinct(pairs)
+        return tensors, names, layout.key
+    if any(len(pair) > 2 and pair[2] is not None for pair in pairs):
+        raise TypeError("torch.compile sees segments only in a ParamTable: build one of them outside of the graph")
+    return [pair[1] for pair in pairs], [pair[0] for pair in pairs], _layout_key(tuple(pair[0] for pair in pairs))
 
 
-def _match(what, value, out, tensors, names):
-    """`value` (base or anchor) as a list of tensors in the order of `tensors`; [] for None."""
+def _match(role: str, value: Any, out: Any, names: Sequence[str]) -> list[torch.Tensor]:
+    """`value` (base or anchor) as a list of tensors in the order of `names`; [] for None."""
     if value is None:
         return []
     if isinstance(out, torch.Tensor) or isinstance(value, torch.Tensor):
         if not (isinstance(out, torch.Tensor) and isinstance(value, torch.Tensor)):
-            raise TypeError(f"{what} must have the form of out: a tensor for a tensor, or the same names")
+            raise TypeError(f"{role} must have the form of out: a tensor for a tensor, or the same names")
         return [value]
     if isinstance(value, ParamTable) and not torch.compiler.is_compiling():
         value.check_unmoved()
-    return match(what, value, names, out.tied if isinstance(out, ParamTable) else [n for n, *_ in named_tensors(out)])
+    tied = out.tied if isinstance(out, ParamTable) else [name for name, *_ in named_tensors(out)]
+    return match(role, value, names, tied)
 
 
-def _numbers(seeds, coefs, rounding, rounding_seed, decay):
+def _numbers(
+    seeds: Seeds, coefs: Coefs, rounding: str, rounding_seed: Seeds | None, decay: SupportsFloat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
     """The arguments that are no weights, checked: as tensors, and decay as a float."""
     seeds, coefs, decay = _seeds(seeds, "seeds"), _coefs(coefs), float(decay)
     if seeds.shape != coefs.shape:
@@ -245,20 +335,21 @@ def _numbers(seeds, coefs, rounding, rounding_seed, decay):
         raise ValueError(
             "rounding='stochastic' needs a rounding_seed, fresh for every call; rounding='nearest' takes none"
         )
+    key = None
     if rounding_seed is not None:
-        rounding_seed = _seeds(rounding_seed, "rounding_seed")
-        if rounding_seed.shape != (1,):
+        key = _seeds(rounding_seed, "rounding_seed")
+        if key.shape != (1,):
             raise ValueError("rounding_seed is one number")
-    for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", rounding_seed)):
+    for what, t in (("seeds", seeds), ("coefs", coefs), ("rounding_seed", key)):
         if t is not None and t.is_meta:  # the dispatcher would run the fake kernel
             raise ValueError(f"{what} are on the meta device")
-    return seeds, coefs, rounding_seed, decay
+    return seeds, coefs, key, decay
 
 
 _ORDER = ": the order is add_noise_(out, seeds, coefs)"
 
 
-def _seeds(seeds, what):
+def _seeds(seeds: Seeds, what: str) -> torch.Tensor:
     if isinstance(seeds, torch.Tensor):
         if seeds.dtype != torch.int64 or seeds.dim() > 1:
             order = _ORDER if what == "seeds" and seeds.is_floating_point() else ""
@@ -267,14 +358,14 @@ def _seeds(seeds, what):
                 f"{tuple(seeds.shape)}{order}"
             )
         return seeds.reshape(-1)
-    seeds = [_integer(s, what) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
-    for s in seeds:
+    integers = [_integer(s, what) for s in (seeds if isinstance(seeds, (list, tuple)) else _listed(seeds))]
+    for s in integers:
         if not -(1 << 63) <= s < 1 << 64:
             raise ValueError(f"{what}: {s} does not fit in 64 bits")
-    return _on_host([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], torch.int64)
+    return _on_host([s - (1 << 64) if s >= 1 << 63 else s for s in integers], torch.int64)
 
 
-def _integer(seed, what):
+def _integer(seed: SupportsIndex, what: str) -> int:
     try:
         return operator.index(seed)
     except TypeError:
@@ -282,34 +373,33 @@ def _integer(seed, what):
         raise TypeError(f"{what} are integers, and {seed!r} is a {type(seed).__name__}{order}") from None
 
 
-def _coefs(coefs):
+def _coefs(coefs: Coefs) -> torch.Tensor:
     if isinstance(coefs, torch.Tensor):
         if coefs.dtype != torch.float32 or coefs.dim() > 1:
             raise TypeError(f"coefs as a tensor are float32 of shape [N], not {coefs.dtype} {tuple(coefs.shape)}")
         return coefs.reshape(-1)
-    coefs = [float(c) for c in (coefs if isinstance(coefs, (list, tuple)) else _listed(coefs))]
-    for c in coefs:
+    floats = [float(c) for c in (coefs if isinstance(coefs, (list, tuple)) else _listed(coefs))]
+    for c in floats:
         if not -_F32_MAX < c < _F32_MAX:
             raise ValueError(f"coefficient {c} is not a finite float32")
-    if any(0 < abs(c) < 2**-126 for c in coefs):  # torch.set_flush_denormal(True) would make the cast give 0
+    if any(0 < abs(c) < 2**-126 for c in floats):  # torch.set_flush_denormal(True) would make the cast give 0
         bits = [
             round(abs(c) * 2**149) if abs(c) < 2**-126 else struct.unpack("<I", struct.pack("<f", abs(c)))[0]
-            for c in coefs
+            for c in floats
         ]
-        return _on_host(
-            [b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, coefs)], torch.int32
-        ).view(torch.float32)
-    return _on_host(coefs, torch.float32)
+        signed = [b - (1 << 31) if math.copysign(1, c) < 0 else b for b, c in zip(bits, floats, strict=True)]
+        return _on_host(signed, torch.int32).view(torch.float32)
+    return _on_host(floats, torch.float32)
 
 
-def _on_host(numbers, dtype):
+def _on_host(numbers: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return torch.tensor(numbers, dtype=dtype, device="cpu")
     return torch.from_numpy(np.array(numbers, _NUMPY[dtype]))  # 1.4 us instead of 4.5
 
 
-_NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
+_NUMPY: dict[torch.dtype, type[np.generic]] = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
 
 
-def _listed(value):
+def _listed(value: Any) -> list[Any]:
     return list(value) if hasattr(value, "__iter__") else [value]

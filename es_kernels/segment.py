@@ -161,8 +161,8 @@ def check_tensor(name: str, role: str, tensor: torch.Tensor) -> None:
         )
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{_label(name, role)} has dtype {tensor.dtype}: only float32, bfloat16 and float16 are supported; leave it "
-            "out of the table"
+            f"{_label(name, role)} has dtype {tensor.dtype}: only float32, bfloat16 and float16 are supported; leave "
+            "it out of the table"
         )
     if tensor.device.type == "meta":
         raise ValueError(f"{_label(name, role)} is on the meta device and has no memory: materialise it first")

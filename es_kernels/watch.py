@@ -1,8 +1,12 @@
 """Whether the tensors of a table still are where and what they were: asked at every call, of every tensor."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ class Watch:
     from Python takes 75 ns, and four would be needed. Without the library Python asks, 500 ns a tensor.
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
         self._asks = _asks()
         if self._asks is None:
@@ -30,15 +34,18 @@ class Watch:
         self._arguments = ctypes.addressof(self._handles), len(handles), self._words.ctypes.data
         self._asks.first_changed(*self._arguments, True)
 
-    def first_changed(self):
+    def first_changed(self) -> int | None:
         """The number of a tensor that is another than it was, or None."""
         if self._asks is None:
-            return next((i for i, (t, form) in enumerate(zip(self._tensors, self._forms)) if _form(t) != form), None)
+            return next(
+                (i for i, (t, form) in enumerate(zip(self._tensors, self._forms, strict=True)) if _form(t) != form),
+                None,
+            )
         i = self._asks.first_changed(*self._arguments, False)
         return None if i == len(self._handles) else i
 
 
-def _form(t):
+def _form(t: torch.Tensor) -> tuple[Any, ...]:
     return t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
@@ -48,7 +55,7 @@ class _Asks:
 
     _GETTERS = ("data_ptr", "dtype", "dim", "sizes", "strides")  # EsTensorGetters of csrc/es_kernels.h
 
-    def __init__(self):
+    def __init__(self) -> None:
         c = ctypes.CDLL(torch._C.__file__)
         self._getters = (ctypes.c_void_p * len(self._GETTERS))(
             *(ctypes.cast(getattr(c, f"aoti_torch_get_{name}"), ctypes.c_void_p).value for name in self._GETTERS)
@@ -60,7 +67,7 @@ class _Asks:
         self._allocate = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
         self._delete = ctypes.PYFUNCTYPE(ctypes.c_int32, p)(("aoti_torch_delete_tensor_object", c))
 
-    def handles(self, tensors):
+    def handles(self, tensors: list[torch.Tensor]) -> tuple[list[int], Callable[[Any], Any]]:
         """(addresses of handles, the function that frees them). Each holds its tensor, not what the tensor's memory
         is."""
         pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
@@ -71,7 +78,7 @@ class _Asks:
 
 
 @functools.cache
-def _asks():
+def _asks() -> _Asks | None:
     try:
         return _Asks()
     except (AttributeError, OSError, RuntimeError):

@@ -80,9 +80,12 @@ def test_pure_wheel_without_a_compiler(tmp_path, expected):
     assert built and built.name.endswith("-py3-none-any.whl"), output
     names = zipfile.ZipFile(built).namelist()
     assert not [n for n in names if n.endswith(".so") or n.startswith("bench/")]
-    assert {"es_kernels/NOISE.md", "es_kernels/golden.json", "es_finetune/models/embedded/model.safetensors"} <= set(
-        names
-    )
+    assert {
+        "es_kernels/NOISE.md",
+        "es_kernels/golden.json",
+        "es_kernels/py.typed",
+        "es_finetune/models/embedded/model.safetensors",
+    } <= set(names)
     assert installed(built, tmp_path) == ("reference", expected)
 
 

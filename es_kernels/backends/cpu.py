@@ -1,6 +1,8 @@
 """The C++ backend, through ctypes: threads and SIMD, AVX-512, AVX2 or baseline, whichever is best here. ES_KERNELS_ISA
 picks another."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import os
@@ -8,20 +10,24 @@ import os
 import torch
 
 from .. import native
+from ..layout import Pack
 
 
-def unavailable(device):
+def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it serves CPU tensors, not {device.type}"
     return native.why_not("cpu")
 
 
-def isas():
+def isas() -> list[str]:
     """The instruction sets that this processor can run, best first."""
-    return _library().es_cpu_isas().decode().split()
+    names: bytes = _library().es_cpu_isas()
+    return names.decode().split()
 
 
-def add_noise_(pack, seeds, coefs, rounding_seed, decay):
+def add_noise_(
+    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+) -> None:
     seeds, coefs = seeds.contiguous(), coefs.contiguous()  # named, so that their memory outlives the call
     rounding = None if rounding_seed is None else rounding_seed.contiguous()
     status = _library().es_cpu_add_noise(
@@ -31,7 +37,7 @@ def add_noise_(pack, seeds, coefs, rounding_seed, decay):
     native.check(status, _library().es_cpu_error)
 
 
-def fingerprint(pack):
+def fingerprint(pack: Pack) -> torch.Tensor:
     result = torch.zeros((), dtype=torch.int64, device="cpu")
     status = _library().es_cpu_fingerprint(
         pack.segments.ctypes.data, len(pack.segments), result.data_ptr(), torch.get_num_threads(), _isa()
@@ -40,13 +46,13 @@ def fingerprint(pack):
     return result
 
 
-def _isa():
+def _isa() -> bytes | None:
     name = os.environ.get("ES_KERNELS_ISA")
     return name.encode() if name else None
 
 
 @functools.cache
-def _library():
+def _library() -> ctypes.CDLL:
     c = native.load("cpu")
     p, i64 = ctypes.c_void_p, ctypes.c_int64
     c.es_cpu_error.restype = c.es_cpu_isas.restype = ctypes.c_char_p

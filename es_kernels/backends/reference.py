@@ -1,33 +1,51 @@
 """The operation in NumPy: what the others are compared with, and what runs where there is nothing else. Slow (100 to
 200 ns a value and seed)."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import noise
+from ..layout import Pack
 
+Bits: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
 _CHUNK = 1 << 16  # elements at a time
 _STORAGE = (np.uint32, np.uint16, np.uint16)
 
 
-def unavailable(device):
+def unavailable(device: torch.device) -> str | None:
     return None if device.type in ("cpu", "cuda") else f"it serves CPU and CUDA tensors, not {device.type}"
 
 
-def add_noise_(pack, seeds, coefs, rounding_seed, decay):
+def add_noise_(
+    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+) -> None:
     with on_host(pack) as segments, ieee_denormals(), np.errstate(all="ignore"):
-        seeds = [noise.u64(s) for s in seeds.tolist()]
-        coefs = coefs.cpu().numpy()
-        rounding_seed = None if rounding_seed is None else noise.u64(int(rounding_seed))
+        seeds_u64 = [noise.u64(s) for s in seeds.tolist()]
+        coefs_f32 = coefs.cpu().numpy()
+        key = None if rounding_seed is None else noise.u64(int(rounding_seed))
         for s in segments:
             for row, start, stop in _chunks(s):
-                _add_noise_run(s, row, start, stop, seeds, coefs, rounding_seed, np.float32(decay))
+                _add_noise_run(s, row, start, stop, seeds_u64, coefs_f32, key, np.float32(decay))
 
 
-def _add_noise_run(s, row, start, stop, seeds, coefs, rounding_seed, decay):
+def _add_noise_run(
+    s: np.void,
+    row: int,
+    start: int,
+    stop: int,
+    seeds: list[int],
+    coefs: noise.F32,
+    rounding_seed: int | None,
+    decay: np.float32,
+) -> None:
     """The contract, in its order, on the elements [start, stop) of one row."""
     first = int(s["first"]) + row * int(s["index_stride"]) + start
     blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
@@ -51,7 +69,7 @@ def _add_noise_run(s, row, start, stop, seeds, coefs, rounding_seed, decay):
     memory(s, "out", row, start, stop)[:] = store(b, s["out_dtype"], thresholds)
 
 
-def fingerprint(pack):
+def fingerprint(pack: Pack) -> torch.Tensor:
     total = 0
     with on_host(pack) as segments, np.errstate(over="ignore"):
         for s in segments:
@@ -68,7 +86,7 @@ def fingerprint(pack):
     return torch.tensor(total - (1 << 64) if total >> 63 else total, dtype=torch.int64, device="cpu")
 
 
-def _fingerprint_keys(dtype, stream, blocks):
+def _fingerprint_keys(dtype: int, stream: int, blocks: noise.U64) -> tuple[noise.U32, noise.U64]:
     """What lane j of each block adds to its bits, and multiplies the sum with: u32 [blocks, 8] and u64 [blocks, 8]."""
     w = noise.words(dtype, stream, blocks, noise.DOMAIN_FINGERPRINT, rounds=7)
     add = np.concatenate([np.roll(w, -1, axis=-1), np.roll(w, -2, axis=-1)], axis=-1)
@@ -79,7 +97,7 @@ def _fingerprint_keys(dtype, stream, blocks):
 # ---- storage formats, on their bits ----
 
 
-def load(bits, dtype):
+def load(bits: Bits, dtype: int) -> noise.F32:
     """Stored bits (u32 or u16 array) -> float32, exact."""
     if dtype == 0:
         return bits.view(np.float32).copy()
@@ -88,7 +106,7 @@ def load(bits, dtype):
     return bits.view(np.float16).astype(np.float32)
 
 
-def store(x, dtype, thresholds=None):
+def store(x: noise.F32, dtype: int, thresholds: noise.U32 | None = None) -> Bits:
     """float32 -> bits of the storage dtype: to nearest even, or stochastically with 16-bit `thresholds` (u32). Any NaN
     becomes the one NaN."""
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -113,22 +131,22 @@ def store(x, dtype, thresholds=None):
 # ---- memory ----
 
 
-def memory(s, what, row, start, stop):
+def memory(s: np.void, what: str, row: int, start: int, stop: int) -> npt.NDArray[Any]:
     """Elements [start, stop) of a row of `out`, `base` or `anchor`, as a writable array of their bits."""
-    storage = np.dtype(_STORAGE[s[f"{what}_dtype"]])
+    storage: np.dtype[Any] = np.dtype(_STORAGE[s[f"{what}_dtype"]])
     address = int(s[what]) + (row * int(s[f"{what}_stride"]) + start) * storage.itemsize
-    buffer = (ctypes.c_char * ((stop - start) * storage.itemsize)).from_address(address)
+    buffer: Any = (ctypes.c_char * ((stop - start) * storage.itemsize)).from_address(address)
     return np.frombuffer(buffer, storage)
 
 
-def _chunks(s):
+def _chunks(s: np.void) -> Iterator[tuple[int, int, int]]:
     for row in range(s["rows"]):
         for start in range(0, int(s["cols"]), _CHUNK):
             yield row, start, min(start + _CHUNK, int(s["cols"]))
 
 
 @contextlib.contextmanager
-def on_host(pack):
+def on_host(pack: Pack) -> Iterator[npt.NDArray[np.void]]:
     """The segments of `pack` with host addresses: of the tensors themselves, or, for CUDA tensors, of copies that are
     written back."""
     if pack.device.type == "cpu":
@@ -149,7 +167,7 @@ def on_host(pack):
             device_view.copy_(host)
 
 
-def _bytes_at(address, n_bytes, device):
+def _bytes_at(address: int, n_bytes: int, device: torch.device) -> torch.Tensor:
     class Array:
         __cuda_array_interface__ = {"shape": (n_bytes,), "typestr": "|u1", "data": (address, False), "version": 2}
 
@@ -157,7 +175,7 @@ def _bytes_at(address, n_bytes, device):
 
 
 @contextlib.contextmanager
-def ieee_denormals():
+def ieee_denormals() -> Iterator[None]:
     """NumPy computes in this thread, where torch.set_flush_denormal(True) flushes subnormals: lift that for a while."""
     flushing = np.float32(1e-40) * np.float32(1) == 0
     if flushing:

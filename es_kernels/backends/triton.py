@@ -9,18 +9,22 @@ of 16 bits.
 Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to
 nearest by casts, which are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
 
-SASS a value, sm_90 (bench/instructions/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the update; `x !=
-x` and what follows from it are 3 of them. Tried: multiplying by tl.umulhi and `*` (1.4 more: two instructions where a
-64-bit product is one). ptxas moves the loads behind the noise, so other warps must hide their latency; a barrier moves
-along with them, and a branch around the noise keeps them in front for 2.5 more instructions and 16 registers.
+SASS a value, sm_90 (bench/instructions/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the
+update; `x != x` and what follows from it are 3 of them. Tried: multiplying by tl.umulhi and `*` (1.4 more: two
+instructions where a 64-bit product is one). ptxas moves the loads behind the noise, so other warps must hide their
+latency; a barrier moves along with them, and a branch around the noise keeps them in front for 2.5 more instructions
+and 16 registers.
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from .. import noise, streams
+from ..layout import Pack
 from ..segment import SEGMENT
 from .reference import ieee_denormals
 
@@ -34,34 +38,41 @@ _UNITS, _WARPS = 256, 4  # units of one step of a program, and warps: 2 units, 1
 _PROGRAMS = 64  # a processor: several waves, so that the last one is a small part
 
 
-def unavailable(device):
+def unavailable(device: torch.device) -> str | None:
     if triton is None:
         return f"triton cannot be imported ({_import_error}): pip install triton"
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        return f"triton {triton.__version__} is too old: 3.6, which torch 2.10 brings, is the oldest that it is tested with"
-    if isinstance(_add_noise_kernel, triton.runtime.JITFunction):
         return (
-            None
-            if device.type == "cuda"
-            else f"it serves CUDA and ROCm devices, not {device.type} (unless TRITON_INTERPRET=1 is set before the import)"
+            f"triton {triton.__version__} is too old: 3.6, which torch 2.10 brings, is the oldest that it is tested "
+            "with"
+        )
+    if isinstance(_add_noise_kernel, triton.runtime.JITFunction):
+        if device.type == "cuda":
+            return None
+        return (
+            f"it serves CUDA and ROCm devices, not {device.type} (unless TRITON_INTERPRET=1 is set before the import)"
         )
     return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set: the interpreter serves CPU tensors only"
 
 
-def add_noise_(pack, seeds, coefs, rounding_seed, decay):
+def add_noise_(
+    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+) -> None:
     segments = _table(pack)
     stochastic = rounding_seed is not None
-    seeds, coefs, *rounding_seed = streams.staged(pack.device, seeds, coefs, *([rounding_seed] if stochastic else ()))
-    rounding_seed = rounding_seed[0] if stochastic else seeds  # not read
+    seeds, coefs, *others = streams.staged(
+        pack.device, seeds, coefs, *(() if rounding_seed is None else (rounding_seed,))
+    )
+    key = others[0] if stochastic else seeds  # not read
     grid, per_program = _split(pack)
     with _launching(pack.device):
         _add_noise_kernel[(grid,)](
-            segments, len(pack.segments), pack.units, per_program, seeds, coefs, seeds.numel(), rounding_seed, -decay,
+            segments, len(pack.segments), pack.units, per_program, seeds, coefs, seeds.numel(), key, -decay,
             STOCHASTIC=stochastic, DECAY=decay != 0, UNITS=_UNITS, **_OPTIONS,
         )  # fmt: skip
 
 
-def fingerprint(pack):
+def fingerprint(pack: Pack) -> torch.Tensor:
     segments = _table(pack)
     grid, per_program = _split(pack)
     sums = torch.empty(grid, dtype=torch.int64, device=pack.device)
@@ -72,7 +83,13 @@ def fingerprint(pack):
     return sums.sum()  # modulo 2^64
 
 
-def compile_for(target, n_seeds=1, stochastic=False, decay=False, kernel="add_noise"):
+def compile_for(
+    target: int | str,
+    n_seeds: int | None = 1,
+    stochastic: bool = False,
+    decay: bool = False,
+    kernel: str = "add_noise",
+) -> Any:
     """The kernel as it is launched, compiled without a GPU. target: a compute capability (80, 90, ...) or an AMD
     architecture ("gfx942"). n_seeds: 1, or None for any number. Returns triton's CompiledKernel; its `asm` holds ptx
     and cubin, or amdgcn and hsaco. Must not run under TRITON_INTERPRET=1."""
@@ -101,7 +118,7 @@ _TYPES = {
 _TYPES |= {"n_seeds": "i32", "rounding_seed": "*i64", "minus_decay": "fp32", "sums": "*i64"}
 
 
-def _table(pack):
+def _table(pack: Pack) -> torch.Tensor:
     """The segments where the kernel reads them."""
     strided = pack.segments[pack.segments["rows"] > 1]
     if len(strided) and (strided["rows"] * strided["units_per_row"]).max() >= 1 << 32:
@@ -109,7 +126,7 @@ def _table(pack):
     return pack.on_device()
 
 
-def _split(pack):
+def _split(pack: Pack) -> tuple[int, int]:
     """How many programs, and how many units each takes."""
     processors = (
         torch.cuda.get_device_properties(pack.device).multi_processor_count if pack.device.type == "cuda" else 1
@@ -119,14 +136,14 @@ def _split(pack):
     return -(-pack.units // per_program), per_program
 
 
-def _launching(device):
+def _launching(device: torch.device) -> contextlib.AbstractContextManager[None]:
     if device.type == "cuda":
         return torch.cuda.device(device)
     return _interpreting()
 
 
 @contextlib.contextmanager
-def _interpreting():
+def _interpreting() -> Iterator[None]:
     with ieee_denormals(), np.errstate(all="ignore"):
         yield
 
@@ -147,7 +164,7 @@ if triton is not None:
     @triton.jit
     def _philox(c0, c1, c2, c3, key, ROUNDS: tl.constexpr):
         k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-        for i in tl.static_range(ROUNDS):
+        for _ in tl.static_range(ROUNDS):
             p0 = c0.to(tl.uint64) * _M0
             p1 = c2.to(tl.uint64) * _M1
             c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
@@ -432,8 +449,9 @@ if triton is not None:
     # ---- the kernels ----
 
     @triton.jit
-    def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed, minus_decay,
-                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
+    def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                           minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr,
+                           PATH: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, all of one segment."""
         rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
         out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
@@ -497,8 +515,8 @@ if triton is not None:
             "minus_decay",
         ]
     )
-    def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed, minus_decay,
-                          STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+    def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed,
+                          minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
         unit = tl.program_id(0).to(tl.int64) * per_program
         stop = tl.minimum(unit + per_program, units)
         segment = _find(segments, n_segments, unit)
