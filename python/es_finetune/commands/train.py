@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from es_finetune.config import TrainConfig, recorded_options
 from es_finetune.errors import RewardFailed, RunError, RunStopped, UserError
+from es_finetune.monitor.rows import Summary
 from es_finetune.runs.log import is_begun, read_log
 from es_finetune.runs.replay import config_of
 from es_finetune.trainer import Trainer, follow
@@ -23,7 +24,7 @@ class Trained(NamedTuple):
     """What `train` came to."""
 
     folder: Path
-    summary: dict[str, Any]  # what summary.json holds
+    summary: Summary  # what summary.json holds
 
 
 def train(options: Mapping[str, Any], callbacks: Iterable[Any] = ()) -> Trained | None:
