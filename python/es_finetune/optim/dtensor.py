@@ -12,25 +12,29 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
 import es_kernels
 from es_finetune.errors import UserError
-from es_kernels import Segment
+from es_kernels import NamedTensor, Segment
 from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def live_table(entries: Sequence[tuple[str, torch.Tensor, Sequence[Segment] | None]]) -> es_kernels.ParamTable:
+
+def live_table(entries: Sequence[NamedTensor]) -> es_kernels.ParamTable:
     """The table of what the model computes with: over this process's memory where a parameter is sharded."""
-    modules = _fsdp_modules([parameter for _, parameter, _ in entries])
+    modules = _fsdp_modules([entry.tensor for entry in entries])
     for name, parameter, _ in entries:
         if getattr(parameter, "_fsdp_flattened", False):
             raise UserError(
                 f"{name!r} is a part of a FullyShardedDataParallel's flat parameter, which has lost its place: shard "
                 "the model with fully_shard"
             )
-    if modules or any(is_sharded(parameter) for _, parameter, _ in entries):
+    if modules or any(is_sharded(entry.tensor) for entry in entries):
         return ShardedTable(entries, modules)
     try:
         return es_kernels.ParamTable(entries)
@@ -44,24 +48,24 @@ def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> in
     if not isinstance(live, ShardedTable):
         return es_kernels.fingerprint(table)
     table.check_unmoved()
-    parts: dict[tuple, list] = {}
-    for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments):
-        parts.setdefault(live.groups.get(name, ()), []).append((name, tensor, segments))
+    parts: dict[tuple, list[NamedTensor]] = {}
+    for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments, strict=True):
+        parts.setdefault(live.groups.get(name, ()), []).append(NamedTensor(name, tensor, segments))
     return sum(_summed(es_kernels.fingerprint(entries), groups) for groups, entries in parts.items()) % 2**64
 
 
 def whole_tensors(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> dict[str, torch.Tensor]:
     """The tensors of `table`, which is laid out as `live`, by name: as DTensors over the same memory where `live` has
     them."""
-    parameters = live.parameters if isinstance(live, ShardedTable) else {}
-    tensors = {name: tensor.detach() for name, tensor in zip(table.names, table.tensors)}
+    parameters: dict[str, Any] = live.parameters if isinstance(live, ShardedTable) else {}
+    tensors = {name: tensor.detach() for name, tensor in zip(table.names, table.tensors, strict=True)}
     return {
         name: _like(parameters[name], tensor) if is_sharded(parameters.get(name)) else tensor
         for name, tensor in tensors.items()
     }
 
 
-def is_sharded(tensor: object) -> bool:
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether it is a DTensor. There is none before its module is imported, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -75,7 +79,7 @@ class ShardedTable(es_kernels.ParamTable):
     before the write.
     """
 
-    def __init__(self, entries, modules):
+    def __init__(self, entries: Sequence[NamedTensor], modules: list):
         parameters = {id(parameter) for module in modules for parameter in module.parameters()}
         _reshard(modules)
         gathered = parameters - {id(parameter) for module in modules for parameter in module.parameters()}
@@ -83,8 +87,11 @@ class ShardedTable(es_kernels.ParamTable):
             if id(parameter) in gathered:
                 raise UserError(f"{name!r} was FSDP's gathered copy, now given up: pass model.named_parameters() again")
         self._modules = modules
-        self.parameters = {name: parameter for name, parameter, _ in entries}
-        entries = [local_entry(*entry) if is_sharded(entry[1]) else entry for entry in entries]
+        self.parameters: dict[str, Any] = {name: parameter for name, parameter, _ in entries}
+        entries = [
+            local_entry(entry.name, entry.tensor, entry.segments) if is_sharded(entry.tensor) else entry
+            for entry in entries
+        ]
         self.groups = {name: _groups(parameter) for name, parameter in self.parameters.items() if is_sharded(parameter)}
         super().__init__(entries)
 
@@ -99,7 +106,7 @@ class ShardedTable(es_kernels.ParamTable):
         return super()._changed() if moved is None else moved
 
     def _moved(self):
-        for i, (name, tensor) in enumerate(zip(self.names, self.tensors)):
+        for i, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
             if name in self.groups and local(self.parameters[name]).data_ptr() != tensor.data_ptr():
                 return i
         return None
@@ -112,11 +119,20 @@ class ShardedTable(es_kernels.ParamTable):
         return super().refresh()
 
 
-def local_entry(
-    name: str, parameter: torch.Tensor, segments: Sequence[Segment] | None = None
-) -> tuple[str, torch.Tensor, list[Segment]]:
-    """(name, its memory in this process, the Segments of that) of the DTensor `parameter`; `segments` are those of the
-    whole tensor, if it is not one. ValueError for a layout that does not tell each element's place."""
+def local_entry(name: str, parameter: DTensor, segments: Sequence[Segment] | None = None) -> NamedTensor:
+    """The part of a sharded parameter that this process holds.
+
+    Args:
+        name: Of the whole tensor.
+        parameter: The DTensor, of any layout that tells each element's place.
+        segments: Those of the whole tensor; None: it is one.
+
+    Returns:
+        Its memory in this process, with the Segments of that.
+
+    Raises:
+        UserError: The layout does not tell each element's place, or has more pieces than a table takes.
+    """
     here, mesh = local(parameter), parameter.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -150,7 +166,7 @@ def local_entry(
             f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS_PER_TENSOR} pieces in a process: "
             "shard it in another dimension"
         )
-    return name, here, found
+    return NamedTensor(name, here, found)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,32 +176,35 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_same_layout(name: str, saved: torch.Tensor, mine: torch.Tensor) -> None:
-    """Raises ValueError unless each process has the same part of both."""
-    both = is_sharded(saved), is_sharded(mine)
-    if any(both) and not (
-        all(both) and saved.device_mesh == mine.device_mesh and _splits(name, saved) == _splits(name, mine)
+    """UserError unless each process has the same part of both."""
+    if (is_sharded(saved) or is_sharded(mine)) and not (
+        is_sharded(saved)
+        and is_sharded(mine)
+        and saved.device_mesh == mine.device_mesh
+        and _splits(name, saved) == _splits(name, mine)
     ):
         here, there = (_layout(tensor) if is_sharded(tensor) else "whole" for tensor in (mine, saved))
         raise UserError(
             f"{name!r} is {here}, and in the saved state {there}: load the state by torch.distributed.checkpoint, "
-            "which shards it anew"
+            "which shards it as this one is"
         )
 
 
-def _like(parameter: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+def _like(parameter: DTensor, here: torch.Tensor) -> torch.Tensor:
     """`here` as a DTensor laid out as `parameter`, whatever its dtype and device: from_local would copy it to the
     mesh's device."""
     from torch.distributed.tensor import DTensor
 
-    meta = parameter._spec.tensor_meta._replace(dtype=here.dtype)
-    return DTensor(here, dataclasses.replace(parameter._spec, tensor_meta=meta), requires_grad=False)
+    spec: Any = parameter._spec
+    meta = spec.tensor_meta._replace(dtype=here.dtype)
+    return DTensor(here, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)
 
 
-def _layout(parameter: torch.Tensor) -> str:
+def _layout(parameter: DTensor) -> str:
     return f"sharded {list(parameter.placements)} over a mesh of {tuple(parameter.device_mesh.shape)}"
 
 
-def _splits(name: str, parameter: torch.Tensor) -> list[tuple[int, int, int]]:
+def _splits(name: str, parameter: DTensor) -> list[tuple[int, int, int]]:
     """The splits that made the shards, in order: (dimension of the tensor, of the mesh, factor). What there is of the
     dimension is cut into `factor` pieces, and each of these over the dimension of the mesh.
 
@@ -204,12 +223,14 @@ def _splits(name: str, parameter: torch.Tensor) -> list[tuple[int, int, int]]:
                 f"{name!r} is placed {placement} on its mesh, which does not tell each element's place: redistribute "
                 "it to Shard or Replicate first"
             )
-    split = [(i, placement) for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+    split: list[tuple[int, Any]] = [
+        (i, placement) for i, placement in enumerate(placements) if not isinstance(placement, Replicate)
+    ]
     explicit = getattr(parameter._spec, "shard_order", None)
     if explicit is not None:  # newer versions of torch, where no placement is a _StridedShard
         return [(entry.tensor_dim, mesh_dim, 1) for entry in explicit for mesh_dim in entry.mesh_dims]
     left_to_right = [
-        (placement.dim, i, placement.split_factor if isinstance(placement, _StridedShard) else 1)
+        (placement.dim, i, int(placement.split_factor) if isinstance(placement, _StridedShard) else 1)
         for i, placement in split
     ]
     orders: dict[int, list[int]] = {}
@@ -243,13 +264,13 @@ def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Seque
     places = []  # per dimension: (start in memory, start in the whole, length) of each run
     for of_dim in runs:
         ends = itertools.accumulate(length for _, length in of_dim)
-        places.append([(end - length, start, length) for end, (start, length) in zip(ends, of_dim)])
+        places.append([(end - length, start, length) for end, (start, length) in zip(ends, of_dim, strict=True)])
     for box in itertools.product(*places):
-        offset = sum(start * stride for (start, _, _), stride in zip(box, strides))
-        first = sum(start * stride for (_, start, _), stride in zip(box, whole_strides))
+        offset = sum(start * stride for (start, _, _), stride in zip(box, strides, strict=True))
+        first = sum(start * stride for (_, start, _), stride in zip(box, whole_strides, strict=True))
         # (size, stride in memory, in the whole), innermost last, neighbours joined where both go on
         dims: list[tuple[int, int, int]] = []
-        longer = [(n, *steps) for (_, _, n), *steps in zip(box, strides, whole_strides) if n > 1]
+        longer = [(n, *steps) for (_, _, n), *steps in zip(box, strides, whole_strides, strict=True) if n > 1]
         for n, stride, whole_stride in (*longer, (1, 1, 1)):
             if dims and dims[-1][1:] == (n * stride, n * whole_stride):
                 dims[-1] = dims[-1][0] * n, stride, whole_stride
@@ -258,7 +279,7 @@ def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Seque
         cols = dims.pop()[0]
         rows, stride, whole_stride = dims.pop() if dims else (1, cols, cols)
         for outer in itertools.product(*(range(n) for n, _, _ in dims)):
-            at, index = (sum(i * dim[k] for i, dim in zip(outer, dims)) for k in (1, 2))
+            at, index = (sum(i * dim[k] for i, dim in zip(outer, dims, strict=True)) for k in (1, 2))
             yield Segment("", rows, cols, offset + at, stride, first + index, whole_stride)
 
 
@@ -320,7 +341,7 @@ def _merged(pieces: Iterable[Segment]) -> list[Segment]:
     return found
 
 
-def _groups(parameter: torch.Tensor) -> tuple:
+def _groups(parameter: DTensor) -> tuple:
     """The (device type, process group) pairs whose processes hold different parts of a DTensor: not those that hold the
     same."""
     mesh = parameter.device_mesh
@@ -344,7 +365,7 @@ def _summed(value: int, groups: Iterable[tuple]) -> int:
 def _fsdp_modules(parameters: Sequence[torch.Tensor]) -> list[torch.nn.Module]:
     """The modules under fully_shard that hold any of these, or a copy gathered of them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if not hasattr(fsdp, "FSDPModule"):
+    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
         return []
     from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
 
@@ -353,6 +374,6 @@ def _fsdp_modules(parameters: Sequence[torch.Tensor]) -> list[torch.nn.Module]:
     return [module for module in modules if any(id(parameter) in wanted for parameter in module.parameters())]
 
 
-def _reshard(modules: Iterable[torch.nn.Module]) -> None:
+def _reshard(modules: Iterable[Any]) -> None:
     for module in modules:
         module.reshard()

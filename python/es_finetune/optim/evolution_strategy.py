@@ -17,9 +17,9 @@ from es_finetune.models.checkpoint_names import has_plain_memory
 from es_finetune.optim import dtensor, host_memory
 from es_finetune.optim.options import as_f32, check_group, check_options
 from es_finetune.optim.update import Update, checked_reward, make_update
+from es_kernels import NamedTensor
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
-_Entry = tuple[str, torch.Tensor, "Sequence[es_kernels.Segment] | None"]
 _Result = TypeVar("_Result")
 
 
@@ -133,16 +133,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
         group |= check_group(sigma=group["sigma"], lr=group["lr"], weight_decay=group["weight_decay"])
         entries = self._select(group["params"])
         weights = _Weights.of(entries, self.master, group["anchored"])
-        super().add_param_group({**group, "params": [(name, parameter) for name, parameter, _ in entries]})
+        super().add_param_group({**group, "params": [(entry.name, entry.tensor) for entry in entries]})
         self._weights.append(weights)
 
-    def _select(self, params) -> list[_Entry]:
+    def _select(self, params) -> list[NamedTensor]:
         """The parameters to perturb: no frozen ones, no second name of a tied one."""
         if isinstance(params, torch.Tensor):
             params = [params]
         taken = {name for weights in self._weights for name in weights.names()}
         seen = {id(p) for group in self.param_groups for p in group["params"]}
-        entries: list[_Entry] = []
+        entries: list[NamedTensor] = []
         for entry in params:
             if not _is_named(entry):
                 raise UserError(
@@ -150,7 +150,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                     "unnamed parameters "
                     "(an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
                 )
-            name, parameter, segments = (*entry, None)[:3]
+            name, parameter, segments = NamedTensor(*entry)
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             if not has_plain_memory(parameter):
@@ -162,7 +162,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             clash = {name, *(segment.name for segment in segments or ())} & taken  # within a group es_kernels looks
             if clash:
                 raise UserError(f"two different parameters are named {min(clash)!r}; they would get the same noise")
-            entries.append((name, parameter, segments))
+            entries.append(NamedTensor(name, parameter, segments))
             seen.add(id(parameter))
         if not entries:
             raise UserError(
@@ -173,7 +173,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
     # --- one generation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float | Sequence[float]]) -> float:
+    def step(  # type: ignore[override]  # there is nothing to do without rewards
+        self, closure: Callable[[], float | Sequence[float]]
+    ) -> float:
         """Run one generation: call `closure` once per member, with that member's weights in place, then update.
 
         closure() returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one per
@@ -292,15 +294,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
         seeds = [seed for term in terms for seed in self._noise_seeds(term)]
         coefs = [[coef for term in terms for coef in self._coefs(term, group["lr"])] for group in self.param_groups]
         decays = [as_f32(group["lr"] * group["weight_decay"]) for group in self.param_groups]
-        for group, numbers in zip(self.param_groups, zip(coefs, decays)):
-            if not all(map(math.isfinite, [*numbers[0], numbers[1]])):
+        for group, coefs_of_group, decay in zip(self.param_groups, coefs, decays, strict=True):
+            if not all(map(math.isfinite, [*coefs_of_group, decay])):
                 raise UserError(
                     f"lr {group['lr']} with weight_decay {group['weight_decay']} makes a step that float32 does not "
                     "hold: lower it"
                 )
         if self.master is None:
             self._put_back()
-        for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights):
+        for coefs_of_group, decay, weights in zip(coefs, decays, self._weights, strict=True):
             weights.step = Step()
             if terms:
                 weights.proof = None  # until live is written too: an interrupt in between is nobody's change
@@ -327,16 +329,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Of the members of that generation, or of its antithetic pairs."""
         return [
             self._noise_seed(update.generation, member)
-            for member in range(0, len(update.z), 2 if self.antithetic else 1)
+            for member in range(0, len(update.z or ()), 2 if self.antithetic else 1)
         ]
 
     def _coefs(self, update: Update, lr: float) -> list[float]:
         """Coefficient of each noise seed, f32: lr / N * momentum^age * Z in f64, from the f32 Z, cast once."""
         # The power as a product, because pow() is not exactly rounded and differs among machines.
         scale = lr / update.scored * math.prod([self.momentum] * (self.generation - update.generation))
-        z = update.z
+        z: Sequence[float] = update.z or ()
         if self.antithetic:
-            z = [plus - minus for plus, minus in zip(z[::2], z[1::2])]
+            z = [plus - minus for plus, minus in zip(z[::2], z[1::2], strict=True)]
         return [as_f32(scale * value) for value in z]
 
     @torch.no_grad()
@@ -355,7 +357,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             return
         if self.master is None:
             self._put_back()
-        for weights, (seed, coef) in zip(self._weights, wanted):
+        for weights, (seed, coef) in zip(self._weights, wanted, strict=True):
             weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
             source = (
                 {}
@@ -439,7 +441,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             weights.live.refresh()
             if self.master is not None:
                 weights.wait_for_readers()
-                for theta, live in zip(weights.theta.tensors, weights.live.tensors):
+                for theta, live in zip(weights.theta.tensors, weights.live.tensors, strict=True):
                     theta.copy_(live)
                 self._restore(weights)  # nothing moves, but for NaNs, of which the kernels store one kind
                 weights.prove()
@@ -598,7 +600,7 @@ class _Weights:
     versions: list[int] | None = None  # of live's tensors with a member in place; None while that is being written
 
     @classmethod
-    def of(cls, entries: list[_Entry], master: str | None, anchored: bool) -> _Weights:
+    def of(cls, entries: list[NamedTensor], master: str | None, anchored: bool) -> _Weights:
         live = dtensor.live_table(entries)
         device = torch.device("cpu") if master == "host" else live.tensors[0].device
         if master == "host":
@@ -606,8 +608,8 @@ class _Weights:
             es_kernels.active_backend(device)
 
         def copy(memory: list[torch.Tensor]) -> es_kernels.ParamTable:
-            copies = [to.copy_(t.detach()) for to, t in zip(memory, live.tensors)]
-            return es_kernels.ParamTable(list(zip(live.names, copies, live.layout.segments)))
+            copies = [to.copy_(t.detach()) for to, t in zip(memory, live.tensors, strict=True)]
+            return es_kernels.ParamTable(list(map(NamedTensor, live.names, copies, live.layout.segments)))
 
         def empty(dtype: torch.dtype | None = None) -> list[torch.Tensor]:
             return [torch.empty_like(t, dtype=dtype or t.dtype, device=device) for t in live.tensors]
@@ -639,7 +641,11 @@ class _Weights:
             if self.versions is None:
                 return None
             return next(
-                (name for name, then, now in zip(self.live.names, self.versions, _versions(self.live)) if then != now),
+                (
+                    name
+                    for name, then, now in zip(self.live.names, self.versions, _versions(self.live), strict=True)
+                    if then != now
+                ),
                 None,
             )
         if self.proof is None:
@@ -653,12 +659,12 @@ class _Weights:
             ) from None
         if es_kernels.fingerprint(self.live) == self.proof:
             return None
-        pairs = zip(self.live.names, self.theta.tensors, self.live.tensors)
+        pairs = zip(self.live.names, self.theta.tensors, self.live.tensors, strict=True)
         return next((name for name, theta, live in pairs if not torch.equal(theta.to(live), live)), self.live.names[0])
 
     def refuse_unlike(self) -> None:
         """ValueError unless theta can hold what is in live."""
-        for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors):
+        for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors, strict=True):
             if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
                 raise UserError(
                     f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} "
@@ -696,9 +702,9 @@ class _KernelClock:
             end.record()
             self._events.append((begin, end))
         else:
-            begin = time.perf_counter()
+            before = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - begin
+            self._seconds += time.perf_counter() - before
 
     def seconds(self) -> float:
         while self._events:
@@ -722,7 +728,7 @@ def _is_named(entry: Any) -> bool:
         and isinstance(entry[1], torch.Tensor)
     ):
         return False
-    segments = (*entry, None)[2]
+    segments = NamedTensor(*entry).segments
     return segments is None or (
         isinstance(segments, (list, tuple)) and all(isinstance(segment, es_kernels.Segment) for segment in segments)
     )

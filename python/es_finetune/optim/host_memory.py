@@ -35,10 +35,13 @@ def empty_like(
         # A child that shared the pages would have us write to copies, which the GPU does not see
         memory.madvise(mmap.MADV_DONTFORK)
         _register(block, gpu)
-    storages = [torch.from_numpy(block[start : start + size]).untyped_storage() for start, size in zip(starts, sizes)]
+    storages = [
+        torch.from_numpy(block[start : start + size]).untyped_storage()
+        for start, size in zip(starts[:-1], sizes, strict=True)
+    ]
     return [
         torch.empty(0, dtype=dtype).set_(storage, 0, form.shape, form.stride())
-        for storage, form in zip(storages, forms)
+        for storage, form in zip(storages, forms, strict=True)
     ]
 
 

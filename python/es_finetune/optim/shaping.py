@@ -60,8 +60,8 @@ def per_prompt(rewards: Sequence[Sequence[float] | None]) -> tuple[float, ...] |
             f"member {a} has {one} rewards and member {b} has {other}: all members need one for each of the same "
             "prompts"
         )
-    columns = [z for z in map(_standardized, zip(*scored.values())) if z is not None]
-    means = [math.fsum(of_member) / len(columns) for of_member in zip(*columns)]
+    columns = [z for z in map(_standardized, zip(*scored.values(), strict=True)) if z is not None]
+    means = [math.fsum(of_member) / len(columns) for of_member in zip(*columns, strict=True)]
     if not means or max(means) - min(means) < _ROUNDING:
         return None
     return _spread(rewards, _standardized(means))
