@@ -72,7 +72,8 @@ def nvcc_archs():
         )
     unknown = [arch for arch in asked or CUDA_ARCHS if arch not in known]
     if unknown:
-        words = f"{nvcc()} knows no {', '.join(f'sm_{arch}' for arch in unknown)}, only {', '.join(f'sm_{arch}' for arch in known) or 'none'}"
+        named = [", ".join(f"sm_{arch}" for arch in archs) for archs in (unknown, known)]
+        words = f"{nvcc()} knows no {named[0]}, only {named[1] or 'none'}"
         if asked:
             sys.exit(f"ES_KERNELS_CUDA_ARCHS={' '.join(asked)!r}: {words}")
         if unknown == CUDA_ARCHS:

@@ -98,7 +98,7 @@ def twin(bits):
             clones = [clone(t) for t in tensors]
             with es_kernels.backend(name):
                 results[name] = clones, call(*clones)
-        for ours, theirs in zip(results["cpu"][0], results["reference"][0]):
+        for ours, theirs in zip(results["cpu"][0], results["reference"][0], strict=True):
             if ours is not None:
                 # The whole storage: memory around the tensor must not be touched either.
                 ours, theirs = (torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()) for t in (ours, theirs))

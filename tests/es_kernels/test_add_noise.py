@@ -147,7 +147,7 @@ def test_flush_denormal(isa, twin, weights, rounding):
         flushed = twin(call, *tensors)
     finally:
         torch.set_flush_denormal(False)
-    for a, b in zip(plain, flushed):
+    for a, b in zip(plain, flushed, strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
     assert ((flushed[3] != 0) & (flushed[3].abs() < 2.0**-126)).sum() > 100
 
@@ -377,7 +377,7 @@ def test_subnormal_coefs_are_rounded_like_others(coef, bits):
         add_noise_(torch.zeros(64), 1, torch.tensor(coef), name="w"),
     )
     got = add_noise_(torch.zeros(64), [1, 2], [coef, 0.5], name="w"), add_noise_(torch.zeros(64), 1, coef, name="w")
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, expected, strict=True))
 
 
 def test_name_gives_the_stream(weights, bits):
@@ -451,7 +451,7 @@ def test_random_shards_equal_the_whole(weights, bits, data):
     with es_kernels.backend(data.draw(st.sampled_from(("cpu", "reference")))):
         table = ParamTable([s[:3] for s in shards])
         call(table)
-    for (_, got, _, where), old in zip(shards, before):
+    for (_, got, _, where), old in zip(shards, before, strict=True):
         n = where[1].stop - where[1].start
         assert torch.equal(bits(got[:, :n]), bits(expected[where])) and torch.equal(bits(got[:, n:]), bits(old[:, n:]))
 

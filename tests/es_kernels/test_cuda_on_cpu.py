@@ -130,7 +130,7 @@ def test_shards_of_many_rows(kernels, weights, bits, n_seeds, options, base_dtyp
     bases = [clone(t).to(base_dtype) if base_dtype else None for t in ours]
     bases = [
         b if b is None else torch.empty_strided(t.shape, t.stride(), dtype=b.dtype).copy_(b)
-        for b, t in zip(bases, ours)
+        for b, t in zip(bases, ours, strict=True)
     ]
     for t in ours:
         pack = table([t]).layout.pack([t])
@@ -143,7 +143,7 @@ def test_shards_of_many_rows(kernels, weights, bits, n_seeds, options, base_dtyp
     with kernels(on_device):
         add_noise_(table(ours), *call, **options)
         assert es_kernels.fingerprint(table(ours)) == expected
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(
             bits(torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())),
             bits(torch.empty(0, dtype=b.dtype).set_(b.untyped_storage())),

@@ -25,7 +25,7 @@ def refused(bits):
         before = [(bits(t), t._version) for t in watched]
         with pytest.raises(error, match=pattern):
             call()
-        for t, (old, version) in zip(watched, before):
+        for t, (old, version) in zip(watched, before, strict=True):
             assert torch.equal(bits(t), old) and t._version == version
 
     return check
@@ -70,8 +70,8 @@ def freed(t):
 def test_unsuitable_out(refused, good, make, error, pattern):
     pattern = rf"'{BAD}'.*({pattern})"
     for form in (dict, list, ParamTable):
-        refused(error, pattern, lambda: add_noise_(form([(GOOD, good), (BAD, make())]), 1, 1.0), good)  # noqa: B023
-        refused(error, pattern, lambda: fingerprint(form([(GOOD, good), (BAD, make())])), good)  # noqa: B023
+        refused(error, pattern, lambda: add_noise_(form([(GOOD, good), (BAD, make())]), 1, 1.0), good)
+        refused(error, pattern, lambda: fingerprint(form([(GOOD, good), (BAD, make())])), good)
     refused(error, pattern, lambda: add_noise_(make(), 1, 1.0, name=BAD))
 
 
@@ -89,8 +89,8 @@ def test_unsuitable_base_and_anchor(refused, good, make, error, pattern):
             lambda: add_noise_({GOOD: good, BAD: out}, 1, 1.0, **{what: {GOOD: good, BAD: bad}}, **options),
             good,
             out,
-        )  # noqa: B023
-        refused(error, named, lambda: add_noise_(out, 1, 1.0, **{what: bad}, name=BAD, **options), out)  # noqa: B023
+        )
+        refused(error, named, lambda: add_noise_(out, 1, 1.0, **{what: bad}, name=BAD, **options), out)
 
 
 # ---- names ----
@@ -100,7 +100,7 @@ def test_bare_tensor_needs_a_name_or_a_stream(refused, good):
     refused(ValueError, "name= or stream=", lambda: add_noise_(good, 1, 1.0), good)
     refused(ValueError, "name= or stream=", lambda: add_noise_(good, 1, 1.0, name="w", stream=3), good)
     for stream in (1 << 64, -(1 << 63) - 1):
-        refused(ValueError, "64 bits", lambda: add_noise_(good, 1, 1.0, stream=stream), good)  # noqa: B023
+        refused(ValueError, "64 bits", lambda: add_noise_(good, 1, 1.0, stream=stream), good)
     refused(ValueError, "for a bare tensor", lambda: add_noise_({GOOD: good}, 1, 1.0, name="w"), good)
     refused(ValueError, "for a bare tensor", lambda: add_noise_(ParamTable({GOOD: good}), 1, 1.0, stream=1), good)
 
@@ -116,7 +116,7 @@ def test_unnamed_tensors_are_refused(refused, good):
         [[GOOD, good]],
         [(3, good)],
     ):
-        refused(TypeError, "unnamed tensors|pairs", lambda: add_noise_(unnamed, 1, 1.0), good, *model.parameters())  # noqa: B023
+        refused(TypeError, "unnamed tensors|pairs", lambda: add_noise_(unnamed, 1, 1.0), good, *model.parameters())
     refused(TypeError, "unnamed tensors", lambda: fingerprint([good]))
     refused(TypeError, "unnamed tensors", lambda: fingerprint(good))
     refused(TypeError, "base.*unnamed tensors", lambda: add_noise_({GOOD: good}, 1, 1.0, [good]), good)
@@ -136,7 +136,7 @@ def test_a_model_is_no_named_tensors(refused, good):
             fingerprint,
             ParamTable,
         ):
-            refused(TypeError, words, lambda: call(model), good, *model.parameters())  # noqa: B023
+            refused(TypeError, words, lambda: call(model), good, *model.parameters())
     refused(
         TypeError,
         "such as model.named_parameters.., not Parameter",
@@ -159,9 +159,10 @@ def test_overlap_and_names_given_twice(refused, good):
 @pytest.mark.parametrize("what", ("base", "anchor"))
 def test_base_and_anchor_must_match_out(refused, good, what):
     bad = torch.zeros(8)
-    call = lambda value, out=None: add_noise_(
-        {GOOD: good, BAD: bad} if out is None else out, 1, 1.0, **{what: value}, decay=0.1
-    )  # noqa: E731
+
+    def call(value, out=None):
+        return add_noise_({GOOD: good, BAD: bad} if out is None else out, 1, 1.0, **{what: value}, decay=0.1)
+
     refused(
         ValueError,
         f"'{BAD}'.*{what} has shape \\(9,\\).*out has \\(8,\\)",
@@ -331,7 +332,7 @@ def test_rounding_and_its_seed(refused, good):
             "one number",
             lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic", rounding_seed=two),
             good,
-        )  # noqa: B023
+        )
 
 
 def test_numbers_on_another_device(refused, good):
@@ -475,7 +476,7 @@ def test_override_nests_ends_and_is_of_one_thread(monkeypatch):
         thread.start(), thread.join()
         assert seen == ["reference"]
         with pytest.raises(ZeroDivisionError), es_kernels.backend("reference"):
-            1 / 0
+            raise ZeroDivisionError
         assert es_kernels.active_backend() == "cpu"
     assert es_kernels.active_backend() == "reference"
 

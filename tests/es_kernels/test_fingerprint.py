@@ -29,7 +29,7 @@ def test_cpu_equals_reference(isa, twin, weights, dtype):
         for offset in (0, 1, 3):
             twin(lambda t: fingerprint({"w": t}), storage[offset : offset + size])
     for first in (5, (1 << 32) - 20, (1 << 35) - 20, (1 << 64) - 100):
-        twin(lambda t: fingerprint(ParamTable([("w", t, [Segment("w", 1, 100, first=first)])])), weights(100, dtype))  # noqa: B023
+        twin(lambda t: fingerprint(ParamTable([("w", t, [Segment("w", 1, 100, first=first)])])), weights(100, dtype))
     twin(lambda t: fingerprint({"w": t}), weights(800, dtype).reshape(40, 20)[::2, 3:16])
     strided = Segment("w", 4, 300, row_stride=301, first=(1 << 35) - 20, index_stride=1003)
     twin(lambda t: fingerprint(ParamTable([("w", t, [strided])])), weights(4 * 301, dtype))

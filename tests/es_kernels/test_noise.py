@@ -185,7 +185,7 @@ def test_page_alone_gives_the_operation(page):
     for v in VECTORS["add_noise"]:
         stream, coefs = page["stream_id"](v["name"]), [page["f32"](c) for c in hexadecimal(v["coefs"])]
         decay, fma = page["f32"](int(v["decay"], 16)), page["fma"]
-        for i, (base, expected) in enumerate(zip(hexadecimal(v["base"][1]), hexadecimal(v["out"][1]))):
+        for i, (base, expected) in enumerate(zip(hexadecimal(v["base"][1]), hexadecimal(v["out"][1]), strict=True)):
             index = int(v["first"], 16) + i
             b = load(v["base"][0], base)
             anchor = 0.0 if v["anchor"] is None else load(v["anchor"][0], int(v["anchor"][1][i], 16))
@@ -196,7 +196,7 @@ def test_page_alone_gives_the_operation(page):
             drawn = [page["noise"](int(s, 16), stream, index) for s in v["seeds"]]
             if len(drawn) > 1:
                 acc = 0.0
-                for coef, x in zip(coefs[:-1], drawn):
+                for coef, x in zip(coefs[:-1], drawn, strict=False):
                     acc = fma(coef, x, acc)
                 b = page["rounded"](Fraction(b) + Fraction(acc))
             if drawn:
@@ -263,7 +263,7 @@ def ties():
 def test_fma_rounds_once_on_constructed_ties():
     cases = [c for c in ties() if abs(c[0] * c[1]) > 2.0**-120]
     a, b, c = np.array(cases).T.astype(np.float32)
-    expected = np.array([exact_fma(*map(float, case)) for case in zip(a, b, c)], np.float32)
+    expected = np.array([exact_fma(*map(float, case)) for case in zip(a, b, c, strict=True)], np.float32)
     assert (noise.fma(a, b, c).view(np.uint32) == expected.view(np.uint32)).all()
     twice = (a.astype(np.float64) * b + c).astype(np.float32)
     assert (twice != expected).sum() > 20, "the cases do not tell one rounding from two"
@@ -273,7 +273,7 @@ def test_fma_on_random_operands_and_subnormal_results():
     rng = np.random.default_rng(0)
     a, b, c = (np.float32(rng.normal(size=2000) * 2.0 ** rng.integers(-74, -50, 2000)) for _ in range(3))
     c = np.float32(c * 2.0 ** rng.integers(-80, -60, 2000))
-    expected = np.array([exact_fma(*map(float, case)) for case in zip(a, b, c)], np.float32)
+    expected = np.array([exact_fma(*map(float, case)) for case in zip(a, b, c, strict=True)], np.float32)
     assert (expected != 0).all() and (np.abs(expected) < 2.0**-126).sum() > 100
     assert (noise.fma(a, b, c).view(np.uint32) == expected.view(np.uint32)).all()
 
@@ -293,7 +293,7 @@ def test_fma_of_zeros_infinities_and_nan():
         (3e38, 2.0, 0.0),
     ]
     expected = [0.0, -0.0, 0.0, inf, nan, nan, -inf, nan, -inf, inf]
-    for case, value in zip(cases, expected):
+    for case, value in zip(cases, expected, strict=True):
         got = noise.fma(*map(np.float32, case))
         assert got.dtype == np.float32 and got.shape == ()
         assert np.isnan(got) if np.isnan(value) else (got == value and np.signbit(got) == np.signbit(value)), case
@@ -340,7 +340,7 @@ def test_the_enumeration_measures_what_it_should(monkeypatch):
     radius, angle = words >> np.uint32(14), words >> np.uint32(1) & np.uint32(0x1FFF)
     sign = 1 - 2 * (words & np.uint32(1)).astype(float)
     got = noise.box_muller(words)
-    for value, factor in zip(got, (x, y)):
+    for value, factor in zip(got, (x, y), strict=True):
         assert np.allclose(value, sign * r[radius] * factor[angle], rtol=1e-5, atol=1e-7)
     monkeypatch.setattr(noise, "COS", tuple(np.float32(1.001) * c for c in noise.COS))
     assert fit_noise.quality()["variance - 1"] > 1.9e-3

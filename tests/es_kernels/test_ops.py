@@ -95,8 +95,8 @@ def check(bits, function, *tensors, backend="aot_eager"):
     for _ in range(2):
         function(*plain)
         run(*graph)
-    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(plain, graph))
-    assert not all(torch.equal(bits(x), bits(y)) for x, y in zip(plain, tensors))
+    assert all(torch.equal(bits(x), bits(y)) for x, y in zip(plain, graph, strict=True))
+    assert not all(torch.equal(bits(x), bits(y)) for x, y in zip(plain, tensors, strict=True))
 
 
 @pytest.mark.parametrize("backend", ("eager", "aot_eager", "inductor"))

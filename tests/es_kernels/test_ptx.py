@@ -280,13 +280,31 @@ def test_two_blocks_at_one_address_are_a_race():
 @pytest.mark.parametrize(
     "instruction",
     [
-        "add.f32 %f1, %f0, %f0", "mul.f32 %f1, %f0, %f0", "sub.f32 %f1, %f0, %f0", "add.rn.ftz.f32 %f1, %f0, %f0", "add.ftz.f32 %f1, %f0, %f0",
-        "fma.rn.ftz.f32 %f1, %f0, %f0, %f0", "fma.rz.f32 %f1, %f0, %f0, %f0", "mul.rn.sat.f32 %f1, %f0, %f0", "mad.rn.f32 %f1, %f0, %f0, %f0",
-        "cvt.rz.f16.f32 %h0, %f0", "cvt.ftz.f32.f16 %f1, %h0", "setp.lt.ftz.f32 %p0, %f0, %f0", "abs.ftz.f32 %f1, %f0", "sin.approx.f32 %f1, %f0",
-        "rsqrt.approx.f32 %f1, %f0", "ex2.approx.ftz.f32 %f1, %f0", "vote.sync.any.pred %p0, %p1, -1", "bar.sync 1",
-        "ld.volatile.global.u32 %r2, [%d4]", "ld.local.u32 %r2, [%d4]", "add.s64 %r2, %r1, %r1", "add.s32 %d5, %d0, %d0", "call foo",
+        "add.f32 %f1, %f0, %f0",
+        "mul.f32 %f1, %f0, %f0",
+        "sub.f32 %f1, %f0, %f0",
+        "add.rn.ftz.f32 %f1, %f0, %f0",
+        "add.ftz.f32 %f1, %f0, %f0",
+        "fma.rn.ftz.f32 %f1, %f0, %f0, %f0",
+        "fma.rz.f32 %f1, %f0, %f0, %f0",
+        "mul.rn.sat.f32 %f1, %f0, %f0",
+        "mad.rn.f32 %f1, %f0, %f0, %f0",
+        "cvt.rz.f16.f32 %h0, %f0",
+        "cvt.ftz.f32.f16 %f1, %h0",
+        "setp.lt.ftz.f32 %p0, %f0, %f0",
+        "abs.ftz.f32 %f1, %f0",
+        "sin.approx.f32 %f1, %f0",
+        "rsqrt.approx.f32 %f1, %f0",
+        "ex2.approx.ftz.f32 %f1, %f0",
+        "vote.sync.any.pred %p0, %p1, -1",
+        "bar.sync 1",
+        "ld.volatile.global.u32 %r2, [%d4]",
+        "ld.local.u32 %r2, [%d4]",
+        "add.s64 %r2, %r1, %r1",
+        "add.s32 %d5, %d0, %d0",
+        "call foo",
     ],
-)  # fmt: skip
+)
 def test_what_is_not_known_or_leaves_the_rounding_open_is_refused(instruction):
     with pytest.raises(interpreter.Unknown):
         run(f"mov.u16 %h0, 0; setp.eq.u32 %p1, %r0, 0; {instruction};")
@@ -436,7 +454,7 @@ def test_sizes(kernels, on_device, dtype, weights, twin, request):
         with use(on_device):
             twin(
                 lambda t: add_noise_(t, SEEDS[0], 0.1, name="w", **(STOCHASTIC if n % 2 else {})), weights(n, dtype, n)
-            )  # noqa: B023
+            )
 
 
 @pytest.mark.slow

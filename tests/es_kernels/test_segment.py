@@ -31,7 +31,7 @@ def expected_elements(tensors):
     found = {}
     for i, t in enumerate(tensors):
         for k, index in enumerate(np.ndindex(*t.shape)):  # row-major
-            address = t.data_ptr() + sum(n * s for n, s in zip(index, t.stride())) * t.element_size()
+            address = t.data_ptr() + sum(n * s for n, s in zip(index, t.stride(), strict=True)) * t.element_size()
             found[address] = noise.stream_id(f"t{i}"), k
     return found
 

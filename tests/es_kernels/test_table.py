@@ -115,14 +115,14 @@ def test_a_tensor_that_is_another_than_it_was_is_an_error_until_refresh(watching
     for use in (call, lambda: es_kernels.fingerprint(tables[what])):
         with pytest.raises(RuntimeError, match="'c' moved in memory, or changed its dtype or shape.*refresh"):
             use()
-    assert all(torch.equal(bits(t), b) for t, b in zip(tables["out"].tensors, before))
+    assert all(torch.equal(bits(t), b) for t, b in zip(tables["out"].tensors, before, strict=True))
 
 
 def test_a_refreshed_table_is_laid_out_anew(watching, bits):
     out, base = torch.zeros(4, 6), torch.ones(4, 6)
     tables = ParamTable({"w": out}), ParamTable({"w": base})
     add_noise_(tables[0], 1, 1.0, tables[1])
-    for t, named in zip((out, base), tables):
+    for t, named in zip((out, base), tables, strict=True):
         t.data = t.data.clone().reshape(6, 4)
         named.refresh()
     add_noise_(tables[0], 2, 1.0, tables[1])
@@ -210,7 +210,7 @@ def test_entries_are_named_tensors(bits):
     assert ([*t.names], [*map(id, t.tensors)]) == (["a", "b"], [id(a), id(b)])
     add_noise_(t, 1, 1.0)
     other = [torch.zeros_like(a), torch.zeros_like(b)]
-    add_noise_(ParamTable([e._replace(tensor=t) for e, t in zip(t.entries, other)]), 1, 1.0)
+    add_noise_(ParamTable([e._replace(tensor=t) for e, t in zip(t.entries, other, strict=True)]), 1, 1.0)
     assert torch.equal(bits(other[1]), bits(b)) and torch.equal(bits(other[0]), bits(a))
     assert torch.equal(bits(b).flatten(), bits(add_noise_(torch.zeros(64), 1, 1.0, name="whole"))[32:])
     assert es_kernels.fingerprint(t.entries) == es_kernels.fingerprint(t)

@@ -54,7 +54,7 @@ def both(make, seeds, coefs, **options):
             es_kernels.add_noise_(out, seeds, coefs, base, anchor=anchor, **options)
             results.append((before, es_kernels.fingerprint(out), out))
     (before, after, out), (expected_before, expected_after, expected) = results
-    for name, a, b in zip(out.names, out.tensors, expected.tensors):
+    for name, a, b in zip(out.names, out.tensors, expected.tensors, strict=True):
         where = (raw(a) != raw(b)).nonzero()
         assert not len(where), f"{name}: {len(where)} of {a.numel()} differ, first at {where[0].tolist()}"
     assert (before, after) == (expected_before, expected_after)
@@ -112,7 +112,7 @@ def test_seeds_as_tensors_and_zero_coefficients():
 @pytest.mark.parametrize("options", [{}, STOCHASTIC], ids=["nearest", "stochastic"])
 def test_decay(options):
     def make():
-        formats = list(zip(FORMATS, (BF16, F16, F32), (F16, F32, BF16)))
+        formats = list(zip(FORMATS, (BF16, F16, F32), (F16, F32, BF16), strict=True))
         out, base, anchor = (
             {f"w{i}": (random(150, f[k], 10 * k + i), None) for i, f in enumerate(formats)} for k in range(3)
         )
@@ -267,7 +267,10 @@ def test_flush_denormal_does_not_reach_the_interpreter():
 def test_says_why_it_is_unavailable():
     assert triton_backend.unavailable(torch.device(DEVICE)) is None
     assert "\n" not in triton_backend.unavailable(torch.device("xpu"))
-    without = "import sys; sys.modules['triton'] = None; import torch, es_kernels; print(es_kernels.backends.unavailable('triton', torch.device('cuda')))"
+    without = (
+        "import sys; sys.modules['triton'] = None; import torch, es_kernels; "
+        "print(es_kernels.backends.unavailable('triton', torch.device('cuda')))"
+    )
     assert "pip install triton" in run_python(without)
     compiled = "import torch, es_kernels; print(es_kernels.backends.unavailable('triton', torch.device('cpu')))"
     assert "TRITON_INTERPRET=1" in run_python(compiled)

@@ -38,17 +38,51 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
     folder.mkdir(parents=True)
     asked = asked or generations
     config = {
-        "output": str(folder), "task": "countdown", "model": "Qwen/Qwen2.5-1.5B-Instruct", "population": 30, "generations": asked, "sigma": 1e-3, "lr": 5e-4,
-        "sigma_schedule": "constant", "lr_schedule": "constant", "shaping": "zscore", "antithetic": False, "momentum": 0.0, "weight_decay": 0.0, "master": "fp32",
-        "dtype": "auto", "tune": [], "freeze": ["*.embed_tokens.*"], "prompts": 0, "batch_size": 100, "eval_every": 25, "health_every": 10, "seed": 7,
-        "data": None, "reward": None, "threads": 0, "device": "auto", "report_to": ["tensorboard"], "save_model": True,
-    }  # fmt: skip
+        "output": str(folder),
+        "task": "countdown",
+        "model": "Qwen/Qwen2.5-1.5B-Instruct",
+        "population": 30,
+        "generations": asked,
+        "sigma": 1e-3,
+        "lr": 5e-4,
+        "sigma_schedule": "constant",
+        "lr_schedule": "constant",
+        "shaping": "zscore",
+        "antithetic": False,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "master": "fp32",
+        "dtype": "auto",
+        "tune": [],
+        "freeze": ["*.embed_tokens.*"],
+        "prompts": 0,
+        "batch_size": 100,
+        "eval_every": 25,
+        "health_every": 10,
+        "seed": 7,
+        "data": None,
+        "reward": None,
+        "threads": 0,
+        "device": "auto",
+        "report_to": ["tensorboard"],
+        "save_model": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    header = {"run": 2, "metric": metric, "es_finetune": "0.3.0", "noise_version": 1, "config": config, "model": {"class": "Qwen2ForCausalLM", "parameters": 1_543_714_304},
-              "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "base_fingerprint": "00ba5e" * 2 + "0000", "theta": "0" * 16, "live": "1" * 16}  # fmt: skip
+    header = {
+        "run": 2,
+        "metric": metric,
+        "es_finetune": "0.3.0",
+        "noise_version": 1,
+        "config": config,
+        "model": {"class": "Qwen2ForCausalLM", "parameters": 1_543_714_304},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "base_fingerprint": "00ba5e" * 2 + "0000",
+        "theta": "0" * 16,
+        "live": "1" * 16,
+    }
     log = SealedLines(folder / "run.log", sync=False)
     log.append(header)
-    rows, looks = [], []
+    rows, evals = [], []
 
     def learned(done):
         return 0.12 + 0.5 / (1 + math.exp(-(done - 160) / 60))
@@ -59,8 +93,18 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         exact = share if metric == "exact" else None
         value = share if metric == "exact" else 100 * share - 80
         half = half if metric == "exact" else 3.0
-        looks.append({"generation": done, "items": 1000, "reward": 0.1 + 0.9 * share if metric == "exact" else value, "exact": exact, "format": 0.9,
-                      "low": value - half, "high": value + half, "seconds": 41.0})  # fmt: skip
+        evals.append(
+            {
+                "generation": done,
+                "items": 1000,
+                "reward": 0.1 + 0.9 * share if metric == "exact" else value,
+                "exact": exact,
+                "format": 0.9,
+                "low": value - half,
+                "high": value + half,
+                "seconds": 41.0,
+            }
+        )
 
     look(0)
     for generation in range(generations):
@@ -69,21 +113,43 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         score, kernels = 0.4 + 0.1 * draws.random(), 0.05 + 0.01 * draws.random()
         generate = seconds - score - kernels - 0.2 - 0.05 * draws.random()
         row = {
-            "generation": generation, "reward_mean": mean, "reward_std": std, "reward_min": mean - 2.2 * std, "reward_max": mean + 2.1 * std,
-            "exact_mean": mean if metric == "exact" else None, "format_mean": 0.9, "sigma": 1e-3, "lr": 5e-4, "seconds": seconds, "seconds_generate": generate,
-            "seconds_score": score, "seconds_kernels": kernels, "share_outside": 1 - (generate + score) / seconds, "tokens": 480_000 + draws.randrange(90_000),
-            "identical": 0.1 * draws.random() if generation > 300 else 0.0, "failed": 0, "failed_example": None,
-            "theta": f"{draws.getrandbits(64):016x}", "live": f"{draws.getrandbits(64):016x}", "peak_memory_bytes": 17_400_000_000,
-        }  # fmt: skip
+            "generation": generation,
+            "reward_mean": mean,
+            "reward_std": std,
+            "reward_min": mean - 2.2 * std,
+            "reward_max": mean + 2.1 * std,
+            "exact_mean": mean if metric == "exact" else None,
+            "format_mean": 0.9,
+            "sigma": 1e-3,
+            "lr": 5e-4,
+            "seconds": seconds,
+            "seconds_generate": generate,
+            "seconds_score": score,
+            "seconds_kernels": kernels,
+            "share_outside": 1 - (generate + score) / seconds,
+            "tokens": 480_000 + draws.randrange(90_000),
+            "identical": 0.1 * draws.random() if generation > 300 else 0.0,
+            "failed": 0,
+            "failed_example": None,
+            "theta": f"{draws.getrandbits(64):016x}",
+            "live": f"{draws.getrandbits(64):016x}",
+            "peak_memory_bytes": 17_400_000_000,
+        }
         row["tokens_per_second"] = row["tokens"] / generate
         if health and generation % 10 == 0:
             worst = 0.86 + 0.1 * draws.random()
             row["health"] = {
-                "correlation": {"model.norm.weight": [0.36, 0.9], **({"model.layers.3.self_attn.q_proj.bias": [worst, worst + 0.02]} if worst < 0.9 else {})},
-                "correlation_min": ["model.norm.weight", 0.36], "rms_ratio_min": ["model.norm.weight", 0.97],
-                "step_correlation": 0.995 + 0.004 * draws.random(), "step_rms": 1e-5, "drift": 2e-5 * math.sqrt(generation + 1),
+                "correlation": {
+                    "model.norm.weight": [0.36, 0.9],
+                    **({"model.layers.3.self_attn.q_proj.bias": [worst, worst + 0.02]} if worst < 0.9 else {}),
+                },
+                "correlation_min": ["model.norm.weight", 0.36],
+                "rms_ratio_min": ["model.norm.weight", 0.97],
+                "step_correlation": 0.995 + 0.004 * draws.random(),
+                "step_rms": 1e-5,
+                "drift": 2e-5 * math.sqrt(generation + 1),
                 "drift_relative": 8e-4 * math.sqrt(generation + 1),
-            }  # fmt: skip
+            }
         if warnings and generation in (4, 5, 6, 40, 303):
             row["warnings"] = [f"{20 + generation % 7} of 30 members gave identical answers: raise sigma"]
         if warnings and generation == 2:
@@ -102,7 +168,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
             look(generation + 1)
     log.close()
     write_rows(folder / "metrics.jsonl", rows)
-    write_rows(folder / "evals.jsonl", looks)
+    write_rows(folder / "evals.jsonl", evals)
 
     def answers(tuned):
         for i in range(300):
@@ -111,22 +177,38 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
                 {"role": "system", "content": "You are a helpful assistant."},
                 {
                     "role": "user",
-                    "content": f"Using the numbers [{a}, {b}, {c}], create an equation that equals {a + b - c}. Show your work in <think> tags.",
+                    "content": f"Using the numbers [{a}, {b}, {c}], create an equation that equals {a + b - c}. "
+                    "Show your work in <think> tags.",
                 },
             ]
             exact = float(i % 3 != 0) if tuned else float(i % 3 == 1 or i % 21 == 0)
             text = f"<think>\nLet me try: {i} + {i} - 1.\n</think>\n<answer>{i} + {i} - 1</answer>" + (
                 " I wonder whether 3 + 4 works." * 80 if i % 5 == 0 else ""
             )
-            yield {"prompt": prompts[i], "completion": HOSTILE if i in (0, 1) else text, "reward": 0.1 + 0.9 * exact if metric == "exact" else -40.0 + 30 * exact,
-                   "exact": exact if metric == "exact" else None}  # fmt: skip
+            yield {
+                "prompt": prompts[i],
+                "completion": HOSTILE if i in (0, 1) else text,
+                "reward": 0.1 + 0.9 * exact if metric == "exact" else -40.0 + 30 * exact,
+                "exact": exact if metric == "exact" else None,
+            }
 
     prompts = {}
     write_rows(folder / "answers" / "base.jsonl", answers(False))
     if finished:
         write_rows(folder / "answers" / "tuned.jsonl", answers(True))
-        summary = {"task": "countdown", "model": config["model"], "metric": metric, "held_out": 1000, "generations": generations, "seconds_total": 62.5 * generations,
-                   "backend": "cuda", "noise_version": 1, "seed": 7, "fingerprint": rows[-1]["theta"], "live": rows[-1]["live"]}  # fmt: skip
+        summary = {
+            "task": "countdown",
+            "model": config["model"],
+            "metric": metric,
+            "held_out": 1000,
+            "generations": generations,
+            "seconds_total": 62.5 * generations,
+            "backend": "cuda",
+            "noise_version": 1,
+            "seed": 7,
+            "fingerprint": rows[-1]["theta"],
+            "live": rows[-1]["live"],
+        }
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "model").mkdir()
     return folder
@@ -213,8 +295,8 @@ def test_the_same_folder_gives_the_same_bytes(long):
 
 def test_it_says_what_the_files_say(long):
     text = Page(long).text
-    looks, rows = (read_rows(long.parent / name) for name in ("evals.jsonl", "metrics.jsonl"))
-    for look in (looks[0], looks[-1]):
+    evals, rows = (read_rows(long.parent / name) for name in ("evals.jsonl", "metrics.jsonl"))
+    for look in (evals[0], evals[-1]):
         assert f"{look['exact']:.1%}" in text and f"{look['low']:.1%} to {look['high']:.1%}" in text
     assert "1,000 items" in text and "500 generations" in text and "not finished" not in text
     # of 300 items those divisible by 3 were right before only if also by 21, and never after; one above a multiple
@@ -338,7 +420,7 @@ def test_a_run_of_three_generations(tmp_path):
 
 def test_what_may_be_chance_is_called_so(no_plots, tmp_path):
     folder = make_run(tmp_path / "short", 3)
-    looks = [
+    evals = [
         {
             "generation": g,
             "items": 50,
@@ -351,10 +433,12 @@ def test_what_may_be_chance_is_called_so(no_plots, tmp_path):
         }
         for g, e in ((0, 0.4), (3, 0.5))
     ]
-    write_rows(folder / "evals.jsonl", looks)
-    for after, words, chance in (("1111111110", "8 became right, 1 became wrong, 1 scored as before (p = 0.039 by the sign test).", False),
-                                 ("1111111100", "8 became right, 2 became wrong, 0 scored as before (p = 0.109 by the sign test).", True),
-                                 ("0000000011", "0 became right, 0 became wrong, 10 scored as before.", False)):  # fmt: skip
+    write_rows(folder / "evals.jsonl", evals)
+    for after, words, chance in (
+        ("1111111110", "8 became right, 1 became wrong, 1 scored as before (p = 0.039 by the sign test).", False),
+        ("1111111100", "8 became right, 2 became wrong, 0 scored as before (p = 0.109 by the sign test).", True),
+        ("0000000011", "0 became right, 0 became wrong, 10 scored as before.", False),
+    ):
         for name, exact in (("base", "0000000011"), ("tuned", after)):
             write_rows(
                 folder / "answers" / f"{name}.jsonl",
@@ -364,7 +448,7 @@ def test_what_may_be_chance_is_called_so(no_plots, tmp_path):
         assert words in text and ("the change may be chance" in text) == chance and "overlap" not in text
     (folder / "answers" / "tuned.jsonl").unlink()  # the intervals are all that is known
     assert "The intervals overlap" in page(folder).text
-    write_rows(folder / "evals.jsonl", [looks[0], {**looks[1], "exact": 0.7, "low": 0.6, "high": 0.8}])
+    write_rows(folder / "evals.jsonl", [evals[0], {**evals[1], "exact": 0.7, "low": 0.6, "high": 0.8}])
     assert "intervals overlap" not in page(folder).text
 
 

@@ -43,7 +43,7 @@ def tensors(opt, kind="theta"):
     return {
         name: t.detach().clone()
         for w in opt._weights
-        for name, t in zip(getattr(w, kind).names, getattr(w, kind).tensors)
+        for name, t in zip(getattr(w, kind).names, getattr(w, kind).tensors, strict=True)
     }
 
 
@@ -582,7 +582,7 @@ def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weigh
         for then in past:
             age = generation - then.generation
             if age < 4:
-                z = [a - b for a, b in zip(then.z[::2], then.z[1::2])] if antithetic else then.z
+                z = [a - b for a, b in zip(then.z[::2], then.z[1::2], strict=True)] if antithetic else then.z
                 seeds += [member_seed(0, then.generation, m) for m in range(len(z))]
                 coefs += [float(np.float32(lr / (4 if then.generation == 3 else 6) * 0.7**age * value)) for value in z]
         es_kernels.add_noise_(
@@ -670,7 +670,7 @@ def test_evaluate_shows_every_member_and_leaves_theta(bits, weights, master):
     fitness = iter(rewards(0))
     seen_by_step = []
     stepped.step(lambda: seen_by_step.append(tensors(stepped, "live")) or next(fitness))
-    for (_, live), other in zip(seen, seen_by_step):
+    for (_, live), other in zip(seen, seen_by_step, strict=True):
         assert_same(bits, live, other)
     opt.tell(rewards(0))
     assert_same(bits, tensors(opt), tensors(stepped))

@@ -96,7 +96,9 @@ def test_the_rounding_left_by_prompts_that_cancel_is_no_signal():
     for seed in range(50):
         values = normal(seed, 6)
         rows = [[value, -7 * value + 0.1] for value in values]
-        left_over += len({math.fsum(pair) for pair in zip(*map(standardized, zip(*rows)))}) > 1
+        left_over += (
+            len({math.fsum(pair) for pair in zip(*map(standardized, zip(*rows, strict=True)), strict=True)}) > 1
+        )
         assert per_prompt(rows) is None
     assert left_over > 10
     assert per_prompt([[0.0, 1.0], [1.0, 0.0]]) is None

@@ -99,7 +99,7 @@ class Cuda:
         try:
             kernel = self.kernels[name.decode()]
             parameters = np.zeros(kernel.parameter_bytes, np.uint8)
-            for argument, (at, size) in zip(arguments, kernel.parameters.values()):
+            for argument, (at, size) in zip(arguments, kernel.parameters.values(), strict=False):
                 parameters[at : at + size] = np.frombuffer(ctypes.string_at(argument, size), np.uint8)
             with default_floats():
                 interpreter.launch(kernel, grid, threads, parameters, shared_bytes, self.memory)
@@ -141,7 +141,7 @@ class _Launcher:
     def launch(self, grid, *arguments, **named):
         with _compiling():
             compiled = self.kernel.run(*arguments, grid=grid, warmup=True, **named)
-        named |= zip(self.kernel.arg_names, arguments)
+        named |= zip(self.kernel.arg_names, arguments, strict=False)
         values = [named[name] for name, type in compiled.src.signature.items() if type != "constexpr"]
         text = compiled.asm["ptx"]
         if text not in self.owner.kernels:
@@ -149,7 +149,7 @@ class _Launcher:
         kernel = self.owner.kernels[text]
         # The last two, scratch memory that it does not ask for, stay null
         parameters = np.zeros(kernel.parameter_bytes, np.uint8)
-        for value, (at, size) in zip(values, kernel.parameters.values()):
+        for value, (at, size) in zip(values, kernel.parameters.values(), strict=False):
             value = (
                 np.float32(value)
                 if isinstance(value, float)

@@ -686,12 +686,12 @@ class Threads:
                 unwritten = self.shared_memory.unwritten(at, unsigned, len(parts))
             else:
                 values = self.memory.load(at, unsigned, self.owner[lanes], len(parts))
-            for array, value in zip(arrays, values):
+            for array, value in zip(arrays, values, strict=False):
                 array[lanes] = value.view(numpy_type(type)) if type[0] == "s" else value
             if space == "shared" and unwritten.any():  # padding, that a vector takes along: only its use is wrong
                 masks = np.zeros((len(parts), self.n), bool)
                 masks[:, lanes] = unwritten
-                return [(part, Group(mask).bits) for part, mask in zip(parts, masks)]
+                return [(part, Group(mask).bits) for part, mask in zip(parts, masks, strict=False)]
 
         return do
 
@@ -721,7 +721,7 @@ class Threads:
 
         def do(group):
             terms = np.broadcast_to(term, self.n)
-            for at, lane in zip(address(group), group.index):
+            for at, lane in zip(address(group), group.index, strict=False):
                 at, atomic = at[None], np.full(1, np.iinfo(np.int32).max, np.int32)  # one thread for all of them
                 before = self.memory.load(at, np.uint64, atomic)[0]
                 target[lane] = before[0]

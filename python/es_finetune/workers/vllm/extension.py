@@ -242,12 +242,7 @@ class _Sharded(Weights):
 
         def fingerprint(of: str = "theta") -> int:
             tables = [getattr(weights, of) for weights in self.optimizer.tables]
-            kept = [
-                (name, tensor, segments)
-                for table in tables
-                for name, tensor, segments in zip(table.names, table.tensors, table.layout.segments, strict=True)
-                if name in names
-            ]
+            kept = [entry for table in tables for entry in table.entries if entry.name in names]
             return es_kernels.fingerprint(es_kernels.ParamTable(kept))
 
         self.optimizer.fingerprint = fingerprint  # type: ignore[method-assign]  # of this process's share
