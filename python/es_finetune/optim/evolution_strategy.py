@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 import es_kernels
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import has_plain_memory
-from es_finetune.optim import dtensor, host_memory
+from es_finetune.optim import dtensor
 from es_finetune.optim.options import as_f32, check_group, check_options
 from es_finetune.optim.update import Update, checked_reward, make_update
+from es_finetune.optim.weights import GroupWeights, KernelClock, Step
 from es_kernels import NamedTensor
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
@@ -123,8 +122,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self.update_rounding: str = options["update_rounding"]
         self.generation = 0
         self._history: list[Update] = []  # with momentum: those with signal that the next update may need
-        self._weights: list[_Weights] = []
-        self._clock = _KernelClock()
+        self._weights: list[GroupWeights] = []
+        self._clock = KernelClock()
         super().__init__(params, {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -132,7 +131,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         group |= check_group(sigma=group["sigma"], lr=group["lr"], weight_decay=group["weight_decay"])
         entries = self._select(group["params"])
-        weights = _Weights.of(entries, self.master, group["anchored"])
+        weights = GroupWeights.of(entries, self.master, group["anchored"])
         super().add_param_group({**group, "params": [(entry.name, entry.tensor) for entry in entries]})
         self._weights.append(weights)
 
@@ -366,7 +365,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             )
             self._write_live(weights, [seed], [coef], **source)
         for weights in self._weights:
-            weights.versions = _versions(weights.live)
+            weights.count_writes()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -391,14 +390,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 self._write_live(weights, [seed], [-coef])
                 weights.inside = None
 
-    def _restore(self, weights: _Weights) -> None:
+    def _restore(self, weights: GroupWeights) -> None:
         """live <- nearest(theta)."""
         self._write_live(weights, [], [], base=weights.theta)
         weights.inside = None
         # Theta may be loaded or freed next, and the allocator of pinned memory knows nothing of our kernels
         weights.wait_for_readers()
 
-    def _write_live(self, weights: _Weights, seeds, coefs, **options) -> None:
+    def _write_live(self, weights: GroupWeights, seeds, coefs, **options) -> None:
         # All, since groups may be views of one tensor, as vLLM's q, k and v are, which share a count of writes
         for group in self._weights:
             group.versions = None
@@ -468,7 +467,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
     # --- looking at it, saving it ------------------------------------------------------------------------------------
 
     @property
-    def tables(self) -> tuple[_Weights, ...]:
+    def tables(self) -> tuple[GroupWeights, ...]:
         """Per param_group the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient
         of the noise now in live, or None) and the last update's `step`: to look at, never to change."""
         return tuple(self._weights)
@@ -577,146 +576,6 @@ _SETTINGS = (
     "perturb_rounding",
     "update_rounding",
 )
-
-
-class Step(NamedTuple):
-    """What the last update added to theta: coefs[k] * noise(seeds[k]), after `decay`. Nothing, if it had no signal."""
-
-    seeds: Sequence[int] = ()
-    coefs: Sequence[float] = ()
-    decay: float = 0.0
-
-
-@dataclass
-class _Weights:
-    """One param_group as parameter tables over the same names, built once."""
-
-    live: es_kernels.ParamTable  # what the model computes with
-    theta: es_kernels.ParamTable  # the exact weights; the same table as live where master=None
-    anchor: es_kernels.ParamTable | None
-    inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
-    step: Step = Step()
-    proof: int | None = None  # fingerprint, of this process's part, of nearest(theta); None while it is being changed
-    versions: list[int] | None = None  # of live's tensors with a member in place; None while that is being written
-
-    @classmethod
-    def of(cls, entries: list[NamedTensor], master: str | None, anchored: bool) -> _Weights:
-        live = dtensor.live_table(entries)
-        device = torch.device("cpu") if master == "host" else live.tensors[0].device
-        if master == "host":
-            # Which will compute the updates: if none can, say so before the first generation
-            es_kernels.active_backend(device)
-
-        def copy(memory: list[torch.Tensor]) -> es_kernels.ParamTable:
-            copies = [to.copy_(t.detach()) for to, t in zip(memory, live.tensors, strict=True)]
-            return es_kernels.ParamTable(list(map(NamedTensor, live.names, copies, live.layout.segments)))
-
-        def empty(dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-            return [torch.empty_like(t, dtype=dtype or t.dtype, device=device) for t in live.tensors]
-
-        if master is None:
-            theta = live
-        elif master == "host":
-            theta = copy(
-                host_memory.empty_like(
-                    live.tensors, torch.float32, live.tensors[0].device if live.tensors[0].is_cuda else None
-                )
-            )
-        else:
-            theta = copy(empty(None if master == "copy" else torch.float32))
-        weights = cls(live, theta, copy(empty()) if anchored else None)
-        if master is not None:
-            weights.prove()
-        return weights
-
-    def prove(self) -> None:
-        """live is nearest(theta) now."""
-        self.proof = es_kernels.fingerprint(self.live)
-
-    def changed(self) -> str | None:
-        """The name of a tensor of live that others have written, if there is one. At rest the contents say so; with a
-        member in place, whose bits nobody has counted, the tensors' versions, which do not know of writes through
-        `.data`. RuntimeError where memory moved."""
-        if self.inside is not None:
-            if self.versions is None:
-                return None
-            return next(
-                (
-                    name
-                    for name, then, now in zip(self.live.names, self.versions, _versions(self.live), strict=True)
-                    if then != now
-                ),
-                None,
-            )
-        if self.proof is None:
-            return None
-        try:
-            self.live.check_unmoved()
-        except RuntimeError as error:
-            moved = str(error).partition(":")[0]
-            raise RuntimeError(
-                f"{moved}: call adopt_live() to take the live weights, where they are now, as theta"
-            ) from None
-        if es_kernels.fingerprint(self.live) == self.proof:
-            return None
-        pairs = zip(self.live.names, self.theta.tensors, self.live.tensors, strict=True)
-        return next((name for name, theta, live in pairs if not torch.equal(theta.to(live), live)), self.live.names[0])
-
-    def refuse_unlike(self) -> None:
-        """ValueError unless theta can hold what is in live."""
-        for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors, strict=True):
-            if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
-                raise UserError(
-                    f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} "
-                    f"{tuple(theta.shape)}, cannot hold: "
-                    "make a new EvolutionStrategy"
-                )
-
-    def names(self) -> set[str]:
-        """Of the tensors and of the segments in them."""
-        return {
-            *self.live.names,
-            *(segment.name for segments in self.live.layout.segments for segment in segments or ()),
-        }
-
-    def wait_for_readers(self) -> None:
-        """Returns when no kernel of the device reads a theta in host memory any more: what the CPU does next is in no
-        queue."""
-        if self.live.tensors[0].is_cuda and not self.theta.tensors[0].is_cuda:
-            torch.cuda.synchronize(self.live.tensors[0].device)
-
-
-class _KernelClock:
-    """Sums wall-clock time on the CPU, and the device's own time on CUDA, where events leave the queue running."""
-
-    def __init__(self):
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def on(self, table: es_kernels.ParamTable) -> Iterator[None]:
-        if table.tensors and table.tensors[0].is_cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-        else:
-            before = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - before
-
-    def seconds(self) -> float:
-        while self._events:
-            begin, end = self._events.pop()
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1000
-        return self._seconds
-
-
-def _versions(table: es_kernels.ParamTable) -> list[int]:
-    """How often torch has seen each tensor written. Of an inference tensor it does not know."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in table.tensors]
 
 
 def _is_named(entry: Any) -> bool:

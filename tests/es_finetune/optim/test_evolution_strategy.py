@@ -787,7 +787,7 @@ def test_host_is_not_written_before_the_device_has_read_it(weights, monkeypatch)
 
     monkeypatch.setattr(es_kernels, "add_noise_", watched)
     monkeypatch.setattr(
-        "es_finetune.optim.evolution_strategy._Weights.wait_for_readers", lambda self: pending.discard(id(self.theta))
+        "es_finetune.optim.weights.GroupWeights.wait_for_readers", lambda self: pending.discard(id(self.theta))
     )
     fitness = iter(rewards(0, 4))
     opt.step(lambda: next(fitness))
