@@ -193,7 +193,7 @@ class Trainer:
                 raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
         again: dict[str, Any] = {"data": data, "test_data": test_data, "reward": reward}
         replaced: dict[str, Any] = {
-            name: None for name, given in again.items() if given is not None and name not in changes
+            name: None for name, supplied in again.items() if supplied is not None and name not in changes
         }
         header, _ = read_log(folder / "run.log")
         config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)

@@ -94,7 +94,7 @@ def _shown(run: RunFiles) -> dict[str, Any]:
         "failed": sum(row.get("failed") or 0 for row in rows),
         "failures": _failures(rows),
         "samples": samples,
-        "config": {name: _plain(found) for name, found in config.items()},
+        "config": {name: _plain(value) for name, value in config.items()},
         "header": header,
         "facts": {
             name: summary[name]
@@ -107,15 +107,15 @@ def _shown(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _flat(found: Row, before: str = "") -> list[tuple[str, str]]:
+def _flat(row: Row, before: str = "") -> list[tuple[str, str]]:
     pairs = []
-    for name, inner in found.items():
+    for name, inner in row.items():
         pairs += _flat(inner, f"{before}{name} ") if isinstance(inner, dict) else [(f"{before}{name}", _plain(inner))]
     return pairs
 
 
-def _plain(found: Any) -> str:
-    return found if isinstance(found, str) else "none" if found is None or found == [] else json.dumps(found)
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else "none" if value is None or value == [] else json.dumps(value)
 
 
 def _when(seconds: float | None) -> str | None:
@@ -242,15 +242,15 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
 
 def _warnings(rows: list[Row]) -> list[dict[str, Any]]:
     """Each kind once, the numbers in its text aside: its latest words, how often, and in which generations (from 1)."""
-    found: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for row in rows:
         for text in row.get("warnings") or []:
-            entry = found.setdefault(re.sub(r"[\d.]+", "#", text), {"generations": []})
+            entry = kinds.setdefault(re.sub(r"[\d.]+", "#", text), {"generations": []})
             entry["text"] = text
             entry["generations"].append(row["generation"] + 1)
     return [
         {"text": entry["text"], "count": len(entry["generations"]), "where": _ranges(entry["generations"])}
-        for entry in found.values()
+        for entry in kinds.values()
     ]
 
 
@@ -271,14 +271,14 @@ def _ranges(numbers: list[int], most: int = 8) -> str:
 def _poor(rows: list[Row], norms: bool) -> list[dict[str, Any]]:
     """Norm weights, or all other tensors, whose realised correlation was seen under FAITHFUL, the worst first: name,
     worst, its rms ratio and generation, how often."""
-    found: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name, (correlation, ratio) in swallowed(row, norms).items():
-            entry = found.setdefault(name, {"name": name, "worst": math.inf, "times": 0})
+            entry = tensors.setdefault(name, {"name": name, "worst": math.inf, "times": 0})
             entry["times"] += 1
             if correlation < entry["worst"]:
                 entry.update(worst=correlation, ratio=ratio, generation=row["generation"] + 1)
-    return sorted(found.values(), key=lambda entry: entry["worst"])
+    return sorted(tensors.values(), key=lambda entry: entry["worst"])
 
 
 def _change(evals: list[Row], metric: str, chance: float | None) -> str:
@@ -307,12 +307,12 @@ def _failures(rows: list[Row]) -> list[str]:
 def _fingerprints(header: dict[str, str], rows: list[Row], summary: Row) -> dict[str, str]:
     """Of the weights before and after: theta, the exact ones, and live, those the model computes with."""
     last = rows[-1] if rows else {}
-    found = {
+    after = {
         "theta": summary.get("fingerprint") or last.get("theta"),
         "live": summary.get("live") or last.get("live"),
     }
     before = {f"{name} before": header.pop(name) for name in ("theta", "live") if name in header}
-    return {**before, **{f"{name} after": text for name, text in found.items() if text}}
+    return {**before, **{f"{name} after": text for name, text in after.items() if text}}
 
 
 def _samples(run: RunFiles, metric: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -373,10 +373,10 @@ def _chance(better: int, worse: int) -> float | None:
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
-def _visible(found: Any) -> Any:
+def _visible(value: Any) -> Any:
     """Text as a page can hold it: a character of _UNSEEN is named instead."""
     return (
-        found
-        if not isinstance(found, str) or hasattr(found, "__html__")
-        else _UNSEEN.sub(lambda mark: f"[U+{ord(mark[0]):04X}]", found)
+        value
+        if not isinstance(value, str) or hasattr(value, "__html__")
+        else _UNSEEN.sub(lambda mark: f"[U+{ord(mark[0]):04X}]", value)
     )

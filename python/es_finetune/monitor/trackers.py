@@ -87,22 +87,22 @@ def trackers_named(report_to: Sequence[str]) -> list[Tracker]:
     return [_TensorBoard() if name == "tensorboard" else _Hosted(name) for name in named]
 
 
-def as_callback(given: Any) -> Callback:
+def as_callback(callback: Any) -> Callback:
     """A Callback as it is; of a tracker of accelerate (`accelerate.tracking.GeneralTracker`) the callback that feeds
     it.
 
     Raises:
         UserError: It is neither.
     """
-    if isinstance(given, Callback):
-        return given
-    if isinstance(given, type) or not all(hasattr(given, part) for part in ("name", *_GENERAL_TRACKER)):
-        what = given.__name__ if isinstance(given, type) else type(given).__name__
+    if isinstance(callback, Callback):
+        return callback
+    if isinstance(callback, type) or not all(hasattr(callback, part) for part in ("name", *_GENERAL_TRACKER)):
+        what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
         raise UserError(
-            f"callbacks holds {what}, which is no {'object' if isinstance(given, type) else 'Callback'}: give objects "
-            "of es_finetune.Callback, or trackers of accelerate"
+            f"callbacks holds {what}, which is no {'object' if isinstance(callback, type) else 'Callback'}: "
+            "give objects of es_finetune.Callback, or trackers of accelerate"
         )
-    return _General(given)
+    return _General(callback)
 
 
 def scalars(row: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

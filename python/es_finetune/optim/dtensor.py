@@ -133,7 +133,7 @@ def local_entry(name: str, parameter: DTensor, segments: Sequence[Segment] | Non
     Raises:
         UserError: The layout does not tell each element's place, or has more pieces than a table takes.
     """
-    here, mesh = local(parameter), parameter.device_mesh
+    shard, mesh = local(parameter), parameter.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UserError(f"{name!r} is on a device mesh that this process is not part of: leave it out here")
@@ -142,31 +142,31 @@ def local_entry(name: str, parameter: DTensor, segments: Sequence[Segment] | Non
         pieces = [_chunk(runs[dim], factor, k) for k in range(factor)]
         runs[dim] = [run for piece in pieces for run in _chunk(piece, mesh.size(mesh_dim), coordinate[mesh_dim])]
     shape = [sum(length for _, length in of_dim) for of_dim in runs]
-    if list(here.shape) != shape and (here.numel() or math.prod(shape)):
+    if list(shard.shape) != shape and (shard.numel() or math.prod(shape)):
         raise UserError(
-            f"{name!r} has {tuple(here.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} "
+            f"{name!r} has {tuple(shard.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} "
             f"gives {tuple(shape)}: "
             "shard it as distribute_tensor does"
         )
-    if not (here.is_contiguous() and parameter.is_contiguous()):
+    if not (shard.is_contiguous() and parameter.is_contiguous()):
         raise UserError(
-            f"{name!r} is sharded and not contiguous, with strides {here.stride()} of {parameter.stride()}: make it "
+            f"{name!r} is sharded and not contiguous, with strides {shard.stride()} of {parameter.stride()}: make it "
             "contiguous before sharding it"
         )
     if segments is None:
         segments = [Segment(name, 1, parameter.numel())]
     boxes = (
         list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS_PER_TENSOR + 1))
-        if here.numel()
+        if shard.numel()
         else []
     )
-    found = _merged(piece for whole in segments for box in boxes for piece in _meeting(whole, box))
-    if max(len(boxes), len(found)) > MAX_SEGMENTS_PER_TENSOR:
+    shard_segments = _merged(piece for whole in segments for box in boxes for piece in _meeting(whole, box))
+    if max(len(boxes), len(shard_segments)) > MAX_SEGMENTS_PER_TENSOR:
         raise UserError(
             f"{name!r}, {_layout(parameter)}, would be in more than {MAX_SEGMENTS_PER_TENSOR} pieces in a process: "
             "shard it in another dimension"
         )
-    return NamedTensor(name, here, found)
+    return NamedTensor(name, shard, shard_segments)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -183,21 +183,21 @@ def check_same_layout(name: str, saved: torch.Tensor, mine: torch.Tensor) -> Non
         and saved.device_mesh == mine.device_mesh
         and _splits(name, saved) == _splits(name, mine)
     ):
-        here, there = (_layout(tensor) if is_sharded(tensor) else "whole" for tensor in (mine, saved))
+        own, other = (_layout(tensor) if is_sharded(tensor) else "whole" for tensor in (mine, saved))
         raise UserError(
-            f"{name!r} is {here}, and in the saved state {there}: load the state by torch.distributed.checkpoint, "
+            f"{name!r} is {own}, and in the saved state {other}: load the state by torch.distributed.checkpoint, "
             "which shards it as this one is"
         )
 
 
-def _like(parameter: DTensor, here: torch.Tensor) -> torch.Tensor:
-    """`here` as a DTensor laid out as `parameter`, whatever its dtype and device: from_local would copy it to the
+def _like(parameter: DTensor, memory: torch.Tensor) -> torch.Tensor:
+    """`memory` as a DTensor laid out as `parameter`, whatever its dtype and device: from_local would copy it to the
     mesh's device."""
     from torch.distributed.tensor import DTensor
 
     spec: Any = parameter._spec
-    meta = spec.tensor_meta._replace(dtype=here.dtype)
-    return DTensor(here, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)
+    meta = spec.tensor_meta._replace(dtype=memory.dtype)
+    return DTensor(memory, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)
 
 
 def _layout(parameter: DTensor) -> str:
@@ -248,13 +248,13 @@ def _chunk(runs: list[tuple[int, int]], n: int, number: int) -> list[tuple[int, 
     size = sum(length for _, length in runs)
     most = -(-size // n)
     begin, end = min(number * most, size), min((number + 1) * most, size)
-    found, at = [], 0
+    chunk, at = [], 0
     for start, length in runs:
         first, last = max(begin, at), min(end, at + length)
         if first < last:
-            found.append((start + first - at, last - first))
+            chunk.append((start + first - at, last - first))
         at += length
-    return found
+    return chunk
 
 
 def _boxes(runs: list[list[tuple[int, int]]], shape: Sequence[int], whole: Sequence[int]) -> Iterator[Segment]:
@@ -326,19 +326,19 @@ def _in_rows(
 
 def _merged(pieces: Iterable[Segment]) -> list[Segment]:
     """Single rows that follow each other at equal distances, joined."""
-    found: list[Segment] = []
+    merged: list[Segment] = []
     for piece in pieces:
-        if found and piece.rows == 1 and (piece.name, piece.cols) == (found[-1].name, found[-1].cols):
-            last = found[-1]
+        if merged and piece.rows == 1 and (piece.name, piece.cols) == (merged[-1].name, merged[-1].cols):
+            last = merged[-1]
             steps = (
                 piece.offset - last.offset - (last.rows - 1) * last.row_stride,
                 piece.first - last.first - (last.rows - 1) * last.index_stride,
             )
             if min(steps) >= piece.cols and (last.rows == 1 or steps == (last.row_stride, last.index_stride)):
-                found[-1] = Segment(last.name, last.rows + 1, last.cols, last.offset, steps[0], last.first, steps[1])
+                merged[-1] = Segment(last.name, last.rows + 1, last.cols, last.offset, steps[0], last.first, steps[1])
                 continue
-        found.append(piece)
-    return found
+        merged.append(piece)
+    return merged
 
 
 def _groups(parameter: DTensor) -> tuple:

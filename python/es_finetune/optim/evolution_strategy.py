@@ -535,9 +535,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
         saved = state_dict.get("es")
         if saved is None:
             raise UserError("this is no state of an EvolutionStrategy: it has no entry 'es'")
-        for key, here in (("noise_version", es_kernels.noise.VERSION), ("master", self.master)):
-            if saved[key] != here:
-                raise UserError(f"the saved state has {key} {saved[key]!r}, this optimizer {here!r}")
+        for key, own in (("noise_version", es_kernels.noise.VERSION), ("master", self.master)):
+            if saved[key] != own:
+                raise UserError(f"the saved state has {key} {saved[key]!r}, this optimizer {own!r}")
         mine = self.state_dict()["es"]
         for kind in ("theta", "anchor"):
             described = [{name: (t.dtype, tuple(t.shape)) for name, t in es[kind].items()} for es in (saved, mine)]

@@ -47,7 +47,7 @@ def make_workers(
     if config.workers == "ray":
         if torchrun.under_torchrun():
             raise UserError("torchrun and workers 'ray' are two ways to the same end: use one of them")
-        if any(given is not None for given in (model, tokenizer, task)):
+        if any(supplied is not None for supplied in (model, tokenizer, task)):
             raise UserError("with workers 'ray' every worker loads model and task by itself: name them in the config")
         return make_pool(config)
     if torchrun.under_torchrun():
