@@ -263,7 +263,7 @@ def _direct(*tables: ParamTable | None) -> bool:
         and all(table is None or table.plain for table in tables)
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _UNSEEN
         and not torch._C._len_torch_function_stack()
-        and not torch.autograd._profiler_enabled()
+        and not torch._C._autograd._profiler_enabled()
     )
 
 
