@@ -1,7 +1,7 @@
 """What the tests start: one run of the embedded model, `python run.py CONFIG.json` under torchrun or alone. Beside its
 folder it writes down, one line each, which member a worker has finished (FOLDER.scored) and, process by process, who
 works (FOLDER.pids). SLOW_LOG=G: the first start takes a minute to log generation G. ELSEWHERE=FOLDER: where the ranks
-that do not lead have the run's folder, as on a machine that does not share it. STOP_AFTER=G: a callback stops the run
+behind the first have the run's folder, as on a machine that does not share it. STOP_AFTER=G: a callback stops the run
 after so many generations."""
 
 import json

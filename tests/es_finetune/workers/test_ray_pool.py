@@ -1,7 +1,7 @@
 """Contract under test: what a pool does with actors that are late.
 
-Without Ray: a cluster that is played, by a clock that goes on only while the pool waits. tests/distributed/test_pool.py
-has a real one.
+Without Ray: a cluster that is played, by a clock that goes on only while the pool waits. tests/distributed has a real
+one.
 """
 
 import sys

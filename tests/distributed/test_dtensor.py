@@ -1,15 +1,12 @@
 """Contract under test: sharded models (es_finetune.optim.dtensor, EvolutionStrategy over DTensors).
 
 - The Segments of a shard are its place in the whole: each element of the whole once, for every way of splitting, sizes
-that
-  do not divide and fused tensors included. (One process that plays each rank in turn.)
+  that do not divide and fused tensors included. (One process that plays each rank in turn.)
 - Number of processes and layout change no bit of live and theta, perturbed or not, and no fingerprint, for each master,
-with
-  momentum, decay and roundings; nor does a model under parallelize_module or fully_shard, whose forward computes with
-  the perturbed weights, in whichever state FSDP left its own. (Real processes, gloo.)
+  with momentum, decay and roundings; nor does a model under parallelize_module or fully_shard, whose forward computes
+  with the perturbed weights, in whichever state FSDP left its own. (Real processes, gloo.)
 - theta in state_dict() is DTensors; torch.distributed.checkpoint loads it over other processes. What does not fit is
-refused
-  in one sentence, with nothing changed.
+  refused in one sentence, with nothing changed.
 - Without DTensors nothing is communicated, also where there is a process group.
 """
 
