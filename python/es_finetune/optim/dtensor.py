@@ -74,9 +74,12 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 class ShardedTable(es_kernels.ParamTable):
     """A ParamTable of parameters of which some are DTensors: over the memory they have in this process.
 
-    parameters: name -> the parameter. groups: name -> the (device type, process group) pairs over which a sharded one
-    is spread. Before each use of it FSDP gives up what it gathered for a forward, which would hold the weights of
-    before the write.
+    Before each use of it FSDP gives up what it gathered for a forward, which would hold the weights of before the
+    write.
+
+    Attributes:
+        parameters: Name -> the parameter.
+        groups: Name -> the (device type, process group) pairs over which a sharded one is spread.
     """
 
     def __init__(self, entries: Sequence[NamedTensor], modules: list):

@@ -45,41 +45,46 @@ class EvolutionStrategy(torch.optim.Optimizer):
     that write: they compare the fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a
     member with `perturbed`. With master=None live is theta, whoever writes it.
 
-    params:      `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
-                 "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
-                 unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
-                 [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require
-                 grad are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is
-                 perturbed where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
-    sigma, lr:   scale of the noise and of the step, per group, read anew in every generation. The paper: 1e-3 and sigma
-                 / 2.
-    weight_decay, anchored:  decay toward zero, or with anchored=True toward the weights at construction (of which it
-                             keeps
-                 a copy in storage precision); per group.
-    population:  members per generation, at least 2; even with antithetic.
-    seed:        of the whole run, any u64. Generation and member number are the only other sources of the noise.
-    master:      where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy
-                 in the storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU,
-                 which reads it over the bus for every member, while the CPU computes the update). None: the live
-                 weights themselves, nothing extra; each member is subtracted again, and bf16 and f16 weights drift by
-                 rounding. At the paper's setting a generation of 30 members that learns nothing changes 24% of bf16
-                 weights, by half a step (rms).
-    antithetic:  members 2k and 2k + 1 use the same noise with opposite signs.
-    shaping:     how rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
-                 sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all
-                 three, so lr keeps its meaning (es_finetune.optim.shaping).
-    momentum, momentum_window:  heavy ball, as in torch's SGD without dampening, over the last momentum_window
-                                generations,
-                 this one included. No state tensor: the update makes the noise of each of them again, oldest first,
-                 with coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A
-                 generation without signal changes nothing and is not part of any sum, but the others age by it.
-    perturb_rounding, update_rounding:  "nearest" or "stochastic", for writing theta + sigma * eps into live and the
-                                        update
-                 into theta. The update rounds stochastically by default where theta is kept in the weights' dtype
-                 ("copy" and None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else to
-                 nearest.
-
     There are no gradients here; `step`, `evaluate` and their closures run without autograd.
+
+    Args:
+        params: `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
+            "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
+            unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
+            [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require grad
+            are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is perturbed
+            where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
+        sigma: Scale of the noise, per group, read in every generation. The paper: 1e-3.
+        lr: Scale of the step, per group, read in every generation. The paper: sigma / 2.
+        weight_decay: Decay toward zero, per group.
+        anchored: Decay toward the weights at construction instead, of which a copy in storage precision is kept; per
+            group.
+        population: Members per generation, at least 2; even with antithetic.
+        seed: Of the whole run, any u64. Generation and member number are the only other sources of the noise.
+        master: Where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in
+            the storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which
+            reads it over the bus for every member, while the CPU computes the update). None: the live weights
+            themselves, nothing extra; each member is subtracted again, and bf16 and f16 weights drift by rounding. At
+            the paper's setting a generation of 30 members that learns nothing changes 24% of bf16 weights, by half a
+            step (rms).
+        antithetic: Members 2k and 2k + 1 use the same noise with opposite signs.
+        shaping: How rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
+            sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three, so
+            lr keeps its meaning (es_finetune.optim.shaping).
+        momentum: Heavy ball, as in torch's SGD without dampening, over the last `momentum_window` generations. No state
+            tensor: the update makes the noise of each of them again, oldest first, with coefficient
+            lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation without signal
+            changes nothing and is not part of any sum, but the others age by it.
+        momentum_window: How many generations momentum reaches back, this one included.
+        perturb_rounding: "nearest" or "stochastic", for writing theta + sigma * eps into live.
+        update_rounding: The same, for the update of theta. By default stochastic where theta is kept in the weights'
+            dtype ("copy" and None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else
+            nearest.
+
+    Raises:
+        UserError: An option has a value that it cannot have, or not together with another. A parameter is unnamed or
+            quantised, two have one name, or a group has none that requires grad.
+        TypeError, ValueError: A tensor is none that the kernels take: see `es_kernels.ParamTable`.
     """
 
     def __init__(
@@ -127,7 +132,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
         super().__init__(params, {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, named as in the constructor; group options left out take the constructor's values."""
+        """Add parameters.
+
+        Args:
+            param_group: As a dict of the constructor's `params`. Options left out take the constructor's values.
+
+        Raises:
+            UserError: As for the constructor.
+        """
         group = {**self.defaults, **param_group}
         group |= check_group(sigma=group["sigma"], lr=group["lr"], weight_decay=group["weight_decay"])
         entries = self._select(group["params"])
@@ -146,8 +158,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if not _is_named(entry):
                 raise UserError(
                     "EvolutionStrategy makes a tensor's noise from its name: pass model.named_parameters(), not "
-                    "unnamed parameters "
-                    "(an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
+                    "unnamed parameters (an entry is (name, tensor) or (name, tensor, [es_kernels.Segment, ...]))"
                 )
             name, parameter, segments = NamedTensor(*entry)
             if not parameter.requires_grad or id(parameter) in seen:
@@ -177,9 +188,16 @@ class EvolutionStrategy(torch.optim.Optimizer):
     ) -> float:
         """Run one generation: call `closure` once per member, with that member's weights in place, then update.
 
-        closure() returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one per
-        prompt. Returns the mean reward. If closure raises, or returns something that is no finite number, theta is
-        unchanged and live is theta again.
+        Args:
+            closure: Returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one
+                per prompt.
+
+        Returns:
+            The mean reward.
+
+        Raises:
+            UserError: A reward is no finite number. As when closure raises, theta is unchanged and live is theta again.
+            RuntimeError: A member is in place, or others have written the weights.
         """
         self._refuse_if_perturbed("step()")
         try:
@@ -197,8 +215,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def evaluate(self, closure: Callable[[int], _Result]) -> list[_Result]:
         """Call `closure(member)` once per member of this generation, in order, with that member's weights in place.
 
-        Returns what it returned, for `tell` or for anything else: nothing is updated. live is theta afterwards, by
-        exception too.
+        Nothing is updated. live is theta afterwards, by exception too.
+
+        Returns:
+            What closure returned, by member: for `tell`, or for anything else.
+
+        Raises:
+            RuntimeError: A member is in place, or others have written the weights.
         """
         self._refuse_if_perturbed("evaluate()")
         results = []
@@ -233,9 +256,18 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def tell(self, fitness: Sequence[float] | Sequence[Sequence[float]], dropped: Collection[int] = ()) -> Update:
         """Update theta from the reward of every member, in member order, and begin the next generation.
 
-        With shaping="per_prompt" the reward of a member is a sequence, one number per prompt. A missing (None) or
-        non-finite one, or one beyond 1e100, is refused with ValueError and nothing changed, unless its member is named
-        in `dropped`: then mean, std and N are over the rest. With antithetic, a dropped member's partner goes too.
+        Args:
+            fitness: The rewards; with shaping="per_prompt" of each member a sequence, one number per prompt.
+            dropped: Members without one: mean, std and N are over the rest. With antithetic, a dropped member's partner
+                goes too.
+
+        Returns:
+            What was done, for `replay` and `apply`.
+
+        Raises:
+            UserError: The reward of a member that is not dropped is missing (None), not finite or beyond 1e100. Nothing
+                was changed.
+            RuntimeError: A member is in place, or others have written the weights.
         """
         self._refuse_if_perturbed("tell()")
         self._refuse_changed()
@@ -246,8 +278,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
         The bits are those of the original run if the param_groups' options are those of then, and the generations
         before were replayed too. With master=None each member leaves its rounding, so all of them are repeated, in the
-        order of `step` and `evaluate`: what `perturbed` did cannot be. ValueError, with nothing changed, if the update
-        is not of this generation and population.
+        order of `step` and `evaluate`: what `perturbed` did cannot be.
+
+        Raises:
+            UserError: The update is not of this generation and population. Nothing was changed.
+            RuntimeError: A member is in place, or others have written the weights.
         """
         self._refuse_if_perturbed("replay()")
         self._refuse_changed()
@@ -259,7 +294,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
     @torch.no_grad()
     def apply(self, update: Update) -> Update:
         """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped
-        already (`make_update`). ValueError, with nothing changed, if it is not of this generation and population."""
+        already (`make_update`).
+
+        Raises:
+            UserError: The update is not of this generation and population. Nothing was changed.
+            RuntimeError: A member is in place, or others have written the weights.
+        """
         self._refuse_if_perturbed("apply()")
         self._refuse_changed()
         self._refuse_other(update)
@@ -430,8 +470,12 @@ class EvolutionStrategy(torch.optim.Optimizer):
         starts from them.
 
         Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does
-        not hold this, so that it cannot be replayed past it. RuntimeError, with nothing changed, inside of a member;
-        ValueError where a tensor has another shape than at construction, or with master="copy" another dtype.
+        not hold this, so that it cannot be replayed past it.
+
+        Raises:
+            RuntimeError: A member is in place. Nothing was changed.
+            UserError: A tensor has another shape than at construction, or with master="copy" another dtype. Nothing was
+                changed.
         """
         self._refuse_if_perturbed("adopt_live()")
         for weights in self._weights:
@@ -454,14 +498,13 @@ class EvolutionStrategy(torch.optim.Optimizer):
             if name and weights.inside is not None:
                 raise RuntimeError(
                     f"{name!r} was written by others while a member's noise was in the weights, which restoring "
-                    "undoes: write weights between "
-                    "members, and call adopt_live() after it"
+                    "undoes: write weights between members, and call adopt_live() after it"
                 )
             if name:
                 raise RuntimeError(
                     f"{name!r} was changed by others since this optimizer wrote it, and the next restore would undo "
-                    "that: call adopt_live() "
-                    "to take the live weights as theta, or load_state_dict(state_dict()) to have theta in them again"
+                    "that: call adopt_live() to take the live weights as theta, or load_state_dict(state_dict()) to "
+                    "have theta in them again"
                 )
 
     # --- looking at it, saving it ------------------------------------------------------------------------------------
@@ -492,8 +535,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         needed, and a copy's weights would be those of no model."""
         raise TypeError(
             "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its "
-            "state_dict(), make a new one over "
-            "the other model, and load_state_dict() there"
+            "state_dict(), make a new one over the other model, and load_state_dict() there"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -529,8 +571,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()`: theta, live, generation, settings (all but master), group options.
-        ValueError, with nothing changed, where the state is of another noise version, another master, or other
-        tensors, or sharded otherwise."""
+
+        Raises:
+            UserError: The state is of another noise version, another master, or other tensors, or sharded otherwise.
+                Nothing was changed.
+        """
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
