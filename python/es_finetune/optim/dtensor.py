@@ -26,7 +26,19 @@ if TYPE_CHECKING:
 
 
 def live_table(entries: Sequence[NamedTensor]) -> es_kernels.ParamTable:
-    """The table of what the model computes with: over this process's memory where a parameter is sharded."""
+    """The table of what the model computes with: over this process's memory where a parameter is sharded.
+
+    Args:
+        entries: The parameters, f32, bf16 or f16, some of them DTensors.
+
+    Returns:
+        A ShardedTable if any is a DTensor or under fully_shard, else a plain ParamTable.
+
+    Raises:
+        TypeError: A tensor is not f32, bf16 or f16.
+        UserError: A parameter is part of FullyShardedDataParallel's flat parameter, a shard's place is unknown, or the
+            kernels cannot read the weights.
+    """
     modules = _fsdp_modules([entry.tensor for entry in entries])
     for name, parameter, _ in entries:
         if getattr(parameter, "_fsdp_flattened", False):
@@ -43,8 +55,18 @@ def live_table(entries: Sequence[NamedTensor]) -> es_kernels.ParamTable:
 
 
 def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> int:
-    """Of the whole tensors of `table`, which is laid out as `live`: with sharded ones a collective of the processes
-    that share them."""
+    """Fingerprint of the whole tensors of `table`: with sharded ones a collective of the processes that share them.
+
+    Args:
+        table: Laid out as `live`: theta, the anchor, or `live` itself.
+        live: The table that knows which parameters are sharded.
+
+    Returns:
+        A u64. Waits for the device.
+
+    Raises:
+        RuntimeError: The memory of `table` moved.
+    """
     if not isinstance(live, ShardedTable):
         return es_kernels.fingerprint(table)
     table.check_unmoved()
@@ -55,8 +77,15 @@ def fingerprint(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> in
 
 
 def whole_tensors(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> dict[str, torch.Tensor]:
-    """The tensors of `table`, which is laid out as `live`, by name: as DTensors over the same memory where `live` has
-    them."""
+    """The tensors of `table` by name.
+
+    Args:
+        table: Laid out as `live`.
+        live: The table that knows which parameters are sharded.
+
+    Returns:
+        Detached, over the same memory: DTensors where `live` has them.
+    """
     parameters: dict[str, Any] = live.parameters if isinstance(live, ShardedTable) else {}
     tensors = {name: tensor.detach() for name, tensor in zip(table.names, table.tensors, strict=True)}
     return {
@@ -66,7 +95,10 @@ def whole_tensors(table: es_kernels.ParamTable, live: es_kernels.ParamTable) -> 
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor. There is none before its module is imported, which takes a second."""
+    """Whether it is a DTensor.
+
+    There is none before torch.distributed.tensor is imported, which takes a second: this does not import it.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -77,9 +109,16 @@ class ShardedTable(es_kernels.ParamTable):
     Before each use of it FSDP gives up what it gathered for a forward, which would hold the weights of before the
     write.
 
+    Args:
+        entries: The parameters, f32, bf16 or f16.
+        modules: The modules under fully_shard that hold any of them.
+
     Attributes:
-        parameters: Name -> the parameter.
-        groups: Name -> the (device type, process group) pairs over which a sharded one is spread.
+        parameters: Name -> the parameter, as the model holds it.
+        groups: Name -> the (device type, process group) pairs over which a sharded parameter is spread.
+
+    Raises:
+        UserError: An entry is FSDP's gathered copy, or a shard's place is unknown (see `local_entry`).
     """
 
     def __init__(self, entries: Sequence[NamedTensor], modules: list):
@@ -127,14 +166,15 @@ def local_entry(name: str, parameter: DTensor, segments: Sequence[Segment] | Non
 
     Args:
         name: Of the whole tensor.
-        parameter: The DTensor, of any layout that tells each element's place.
+        parameter: The DTensor, of any shape and layout that tells each element's place.
         segments: Those of the whole tensor; None: it is one.
 
     Returns:
         Its memory in this process, with the Segments of that.
 
     Raises:
-        UserError: The layout does not tell each element's place, or has more pieces than a table takes.
+        UserError: The layout does not tell each element's place or has more pieces than a table takes, this process is
+            not on its mesh, or its memory is not what the layout says or not contiguous.
     """
     shard, mesh = local(parameter), parameter.device_mesh
     coordinate = mesh.get_coordinate()
@@ -179,7 +219,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_same_layout(name: str, saved: torch.Tensor, mine: torch.Tensor) -> None:
-    """UserError unless each process has the same part of both."""
+    """Check that each process has the same part of both tensors.
+
+    Args:
+        name: Of the tensor, for the error.
+        saved: From a state.
+        mine: The optimizer's.
+
+    Raises:
+        UserError: It has not.
+    """
     if (is_sharded(saved) or is_sharded(mine)) and not (
         is_sharded(saved)
         and is_sharded(mine)

@@ -40,51 +40,63 @@ class EvolutionStrategy(torch.optim.Optimizer):
     `load_state_dict` and on leaving `perturbed`, by exception too. Equal rewards give equal bits of theta on every
     device and backend.
 
-    Who else writes the weights between two of these calls (another optimizer, the model's load_state_dict, a merge)
-    calls `adopt_live` before the next one. Until then each of them is refused with RuntimeError, since it would undo
-    that write: they compare the fingerprint of live, a read of live a generation with `step` and `evaluate`, and one a
-    member with `perturbed`. With master=None live is theta, whoever writes it.
+    If others write the weights between two of these calls (another optimizer, the model's load_state_dict, a merge),
+    call `adopt_live` before the next one. Until then each of them raises RuntimeError, since it would undo that write.
+    To notice it they compare the fingerprint of live: a read of live once a generation in `step` and `evaluate`, once a
+    member in `perturbed`. With master=None live is theta, whoever writes it.
 
-    There are no gradients here; `step`, `evaluate` and their closures run without autograd.
+    There are no gradients here. `step`, `evaluate` and their closures run without autograd.
 
     Args:
         params: `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
-            "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. A name decides its tensor's noise, so
-            unnamed parameters are refused. A tensor that a checkpoint holds as several is (name, tensor,
-            [es_kernels.Segment, ...]): its noise is then that of the segments' names. Those that do not require grad
-            are left out; of tied ones the first name counts. f32, bf16 and f16 may be mixed. A DTensor is perturbed
-            where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
-        sigma: Scale of the noise, per group, read in every generation. The paper: 1e-3.
-        lr: Scale of the step, per group, read in every generation. The paper: sigma / 2.
-        weight_decay: Decay toward zero, per group.
-        anchored: Decay toward the weights at construction instead, of which a copy in storage precision is kept; per
+            "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. Tensors of any shape; f32, bf16 and f16 may
+            be mixed. A name decides its tensor's noise, so unnamed parameters are refused. A tensor that a checkpoint
+            holds as several is (name, tensor, [es_kernels.Segment, ...]): its noise is then that of the segments'
+            names. Parameters that do not require grad are left out. Of tied ones the first name counts. A DTensor is
+            perturbed where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
+        sigma: Scale of the noise, in units of the weights, positive; per group. Read in every generation. The paper:
+            1e-3.
+        lr: Scale of the step, in units of the weights; per group. Read in every generation. The paper: sigma / 2.
+        weight_decay: Decay toward zero by lr * weight_decay a generation; per group.
+        anchored: Decay toward the weights at construction instead, of which a copy in the storage dtype is kept; per
             group.
         population: Members per generation, at least 2; even with antithetic.
-        seed: Of the whole run, any u64. Generation and member number are the only other sources of the noise.
-        master: Where theta lives. "fp32": an f32 copy, 4 bytes a parameter, the update loses nothing. "copy": a copy in
-            the storage dtype. "host": the bits of "fp32", in host memory (pinned if the weights are on a GPU, which
-            reads it over the bus for every member, while the CPU computes the update). None: the live weights
-            themselves, nothing extra; each member is subtracted again, and bf16 and f16 weights drift by rounding. At
-            the paper's setting a generation of 30 members that learns nothing changes 24% of bf16 weights, by half a
-            step (rms).
+        seed: Of the whole run, an int of 64 bits. Generation and member number are the only other sources of the noise.
+        master: Where theta lives.
+
+            - "fp32": an f32 copy, 4 bytes a parameter. The update loses nothing.
+            - "copy": a copy in the storage dtype.
+            - "host": the bits of "fp32", in host memory. If the weights are on a GPU, it is pinned; the GPU reads it
+              over the bus for every member, and the CPU computes the update.
+            - None: the live weights themselves, nothing extra. Each member is subtracted again, and bf16 and f16
+              weights drift by rounding. At the paper's setting a generation of 30 members that learns nothing changes
+              24% of bf16 weights, by half a step (rms).
         antithetic: Members 2k and 2k + 1 use the same noise with opposite signs.
         shaping: How rewards become Z. "zscore"; "ranks": only their order counts; "per_prompt": a member's reward is a
             sequence, one number per prompt, and each prompt counts the same. Z has mean 0 and std 1 with all three, so
             lr keeps its meaning (es_finetune.optim.shaping).
-        momentum: Heavy ball, as in torch's SGD without dampening, over the last `momentum_window` generations. No state
-            tensor: the update makes the noise of each of them again, oldest first, with coefficient
-            lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation without signal
-            changes nothing and is not part of any sum, but the others age by it.
-        momentum_window: How many generations momentum reaches back, this one included.
+        momentum: Heavy ball, 0 <= momentum < 1, as in torch's SGD without dampening, over the last `momentum_window`
+            generations. No state tensor: the update makes the noise of each of them again, oldest first, with
+            coefficient lr / N * momentum^age * Z, at the present lr and the N and Z of that generation. A generation
+            without signal changes nothing and is not part of any sum, but the others age by it.
+        momentum_window: How many generations count for momentum, the present one included.
         perturb_rounding: "nearest" or "stochastic", for writing theta + sigma * eps into live.
-        update_rounding: The same, for the update of theta. By default stochastic where theta is kept in the weights'
-            dtype ("copy" and None), since bf16 would lose most small steps (N = 30, weights of scale 0.1: 53%), else
-            nearest.
+        update_rounding: "nearest" or "stochastic", for writing the update into theta. None: "stochastic" where theta is
+            kept in the storage dtype ("copy" and None), since bf16 would lose most small steps (N = 30, weights of
+            scale 0.1: 53%); else "nearest".
+
+    Attributes:
+        generation: Number of the present generation, from 0. `step`, `tell`, `apply` and `replay` add 1.
+        param_groups: As in any torch optimizer. Set a group's sigma, lr and weight_decay between generations; LR
+            schedulers do.
+        master, population, seed, antithetic, shaping, momentum, momentum_window, perturb_rounding, update_rounding: As
+            passed, or the default.
 
     Raises:
-        UserError: An option has a value that it cannot have, or not together with another. A parameter is unnamed or
-            quantised, two have one name, or a group has none that requires grad.
-        TypeError, ValueError: A tensor is none that the kernels take: see `es_kernels.ParamTable`.
+        UserError: An option has a value that it cannot have, or not together with another; a parameter is unnamed or
+            quantised; two have one name; or a group has none that requires grad.
+        TypeError, ValueError: The kernels cannot work on a tensor, as `es_kernels.ParamTable` says.
+        RunError: CUDA cannot pin the host memory of master="host".
     """
 
     def __init__(
@@ -132,13 +144,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
         super().__init__(params, {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters.
+        """Add parameters, named as in the constructor.
 
         Args:
-            param_group: As a dict of the constructor's `params`. Options left out take the constructor's values.
+            param_group: {"params": ..., and any of "sigma", "lr", "weight_decay", "anchored"}. Options left out take
+                the constructor's values.
 
         Raises:
-            UserError: As for the constructor.
+            UserError: As the constructor. Nothing was added.
         """
         group = {**self.defaults, **param_group}
         group |= check_group(sigma=group["sigma"], lr=group["lr"], weight_decay=group["weight_decay"])
@@ -188,16 +201,18 @@ class EvolutionStrategy(torch.optim.Optimizer):
     ) -> float:
         """Run one generation: call `closure` once per member, with that member's weights in place, then update.
 
+        If anything raises, theta is unchanged and live is theta again.
+
         Args:
-            closure: Returns the member's reward, higher is better; with shaping="per_prompt" a sequence of them, one
-                per prompt.
+            closure: Returns the member's reward, higher is better: a finite number of at most 1e100 in size. With
+                shaping="per_prompt" a sequence of them, one per prompt.
 
         Returns:
-            The mean reward.
+            The mean reward of the members.
 
         Raises:
-            UserError: A reward is no finite number. As when closure raises, theta is unchanged and live is theta again.
-            RuntimeError: A member is in place, or others have written the weights.
+            UserError: A reward is something else, or float32 does not hold the step that lr makes.
+            RuntimeError: A member is in place, or others wrote the weights.
         """
         self._refuse_if_perturbed("step()")
         try:
@@ -217,11 +232,14 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
         Nothing is updated. live is theta afterwards, by exception too.
 
+        Args:
+            closure: Takes the member's number, 0 .. N - 1, and returns anything.
+
         Returns:
-            What closure returned, by member: for `tell`, or for anything else.
+            What closure returned, in member order: for `tell`, or for anything else.
 
         Raises:
-            RuntimeError: A member is in place, or others have written the weights.
+            RuntimeError: A member is in place, or others wrote the weights.
         """
         self._refuse_if_perturbed("evaluate()")
         results = []
@@ -232,12 +250,23 @@ class EvolutionStrategy(torch.optim.Optimizer):
         return results
 
     def ask(self) -> range:
-        """The members of this generation. Evaluate each inside `perturbed(member)`, in any order, then `tell`."""
+        """The members of this generation, 0 .. N - 1.
+
+        Evaluate each inside `perturbed(member)`, in any order, then `tell`.
+        """
         return range(self.population)
 
     @contextmanager
     def perturbed(self, member: int) -> Iterator[None]:
-        """Within the `with` block the model computes with theta + sigma * eps of this member of this generation."""
+        """Within the `with` block the model computes with theta + sigma * eps of this member of this generation.
+
+        Args:
+            member: Its number, 0 .. N - 1.
+
+        Raises:
+            UserError: There is no such member.
+            RuntimeError: A member is in place, or others wrote the weights.
+        """
         self._refuse_if_perturbed("perturbed()")
         with self._restored():
             self.perturb(member)
@@ -257,17 +286,17 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """Update theta from the reward of every member, in member order, and begin the next generation.
 
         Args:
-            fitness: The rewards; with shaping="per_prompt" of each member a sequence, one number per prompt.
-            dropped: Members without one: mean, std and N are over the rest. With antithetic, a dropped member's partner
-                goes too.
+            fitness: N rewards. With shaping="per_prompt" a sequence for each member, one number per prompt.
+            dropped: Members whose reward is left out, missing (None) or not finite as it may be: mean, std and N are
+                then over the rest. With antithetic, a dropped member's partner goes too.
 
         Returns:
-            What was done, for `replay` and `apply`.
+            The update, as `replay` and a log take it.
 
         Raises:
-            UserError: The reward of a member that is not dropped is missing (None), not finite or beyond 1e100. Nothing
-                was changed.
-            RuntimeError: A member is in place, or others have written the weights.
+            UserError: The reward of a member that is not in `dropped` is missing, not finite or beyond 1e100 in size,
+                all members were dropped, or float32 does not hold the step that lr makes. Nothing was changed.
+            RuntimeError: A member is in place, or others wrote the weights. Nothing was changed.
         """
         self._refuse_if_perturbed("tell()")
         self._refuse_changed()
@@ -276,13 +305,20 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def replay(self, update: Update) -> Update:
         """Do again what a recorded `update` of this generation did, from its z and scored, without evaluating anything.
 
-        The bits are those of the original run if the param_groups' options are those of then, and the generations
-        before were replayed too. With master=None each member leaves its rounding, so all of them are repeated, in the
-        order of `step` and `evaluate`: what `perturbed` did cannot be.
+        The bits are those of the original run if the options of the param_groups are the same as then, and the
+        generations before were replayed too. With master=None each member leaves its rounding. All members are
+        therefore repeated, in the order of `step` and `evaluate`; what `perturbed` did cannot be repeated.
+
+        Args:
+            update: Of this generation and population.
+
+        Returns:
+            The same update.
 
         Raises:
-            UserError: The update is not of this generation and population. Nothing was changed.
-            RuntimeError: A member is in place, or others have written the weights.
+            UserError: The update is of another generation or population, or float32 does not hold the step that lr
+                makes. Nothing was changed.
+            RuntimeError: A member is in place, or others wrote the weights. Nothing was changed.
         """
         self._refuse_if_perturbed("replay()")
         self._refuse_changed()
@@ -293,12 +329,18 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def apply(self, update: Update) -> Update:
-        """Do this `update` of this generation, and begin the next one: what `tell` does, with rewards that are shaped
-        already (`make_update`).
+        """Do this `update` of this generation, and begin the next one: as `tell`, with rewards that are already shaped.
+
+        Args:
+            update: Of this generation and population, as `make_update` gives it.
+
+        Returns:
+            The same update.
 
         Raises:
-            UserError: The update is not of this generation and population. Nothing was changed.
-            RuntimeError: A member is in place, or others have written the weights.
+            UserError: The update is of another generation or population, or float32 does not hold the step that lr
+                makes. Nothing was changed.
+            RuntimeError: A member is in place, or others wrote the weights. Nothing was changed.
         """
         self._refuse_if_perturbed("apply()")
         self._refuse_changed()
@@ -382,8 +424,17 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def perturb(self, member: int) -> None:
-        """Make the model compute with theta + sigma * eps of this member, whichever was in place before. `restore` ends
-        it; `perturbed` and `evaluate` do so by themselves."""
+        """Make the model compute with theta + sigma * eps of this member, whichever was in place before.
+
+        `restore` ends it. `perturbed` and `evaluate` do so by themselves.
+
+        Args:
+            member: Its number, 0 .. N - 1.
+
+        Raises:
+            UserError: There is no such member, or float32 does not hold a group's sigma.
+            RuntimeError: Others wrote the weights.
+        """
         if member not in self.ask():
             raise UserError(f"member must be in 0..{self.population - 1}, not {member}")
         sign = -1.0 if self.antithetic and member % 2 else 1.0
@@ -409,7 +460,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make the model compute with theta again, if a member is in place."""
+        """Make the model compute with theta again, if a member is in place.
+
+        Raises:
+            RuntimeError: Others wrote the weights. With a member in place live is theta all the same.
+        """
         try:
             self._refuse_changed()
         finally:
@@ -466,16 +521,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def adopt_live(self) -> None:
-        """Take the live weights, changed or moved in memory by others, as theta: what else starts from theta then
-        starts from them.
+        """Take the live weights, which others changed or moved in memory, as theta.
 
-        Generation, momentum and anchor stay: anchored decay still pulls toward the weights at construction. A log does
-        not hold this, so that it cannot be replayed past it.
+        All that starts from theta then starts from them. Generation, momentum and anchor stay: anchored decay still
+        pulls toward the weights at construction. A log does not hold this, so it cannot be replayed past it.
 
         Raises:
-            RuntimeError: A member is in place. Nothing was changed.
             UserError: A tensor has another shape than at construction, or with master="copy" another dtype. Nothing was
                 changed.
+            RuntimeError: A member is in place. Nothing was changed.
         """
         self._refuse_if_perturbed("adopt_live()")
         for weights in self._weights:
@@ -511,8 +565,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @property
     def tables(self) -> tuple[GroupWeights, ...]:
-        """Per param_group the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient
-        of the noise now in live, or None) and the last update's `step`: to look at, never to change."""
+        """The weights of each param_group, in order: to look at, never to change.
+
+        Each has the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient of the
+        noise now in live, or None) and `step`, what the last update added.
+        """
         return tuple(self._weights)
 
     @property
@@ -521,30 +578,48 @@ class EvolutionStrategy(torch.optim.Optimizer):
         return self._clock.seconds()
 
     def fingerprint(self, of: str = "theta") -> int:
-        """64-bit fingerprint of "theta" or "live" over all groups: equal weights, equal number, on every machine.
+        """64-bit fingerprint over all groups: equal weights, equal number, on every machine.
 
         Of sharded parameters it is that of the whole tensors, and a collective: every process that holds a part must
         call it. Without them, nothing is communicated. Replicas are not compared: each has the fingerprint of what it
         holds.
+
+        Args:
+            of: "theta" or "live".
+
+        Returns:
+            A u64. Waits for the device.
         """
         with torch.no_grad():
             return sum(dtensor.fingerprint(getattr(weights, of), weights.live) for weights in self._weights) % 2**64
 
     def __getstate__(self):
-        """What copy, deepcopy, pickle and torch.save ask for. torch.optim's own holds neither theta nor what else is
-        needed, and a copy's weights would be those of no model."""
+        """Refuse what copy, deepcopy, pickle and torch.save ask for.
+
+        torch.optim's own state holds neither theta nor what else is needed, and a copy's weights would be those of no
+        model.
+
+        Raises:
+            TypeError: Always.
+        """
         raise TypeError(
             "an EvolutionStrategy cannot be copied or pickled, since it works in the memory of its model: save its "
             "state_dict(), make a new one over the other model, and load_state_dict() there"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim, plus "es" with theta (references, not copies), generation, the run's settings and what
-        momentum carries.
+        """As torch.optim's, with an entry "es".
 
-        With the same model built again, `load_state_dict` of it continues to the same bits. Of sharded parameters theta
-        is DTensors, which torch.distributed.checkpoint saves and, into the state_dict() of an optimizer over other
-        processes, loads.
+        With the same model built again, `load_state_dict` of it continues to the same bits.
+
+        Returns:
+            A dict, whose "es" holds theta and the anchor as tensors by name (references, not copies; theta in f32, or
+            in the storage dtype with master="copy" and None), the generation, the run's settings, and what momentum
+            carries. Sharded parameters have theta as DTensors. torch.distributed.checkpoint saves them, and loads them
+            into the state_dict() of an optimizer over other processes.
+
+        Raises:
+            RuntimeError: A member is in place.
         """
         self._refuse_if_perturbed("state_dict()")
 
@@ -570,11 +645,15 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict()`: theta, live, generation, settings (all but master), group options.
+        """Continue from a `state_dict()`: theta, live, generation, settings (all but master), options of the groups.
+
+        Args:
+            state_dict: Of an optimizer over the same tensors, with the same master.
 
         Raises:
-            UserError: The state is of another noise version, another master, or other tensors, or sharded otherwise.
-                Nothing was changed.
+            UserError: The state is of another optimizer, an older version, another noise version or another master, or
+                its tensors are others or sharded otherwise. Nothing was changed.
+            RuntimeError: A member is in place. Nothing was changed.
         """
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")

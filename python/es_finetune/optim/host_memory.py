@@ -19,12 +19,22 @@ _PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped: e
 def empty_like(
     tensors: Sequence[torch.Tensor], dtype: torch.dtype, gpu: torch.device | None = None
 ) -> list[torch.Tensor]:
-    """For each tensor one in host memory, not initialised, of its shape and strides and of `dtype`; pinned if `gpu` is
-    a CUDA device.
+    """For each tensor one in host memory, not initialised.
 
-    Each has a storage of its own, so that it is copied and saved without the others, and the block is freed with the
-    last of them. It is as large as they are: torch's pinned memory rounds every tensor up to a power of two, 57.9 GB
-    for the 30.5 GB of Qwen2.5-7B. RuntimeError if CUDA cannot pin it.
+    Each has a storage of its own, so that it is copied and saved without the others. The block is freed with the last
+    of them. It is as large as they are: torch's pinned memory rounds every tensor up to a power of two, 57.9 GB for the
+    30.5 GB of Qwen2.5-7B.
+
+    Args:
+        tensors: On any device; their shapes and strides are taken over, not their values.
+        dtype: Of the new tensors.
+        gpu: A CUDA device, for which the memory is pinned. None: it is not pinned.
+
+    Returns:
+        One CPU tensor for each, each 64-byte aligned in one block.
+
+    Raises:
+        RunError: CUDA cannot pin it.
     """
     forms = [torch.empty_like(t, dtype=dtype, device="meta") for t in tensors]
     sizes = [form.untyped_storage().nbytes() for form in forms]

@@ -1,8 +1,7 @@
 """From the rewards of a generation to Z, what each member's noise counts in the update.
 
-Each function takes one entry per member, None for a dropped member, of which at least one is not None, and returns one
-f32 value per member, 0 for a dropped one; or None where the rewards hold no signal. The others have mean 0 and standard
-deviation 1 (ddof 0) whatever the shaping, so that changing it leaves the meaning of lr alone.
+Whatever the shaping, the Z of scored members have mean 0 and standard deviation 1 (ddof 0), so that another shaping
+leaves the meaning of lr alone.
 
 Computed in f64 by operations that IEEE 754 defines exactly (and exactly rounded sums), cast to f32 once: the same bits
 on every machine.
@@ -25,15 +24,28 @@ _ROUNDING = 1e-9
 
 
 def z_scores(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
-    """(R - mean R) / std R. None if all rewards are equal."""
+    """(R - mean R) / std R.
+
+    Args:
+        rewards: One f64 per member, of at most MAX_REWARD in size; None for a dropped member. At least one is not None.
+
+    Returns:
+        One f32 value per member, 0 for a dropped one. None if all rewards are equal: there is no signal.
+    """
     return _spread(rewards, _standardized([reward for reward in rewards if reward is not None]))
 
 
 def centred_ranks(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
     """The centred ranks of Salimans et al. (arXiv:1703.03864), ties sharing their mean rank, divided by their std.
 
-    They run from -0.5 to 0.5 there, with std 0.30 for N = 30: a third of the step. Here (rank - mean) / std, of which
-    the scale of the ranks is no part. None if all rewards are equal.
+    They run from -0.5 to 0.5 there, with std 0.30 for N = 30: a third of the step. Here (rank - mean) / std, in which
+    the scale of the ranks plays no part.
+
+    Args:
+        rewards: As for `z_scores`.
+
+    Returns:
+        One f32 value per member, 0 for a dropped one. None if all rewards are equal: there is no signal.
     """
     ordered = sorted(reward for reward in rewards if reward is not None)
     mean_rank: dict[float, float] = {}
@@ -48,9 +60,18 @@ def centred_ranks(rewards: Sequence[float | None]) -> tuple[float, ...] | None:
 def per_prompt(rewards: Sequence[Sequence[float] | None]) -> tuple[float, ...] | None:
     """z-scores over the members for each prompt alone, their mean over the prompts, and the z-scores of that.
 
-    Every member has one reward per prompt, in the same order; ValueError if not equally many. A prompt on which all
-    members are equal says nothing about them and is left out; each of the others counts the same, however large its
-    rewards. None if there is no such prompt, or if they cancel.
+    A prompt on which all members are equal says nothing about them and is left out. Each of the others counts the same,
+    however large its rewards.
+
+    Args:
+        rewards: For each member one f64 per prompt, prompts in the same order, of at most MAX_REWARD in size; None for
+            a dropped member. At least one is not None.
+
+    Returns:
+        One f32 value per member, 0 for a dropped one. None if no prompt is left, or if they cancel: there is no signal.
+
+    Raises:
+        UserError: Members have different numbers of rewards.
     """
     scored = {member: reward for member, reward in enumerate(rewards) if reward is not None}
     prompts = {len(reward): member for member, reward in scored.items()}

@@ -17,7 +17,13 @@ from es_kernels import NamedTensor
 
 
 class Step(NamedTuple):
-    """What the last update added to theta: coefs[k] * noise(seeds[k]), after `decay`. Nothing, if it had no signal."""
+    """What the last update added to theta: coefs[k] * noise(seeds[k]), after `decay`. Nothing, if it had no signal.
+
+    Attributes:
+        seeds: u64, of each noise term, oldest generation first.
+        coefs: f32, one for each seed.
+        decay: f32, lr * weight_decay of the group.
+    """
 
     seeds: Sequence[int] = ()
     coefs: Sequence[float] = ()
@@ -26,18 +32,42 @@ class Step(NamedTuple):
 
 @dataclass
 class GroupWeights:
-    """One param_group as parameter tables over the same names, built once."""
+    """One param_group as parameter tables over the same names, built once.
 
-    live: es_kernels.ParamTable  # what the model computes with
-    theta: es_kernels.ParamTable  # the exact weights; the same table as live where master=None
+    Attributes:
+        live: What the model computes with.
+        theta: The exact weights. With master=None the same table as live.
+        anchor: What decay pulls toward, in the storage dtype. None: zero.
+        inside: Seed (u64) and coefficient of the noise now in live, or None.
+        step: What the last update added.
+        proof: Fingerprint (u64) of nearest(theta), of this process's part. None while it is being changed.
+        versions: How often torch has seen each tensor of live written, counted with a member in place. None while live
+            is being written.
+    """
+
+    live: es_kernels.ParamTable
+    theta: es_kernels.ParamTable
     anchor: es_kernels.ParamTable | None
-    inside: tuple[int, float] | None = None  # seed and coefficient of the noise now in live
+    inside: tuple[int, float] | None = None
     step: Step = Step()
-    proof: int | None = None  # fingerprint, of this process's part, of nearest(theta); None while it is being changed
-    versions: list[int] | None = None  # of live's tensors with a member in place; None while that is being written
+    proof: int | None = None
+    versions: list[int] | None = None
 
     @classmethod
     def of(cls, entries: list[NamedTensor], master: str | None, anchored: bool) -> GroupWeights:
+        """The weights of a new param_group: live over the tensors' own memory, the rest copied from it.
+
+        Args:
+            entries: The parameters to tune, f32, bf16 or f16.
+            master: As EvolutionStrategy takes it.
+            anchored: Whether to keep a copy of them as the anchor.
+
+        Raises:
+            TypeError: A tensor is not f32, bf16 or f16.
+            UserError: The kernels cannot work on these tensors.
+            RunError: CUDA cannot pin the host memory of master="host".
+            RuntimeError: No backend can compute the updates of master="host" on the CPU.
+        """
         live = dtensor.live_table(entries)
         device = torch.device("cpu") if master == "host" else live.tensors[0].device
         if master == "host":
@@ -67,17 +97,25 @@ class GroupWeights:
         return weights
 
     def prove(self) -> None:
-        """live is nearest(theta) now."""
+        """Remember the fingerprint of live, which is nearest(theta) now."""
         self.proof = es_kernels.fingerprint(self.live)
 
     def count_writes(self) -> None:
-        """A member's noise is in live now: remember how often each of its tensors was written."""
+        """Remember how often each tensor of live was written, which holds a member's noise now."""
         self.versions = _versions(self.live)
 
     def changed(self) -> str | None:
-        """The name of a tensor of live that others have written, if there is one. At rest the contents say so; with a
-        member in place, whose bits nobody has counted, the tensors' versions, which do not know of writes through
-        `.data`. RuntimeError where memory moved."""
+        """Look for a tensor of live that others have written.
+
+        At rest the contents tell. With a member in place, whose bits nobody has counted, the tensors' versions do,
+        which do not count writes through `.data`.
+
+        Returns:
+            Its name, or None.
+
+        Raises:
+            RuntimeError: The memory of a tensor moved.
+        """
         if self.inside is not None:
             if self.versions is None:
                 return None
@@ -104,7 +142,11 @@ class GroupWeights:
         return next((name for name, theta, live in pairs if not torch.equal(theta.to(live), live)), self.live.names[0])
 
     def refuse_unlike(self) -> None:
-        """ValueError unless theta can hold what is in live."""
+        """Check that theta can hold what is in live.
+
+        Raises:
+            UserError: A tensor has another shape, or a dtype that theta's cannot hold.
+        """
         for name, theta, live in zip(self.live.names, self.theta.tensors, self.live.tensors, strict=True):
             if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
                 raise UserError(
@@ -114,15 +156,17 @@ class GroupWeights:
                 )
 
     def names(self) -> set[str]:
-        """Of the tensors and of the segments in them."""
+        """The names of the tensors and of the segments in them."""
         return {
             *self.live.names,
             *(segment.name for segments in self.live.layout.segments for segment in segments or ()),
         }
 
     def wait_for_readers(self) -> None:
-        """Returns when no kernel of the device reads a theta in host memory any more: what the CPU does next is in no
-        queue."""
+        """Return when no kernel of the device reads a theta in host memory any more.
+
+        The CPU writes at once, not in the device's queue.
+        """
         if self.live.tensors[0].is_cuda and not self.theta.tensors[0].is_cuda:
             torch.cuda.synchronize(self.live.tensors[0].device)
 
