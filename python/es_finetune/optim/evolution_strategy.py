@@ -201,7 +201,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
     ) -> float:
         """Run one generation: call `closure` once per member, with that member's weights in place, then update.
 
-        If anything raises, theta is unchanged and live is theta again.
+        If closure raises or a reward is refused, theta is unchanged and live is theta again.
 
         Args:
             closure: Returns the member's reward, higher is better: a finite number of at most 1e100 in size. With
@@ -651,14 +651,20 @@ class EvolutionStrategy(torch.optim.Optimizer):
             state_dict: Of an optimizer over the same tensors, with the same master.
 
         Raises:
-            UserError: The state is of another optimizer, an older version, another noise version or another master, or
-                its tensors are others or sharded otherwise. Nothing was changed.
+            UserError: The state is of another optimizer, version of es_finetune, noise version or master, or its
+                tensors are others or sharded otherwise. Nothing was changed.
             RuntimeError: A member is in place. Nothing was changed.
         """
         self._refuse_if_perturbed("load_state_dict()")
         saved = state_dict.get("es")
         if saved is None:
             raise UserError("this is no state of an EvolutionStrategy: it has no entry 'es'")
+        for key in ("noise_version", "master", *_SETTINGS, "theta", "anchor", "history"):
+            if key not in saved:
+                raise UserError(
+                    f"the saved state has no {key!r}, so another version of es_finetune saved it: load it with that "
+                    "version"
+                )
         for key, own in (("noise_version", es_kernels.noise.VERSION), ("master", self.master)):
             if saved[key] != own:
                 raise UserError(f"the saved state has {key} {saved[key]!r}, this optimizer {own!r}")

@@ -3,18 +3,17 @@
 - theta and live: live == nearest(theta) after construction, step, tell, load_state_dict and on leaving perturbed(), by
   exception too, to the bit, for every master that is kept apart.
 - The update is the formula of its docstring: one add_noise_ of the members' seeds, with momentum also those of the
-generations
-  before, oldest first; equal rewards change nothing; a reward that is missing or no finite number is refused before any
-  weight changed. (The Z of each shaping: test_shaping.py.)
+  generations before, oldest first; equal rewards change nothing; a reward that is missing or no finite number is
+  refused before any weight changed. (The Z of each shaping: test_shaping.py.)
 - Each option changes what it says and nothing else.
 - Equal rewards give equal bits on every backend, after a resume from state_dict, and in a replay of the recorded
-updates.
+  updates.
 - Weights that others wrote are refused by every call that would undo it, and adopt_live takes them as theta. A copy is
-refused.
+  refused.
+- A state of another optimizer, or saved by another version, is refused in one sentence, with nothing changed.
 - master="host" has the bits of "fp32", and writes theta only when no kernel reads it any more.
 - It is a torch optimizer: param_groups, LR schedulers, tied weights, mixed dtypes; a tensor given with segments draws
-the noise
-  of the tensors that these name.
+  the noise of the tensors that these name.
 """
 
 import copy
@@ -878,6 +877,9 @@ def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(bits, weights
         (lambda es: es["theta"].popitem(), "differ in 1"),
         (lambda es: es["theta"].update({"layer1.weight": torch.zeros(5)}), "layer1.weight"),
         (lambda es: es.update(noise_version=99), "noise_version 99"),
+        # As states were saved before `base` was named `master`
+        (lambda es: es.update(base=es.pop("master")), "no 'master', so another version .* load it with that version"),
+        *((lambda es, key=key: es.pop(key), f"no '{key}', so another version") for key in opt.state_dict()["es"]),
     ):
         state = copy.deepcopy(opt.state_dict())
         state["es"]["generation"] = 7
