@@ -371,7 +371,7 @@ __device__ __forceinline__ bool perturb_of_dtypes(const Segment& s, int64_t lo, 
   return false;
 }
 
-// Blocks of threads that a multiprocessor shall hold. One seed: 48 registers on sm_80 and sm_90, where the round keys
+// Blocks of threads that a multiprocessor should hold. One seed: 48 registers on sm_80 and sm_90, where the round keys
 // fit the uniform registers; sm_100 and sm_120 would spill, and get 64.
 template <int SEEDS>
 constexpr int perturb_residents() {

@@ -9,7 +9,7 @@ from bench.common import baselines
 from es_kernels import ParamTable, add_noise_
 
 SIGMA = 1e-3
-YARDSTICK = "es_kernels, base fp32"  # the default
+YARDSTICK = "es_kernels, master fp32"  # the default
 
 
 class Method(NamedTuple):
@@ -18,17 +18,17 @@ class Method(NamedTuple):
 
     member: Callable
     update: Callable
-    member_bytes: Callable = baselines.Bytes()  # sizes of the tensors -> what it holds beside weights and bases
+    member_bytes: Callable = baselines.Bytes()  # sizes of the tensors -> what it holds beside weights and masters
     update_bytes: Callable = baselines.Bytes()
     empties_cache: bool = False  # on a GPU whoever allocates next to it pays for that
 
 
-HELD = baselines.Bytes(2 + 4 + 2)  # by make_methods(): live bf16 weights, our base in float32 and our base as a copy
+HELD = baselines.Bytes(2 + 4 + 2)  # by make_methods(): live bf16 weights, our master in float32 and as a copy
 
 
 def make_methods(live, names=None):
-    """{name: Method} over {name: parameter}: ours, which bring their bases along (HELD), and the baselines that run on
-    the device, all of them or those of `names`."""
+    """{name: Method} over {name: parameter}: ours, which bring their masters along (HELD), and the baselines that run
+    on the device, all of them or those of `names`."""
     device = next(iter(live.values())).device.type
     return _ours(live) | {
         name: _theirs(live, baseline)
@@ -57,11 +57,11 @@ def _ours(live):
             lambda: add_noise_(table, 1, SIGMA, master),
             lambda seeds, coefs: update(master, seeds, coefs),
         ),
-        "es_kernels, base copy": Method(
+        "es_kernels, master copy": Method(
             lambda: add_noise_(table, 1, SIGMA, copy),
             lambda seeds, coefs: update(copy, seeds, coefs, rounding="stochastic", rounding_seed=7),
         ),
-        "es_kernels, base None": Method(
+        "es_kernels, master None": Method(
             swap,
             lambda seeds, coefs: add_noise_(table, seeds, coefs, rounding="stochastic", rounding_seed=7),
         ),

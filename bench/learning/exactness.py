@@ -39,14 +39,14 @@ MIDWAY = 100  # generations: while all still learn, a difference shows that the 
 # way: dtype of the weights, options of the optimizer (None: add then subtract)
 WAYS = {
     "f32 weights": (torch.float32, {"master": "fp32"}),
-    "bf16, base fp32": (torch.bfloat16, {"master": "fp32"}),
-    "bf16, base copy": (torch.bfloat16, {"master": "copy"}),
-    "bf16, base copy, update to nearest": (torch.bfloat16, {"master": "copy", "update_rounding": "nearest"}),
-    "bf16, base None": (torch.bfloat16, {"master": None}),
-    "bf16, base None, update to nearest": (torch.bfloat16, {"master": None, "update_rounding": "nearest"}),
+    "bf16, master fp32": (torch.bfloat16, {"master": "fp32"}),
+    "bf16, master copy": (torch.bfloat16, {"master": "copy"}),
+    "bf16, master copy, update to nearest": (torch.bfloat16, {"master": "copy", "update_rounding": "nearest"}),
+    "bf16, master None": (torch.bfloat16, {"master": None}),
+    "bf16, master None, update to nearest": (torch.bfloat16, {"master": None, "update_rounding": "nearest"}),
     "bf16, add then subtract": (torch.bfloat16, None),
 }
-REFERENCE = "bf16, base fp32"
+REFERENCE = "bf16, master fp32"
 
 
 class AddThenSubtract:
@@ -305,7 +305,7 @@ def main():
     runs.sort(key=lambda r: (list(WAYS).index(r["way"]), r["seed"]))
     drift = {
         "add_then_subtract": {"step_over_ulp": quantiles(), **left_behind("bf16, add then subtract")},
-        "base_none": left_behind("bf16, base None"),
+        "master_none": left_behind("bf16, master None"),
     }
     report = {"setting": setting, **drift, "rows": summary(runs), "runs": runs}
     for row in report["rows"]:

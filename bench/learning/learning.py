@@ -5,7 +5,7 @@
 All runs cost the same number of evaluations: population 30, 30 generations, 128 prompts for each member. Held-out exact
 answers after the last update, over 269 questions, have a standard error of 0.02 of their own; the error bars given are
 over seeds, of the difference paired by seed, since a seed decides noise and prompts alike for all options. So small
-differences stay unknown. The bases "fp32" and "host" give the same bits, so that their rows are one measurement.
+differences stay unknown. The masters "fp32" and "host" give the same bits, so that their rows are one measurement.
 """
 
 import argparse
@@ -27,14 +27,14 @@ OPTIONS = {
     "centred ranks": {"shaping": "ranks"},
     "per-prompt normalisation": {"shaping": "per_prompt"},
     "momentum 0.5, lr halved": {"momentum": 0.5, "lr": 0.005},
-    "bf16, base fp32": {"dtype": "bfloat16", "master": "fp32"},
-    "bf16, base host": {"dtype": "bfloat16", "master": "host"},
-    "bf16, base copy": {"dtype": "bfloat16", "master": "copy"},
-    "bf16, base none": {"dtype": "bfloat16", "master": "none"},
+    "bf16, master fp32": {"dtype": "bfloat16", "master": "fp32"},
+    "bf16, master host": {"dtype": "bfloat16", "master": "host"},
+    "bf16, master copy": {"dtype": "bfloat16", "master": "copy"},
+    "bf16, master none": {"dtype": "bfloat16", "master": "none"},
 }
 
 # What each is compared with
-REFERENCE = {name: "bf16, base fp32" if "bf16" in name else "z-scores" for name in OPTIONS}
+REFERENCE = {name: "bf16, master fp32" if "bf16" in name else "z-scores" for name in OPTIONS}
 
 
 def run(name, seed):

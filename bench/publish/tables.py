@@ -248,9 +248,14 @@ def countdown():
 
 
 def memory():
-    """What a base costs, in bytes and in KV cache. Arithmetic."""
+    """What a master costs, in bytes and in KV cache. Arithmetic."""
     rows = results("generation-cpu")["memory"]
-    held = {"fp32": "base fp32", "copy": "base copy", "None": "base None", "es-at-scale": "es-at-scale's temporaries"}
+    held = {
+        "fp32": "master fp32",
+        "copy": "master copy",
+        "None": "master None",
+        "es-at-scale": "es-at-scale's temporaries",
+    }
     body = [[r["model"], *(_in_cache(r[key]) for key in held)] for r in rows if r["model"] != "50M"]
     return table(["bf16 model", *held.values()], body)
 
@@ -289,7 +294,7 @@ def exactness():
     ]
     left = "; ".join(
         f"{method} {report[key]['changed']:.0%}, by {report[key]['error_over_step']:.2g} of a step"
-        for method, key in (("add then subtract", "add_then_subtract"), ("base None", "base_none"))
+        for method, key in (("add then subtract", "add_then_subtract"), ("master None", "master_none"))
     )
     return (
         table(header, body)
@@ -338,10 +343,10 @@ def decodings(report):
 
 
 def aims(kinds):
-    """What the GPU kernels are to reach, from the reports of one machine."""
+    """The targets of the GPU kernels, from the reports of one machine."""
     words = {None: "", True: "reached", False: "**missed**"}
     return table(
-        ["to be reached on an H200", "", "measured", ""],
+        ["target on an H200", "", "measured", ""],
         [[what, wanted, value or "not yet", words[reached]] for what, wanted, value, reached in targets.rows(kinds)],
     )
 
@@ -603,7 +608,7 @@ def scale_models():
     report = results("scale")
     rows = []
     for r in report["paper"]:
-        memory = [_bytes(r["memory_bytes"][base]) for base in ("fp32", "copy", "none")]
+        memory = [_bytes(r["memory_bytes"][master]) for master in ("fp32", "copy", "none")]
         whole, sharded = (r["update_seconds_h200_predicted"][shards] for shards in ("1", "8"))
         update = [_long(r["update_seconds_cpu"]["30"])]
         update += [*(_long(whole[n]) for n in ("30", "256", "1024", "4096")), _long(sharded["1024"])]
@@ -611,7 +616,7 @@ def scale_models():
     h200 = [f"{'update, H200 (predicted), ' if n == 30 else ''}N = {n}" for n in (30, 256, 1024, 4096)]
     header = [
         "model",
-        "memory, base fp32",
+        "memory, master fp32",
         "copy",
         "none",
         "weights",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bench import RESULTS
 
 MODEL = "Qwen2.5-7B"
-OURS, REFERENCE = "es_kernels, base fp32", "es-at-scale"  # methods, as result files name them
+OURS, REFERENCE = "es_kernels, master fp32", "es-at-scale"  # methods, as result files name them
 
 
 class Target(NamedTuple):
@@ -46,7 +46,7 @@ def _triton(operation):
     )
 
 
-def _reference(what, base):
+def _reference(what, master):
     """The reference's seconds over ours."""
 
     def ratio(reports):
@@ -55,7 +55,7 @@ def _reference(what, base):
             for row in reports["kernels"]["rivals"]
             if row["model"] == MODEL and row["what"] == what
         }
-        return seconds[REFERENCE] / seconds[f"es_kernels, base {base}"]
+        return seconds[REFERENCE] / seconds[f"es_kernels, master {master}"]
 
     return ratio
 
@@ -166,13 +166,13 @@ TARGETS = [
             f"es-at-scale over ours, {words}",
             bound,
             False,
-            _reference(what, base),
+            _reference(what, master),
             "{:.2f}",
-            _left_out("rivals", what, (REFERENCE, f"es_kernels, base {base}")),
+            _left_out("rivals", what, (REFERENCE, f"es_kernels, master {master}")),
         )
-        for words, bound, what, base in (
-            (f"a member of {MODEL}, base copy", 5.5, "member", "copy"),
-            (f"a member of {MODEL}, base fp32", 3.8, "member", "fp32"),
+        for words, bound, what, master in (
+            (f"a member of {MODEL}, master copy", 5.5, "member", "copy"),
+            (f"a member of {MODEL}, master fp32", 3.8, "member", "fp32"),
             (f"the update of {MODEL} by 30 seeds", 4.5, "update", "fp32"),
         )
     ),
@@ -203,7 +203,7 @@ def reports(folder):
 
 
 def rows(of_machine):
-    """(what, to be reached, measured, whether it was reached) of each target. Where nothing was measured the last is
+    """(what, target, measured, whether it was reached) of each target. Where nothing was measured the last is
     None, and the third why (a model that the GPU's memory cannot hold, say), if that is known."""
     verdicts = []
     for target in TARGETS:

@@ -46,7 +46,7 @@ from es_finetune.tasks import load_task
 REFERENCE = "es-at-scale"
 THEIRS = (REFERENCE, "es-at-scale, without waste")
 MODELS = {"cpu": ["embedded", "50M"], "cuda": ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-1.5B"]}
-BASES = {"fp32": 4, "copy": 2, "None": 0}  # bytes of theta a bf16 parameter
+MASTERS = {"fp32": 4, "copy": 2, "None": 0}  # bytes of theta a bf16 parameter
 SHORT = 2  # seconds of answers below which whole members are timed
 # In this order: the first does every workload, the others the long answers
 DECODINGS = ("dynamic", "static", "continuous")
@@ -185,12 +185,14 @@ def break_even(share, weights, update, population, answers):
 
 
 def memory(name, gpu_bytes=None):
-    """Bytes of theta by base and of the reference's temporaries, what KV cache in bf16 they displace, and their share
+    """Bytes of theta by master and of the reference's temporaries, what KV cache in bf16 they displace, and their share
     of a GPU. Arithmetic: in an update es-at-scale holds a sum in f32 and noise in bf16 of the largest tensor, on a CPU
     more (f32 noise)."""
     m, sizes = shapes.MODELS[name], [math.prod(shape) for shape in shapes.parameter_shapes(name).values()]
     a_token = 2 * m.layers * m.kv_heads * (m.hidden // m.heads) * 2
-    held = {base: n * sum(sizes) for base, n in BASES.items()} | {REFERENCE: BASELINES[REFERENCE].update_bytes(sizes)}
+    held = {master: n * sum(sizes) for master, n in MASTERS.items()} | {
+        REFERENCE: BASELINES[REFERENCE].update_bytes(sizes)
+    }
     row = {"model": name, "parameters": sum(sizes), "kv_bytes_a_token": a_token}
     for what, n in held.items():
         row[what] = {"bytes": n, "kv_tokens": n // a_token} | ({"share_of_gpu": n / gpu_bytes} if gpu_bytes else {})
@@ -203,9 +205,9 @@ def memory(name, gpu_bytes=None):
 def measure(report, name, device, decoding, known, end):
     """All workloads, the handling of weights included; with a model whose weights are `known` from before long answers
     only, decoded otherwise."""
-    # Live weights and two bases
+    # Live weights and two masters
     if device == "cuda" and 1.15 * HELD([memory(name)["parameters"]]) > torch.cuda.mem_get_info()[0]:
-        report["left_out"].append(f"{name}: too little memory for weights and bases")
+        report["left_out"].append(f"{name}: too little memory for weights and masters")
         return
     again = name in known
     try:

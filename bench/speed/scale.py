@@ -45,7 +45,7 @@ MEMBERS = 4  # a worker; with 1 a shared counter has nothing to balance
 POPULATION = 30  # at least
 QUESTIONS = 200
 LINK = 25e9
-BASES = {"fp32": 6, "copy": 4, "none": 2}  # bytes a bf16 parameter: live weights and theta
+MASTERS = {"fp32": 6, "copy": 4, "none": 2}  # bytes a bf16 parameter: live weights and theta
 SHARDS = (1, 2, 4, 8)
 SIMULATED = {
     "model": "Qwen2.5-7B",  # of which the predicted update is
@@ -133,7 +133,7 @@ def on_paper(model):
     return {
         "model": model,
         "parameters": values,
-        "memory_bytes": {base: values * size for base, size in BASES.items()},
+        "memory_bytes": {master: values * size for master, size in MASTERS.items()},
         "weights_bytes": 2 * values,
         "weights_seconds": 2 * values / LINK,
         "update_seconds_cpu": {n: values * n * costs["cpu"] for n in populations},

@@ -50,8 +50,8 @@ _WHOLE_SECTORS = """    if (__activemask() == 0xFFFFFFFFu) {
 
 CUDA = {
     "no noise": Variant(
-        "the floor: the same reads and writes; what ships is to reach 95 % of it with f32 weights or base, its swap 70 "
-        "% of a copy",
+        "the floor: the same reads and writes; what ships should reach 95 % of it with f32 weights or base, its swap "
+        "70 % of a copy",
         (PERTURB, FEW),
         (
             (
@@ -63,7 +63,7 @@ CUDA = {
         same_bits=False,
     ),
     "no keys": Variant(
-        "the floor of the fingerprint: it reads and adds up; what ships is to reach 90 % of it",
+        "the floor of the fingerprint: it reads and adds up; what ships should reach 90 % of it",
         (FINGERPRINT,),
         (
             (

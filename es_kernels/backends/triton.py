@@ -277,7 +277,7 @@ if triton is not None:
             x = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return x
 
-    # To storage: uint32 bits, and where they are to be replaced by those of the one NaN. f16 asks for NaNs in its own
+    # To storage: uint32 bits, and where they give way to those of the one NaN. f16 asks for NaNs in its own
     # way: LLVM would compute what the two have in common before it branches, and run out of predicates.
 
     @triton.jit

@@ -138,7 +138,7 @@ def _collapse(means: Sequence[float], stds: Sequence[float]) -> tuple[float, flo
     from it.
 
     Far is _DROP times the members' median spread, or the median change from one generation to the next if that is more:
-    at a small sigma, prompts drawn anew move the mean by six times the spread. Not a share of the best: rewards may be
+    at a small sigma, newly drawn prompts move the mean by six times the spread. Not a share of the best: rewards may be
     negative.
     """
     if len(means) < _SMOOTH + _NOW:

@@ -47,7 +47,7 @@ class Callback:
         """The run begins, or goes on where `trainer.generation` is not 0.
 
         Model and task are loaded and checked. Nothing in the folder has been changed: an error here leaves an older run
-        that is to be overwritten as it was.
+        as it was, also with `overwrite`.
         """
 
     def on_activity(self, trainer: Run, doing: str) -> None:

@@ -48,7 +48,7 @@ def test_every_way_starts_alike_and_sees_the_same_noise_and_questions(monkeypatc
     monkeypatch.setattr(exactness, "POPULATION", 2)
     reward, seen = (
         exactness.Questions.reward,
-        {way: [] for way in ("f32 weights", "bf16, base None", "bf16, add then subtract")},
+        {way: [] for way in ("f32 weights", "bf16, master None", "bf16, add then subtract")},
     )
 
     def watched(self, model, rows=None):
@@ -81,14 +81,14 @@ def test_right_is_what_the_task_calls_exact():
 
 
 def test_only_inexact_ways_leave_something_behind():
-    assert exactness.left_behind("bf16, base fp32") == {"changed": 0, "error_over_step": 0}
+    assert exactness.left_behind("bf16, master fp32") == {"changed": 0, "error_over_step": 0}
     assert exactness.left_behind("bf16, add then subtract")["changed"] > 0.3
 
 
 def test_a_run_that_ended_is_not_made_again(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(exactness, "run", lambda *which: made.append(which) or {"seed": which[1]})
-    which = [("f32 weights", 0, 20), ("f32 weights", 1, 20), ("bf16, base None", 0, 20), ("f32 weights", 0, 30)]
+    which = [("f32 weights", 0, 20), ("f32 weights", 1, 20), ("bf16, master None", 0, 20), ("f32 weights", 0, 30)]
     assert [exactness.kept(tmp_path, *w)["seed"] for w in which * 2] == [0, 1, 0, 0] * 2
     assert made == which
 
@@ -96,15 +96,15 @@ def test_a_run_that_ended_is_not_made_again(monkeypatch, tmp_path):
 def test_differences_are_paired_by_seed(monkeypatch):
     monkeypatch.setattr(exactness, "MIDWAY", exactness.EVAL_EVERY)
     curves = {
-        "bf16, base fp32": [[0.4, 0.5, 0.8], [0.4, 0.6, 0.9]],
-        "bf16, base None": [[0.4, 0.4, 0.7], [0.4, 0.5, 0.8]],
+        "bf16, master fp32": [[0.4, 0.5, 0.8], [0.4, 0.6, 0.9]],
+        "bf16, master None": [[0.4, 0.4, 0.7], [0.4, 0.5, 0.8]],
     }
     runs = []
     for way in exactness.WAYS:
         for seed in (0, 1) if way == exactness.REFERENCE else (1, 0):
             curve = curves.get(way, [[0.4, 0.5, 0.6]] * 2)[seed]
             runs.append({"way": way, "seed": seed, "curve": curve, "log_p": [-2 * share for share in curve]})
-    drifting = {row["way"]: row for row in exactness.summary(runs)}["bf16, base None"]
+    drifting = {row["way"]: row for row in exactness.summary(runs)}["bf16, master None"]
     # The same in each seed
     assert drifting["end"] == pytest.approx({"mean": 0.75, "error": 0.05, "difference": -0.1, "difference_error": 0})
     assert drifting["midway"]["mean"] == pytest.approx(0.45) and drifting["mean"] == pytest.approx([0.4, 0.45, 0.75])

@@ -36,7 +36,11 @@ def folder(tmp_path):
         row(label, "no keys", times_shipped=0.9) for label in labels
     ]
     rows.append({"backend": "cuda", "operation": labels[0], "variant": "128 threads", "error": "wrong bits"})
-    ours = [("es_kernels, base fp32", 1 / 3.8, 1 / 4.5), ("es_kernels, base copy", 1 / 5.5, 1), ("es-at-scale", 1, 1)]
+    ours = [
+        ("es_kernels, master fp32", 1 / 3.8, 1 / 4.5),
+        ("es_kernels, master copy", 1 / 5.5, 1),
+        ("es-at-scale", 1, 1),
+    ]
     of_kernels = {
         "tables": [{"model": m, "backend": "cuda", "times_flat": 1.03} for m in MODELS],
         "rivals": [
@@ -98,7 +102,7 @@ def test_all_are_reached(folder):
         (
             "kernels",
             lambda c: c["rivals"][-2].update(seconds=0.9, peak_extra_bytes=0),
-            [f"es-at-scale over ours, a member of Qwen2.5-7B, base {base}" for base in ("copy", "fp32")],
+            [f"es-at-scale over ours, a member of Qwen2.5-7B, master {master}" for master in ("copy", "fp32")],
         ),
         (
             "generation",
@@ -139,8 +143,8 @@ def test_a_target_that_the_card_cannot_hold_says_so(folder):
     (of_machine,) = targets.reports(folder).values()
     unmeasured = {what: why for what, _, why, reached in targets.rows(of_machine) if reached is None}
     assert {what for what in unmeasured if unmeasured[what] == needs} == {
-        "es-at-scale over ours, a member of Qwen2.5-7B, base copy",
-        "es-at-scale over ours, a member of Qwen2.5-7B, base fp32",
+        "es-at-scale over ours, a member of Qwen2.5-7B, master copy",
+        "es-at-scale over ours, a member of Qwen2.5-7B, master fp32",
         "es-at-scale over ours, the update of Qwen2.5-7B by 30 seeds",
         "temporary memory of ours with Qwen2.5-7B, bytes",
     }

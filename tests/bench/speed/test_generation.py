@@ -12,7 +12,7 @@ from bench.common import baselines, methods, shapes
 from bench.publish import tables
 from bench.speed import generation, generation_cost
 
-OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None")
+OURS = ("es_kernels, master fp32", "es_kernels, master copy", "es_kernels, master None")
 
 
 def test_a_generation_is_the_sum_of_its_parts():

@@ -63,7 +63,7 @@ def test_rows_are_whole(small):
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / floor["gb_per_s"])
     assert {(row["who"], row["what"]) for row in content["rivals"]} == {
         (who, what)
-        for who in ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None", "MeZO")
+        for who in ("es_kernels, master fp32", "es_kernels, master copy", "es_kernels, master None", "MeZO")
         for what in ("member", "update")
     }
     assert all(row["times_ours"] > 0 and row["peak_extra_bytes"] >= 0 for row in content["rivals"])
@@ -133,7 +133,7 @@ def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
     assert {row["backend"] for kind in ("calls", "tables") for row in content[kind]} == {"cuda", "triton", "torch"}
     assert all(row["queued"] and "host_seconds" not in row for kind in ("calls", "tables") for row in content[kind])
     of_members = {row["who"]: row for row in content["rivals"] if row["what"] == "member"}
-    default = of_members["es_kernels, base fp32"]
+    default = of_members["es_kernels, master fp32"]
     assert (
         default["queued"]
         and default["seconds"] == pytest.approx(10e-6, rel=0.1)
@@ -145,7 +145,7 @@ def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
     )
     reached = {what for what, _, value, _ in targets.rows(targets.reports(tmp_path)["NVIDIA H200"]) if value}
     assert {
-        "es-at-scale over ours, a member of Qwen2.5-7B, base fp32",
+        "es-at-scale over ours, a member of Qwen2.5-7B, master fp32",
         "one launch for Qwen2.5-7B: times a flat tensor, the slowest operation",
     } <= reached
 
@@ -153,13 +153,13 @@ def test_a_run_on_a_gpu(played_gpu, monkeypatch, tmp_path):
 # ---- memory: what a card can hold is measured on it ----
 
 CARDS = {"H100": 84.3e9, "H200": 149.4e9, "24 GB": 24e9}  # free bytes of 79.1 GiB, of 139.8 GiB, less a CUDA context
-OURS = ("es_kernels, base fp32", "es_kernels, base copy", "es_kernels, base None")
+OURS = ("es_kernels, master fp32", "es_kernels, master copy", "es_kernels, master None")
 
 
 @pytest.fixture
 def measured_on(monkeypatch, tmp_path):
     """measured_on(card): ({(kind, who, what)} of the rows that Qwen2.5-7B gets there, what is left out). Nothing is
-    made or timed: what is free goes down by weights and bases as soon as these are there."""
+    made or timed: what is free goes down by weights and masters as soon as these are there."""
     all_methods = {name: methods.Method(print, print) for name in OURS}
     all_methods |= {
         name: methods.Method(print, print, baseline.member_bytes, baseline.update_bytes, baseline.empties_cache)
