@@ -8,6 +8,7 @@ What crosses the wire in a generation: a number drawn for each member, and the m
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import functools
 import itertools
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from es_finetune.config import TrainConfig
-from es_finetune.errors import UserError
+from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.update import Update
@@ -117,9 +118,7 @@ class Ranks:
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: Path | None = None) -> None:
         """As of one worker. The first rank's arguments count, on all of them."""
-        sent: list[Any] = [list(generations), snapshots]
-        dist.broadcast_object_list(sent)
-        generations, snapshots = sent
+        generations, snapshots = _from_the_first([list(generations), snapshots])
         self.generation = len(generations)
         self.worker.fast_forward(generations, snapshots)
 
@@ -128,9 +127,7 @@ class Ranks:
     ) -> tuple[list[Row], list[int]]:
         """As of one worker. What is known is the first rank's to say: it has read the journals of all. Where that has
         stopped, _Stopped."""
-        sent: list[Any] = [known]
-        dist.broadcast_object_list(sent)
-        [known] = sent
+        [known] = _from_the_first([known])
         if known is None:
             raise _Stopped
         left = self.plan.left(known)
@@ -190,7 +187,7 @@ class Ranks:
 
     def stop(self) -> None:
         """Tell the other ranks, which wait for the next generation, that none follows."""
-        dist.broadcast_object_list([None])
+        _from_the_first([None])
 
     def save_model(self, folder: Path) -> None:
         self.worker.save_model(folder)
@@ -204,5 +201,23 @@ class Ranks:
     def _gathered(self, mine: Any) -> list[Any]:
         """What every rank gave, in their order."""
         everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, mine)
+        with _together():
+            dist.all_gather_object(everyone, mine)
         return everyone
+
+
+def _from_the_first(mine: list[Any]) -> list[Any]:
+    """What the first rank gave."""
+    with _together():
+        dist.broadcast_object_list(mine)
+    return mine
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """RunError where another rank has ended, of which torch says no more than that a connection is closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, why = os.environ["RANK"], first_line(error)
+        raise RunError(f"rank {rank} cannot go on alone: another rank has ended, which says why ({why})") from error
