@@ -40,7 +40,8 @@ class RunStopped(RunError):
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the words of an error are enough: it is the user's, the run's or the operating system's, no bug."""
-    return isinstance(error, (UserError, RunError, OSError, KeyboardInterrupt))
+    of_torch = type(error).__name__ == "OutOfMemoryError"  # known by name: to import torch takes two seconds
+    return of_torch or isinstance(error, (UserError, RunError, OSError, MemoryError, KeyboardInterrupt))
 
 
 @contextlib.contextmanager

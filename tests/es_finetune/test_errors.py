@@ -16,7 +16,8 @@ def test_the_types():
         assert issubclass(kind, UserError)
     for kind in (RewardFailed, WorkersDiffer, RunStopped):
         assert issubclass(kind, RunError)
-    for error in (UserError("x"), RewardFailed("x"), FileNotFoundError(2, "x", "y"), KeyboardInterrupt()):
+    full = torch.OutOfMemoryError("CUDA out of memory"), MemoryError()
+    for error in (UserError("x"), RewardFailed("x"), FileNotFoundError(2, "x", "y"), KeyboardInterrupt(), *full):
         assert is_foreseen(error)
     for error in (ValueError("x"), TypeError("x"), RuntimeError("x"), KeyError("x"), AssertionError()):
         assert not is_foreseen(error)
