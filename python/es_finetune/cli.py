@@ -38,6 +38,7 @@ class _Command(NamedTuple):
     usage: str = "[flags]"
     takes_config: bool = False  # --config FILE
     loads_model: bool = True
+    prints_json: bool = False  # for another program to read: messages go to standard error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.config:
             from es_finetune.monitor.progress import show_messages, terminal
 
-            with show_messages(terminal(), logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO):
+            level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+            with show_messages(terminal(stderr=command.prints_json), level):
                 command.run(options)
         else:
             command.run(options)
@@ -164,6 +166,7 @@ COMMANDS = {
         _eval,
         "EvalConfig",
         "[--run RUN] [flags]",
+        prints_json=True,
     ),
     "calibrate": _Command(
         "find a sigma for a model and a task from a few members", _calibrate, "CalibrateConfig", takes_config=True

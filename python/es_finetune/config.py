@@ -350,6 +350,8 @@ class EvalConfig(Setup):
         self.fill()
         seed64("seed", self.seed)
         at_least(self, items=0)
+        if self.generation is not None:
+            at_least(self, generation=0)
         if self.samples is not None:
             at_least(self, samples=1)
 

@@ -54,9 +54,10 @@ def estimate(seconds: float, eval_seconds: float, generations: int, eval_every: 
 
 
 @functools.cache
-def terminal() -> Console:
-    """Where messages and the live line go, one above the other: standard output, without colours of numbers."""
-    return Console(highlight=False, soft_wrap=True)
+def terminal(stderr: bool = False) -> Console:
+    """Where messages and the live line go, one above the other: standard output, or with `stderr` standard error;
+    without colours of numbers."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 def is_live(console: Console) -> bool:
@@ -103,13 +104,13 @@ class Progress(Callback):
     def __init__(self, console: Console | None = None):
         self.console = console or terminal()
         self.live = is_live(self.console)
+
+    def on_start(self, trainer: Run) -> None:
         # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower
         # still, its end is cut.
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self.bar = Bar(text, console=self.console, disable=not self.live)
         self.first: tuple[int, float] | None = None  # generations and seconds when the first one here was done
-
-    def on_start(self, trainer: Run) -> None:
         # What the live line says of the generations done, in short and in full
         self.latest = self.line = f"{trainer.generation}/{trainer.config.generations}"
         self.row = self.bar.add_task(self.latest, total=trainer.config.generations)

@@ -99,5 +99,13 @@ def test_bad_input_is_one_line(flags, words, capsys, tmp_path, monkeypatch):
 
 
 def test_a_generation_the_run_does_not_have(run, capsys):
-    assert main(["eval", "--run", str(run), "--generation", "4"]) == 2
-    assert "has 3 generations, not 4" in capsys.readouterr().err
+    for generation, words in (("4", "has 3 generations, not 4"), ("-1", "generation must be at least 0, not -1")):
+        assert main(["eval", "--run", str(run), "--generation", generation]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_messages_do_not_mix_with_the_json(run, capsys, monkeypatch):
+    monkeypatch.setattr("es_finetune.commands.replay.SECONDS_BETWEEN_MESSAGES", 0.0)
+    assert main(["eval", "--run", str(run), "--items", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["questions"] == 1 and "3 generations made again" in error

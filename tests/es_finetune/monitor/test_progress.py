@@ -106,6 +106,18 @@ def test_the_live_line_moves_with_every_member():
     progress.on_end(trainer, None)
 
 
+def test_one_object_serves_one_run_after_the_other():
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    progress = Progress(screen)
+    for _ in range(2):
+        trainer = Run(500)
+        progress.on_start(trainer)
+        for _ in range(2):
+            trainer.after(progress, ROW)
+        assert [bar.description for bar in progress.bar.tasks] == [progress.line] and " 10.0 h left" in progress.line
+        progress.on_end(trainer, None)
+
+
 def test_a_pipe_gets_nothing_of_the_members():
     out = io.StringIO()
     progress, trainer = Progress(Console(file=out)), Run(500)
