@@ -31,7 +31,7 @@ from es_finetune.monitor.progress import duration, estimate
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Row, Summary, eval_row, population_row, summary
 from es_finetune.monitor.trackers import as_callback, trackers_named
 from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
-from es_finetune.runs.folder import CURVES, check_folder, inherit, is_ours, remove
+from es_finetune.runs.folder import ASIDE, CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
 from es_finetune.runs.replay import check_start, config_of
 from es_finetune.tasks import Data, Task, load_task
@@ -82,7 +82,7 @@ class Trainer:
             that text passes through (a vision tower is frozen). `config.model` is then but its name in the log.
         tokenizer: Its tokenizer.
         data: The questions of the task "custom": dicts with a "prompt" and whatever the reward needs, or a .jsonl file
-            of such.
+            of such. A path or name serves as `config.data` does.
         test_data: The held-out ones; without them a share of `data` is held out.
         reward: `reward(completion, item)`, a number to be made large: a function, which runs in this process without a
             time limit, or "FILE.py:FUNCTION", which runs in a process of its own.
@@ -95,6 +95,7 @@ class Trainer:
         folder: Of the run.
         model: The model being tuned; None where it is in other processes (ray, vllm).
         task: The task.
+        begun: Whether the folder holds this run, and no older one or none.
         generation: Updates done.
         rows: Lines of metrics.jsonl so far, one for each update.
         evals: Lines of evals.jsonl so far.
@@ -135,8 +136,9 @@ class Trainer:
         self.generation = 0
         self.rows: list[GenerationRow] = []
         self.evals: list[EvalRow] = []
+        self.begun = config.resume
         self._started: list[Callback] = []
-        self._stopped = False
+        self._stopped = self._closed = False
         self._open_files: list[SealedLines] = []
         self._scored: list[Row] = []  # members that an earlier process scored
         with self._resumable():
@@ -192,9 +194,7 @@ class Trainer:
             if name not in fields:
                 raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
         again: dict[str, Any] = {"data": data, "test_data": test_data, "reward": reward}
-        replaced: dict[str, Any] = {
-            name: None for name, supplied in again.items() if supplied is not None and name not in changes
-        }
+        replaced: dict[str, Any] = dict.fromkeys(name for name, supplied in again.items() if supplied is not None)
         header, _ = read_log(folder / "run.log")
         config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
         return cls(config, model=model, tokenizer=tokenizer, task=task, callbacks=callbacks, **again)
@@ -273,11 +273,15 @@ class Trainer:
             What summary.json holds.
 
         Raises:
-            UserError: The folder has been taken by another process meanwhile, or a tracker cannot be started. Nothing
-                of an older run has been changed.
+            UserError: The folder has been taken by another process meanwhile, a tracker cannot be started, or this
+                Trainer has trained before. Nothing of an older run has been changed.
             RewardFailed: The reward failed, and `on_reward_error` is "stop"; or no answer could be scored.
             OSError: A file cannot be written, as on a full disk. What was written is whole.
         """
+        if self._closed:
+            raise UserError(
+                f"this Trainer is closed: go on with Trainer.resume({str(self.folder)!r}), or make another one"
+            )
         result = None
         try:
             self._open()
@@ -302,6 +306,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of the workers, for a Trainer that will not train; `train` does so at its end."""
+        self._closed = True
         for file in self._open_files:
             file.close()
         self.workers.close()
@@ -314,6 +319,7 @@ class Trainer:
         self._open_files.append(self._log)
         self._journal = SealedLines(folder / "journal", sync=False)
         self._open_files.append(self._journal)
+        _put_curves_back(folder)
         if config.resume:
             if parse_log(folder / "run.log", self._log.lines) != parse_log(folder / "run.log", self._lines):
                 raise UserError(
@@ -341,6 +347,7 @@ class Trainer:
         write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
         if not config.resume:
             self._log.append(self._lines[0])
+            self.begun = True
             self.workers.fast_forward([])
 
     def _start_callbacks(self) -> None:
@@ -389,12 +396,11 @@ class Trainer:
             f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts"
         )
         self._first = self.generation  # here
-        while True:
-            last = self._stopped or self.generation >= config.generations
-            if last or not self.evals or (config.eval_every and self.generation % config.eval_every == 0):
+        while self.generation < config.generations and not self._stopped:
+            if not self.evals or (config.eval_every and self.generation % config.eval_every == 0):
                 self._evaluate_held_out()
-            if last:
-                break
+                if self._stopped:
+                    break
             row = self._generation()
             if len(self.rows) == 1:
                 peak = row["peak_memory_bytes"] / 2**30
@@ -405,6 +411,7 @@ class Trainer:
                 logger.warning(f"generation {row['generation'] + 1}: {warning}")
             for callback in self.callbacks:
                 callback.on_generation(self, row)
+        self._evaluate_held_out()
         if self.generation < config.generations:
             workers.stop()
 
@@ -523,16 +530,24 @@ class Trainer:
 @contextlib.contextmanager
 def _curves_aside(folder: Path) -> Iterator[None]:
     """Older curves step aside while trackers start: one that refuses must leave the older run as it was."""
-    curves = [folder / name for name in CURVES if (folder / name).exists()]
-    for path in curves:
-        path.rename(f"{path}.old")
+    for name in CURVES:
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"{name}{ASIDE}")
     try:
         yield
     except BaseException:
         remove(folder / name for name in CURVES)
-        for path in curves:
-            Path(f"{path}.old").rename(path)
+        _put_curves_back(folder)
         raise
+
+
+def _put_curves_back(folder: Path) -> None:
+    """Also where the process that set them aside was killed, and left curves of a run that never began."""
+    for name in CURVES:
+        aside = folder / f"{name}{ASIDE}"
+        if aside.exists():
+            remove([folder / name])
+            aside.rename(folder / name)
 
 
 def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward | None) -> Task | None:
@@ -544,15 +559,15 @@ def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward 
     for name, value in supplied.items():
         if task is not None:
             raise UserError(f"{name} was given beside task, which has questions and a reward of its own: leave one out")
-        if config.task != "custom":
-            raise UserError(
-                f"{name} is for the task 'custom', and the config's task is {config.task!r}: leave {name} out, or make "
-                "the config with task='custom'"
-            )
         if getattr(config, name) is not None:
             raise UserError(f"{name} was given to the Trainer and in the config: leave one out")
         if isinstance(value, (str, Path)):
             setattr(config, name, str(value))
+        elif config.task != "custom":
+            raise UserError(
+                f"{name} is for the task 'custom', and the config's task is {config.task!r}: leave {name} out, or make "
+                "the config with task='custom'"
+            )
     if all(isinstance(value, (str, Path)) for value in supplied.values()):
         return task
     made_of: dict[str, Any] = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied

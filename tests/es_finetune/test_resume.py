@@ -28,6 +28,7 @@ from es_finetune import Callback, TrainConfig, Trainer
 from es_finetune.commands.report import report
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.runs.files import read_rows
+from es_finetune.runs.folder import ASIDE
 from es_finetune.runs.identity import canonical
 from es_finetune.runs.log import SealedLines, read_log
 from es_finetune.tasks.countdown_char import CountdownChar
@@ -312,6 +313,24 @@ def test_a_tracker_that_refuses_leaves_the_old_run_as_it_was(interrupted, monkey
     run(interrupted, resume=True)
 
 
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}], ids=str)
+def test_a_kill_while_trackers_start_leaves_the_curves_of_the_older_run(interrupted, options):
+    """What it leaves: the older curves aside, and others in their place."""
+    for name in ("tensorboard", f"tensorboard{ASIDE}"):
+        (interrupted / name).mkdir()
+        (interrupted / name / "events").write_text(name)
+
+    class Killed(Callback):
+        def on_end(self, trainer, summary):
+            if trainer.config.overwrite:
+                assert not (trainer.folder / "tensorboard").exists()
+            else:
+                assert (trainer.folder / "tensorboard" / "events").read_text() == f"tensorboard{ASIDE}"
+
+    Trainer(TrainConfig(output=str(interrupted), **options, **OPTIONS), callbacks=[Killed()]).train()
+    assert not list(interrupted.glob(f"*{ASIDE}"))
+
+
 def test_a_truncated_snapshot_is_refused_too(tmp_path):
     run(tmp_path / "run", snapshot_every=2, generations=2)
     snapshot = tmp_path / "run" / "snapshots" / "theta-000002.safetensors"
@@ -418,8 +437,9 @@ def test_two_processes_do_not_write_one_run(interrupted):
 
     class Second(Callback):
         def on_generation(self, trainer, row):
-            with pytest.raises(ValueError, match="written by another process"):
-                second.train()
+            if row["generation"] == 2:
+                with pytest.raises(ValueError, match="written by another process"):
+                    second.train()
 
     first.callbacks.append(Second())
     third = Trainer.resume(interrupted)
@@ -514,8 +534,23 @@ def test_a_callback_stops_a_run_that_then_goes_on_as_if_it_had_not(tmp_path):
     watcher = Watcher()
     assert watched(tmp_path / "run", watcher, resume=True)["fingerprint"] == whole["fingerprint"]
     assert watcher.calls[:2] == [("start", 3), ("generation", 3)]
+    for hook in ("generation", 3), ("eval", 4):  # an eval begins no generation that would be in progress
+        watcher = Watcher(stop_at=hook)
+        assert watched(tmp_path / f"{hook}", watcher)["generations"] == 4
+        assert watcher.calls[-3:] == [("generation", 3), ("eval", 4), ("end", 4)]
     at_once = watched(tmp_path / "none", Watcher(stop_at=("start", 0)))
     assert (at_once["generations"], at_once["base"]) == (0, at_once["final"])
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=str)
+def test_a_trainer_trains_once(tmp_path, options):
+    """A cell of a notebook that is run again takes nothing from the run that is there."""
+    trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), **options, **OPTIONS))
+    trainer.train()
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"this Trainer is closed: go on with Trainer.resume\('.*run'\)"):
+        trainer.train()
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("hook", [("generation", 1), ("eval", 2)])

@@ -508,6 +508,20 @@ def test_a_reward_in_a_file_is_named_as_on_the_command_line(tmp_path):
     assert trainer.config.reward == f"{tmp_path}/mine.py:reward" and trainer.task.code_digest
 
 
+def test_a_path_serves_as_in_the_config_and_threads_as_with_a_task_by_name(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    Trainer(own(tmp_path / "run", threads=2), data=QUESTIONS, reward=right_length)
+    assert threads == [2]
+
+    def load(name, **options):
+        raise ValueError(f"{name} of {options['data']}")
+
+    monkeypatch.setattr("es_finetune.runs.setup.load_task", load)
+    with pytest.raises(ValueError, match="math of elsewhere.jsonl"):  # which has questions of its own, too
+        Trainer(own(tmp_path / "run", task="math"), data=pathlib.Path("elsewhere.jsonl"))
+
+
 @pytest.mark.parametrize(
     "options, objects, words",
     [

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from es_finetune.config import TrainConfig, recorded_options
 from es_finetune.errors import RewardFailed, RunError, RunStopped, UserError
 from es_finetune.monitor.rows import Summary
-from es_finetune.runs.log import is_begun, read_log
+from es_finetune.runs.log import read_log
 from es_finetune.runs.replay import config_of
 from es_finetune.trainer import Trainer, follow
 from es_finetune.workers import torchrun
@@ -57,7 +57,7 @@ def train(options: Mapping[str, Any], callbacks: Iterable[Any] = ()) -> Trained 
         return Trained(trainer.folder, trainer.train())
     except (Exception, KeyboardInterrupt) as error:
         refused = isinstance(error, UserError) and trainer.generation == done  # by a tracker, or for another process
-        if refused or not is_begun(trainer.folder / "run.log"):
+        if refused or not trainer.begun:
             raise
         raise RunStopped(_how_to_go_on(trainer, error)) from error
 

@@ -25,6 +25,7 @@ FILES = (
 )
 FOLDERS = ("answers", "snapshots", "model")
 CURVES = ("tensorboard", "wandb", "wandb-id")  # of trackers
+ASIDE = ".aside"  # behind their names, while the trackers of a run that replaces this one are started
 
 
 def check_folder(folder: Path, config: TrainConfig) -> None:
@@ -104,9 +105,8 @@ def require_resumable(config: TrainConfig, begun: TrainConfig, done: int) -> Non
 
 def is_ours(name: str) -> bool:
     """Whether a run, or `es-finetune eval`, leaves something of this name in its folder."""
-    return name.removesuffix(".tmp").removesuffix(".old") in FILES + FOLDERS + CURVES or name.startswith(
-        ("eval-", ".model-", "journal-")
-    )
+    stem = name.removesuffix(".tmp").removesuffix(ASIDE)
+    return stem in FILES + FOLDERS + CURVES or stem.startswith(("eval-", ".model-", "journal-"))
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -18,9 +18,7 @@ from es_kernels import NamedTensor
 
 
 def make_task(config: Setup) -> Task:
-    """Sets the number of threads and loads the config's task. ValueError for a task that cannot be had."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """The config's task. UserError for one that cannot be had."""
     return load_task(
         config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit
     )
@@ -45,8 +43,12 @@ def check_task(task: Task, config: TrainConfig) -> Task:
 
 
 def make_engine(config: Setup, task: Task, model: torch.nn.Module, tokenizer: Any, **sampling: Any) -> HFEngine:
-    """The engine over a loaded model, proven to generate; `sampling`: HFEngine's temperature and seed, greedy if left
-    out."""
+    """The engine over a loaded model, proven to generate, and from here on the config's number of threads.
+
+    `sampling`: HFEngine's temperature and seed, greedy if left out.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
     engine = HFEngine(
         model,
         tokenizer,
