@@ -29,6 +29,8 @@ MARKED = {pathlib.Path(__file__).parent / name: name for name in ("gpu", "distri
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     for item in items:
+        # An address differs between the workers of pytest-xdist, which must find the same tests.
+        assert " at 0x" not in item.nodeid, f"{item.nodeid}: give its parameters ids"
         for folder in MARKED.keys() & item.path.parents:
             item.add_marker(MARKED[folder])
 

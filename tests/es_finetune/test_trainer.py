@@ -531,7 +531,7 @@ def test_a_path_serves_as_in_the_config_and_threads_as_with_a_task_by_name(tmp_p
         ({}, {"data": QUESTIONS}, "the task 'custom' needs data .* and a reward"),
         ({}, {"data": QUESTIONS, "reward": 3}, "the reward is of type int"),
     ],
-    ids=str,
+    ids=("task", "another task", "config", "no reward", "no function"),
 )
 def test_contradictions_between_config_and_objects_are_refused(tmp_path, options, objects, words):
     with pytest.raises(ValueError, match=words):
