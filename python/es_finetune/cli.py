@@ -436,6 +436,7 @@ def _config_file(name: str) -> Path:
 
 def _read_config(name: str) -> dict[str, Any]:
     """The options in a YAML file."""
+    require("a YAML file", "finetune", "yaml")
     import yaml
 
     path = _config_file(name)

@@ -450,6 +450,7 @@ def test_a_misspelt_command_line_is_one_line_with_what_was_meant(capsys, argumen
             ["report", "RUN"],
             "es-finetune report needs the packages transformers, matplotlib: pip install 'es-kernels[finetune]'",
         ),
+        (["yaml"], ["configs"], "a YAML file needs the package yaml: pip install 'es-kernels[finetune]'"),
         (["rich"], ["train"], "es-finetune train needs the package rich: pip install 'es-kernels[finetune]'"),
         (["peft"], ["train", "--lora_rank", "2"], "an adapter needs the package peft: pip install 'es-kernels[lora]'"),
         (
