@@ -84,7 +84,12 @@ def test_pure_wheel_without_a_compiler(tmp_path, expected):
         "es_kernels/NOISE.md",
         "es_kernels/golden.json",
         "es_kernels/py.typed",
+        "es_finetune/py.typed",
         "es_finetune/models/embedded/model.safetensors",
+        "es_finetune/models/embedded/tokenizer.json",
+        "es_finetune/monitor/report.html.j2",
+        "es_finetune/tasks/graders/reasoning.py",
+        *(f"es_finetune/configs/{path.name}" for path in (ROOT / "python/es_finetune/configs").glob("*.yaml")),
     } <= set(names)
     assert installed(built, tmp_path) == ("reference", expected)
 
