@@ -171,7 +171,8 @@ class Trainer:
 
         Args:
             folder: Of the run.
-            model: As for Trainer, and so are the others: give again what was given when the run began.
+            model: As for Trainer, and so are the others: give again what was given when the run began. Or the folder or
+                hub name where the base model is now.
             tokenizer: See there.
             data: See there.
             test_data: See there.
@@ -193,6 +194,8 @@ class Trainer:
                 raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
             if name not in fields:
                 raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
+        if isinstance(model, (str, Path)):
+            changes["model"], model = str(model), None
         again: dict[str, Any] = {"data": data, "test_data": test_data, "reward": reward}
         replaced: dict[str, Any] = dict.fromkeys(name for name, supplied in again.items() if supplied is not None)
         header, _ = read_log(folder / "run.log")
@@ -555,6 +558,8 @@ def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward 
 
     Of data and reward a path or a name is put into the config, as if it had come with it: so the log keeps it.
     """
+    if isinstance(task, str):
+        raise UserError(f"task must be an object, not {task!r}: name it in the config, TrainConfig(task={task!r})")
     supplied = {name: value for name, value in supplied.items() if value is not None}
     for name, value in supplied.items():
         if task is not None:

@@ -242,6 +242,8 @@ def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
         },
     )
     assert Trainer(config, task=CountdownChar()).generation == 2
+    moved = Trainer.resume(interrupted, model=tmp_path / "copy")
+    assert (moved.generation, moved.config.model) == (2, str(tmp_path / "copy"))
 
 
 def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):

@@ -521,6 +521,12 @@ def test_a_path_serves_as_in_the_config_and_threads_as_with_a_task_by_name(tmp_p
         ({"data": "a.jsonl"}, {"data": QUESTIONS}, "data was given to the Trainer and in the config"),
         ({}, {"data": QUESTIONS}, "the task 'custom' needs data .* and a reward"),
         ({}, {"data": QUESTIONS, "reward": 3}, "the reward is of type int"),
+        ({}, {"task": "countdown"}, "task must be an object, not 'countdown': name it in the config"),
+        (
+            {},
+            {"data": QUESTIONS, "reward": right_length, "model": "embedded"},
+            "model must be a loaded one, not 'embedded'",
+        ),
     ],
     ids=("task", "another task", "config", "no reward", "no function"),
 )

@@ -103,6 +103,10 @@ def make_plan(config: TrainConfig, task: Task) -> Plan:
 
 def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None, tokenizer: Any) -> Replica:
     """The config's model, or the one that is given, with the run's weights over it."""
+    if isinstance(model, (str, Path)):
+        raise UserError(
+            f"model must be a loaded one, not {str(model)!r}: name it in the config, as TrainConfig(model=...)"
+        )
     if (model is None) != (tokenizer is None):
         raise UserError("give model and tokenizer together, or neither to load the config's")
     if config.engine == "vllm":
