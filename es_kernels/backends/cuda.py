@@ -45,8 +45,8 @@ def _capability_problem(device: torch.device) -> str | None:
         return None
     return (
         f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, libes_cuda.so was built for "
-        f"{least // 10}.{least % 10} and newer: "
-        f"rebuild it with ES_KERNELS_CUDA=1 ES_KERNELS_CUDA_ARCHS={major}{minor} (the triton backend serves meanwhile)"
+        f"{least // 10}.{least % 10} and newer: rebuild it with ES_KERNELS_CUDA=1 "
+        f"ES_KERNELS_CUDA_ARCHS={major}{minor} (the triton backend serves meanwhile)"
     )
 
 

@@ -257,14 +257,12 @@ class Trainer:
             if header[f"{split}_scoring"] != start[f"{split}_scoring"]:
                 raise UserError(
                     f"what the {split} items of task {config.task} give the reward, as reference answers, is not what "
-                    f"the run in {folder} "
-                    f"began with: put it back as it was, or begin another run, {_FROM_THIS_ONE}"
+                    f"the run in {folder} began with: put it back as it was, or begin another run, {_FROM_THIS_ONE}"
                 )
         if header["reward"] != start["reward"]:
             raise UserError(
                 f"the reward {config.reward or 'given'} is not the one that the run in {folder} began with, or a "
-                "module beside it is not: "
-                f"put it back as it was, or begin another run, {_FROM_THIS_ONE}"
+                f"module beside it is not: put it back as it was, or begin another run, {_FROM_THIS_ONE}"
             )
 
     # --- the run ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 call.
 
 - cpu == reference, and csrc/cuda.cu run on the CPU == reference: dtypes and their mixtures, sizes, storage offsets,
-strides, shards, seeds, both roundings, decay and anchor, indices up to 2^64;
-  NaN, inf, -0, subnormals; under torch.set_flush_denormal(True). Memory around the tensor is not touched.
+  strides, shards, seeds, both roundings, decay and anchor, indices up to 2^64; NaN, inf, -0, subnormals; under
+  torch.set_flush_denormal(True). Memory around the tensor is not touched.
 - The reference is the order of operations of NOISE.md (golden vectors, and a plain NumPy text of it here).
 - Thread count, chunking, order of the tensors and sharding change nothing. The caller's floating-point state comes
-back.
+  back.
 - Stochastic rounding is unbiased.
+
 (Triton has its own file; CUDA on a GPU is in tests/gpu.)
 """
 

@@ -1,11 +1,11 @@
 """Contract under test: noise.py, the definition of the noise, and NOISE.md, the page that says the same.
 
 - Philox4x32 is Random123's; streams, member seeds and normals are those of the golden vectors; the page alone suffices
-to compute them.
+  to compute them.
 - Every step is one exactly rounded float32 operation, so C++ and NumPy give the same bits for all 2^18 radii and 2^13
-angles.
+  angles.
 - Over all 2^32 words the normals have variance 1, kurtosis 3 and the distribution function of N(0, 1), within stated
-bounds.
+  bounds.
 - Seeds, streams, neighbouring indices and lanes are uncorrelated.
 """
 

@@ -126,19 +126,21 @@ def refuse_too_few(rewards: Sequence[float]) -> None:
 def measure_sigma(
     sigma: float, base_rewards: Sequence[float], optimizer: EvolutionStrategy, evaluator: Evaluator, health: Health
 ) -> dict[str, Any]:
-    """What this sigma does to the reward. With R+ and R- of a pair:
+    """What this sigma does to the reward.
 
-    reward, lost        mean over the members; the base model's - that; and its standard error: over pairs, in which the
-    slope cancels, but at least
-                        one answer's worth, (highest - lowest reward) / prompts, since a few members that fail alike
-                        have no spread
-    spread              standard deviation of the members' rewards (ddof 1), and its standard error if they are normal
-    signal              rms of (R+ - R-) / 2, what a step can follow
-    damage              rms of (R+ + R-) / 2 - the base model's, what both directions do alike
-    identical           share of members with the very answers of another
-    swallowed           how many tensors have a correlation of realised with intended noise under 0.9; norms: and how
-    many norm weights
-    correlation         [tensor, correlation] of the lowest of the swallowed, or without any of all tensors, or None
+    Returns:
+        With R+ and R- of a pair:
+
+        - reward, lost: mean over the members; the base model's - that; and its standard error: over pairs, in which the
+          slope cancels, but at least one answer's worth, (highest - lowest reward) / prompts, since a few members that
+          fail alike have no spread
+        - spread: standard deviation of the members' rewards (ddof 1), and its standard error if they are normal
+        - signal: rms of (R+ - R-) / 2, what a step can follow
+        - damage: rms of (R+ + R-) / 2 - the base model's, what both directions do alike
+        - identical: share of members with the very answers of another
+        - swallowed: how many tensors have a correlation of realised with intended noise under 0.9
+        - norms: how many norm weights have
+        - correlation: [tensor, correlation] of the lowest of the swallowed, or without any of all tensors, or None
     """
     begin = time.perf_counter()
     for group in optimizer.param_groups:

@@ -65,8 +65,7 @@ def refuse_unanswerable(
             raise PromptError(
                 number,
                 f"has {len(ids)} tokens, too many for {max_new_tokens} new ones within the model's {positions} "
-                "positions: "
-                "shorten it, or lower max_new_tokens",
+                "positions: shorten it, or lower max_new_tokens",
             )
         if max(ids) >= vocabulary:
             raise PromptError(

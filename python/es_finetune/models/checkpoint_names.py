@@ -88,8 +88,7 @@ def refuse_untunable(model: torch.nn.Module) -> None:
         own = f", of which only such as {trainable[0]} could be tuned" if trainable else ""
         raise UserError(
             f"{type(base).__name__} has quantised weights ({reason}){own}: give the unquantised model, or tune a LoRA "
-            "adapter over this one, "
-            "the rest frozen"
+            "adapter over this one, the rest frozen"
         )
 
 
@@ -106,8 +105,7 @@ def refuse_prompt_config(config) -> None:
     if getattr(config, "is_prompt_learning", False):
         raise UserError(
             f"the adapter learns a prompt ({config.peft_type.value}), and answers are generated without its virtual "
-            "tokens: "
-            "give one that changes layers, as LoRA"
+            "tokens: give one that changes layers, as LoRA"
         )
 
 

@@ -188,8 +188,7 @@ def local_entry(name: str, parameter: DTensor, segments: Sequence[Segment] | Non
     if list(shard.shape) != shape and (shard.numel() or math.prod(shape)):
         raise UserError(
             f"{name!r} has {tuple(shard.shape)} in this process where {_layout(parameter)} of {tuple(parameter.shape)} "
-            f"gives {tuple(shape)}: "
-            "shard it as distribute_tensor does"
+            f"gives {tuple(shape)}: shard it as distribute_tensor does"
         )
     if not (shard.is_contiguous() and parameter.is_contiguous()):
         raise UserError(

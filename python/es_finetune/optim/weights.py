@@ -151,8 +151,7 @@ class GroupWeights:
             if theta.shape != live.shape or theta.dtype not in (live.dtype, torch.float32):
                 raise UserError(
                     f"{name!r} is {live.dtype} {tuple(live.shape)} now, which theta, {theta.dtype} "
-                    f"{tuple(theta.shape)}, cannot hold: "
-                    "make a new EvolutionStrategy"
+                    f"{tuple(theta.shape)}, cannot hold: make a new EvolutionStrategy"
                 )
 
     def names(self) -> set[str]:

@@ -2,11 +2,11 @@
 
 run.log is JSON, one object a line, each with a CRC-32 of what stands before it as its last key:
 
-    {"run": 2, "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}                     the
-    header
+    {"run": 2, "noise_version": 1, "config": {...}, "model": {...}, ..., "crc": "89abcdef"}
     {"generation": 0, "z": "<base64 of N little-endian f32>", "scored": 30, "reward": 0.41, "lr": [...], "sigma": [...],
-     "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}                                                one per
-     generation
+     "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}
+
+The first line is the header, each other one a generation.
 
 z is null where all rewards were equal and nothing was changed; "dropped" names members that a pool of workers gave up,
 if any. lr and sigma are one number for each param_group, theta and live the fingerprints after the update. About 400

@@ -166,8 +166,7 @@ def fast_forward(
         if result != (generation.theta, generation.live):
             raise UserError(
                 f"generation {generation.update.generation}: theta and live have the fingerprints {result[0]:016x} and "
-                f"{result[1]:016x}, "
-                f"the log says {generation.theta:016x} and {generation.live:016x}"
+                f"{result[1]:016x}, the log says {generation.theta:016x} and {generation.live:016x}"
             )
         if on_generation is not None:
             on_generation(generation.update.generation + 1)

@@ -28,15 +28,15 @@ def evaluate(capsys, *flags):
 
 
 def test_a_runs_weights_are_measured_as_the_run_did(run, capsys):
-    for look in read_rows(run / "evals.jsonl"):
-        found = evaluate(capsys, "--run", str(run), "--generation", str(look["generation"]))
+    for row in read_rows(run / "evals.jsonl"):
+        found = evaluate(capsys, "--run", str(run), "--generation", str(row["generation"]))
         assert (found["value"], found["interval_95"], found["questions"]) == (
-            look["exact"],
-            [look["low"], look["high"]],
+            row["exact"],
+            [row["low"], row["high"]],
             269,
         )
-        assert found["generation"] == look["generation"] and found["decoding"] == "greedy"
-        assert json.loads((run / f"eval-{look['generation']}" / "result.json").read_text())["value"] == look["exact"]
+        assert found["generation"] == row["generation"] and found["decoding"] == "greedy"
+        assert json.loads((run / f"eval-{row['generation']}" / "result.json").read_text())["value"] == row["exact"]
     last = evaluate(capsys, "--run", str(run))
     assert last["generation"] == 3
     rows = read_rows(run / "eval-3" / "answers.jsonl")

@@ -87,7 +87,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
     def learned(done):
         return 0.12 + 0.5 / (1 + math.exp(-(done - 160) / 60))
 
-    def look(done):
+    def add_eval(done):
         share = learned(done) + draws.gauss(0, 0.008)
         half = 1.96 * math.sqrt(share * (1 - share) / 1000)
         exact = share if metric == "exact" else None
@@ -106,7 +106,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
             }
         )
 
-    look(0)
+    add_eval(0)
     for generation in range(generations):
         mean, std = learned(generation) * 0.9 + 0.05 + draws.gauss(0, 0.01), 0.02 + 0.01 * draws.random()
         seconds = 62 + draws.gauss(0, 2)
@@ -165,7 +165,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
             ).to_json()
         )
         if (generation + 1) % 25 == 0 or (finished and generation + 1 == generations):
-            look(generation + 1)
+            add_eval(generation + 1)
     log.close()
     write_rows(folder / "metrics.jsonl", rows)
     write_rows(folder / "evals.jsonl", evals)
@@ -296,8 +296,8 @@ def test_the_same_folder_gives_the_same_bytes(long):
 def test_it_says_what_the_files_say(long):
     text = Page(long).text
     evals, rows = (read_rows(long.parent / name) for name in ("evals.jsonl", "metrics.jsonl"))
-    for look in (evals[0], evals[-1]):
-        assert f"{look['exact']:.1%}" in text and f"{look['low']:.1%} to {look['high']:.1%}" in text
+    for row in (evals[0], evals[-1]):
+        assert f"{row['exact']:.1%}" in text and f"{row['low']:.1%} to {row['high']:.1%}" in text
     assert "1,000 items" in text and "500 generations" in text and "not finished" not in text
     # of 300 items those divisible by 3 were right before only if also by 21, and never after; one above a multiple
     # always; the rest only after
@@ -568,7 +568,7 @@ def test_reward_png_draws_the_rows_and_the_intervals(rendered, tmp_path, monkeyp
     container = held_out.containers[0]
     assert container[0].get_xdata().tolist() == [0, 25, 50, 75]
     bars = [segment[:, 1].tolist() for segment in container[2][0].get_segments()]
-    assert bars == [pytest.approx([look["low"], look["high"]]) for look in evals]
+    assert bars == [pytest.approx([row["low"], row["high"]]) for row in evals]
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.tmp"))
 
 

@@ -1,10 +1,9 @@
 """Contract under test: es_finetune.optim.shaping.
 
 - Z in f64, cast to f32 once; mean 0 and standard deviation 1 over the scored members, 0 for a dropped one; None where
-the rewards
-  hold no signal, whatever rounding leaves of it.
+  the rewards hold no signal, whatever rounding leaves of it.
 - Ranks see only the order, ties share their mean rank; per_prompt counts every prompt that tells members apart the
-same.
+  same.
 """
 
 import math

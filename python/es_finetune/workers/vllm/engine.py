@@ -182,8 +182,7 @@ class RemoteWeights:
             name, count = next(iter(wrong.items()))
             raise UserError(
                 f"{len(wrong)} tensor(s) of the checkpoint are not wholly in vLLM's parameters, e.g. {name}: {count} "
-                f"of {math.prod(shapes[name])} elements; "
-                "use --engine hf for this model"
+                f"of {math.prod(shapes[name])} elements; use --engine hf for this model"
             )
         self.shapes = shapes
 
