@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from es_finetune.errors import FINETUNE, RunStopped, UserError, did_you_mean, is_foreseen, require
+from es_finetune.errors import FINETUNE, RunStopped, UserError, did_you_mean, in_one_line, is_foreseen, require
 
 CONFIGS = Path(__file__).parent / "configs"
 _NOTHING = {"master": "none", "report_to": "none"}  # where null or [] in a YAML file does not mean: as if left out
@@ -73,7 +73,7 @@ def _refuse(error: Exception, debug: bool) -> int:
     if not foreseen:
         print(_BUG, file=sys.stderr)
     if foreseen or cause is not error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
     return 2 if foreseen and not isinstance(error, RunStopped) else 1
 
 
@@ -443,7 +443,7 @@ def _read_config(name: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {_one_line(error)}") from None
+        raise UserError(f"{path} is no YAML: {in_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no options: it must be lines of NAME: VALUE")
     return values
@@ -462,7 +462,3 @@ def _hide_bars(quiet: bool) -> None:
     disable_progress_bar()
     if not hidden:
         enable_progress_bars()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -59,6 +59,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def in_one_line(error: BaseException) -> str:
+    """All that it says, or else its type."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def require(what: str, extra: str, *modules: str) -> None:
     """UserError, with the extra of es-kernels that brings them, unless these modules are installed."""
     missing = [name.replace("_", "-") for name in modules if importlib.util.find_spec(name) is None]

@@ -78,8 +78,7 @@ def test_killed_actors_and_drivers_lose_nothing(run, alone):
     assert read_log(killed.folder / "run.log")[1] == read_log(alone.folder / "run.log")[1]
 
 
-# --- in this process: one cluster for what follows
-# -------------------------------------------------------------------------
+# --- in this process: one cluster for what follows --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -198,8 +198,7 @@ def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     assert found["samples"] == (20 if task == "conciseness" else 1) and found["questions"] == 1
 
 
-# --- options
-# ------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -330,8 +329,7 @@ def test_all_members_see_the_same_prompts_and_each_generation_draws_its_own(tmp_
     assert len(members) == 8 and members[0] == members[1] == members[2] == members[3] != members[4] == members[7]
 
 
-# --- rewards that fail
-# --------------------------------------------------------------------------------------------------
+# --- rewards that fail ------------------------------------------------------------------------------------------------
 
 
 class Failing(Letters):
@@ -438,8 +436,7 @@ def test_a_held_out_answer_that_fails_counts_as_the_floor(tmp_path):
     assert row["reward"] == -4.0 == summary(tmp_path / "run")["base"] and row["low"] < -4 < row["high"]
 
 
-# --- Python
-# -------------------------------------------------------------------------------------------------------------
+# --- Python -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):

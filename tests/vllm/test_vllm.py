@@ -144,8 +144,7 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
     assert again["generations"] == 3 and again["fingerprint"] != found["fingerprint"]
 
 
-# --- refused
-# --------------------------------------------------------------------------------------------------------------
+# --- refused ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

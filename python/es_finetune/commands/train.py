@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from es_finetune.config import TrainConfig, recorded_options
-from es_finetune.errors import RewardFailed, RunError, RunStopped, UserError
+from es_finetune.errors import RewardFailed, RunError, RunStopped, UserError, in_one_line
 from es_finetune.monitor.rows import Summary
 from es_finetune.runs.log import read_log
 from es_finetune.runs.replay import config_of
@@ -49,7 +49,7 @@ def train(options: Mapping[str, Any], callbacks: Iterable[Any] = ()) -> Trained 
         try:
             follow(config)
         except RunError as error:
-            raise RunStopped(_words(error)) from error
+            raise RunStopped(in_one_line(error)) from error
         return None
     trainer = Trainer(config, callbacks=callbacks)
     done = trainer.generation
@@ -74,7 +74,7 @@ def _config_of(options: Mapping[str, Any]) -> TrainConfig:
 
 
 def _how_to_go_on(trainer: Trainer, error: BaseException) -> str:
-    words = "stopped" if isinstance(error, KeyboardInterrupt) else _words(error)
+    words = "stopped" if isinstance(error, KeyboardInterrupt) else in_one_line(error)
     if isinstance(error, RewardFailed) and not (trainer.generation or trainer.members):
         return f"{words}. Nothing is kept yet: mend the reward, and begin again with --overwrite"
     members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
@@ -91,7 +91,3 @@ def _how_to_go_on(trainer: Trainer, error: BaseException) -> str:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -82,8 +82,7 @@ class Health:
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._noise: dict[str, Any] = {}
 
-    # --- three measurements
-    # ---------------------------------------------------------------------------------------------------
+    # --- three measurements -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def measure_member(self) -> dict[str, Any]:
@@ -171,8 +170,7 @@ class Health:
         self._noise = {}
         return result
 
-    # --- the sample
-    # ----------------------------------------------------------------------------------------------------
+    # --- the sample ---------------------------------------------------------------------------------------------------
 
     def _views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The part of each chunk in a buffer of all."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.config import TRACKERS, recorded_options
-from es_finetune.errors import UserError
+from es_finetune.errors import UserError, first_line
 from es_finetune.monitor.callbacks import Callback, Run
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Summary
 
@@ -52,7 +52,7 @@ class Tracker(Callback):
         try:
             self.start(trainer.folder, recorded_options(trainer.config), trainer.generation)
         except Exception as error:  # a refused login, a folder that cannot be written
-            raise UserError(f"{self.name} could not be started: {_line(error)}; {self.remedy}") from error
+            raise UserError(f"{self.name} could not be started: {first_line(error)}; {self.remedy}") from error
 
     def on_generation(self, trainer: Run, row: GenerationRow) -> None:
         self._try(lambda: self.log(dict(scalars(row, "train")), trainer.generation))
@@ -69,7 +69,7 @@ class Tracker(Callback):
         except Exception as error:
             if not self._warned:
                 self._warned = True
-                logger.warning("%s failed, the run goes on without: %s", self.name, _line(error))
+                logger.warning("%s failed, the run goes on without: %s", self.name, first_line(error))
 
 
 def trackers_named(report_to: Sequence[str]) -> list[Tracker]:
@@ -205,7 +205,3 @@ def _load(name: str) -> Any:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError:
         raise UserError(f"report_to names {name}, which is not installed: pip install {name}, or take it out") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

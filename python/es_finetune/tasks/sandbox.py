@@ -192,10 +192,6 @@ def _reply(function: Callable[..., Any], arguments: list[Any], file: str | None)
         return json.dumps({"error": str(error)[:300], **({"kind": "type"} if wrong else {})}).encode()
 
 
-def _as_number(value: Any) -> float:
-    return finite_number(value, "the reward or a part of it")
-
-
 def _main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[1]):  # it was gone before the line above

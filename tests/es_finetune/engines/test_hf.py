@@ -98,7 +98,7 @@ def generate(model, tokenizer, prompts=PROMPTS, batch_size=16, new=12, **options
     return engine.generate(engine.encode(prompts))
 
 
-# --- what an answer depends on
+# --- what an answer depends on ----------------------------------------------------------------------------------------
 
 
 @all_decodings
@@ -202,7 +202,7 @@ def test_a_model_that_does_not_ignore_padding_is_asked_one_prompt_at_a_time(
         assert together[0] == alone[0]
 
 
-# --- where an answer ends
+# --- where an answer ends ---------------------------------------------------------------------------------------------
 
 
 @all_decodings
@@ -222,7 +222,7 @@ def test_an_answer_without_end_has_all_its_tokens(model, tokenizer, decoding):
     assert all(len(answer.ids) == 3 for answer in generate(model, tokenizer, new=3, decoding=decoding))
 
 
-# --- sampling
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @all_decodings
@@ -273,7 +273,7 @@ def test_samples_come_from_a_large_vocabulary_too(tokenizer):
     assert len(sampled.unique()) > 190
 
 
-# --- prompts
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def test_text_is_taken_as_it_is_and_chats_by_the_template_with_special_tokens_once(tiny_llama, chat_tokenizer):
@@ -331,7 +331,7 @@ def test_options_that_cannot_be_are_refused(model):
         HFEngine(model, tokenizer, 12, 16)
 
 
-# --- models
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 NEOX = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -399,7 +399,7 @@ def test_a_model_that_cannot_generate_at_all_is_refused_in_one_line(model, token
         HFEngine(model, tokenizer, 4, 4).prove()
 
 
-# --- log probabilities
+# --- log probabilities ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at_once", [2**28, 1000])

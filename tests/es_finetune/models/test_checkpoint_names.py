@@ -269,7 +269,7 @@ def test_a_plain_module():
     assert list(named_segments(torch.compile(model))) == [(name, p, None) for name, p in model.named_parameters()]
 
 
-# --- what cannot be tuned
+# --- what cannot be tuned ---------------------------------------------------------------------------------------------
 
 
 # As transformers does for torchao, bitsandbytes, GPTQ and the rest, from files and at loading
