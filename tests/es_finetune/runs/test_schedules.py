@@ -17,6 +17,23 @@ def test_they_begin_at_one_and_end_where_they_should():
     assert scale("constant", 5, 11, 0.1) == scale("linear", 0, 1, 0.1) == 1
 
 
+def test_a_line_and_half_a_cosine_lie_between_and_the_end_stays():
+    assert [scale("linear", g, 5, 0.2) for g in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    # (1 + cos(45 deg)) / 2 = 0.853553
+    assert [scale("cosine", g, 5, 0.0) for g in range(5)] == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    assert [scale("constant", g, 5, 0.2) for g in range(5)] == [1] * 5
+    assert scale("linear", 5, 5, 0.2) == scale("linear", 4, 5, 0.2)
+
+
+def test_lr_and_sigma_have_each_a_schedule_of_their_own():
+    optimizer = EvolutionStrategy([("norm", torch.nn.Parameter(torch.zeros(3)))], population=2)
+    (group,) = optimizer.param_groups
+    group["initial_sigma"] = 0.4
+    optimizer.generation = 1
+    Schedules(0.1, "linear", "cosine", final_scale=0.0, generations=5).set(optimizer)
+    assert (group["lr"], group["sigma"]) == pytest.approx((0.075, 0.4 * 0.853553))
+
+
 def test_each_group_falls_from_its_own_sigma():
     entries = [NamedTensor(name, torch.nn.Parameter(torch.zeros(3))) for name in ("norm", "weight")]
     optimizer = EvolutionStrategy(param_groups(entries, 0.2, sigma_for=[("norm", 0.4)]), population=2)
