@@ -3,6 +3,7 @@ without one, and then the reference serves, with the same bits. The native libra
 torch or C++ runtime. The CUDA library is built for what nvcc knows; where it cannot be built, the rest is. `make build`
 works with any setuptools since 65."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -59,7 +60,7 @@ def installed(built, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    backend, file, fingerprint = __import__("json").loads(run.stdout)
+    backend, file, fingerprint = json.loads(run.stdout)
     assert pathlib.Path(file).is_relative_to(site)
     return backend, fingerprint
 
