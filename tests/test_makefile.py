@@ -35,8 +35,8 @@ def test_a_folder_is_left_out_by_its_mark(mark, request):
     )
     marks = {"inside": [], "beside": []}
     items = [
-        SimpleNamespace(path=ROOT / f"tests/{mark}/test_it.py", add_marker=marks["inside"].append),
-        SimpleNamespace(path=ROOT / f"tests/es_kernels/test_{mark}.py", add_marker=marks["beside"].append),
+        SimpleNamespace(nodeid=where, path=ROOT / path, add_marker=marks[where].append)
+        for where, path in (("inside", f"tests/{mark}/test_it.py"), ("beside", f"tests/es_kernels/test_{mark}.py"))
     ]
     root_conftest.pytest_collection_modifyitems(items)
     assert marks == {"inside": [mark], "beside": []}
