@@ -525,7 +525,7 @@ def test_a_path_serves_as_in_the_config_and_threads_as_with_a_task_by_name(tmp_p
             "model must be a loaded one, not 'embedded'",
         ),
     ],
-    ids=("task", "another task", "config", "no reward", "no function"),
+    ids=("task", "another task", "config", "no reward", "no function", "name of a task", "name of a model"),
 )
 def test_contradictions_between_config_and_objects_are_refused(tmp_path, options, objects, words):
     with pytest.raises(ValueError, match=words):
