@@ -214,7 +214,7 @@ class HFEngine:
             One answer per prompt, in the prompts' order.
 
         Raises:
-            RuntimeError: transformers' continuous batching gave up.
+            RunError: transformers' continuous batching gave up, as where memory runs out.
         """
         with self._only_our_options(), self._own_random_numbers():
             tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)
@@ -326,11 +326,11 @@ class HFEngine:
                 result = manager.get_result(timeout=1)
                 if result is not None and result.error is not None:
                     remedy = "; a smaller batch_size needs less memory" if "memory" in str(result.error) else ""
-                    raise RuntimeError(f"continuous batching failed: {result.error}{remedy}")
+                    raise RunError(f"continuous batching failed: {result.error}{remedy}")
                 if result is not None and result.is_finished():
                     answers[result.request_id] = result.generated_tokens
                 elif result is None and not manager.is_running():
-                    raise RuntimeError(
+                    raise RunError(
                         f"continuous batching stopped by itself: {manager.background_thread_status.fatal_error}"
                     )
             return [answers[name] for name in names]
