@@ -502,7 +502,11 @@ def test_python_is_told_the_extra_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("way", ["module", "script"])
 def test_ctrl_c_while_packages_are_imported_is_no_traceback(tmp_path, way):
     """A torch that interrupts its own import: it takes most of the two seconds before a command does anything."""
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job lacks
+        "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
     module, function = re.search(
         r'^es-finetune = "(.*):(.*)"', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE
     ).groups()
