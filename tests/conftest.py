@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import os
 import pathlib
 import time
@@ -33,6 +34,16 @@ def pytest_collection_modifyitems(items):
         assert " at 0x" not in item.nodeid, f"{item.nodeid}: give its parameters ids"
         for folder in MARKED.keys() & item.path.parents:
             item.add_marker(MARKED[folder])
+
+
+@pytest.fixture(scope="module")
+def little_garbage():
+    """For code that collects garbage, as transformers' continuous batching does twice a call, and a benchmark before
+    each group: over all that torch and transformers have loaded that takes 0.3 s. What is frozen is not looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

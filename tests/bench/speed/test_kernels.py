@@ -14,9 +14,12 @@ from bench.publish import tables, targets
 from bench.speed import kernels
 from es_kernels import backends
 
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu", torch.device("cpu")) is not None, reason="the CPU library was not built"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        backends.unavailable("cpu", torch.device("cpu")) is not None, reason="the CPU library was not built"
+    ),
+    pytest.mark.usefixtures("little_garbage"),
+]
 
 TINY = shapes.Shape("qwen2", 64, 2, 96, 4, 2, 128, True)
 

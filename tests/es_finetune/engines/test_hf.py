@@ -14,7 +14,6 @@
 """
 
 import copy
-import gc
 import sys
 import threading
 import types
@@ -41,18 +40,10 @@ from es_finetune.errors import RunError
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.tasks import load_task
 
+pytestmark = pytest.mark.usefixtures("little_garbage")
+
 PROMPTS = [item.prompt for item in load_task("countdown-char").test[:40]]
 all_decodings = pytest.mark.parametrize("decoding", DECODINGS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """transformers' continuous batching collects garbage twice a call. Over all that torch and transformers have loaded
-    that is 85 % of the call's time; what is frozen is not looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
