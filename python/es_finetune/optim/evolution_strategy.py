@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -639,7 +640,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
             **{key: getattr(self, key) for key in _SETTINGS},
             "theta": whole("theta"),
             "anchor": whole("anchor"),
-            "history": [past.to_json() for past in self._history],
+            # As texts: torch.distributed.checkpoint takes dicts apart, and finds none of their keys in a new optimizer.
+            "history": [json.dumps(past.to_json()) for past in self._history],
         }
         return state
 
@@ -688,7 +690,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 dtensor.local(tensor).copy_(dtensor.local(saved[kind][name]))
         for key in _SETTINGS:
             setattr(self, key, saved[key])
-        self._history = [Update.from_json(past) for past in saved["history"]]
+        self._history = [Update.from_json(json.loads(past)) for past in saved["history"]]
         if self.master is not None:
             for weights in self._weights:
                 self._restore(weights)

@@ -3,6 +3,7 @@ enough."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def load_snapshot(folder: Path, optimizer: EvolutionStrategy, generations: Seque
             continue
         state = optimizer.state_dict()
         remembered = generations[max(0, done - optimizer.momentum_window) : done] if optimizer.momentum else ()
-        history = [g.update.to_json() for g in remembered if g.update.z is not None]
+        history = [json.dumps(g.update.to_json()) for g in remembered if g.update.z is not None]
         damaged = f"{path} is damaged: remove it, and the log serves"
         try:
             theta = load_file(path)
