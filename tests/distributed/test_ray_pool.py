@@ -143,14 +143,15 @@ def test_or_dropped_and_recorded(cluster, tmp_path):
 
     pool.evaluate = stopping
     trainer.train()
-    first, second = (g.update for g in read_log(tmp_path / "run/run.log")[1])
+    generations = read_log(tmp_path / "run/run.log")[1]
+    first, second = (generation.update for generation in generations)
     assert len(first.dropped) == 1 and first.z[first.dropped[0]] == 0 and first.scored == 5
     assert second.dropped == () and second.scored == 6
     row = read_rows(tmp_path / "run/metrics.jsonl")[0]
     assert tuple(row["dropped"]) == first.dropped
     from es_finetune.runs.replay import rebuild
 
-    assert rebuild(tmp_path / "run").optimizer.fingerprint() == second.theta
+    assert rebuild(tmp_path / "run").optimizer.fingerprint() == generations[-1].theta
 
 
 def test_an_actor_with_other_weights_is_named(cluster, tmp_path, monkeypatch):
