@@ -399,17 +399,14 @@ def _flags_of(values: Mapping[str, Any], kind: str) -> list[str]:
     known, own = (
         [option.name for option in dataclasses.fields(one)] for one in (config.TrainConfig, getattr(config, kind))
     )
-    flags = []
+    options = {}
     for name, value in ((str(name), value) for name, value in values.items()):
         if name not in own:
             if name in known:
                 continue
             raise UserError(f"unknown option {name!r}{did_you_mean(name, own) or '; --help lists them'}")
-        if value in (None, []):
-            value = _NOTHING.get(name)
-        if value is not None:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
+        options[name] = _NOTHING.get(name) if value in (None, []) else value
+    return config.as_flags(options)
 
 
 def _ready(name: str) -> Path:

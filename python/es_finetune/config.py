@@ -6,7 +6,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -469,14 +469,14 @@ _PLAIN = {str: _text, bool: _truth, int: whole, float: finite}
 
 
 def at_least(config, **least: float) -> None:
-    """ValueError unless each named field is at least the value given for it."""
+    """UserError unless each named field is at least the value given for it."""
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UserError(f"{name} must be at least {value}, not {getattr(config, name)}")
 
 
 def at_most(config, **most: float) -> None:
-    """ValueError unless each named field is at most the value given for it."""
+    """UserError unless each named field is at most the value given for it."""
     for name, value in most.items():
         if getattr(config, name) > value:
             raise UserError(f"{name} must be at most {value}, not {getattr(config, name)}")
@@ -489,6 +489,15 @@ def recorded_options(config: TrainConfig) -> dict[str, Any]:
         for name, value in dataclasses.asdict(config).items()
         if name not in ("output", "overwrite", "resume")
     }
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give these options. One that is None or an empty list has none."""
+    words = []
+    for name, value in options.items():
+        if value not in (None, []):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def decided_options(config: TrainConfig) -> dict[str, Any]:
@@ -514,7 +523,7 @@ def optimizer_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def own_sigmas(config: TrainConfig) -> list[tuple[str, float]]:
-    """(name pattern, sigma) of each entry of sigma_for. ValueError for one that is not PATTERN=SIGMA."""
+    """(name pattern, sigma) of each entry of sigma_for. UserError for one that is not PATTERN=SIGMA."""
     sigmas = []
     for text in config.sigma_for:
         pattern, _, sigma = text.rpartition("=")

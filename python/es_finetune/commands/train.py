@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from es_finetune.config import TrainConfig, recorded_options
+from es_finetune.config import TrainConfig, as_flags, recorded_options
 from es_finetune.errors import RewardFailed, RunError, RunStopped, UserError, in_one_line
 from es_finetune.monitor.rows import Summary
 from es_finetune.runs.log import read_log
@@ -79,11 +79,9 @@ def _how_to_go_on(trainer: Trainer, error: BaseException) -> str:
         return f"{words}. Nothing is kept yet: mend the reward, and begin again with --overwrite"
     members = f" and {_counted(trainer.members, 'member')}" if trainer.members else ""
     kept = f"{_counted(trainer.generation, 'generation')}{members} are kept in {trainer.folder}"
-    begun = read_log(trainer.folder / "run.log")[0]["config"]
-    flags = []
-    for name, value in recorded_options(trainer.config).items():
-        if value != begun[name] and value not in (None, []):
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    header, _ = read_log(trainer.folder / "run.log")
+    begun, now = (recorded_options(config) for config in (config_of(header, trainer.folder), trainer.config))
+    flags = as_flags({name: value for name, value in now.items() if value != begun[name]})
     command = shlex.join(["es-finetune", "train", "--resume", "--output", trainer.config.output, *flags])
     how = "the same torchrun, and --resume" if torchrun.under_torchrun() else command
     return f"{words}. {kept}; continue with: {how}"
