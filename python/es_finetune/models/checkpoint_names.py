@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from es_finetune.errors import UserError
 from es_kernels import NamedTensor, Segment
+from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
 
 # What torch.compile and checkpoint_wrapper call the module inside
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-MAX_SEGMENTS = 1024  # for one part of a parameter; a layout that needs more is an interleave
 
 
 def named_segments(model: torch.nn.Module) -> Iterator[NamedTensor]:
@@ -303,7 +303,7 @@ def _segments(name, offset, dims, first) -> list[Segment]:
         if strides != [1, 1]:
             return []
     rows, row_stride, index_stride = merged.pop() if merged else (1, cols, cols)
-    if math.prod(size for size, *_ in merged) > MAX_SEGMENTS:
+    if math.prod(size for size, *_ in merged) > MAX_SEGMENTS_PER_TENSOR:  # an interleave
         return []
     return [
         Segment(
