@@ -148,7 +148,7 @@ class Trainer:
             self._default_prompts = open_prompts and bool(config.prompts)  # nobody asked for their number
             with self._resumable():
                 start = self.workers.start()  # a pool's workers load model and task only now
-            self._lines = self._read_run(start) if config.resume else [self._header(start)]
+            self._logged = self._read_run(start) if config.resume else (self._header(start), [])
         except BaseException:
             self.close()
             raise
@@ -230,8 +230,8 @@ class Trainer:
         sealed(header)
         return header
 
-    def _read_run(self, start: Row) -> list[Row]:
-        """Bring workers and rows to where the log ends; its lines."""
+    def _read_run(self, start: Row) -> tuple[Row, list[Generation]]:
+        """Bring workers and rows to where the log ends; its header and generations."""
         header, generations = read_log(self.folder / "run.log")
         check_start(header, start, self.config.model)
         done = len(generations)
@@ -240,10 +240,9 @@ class Trainer:
         evals: list[Any] = generation_rows(self.folder / "evals.jsonl")
         self.rows = [row for row in rows if row["generation"] < done]
         self.evals = [row for row in evals if row["generation"] <= done]
-        updates = [generation.to_json() for generation in generations]
-        self.workers.fast_forward(updates, self.folder / "snapshots")
+        self.workers.fast_forward([generation.to_json() for generation in generations], self.folder / "snapshots")
         self.generation = done
-        return [header, *updates]
+        return header, generations
 
     def _check_same_questions(self, header: Row, start: Row) -> None:
         """UserError unless the log's questions are asked and answers scored as they were."""
@@ -322,7 +321,7 @@ class Trainer:
         self._open_files.append(self._journal)
         _put_curves_back(folder)
         if config.resume:
-            if parse_log(folder / "run.log", self._log.lines) != parse_log(folder / "run.log", self._lines):
+            if parse_log(folder / "run.log", self._log.lines) != self._logged:
                 raise UserError(
                     f"another process has gone on with the run in {folder} meanwhile: make the Trainer again"
                 )
@@ -347,7 +346,7 @@ class Trainer:
             remove(path for path in folder.iterdir() if is_ours(path.name) and path.name not in kept)
         write_atomically(folder / "config.json", json.dumps(recorded_options(config), indent=2) + "\n")
         if not config.resume:
-            self._log.append(self._lines[0])
+            self._log.append(self._logged[0])
             self.begun = True
             self.workers.fast_forward([])
 
@@ -465,10 +464,10 @@ class Trainer:
         }
         row["warnings"] = warnings_of([*self.rows, row], config.population, self.evals[-1])
         append_row(self.folder / "metrics.jsonl", row)
-        line = Generation.after(update, outcome).to_json()
-        self._log.append(line)
+        logged = Generation.after(update, outcome)
+        self._log.append(logged.to_json())
         # From here on the generation is made; what follows can be lost.
-        self._lines.append(line)
+        self._logged[1].append(logged)
         self.generation += 1
         self.rows.append(row)
         if config.snapshot_every and self.generation % config.snapshot_every == 0:
@@ -507,7 +506,8 @@ class Trainer:
 
     def _finish(self) -> Summary:
         """Write the model, the plot and the summary, in this order: a folder that has a summary is complete."""
-        config, proof = self.config, self._lines[-1]  # the header, where there is no generation
+        config, (header, generations) = self.config, self._logged
+        proof = generations[-1].to_json() if generations else header
         result: Any = {
             "task": config.task,
             "model": config.model,
