@@ -6,10 +6,13 @@
  *
  * The operation, for every element of every segment:
  *
- *     b = base;                       if decay != 0:  b = fma(-decay, b - (anchor or +0), b)
- *     acc = +0;                       for i < n_seeds - 1:  acc = fma(coefs[i], noise(seeds[i]), acc);   if n_seeds >
- * 1: b = b + acc out = round(fma(coefs[n_seeds - 1], noise(seeds[n_seeds - 1]), b))       (n_seeds == 0: out =
- * round(b))
+ *     b = base;   if decay != 0:  b = fma(-decay, b - (anchor or +0), b)
+ *     acc = +0;   for i < n_seeds - 1:  acc = fma(coefs[i], noise(seeds[i]), acc);   if n_seeds > 1:  b = b + acc
+ *     out = round(fma(coefs[n_seeds - 1], noise(seeds[n_seeds - 1]), b))             (n_seeds == 0:  out = round(b))
+ *
+ * With noise_rank r > 0, in segments that have a width, the fma of a seed becomes r of them, in order of q, with c =
+ * coefs[i], for r > 1 times the float32 1 / sqrt(r):  x = fma(c * L[row, q], R[col, q], x). Such a table is made for
+ * noise_rank > 0 alone, in its order (segments.h); another has no widths.
  *
  * all in float32, rounded to nearest even, or stochastically when rounding_seed is not NULL. Any NaN is stored as
  * 7FC00000 / 7FC0 / 7E00. `segments` is an array of es::Segment (segments.h); units are defined there.
@@ -24,7 +27,7 @@ extern "C" {
 #define ES_API __attribute__((visibility("default")))
 
 /* Changes whenever a signature, Segment or the noise changes; the Python side refuses a library of another value. */
-#define ES_ABI 2
+#define ES_ABI 3
 /* Seeds and coefs up to this many may be passed from host memory to es_cuda_add_noise. */
 #define ES_CUDA_HOST_SEEDS 128
 
@@ -36,7 +39,12 @@ ES_API const char* es_cpu_isas(void);
 /* Segments and all arrays in host memory. At most `threads` threads; isa NULL: the best one. The calling thread's
  * floating-point state (rounding mode, flush-to-zero) is saved, set to IEEE, and restored. */
 ES_API int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
-                            int64_t n_seeds, float decay, const uint64_t* rounding_seed, int threads, const char* isa);
+                            int64_t n_seeds, float decay, const uint64_t* rounding_seed, int noise_rank, int threads,
+                            const char* isa);
+/* The factors of noise of low rank, as `factors`, an array of es::Factor (segments.h), lays them out in `out`, whose
+ * dtype is an es::Dtype: rounded to nearest. */
+ES_API int es_cpu_factors(const void* factors, int64_t n_factors, const uint64_t* seeds, int64_t n_seeds, void* out,
+                          int dtype, int threads, const char* isa);
 /* *result = sum mod 2^64 over the elements of `out` (NOISE.md, "The fingerprint"). */
 ES_API int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* result, int threads, const char* isa);
 
@@ -69,7 +77,12 @@ ES_API int es_cuda_capability(void);
  * ES_CUDA_HOST_SEEDS; rounding_seed NULL: nearest. */
 ES_API int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
                              int seeds_on_device, const float* coefs, int coefs_on_device, int64_t n_seeds, float decay,
-                             const uint64_t* rounding_seed, int rounding_seed_on_device, int device, void* stream);
+                             const uint64_t* rounding_seed, int rounding_seed_on_device, int noise_rank, int device,
+                             void* stream);
+/* As es_cpu_factors, one launch. `factors` and `out` are in device memory, n_units the unit_end of the last factor;
+ * seeds as in es_cuda_add_noise. */
+ES_API int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds,
+                           int seeds_on_device, int64_t n_seeds, void* out, int dtype, int device, void* stream);
 /* *result, in device memory, is increased by the fingerprint: zero it before. */
 ES_API int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
                                void* stream);

@@ -5,7 +5,7 @@
 
 namespace es {
 
-enum Domain : uint32_t { kNoise = 0, kSeeds = 1, kFingerprint = 2, kRounding = 4 };
+enum Domain : uint32_t { kNoise = 0, kSeeds = 1, kFingerprint = 2, kLeft = 3, kRounding = 4, kRight = 5 };
 
 constexpr float kLog[4] = {2.0364969f, -3.5937726f, 1.8323295f, -0.27228412f};
 constexpr float kLogSlope = -2.1457672e-07f;

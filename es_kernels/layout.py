@@ -74,19 +74,23 @@ class Layout:
             ) from None
 
     def pack(
-        self, out: Sequence[torch.Tensor], base: Sequence[torch.Tensor] = (), anchor: Sequence[torch.Tensor] = ()
+        self,
+        out: Sequence[torch.Tensor],
+        base: Sequence[torch.Tensor] = (),
+        anchor: Sequence[torch.Tensor] = (),
+        matrices: bool = False,
     ) -> Pack:
         """The Pack of these tensors: one of the last, if it was of the same memory, or a new one."""
         key: tuple[object, ...]
         try:
             key = tuple(
                 (t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in itertools.chain(out, base, anchor)
-            ) + (len(base), len(anchor))
+            ) + (len(base), len(anchor), matrices)
             # An address that was pinned may be given to memory that is not.
             key += tuple(_is_pinned(t) for t in itertools.chain(base, anchor) if t.device != out[0].device)
         except (RuntimeError, NotImplementedError):  # a tensor without strides or memory, such as a sparse one
-            return Pack(self, out, base, anchor)  # says which
-        return remembered(self._packs, key, lambda: Pack(self, out, base, anchor))
+            return Pack(self, out, base, anchor, matrices)  # says which
+        return remembered(self._packs, key, lambda: Pack(self, out, base, anchor, matrices))
 
 
 class Pack:
@@ -98,6 +102,7 @@ class Pack:
         out: The tensors that are written, one a name, all on one device.
         base: What is added to, one a name, or empty for `out`. In place of CUDA memory it may be pinned host memory.
         anchor: What decay moves towards, one a name, or empty.
+        matrices: Whether the noise is of low rank: matrices are then cut into rectangles.
 
     Attributes:
         segments: Array of segment.SEGMENT.
@@ -114,6 +119,7 @@ class Pack:
         out: Sequence[torch.Tensor],
         base: Sequence[torch.Tensor],
         anchor: Sequence[torch.Tensor],
+        matrices: bool,
     ) -> None:
         self.layout = layout
         self.device = out[0].device if out else torch.device("cpu")
@@ -128,7 +134,7 @@ class Pack:
         pieces: list[Piece] = []
         for i, (name, stream, segments) in enumerate(zip(layout.names, layout.streams, layout.segments, strict=True)):
             pieces += pieces_of(
-                name, stream, segments, out[i], base[i] if base else None, anchor[i] if anchor else None
+                name, stream, segments, out[i], base[i] if base else None, anchor[i] if anchor else None, matrices
             )
         _check_indices(pieces)
         _check_addresses(pieces, bool(base), bool(anchor))
@@ -151,7 +157,7 @@ class Pack:
 
     @property
     def units(self) -> int:
-        """Noise blocks of all segments together."""
+        """The work of all segments together, as csrc/segments.h counts it."""
         return int(self.segments["unit_end"][-1]) if len(self.segments) else 0
 
     def on_device(self) -> torch.Tensor:

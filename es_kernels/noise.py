@@ -8,6 +8,7 @@ there is nothing that a device, a compiler or a math library could do differentl
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 VERSION = 1
 
 # Domains: what a Philox call is for. They occupy the three bits above the 61 bits of the block number.
-DOMAIN_NOISE, DOMAIN_SEED, DOMAIN_FINGERPRINT, DOMAIN_ROUNDING = 0, 1, 2, 4
+DOMAIN_NOISE, DOMAIN_SEED, DOMAIN_FINGERPRINT, DOMAIN_LEFT, DOMAIN_ROUNDING, DOMAIN_RIGHT = range(6)
 # Purposes of a member's seed words.
 MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING = 0, 1, 2, 3
 
@@ -152,20 +153,21 @@ def box_muller(w: npt.ArrayLike) -> tuple[F32, F32]:
     return r * x_over_r, (r * t) * y_over_rt
 
 
-def normal_blocks(seed: int, stream: int, block: npt.ArrayLike) -> F32:
+def normal_blocks(seed: int, stream: int, block: npt.ArrayLike, domain: int = DOMAIN_NOISE) -> F32:
     """The eight normals of each noise block: u64 [...] -> f32 [..., 8]."""
     with np.errstate(over="ignore"):
-        x, y = box_muller(words(seed, stream, block, DOMAIN_NOISE))
+        x, y = box_muller(words(seed, stream, block, domain))
     return np.stack([x, y], axis=-1).reshape(*x.shape[:-1], 8)
 
 
-def normal(seed: int, stream: int, index: npt.ArrayLike) -> F32:
+def normal(seed: int, stream: int, index: npt.ArrayLike, domain: int = DOMAIN_NOISE) -> F32:
     """noise(seed, stream, index) ~ N(0, 1).
 
     Args:
         seed: 64 bits, signed or unsigned.
         stream: 64 bits: `stream_id` of a tensor's name.
         index: u64 [...], row-major indices of elements.
+        domain: DOMAIN_NOISE; of a factor's elements DOMAIN_LEFT or DOMAIN_RIGHT.
 
     Returns:
         float32 [...].
@@ -175,9 +177,32 @@ def normal(seed: int, stream: int, index: npt.ArrayLike) -> F32:
     """
     index = np.asarray(index, np.uint64)
     blocks, where = np.unique(index >> np.uint64(3), return_inverse=True)
-    normals = normal_blocks(u64(seed), u64(stream), blocks)
+    normals = normal_blocks(u64(seed), u64(stream), blocks, domain)
     result: F32 = normals[where.reshape(index.shape), (index & np.uint64(7)).astype(np.intp)]
     return result
+
+
+def factor(seed: int, stream: int, side: int, first: int, n: int, rank: int) -> F32:
+    """Rows [first, first + n) of a factor of the noise of rank `rank`, E = L R^T / sqrt(rank), of one matrix.
+
+    Args:
+        seed: 64 bits, signed or unsigned.
+        stream: 64 bits: `stream_id` of the matrix' name.
+        side: DOMAIN_LEFT for L, a row for every row of the matrix; DOMAIN_RIGHT for R, a row for every column.
+        first: First row or column of the matrix.
+        n: Number of them.
+        rank: Rank of the noise, 1 or more.
+
+    Returns:
+        float32 [n, rank]: element (i, q) of the whole factor is `normal` at index i * rank + q.
+    """
+    index = np.arange(n * rank, dtype=np.uint64) + np.uint64(first * rank)
+    return normal(seed, stream, index, side).reshape(n, rank)
+
+
+def rank_scale(rank: int) -> np.float32:
+    """1 / sqrt(rank) in float32: with it every element of L R^T has variance 1."""
+    return np.float32(1 / math.sqrt(rank))
 
 
 def rounding_thresholds(rounding_seed: int, stream: int, block: npt.ArrayLike) -> U32:

@@ -14,7 +14,8 @@ import torch
 
 from . import backends, noise
 from .layout import Layout, Pack, shared_memory
-from .segment import check_tensor
+from .low_rank import MAX_RANK, FactorLayout, Matrices, views
+from .segment import DTYPES, check_tensor
 from .table import Entries, NamedTensor, ParamTable, distinct, match, named_tensors
 
 Seeds: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | torch.Tensor
@@ -31,9 +32,10 @@ _F32_MAX = 3.4028235677973366e38  # from here on a Python float rounds to an inf
 _library: Any = torch.library.Library("es_kernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "add_noise_(Tensor(a!)[] out, Tensor[] base, Tensor[] anchor, Tensor seeds, Tensor coefs, Tensor? rounding_seed, "
-    "float decay, int layout) -> ()"
+    "float decay, int layout, int noise_rank) -> ()"
 )
 _library.define("fingerprint(Tensor[] tensors, int layout) -> Tensor")
+_library.define("factors(Tensor seeds, ScalarType dtype, Device device, int layout) -> Tensor")
 
 
 def _add_noise_(
@@ -45,8 +47,10 @@ def _add_noise_(
     rounding_seed: torch.Tensor | None,
     decay: float,
     layout: int,
+    noise_rank: int,
 ) -> None:
-    _write(Layout.find(layout).pack(out, base, anchor), out, seeds, coefs, rounding_seed, decay)
+    pack = Layout.find(layout).pack(out, base, anchor, noise_rank > 0)
+    _write(pack, out, seeds, coefs, rounding_seed, decay, noise_rank)
 
 
 def _write(
@@ -56,6 +60,7 @@ def _write(
     coefs: torch.Tensor,
     rounding_seed: torch.Tensor | None,
     decay: float,
+    noise_rank: int,
 ) -> None:
     """The op, on the Pack of its tensors."""
     decay = float(np.float32(decay))  # the contract casts first, and looks at the cast value
@@ -68,12 +73,22 @@ def _write(
         # On the device they are not looked at: that would wait for it
         raise ValueError(f"coefs {coefs.tolist()} are not all finite")
     if pack.units:
-        backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay)
+        backends.choose(pack.device).add_noise_(pack, seeds, coefs, rounding_seed, decay, noise_rank)
     torch.autograd.graph.increment_version(out)  # Library.impl does not know that `out` was written; autograd must
 
 
 def _fingerprint(tensors: Sequence[torch.Tensor], layout: int) -> torch.Tensor:
     return _hash(Layout.find(layout).pack(tensors))
+
+
+def _factors(seeds: torch.Tensor, dtype: torch.dtype, device: torch.device, layout: int) -> torch.Tensor:
+    where = FactorLayout.find(layout)
+    if not seeds.is_cpu and seeds.device != device:
+        raise ValueError(f"seeds are on {seeds.device}, but the factors on {device}: move them there, or to the CPU")
+    out = torch.empty(where.elements * seeds.numel(), dtype=dtype, device=device)
+    if out.numel():
+        backends.choose(device).factors(where, out, seeds)
+    return out
 
 
 def _hash(pack: Pack) -> torch.Tensor:
@@ -86,10 +101,18 @@ def _hash(pack: Pack) -> torch.Tensor:
 
 _library.impl("add_noise_", _add_noise_, "CompositeExplicitAutograd")
 _library.impl("fingerprint", _fingerprint, "CompositeExplicitAutograd")
+_library.impl("factors", _factors, "CompositeExplicitAutograd")
 torch.library.register_fake("es_kernels::add_noise_", lambda *args: None, lib=_library)
 torch.library.register_fake(
     "es_kernels::fingerprint",
     lambda tensors, layout: torch.empty((), dtype=torch.int64, device=tensors[0].device if tensors else "cpu"),
+    lib=_library,
+)
+torch.library.register_fake(
+    "es_kernels::factors",
+    lambda seeds, dtype, device, layout: torch.empty(
+        FactorLayout.find(layout).elements * seeds.numel(), dtype=dtype, device=device
+    ),
     lib=_library,
 )
 
@@ -109,6 +132,7 @@ def add_noise_(
     anchor: torch.Tensor | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     rounding_seed: Seeds | None = None,
+    noise_rank: int = 0,
 ) -> _Tensor: ...
 @overload
 def add_noise_(
@@ -121,6 +145,7 @@ def add_noise_(
     anchor: ParamTable | Entries | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     rounding_seed: Seeds | None = None,
+    noise_rank: int = 0,
 ) -> _Named: ...
 @overload
 def add_noise_(
@@ -133,6 +158,7 @@ def add_noise_(
     anchor: ParamTable | Entries | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     rounding_seed: Seeds | None = None,
+    noise_rank: int = 0,
 ) -> list[tuple[str, torch.Tensor] | NamedTensor]: ...
 def add_noise_(
     out: torch.Tensor | ParamTable | Entries,
@@ -146,6 +172,7 @@ def add_noise_(
     anchor: torch.Tensor | ParamTable | Entries | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     rounding_seed: Seeds | None = None,
+    noise_rank: int = 0,
 ) -> torch.Tensor | ParamTable | Entries:
     """out <- round(base + sum_i coefs[i] * noise(seeds[i])), in one pass over memory, for one tensor or a whole model.
 
@@ -171,6 +198,9 @@ def add_noise_(
         anchor: What decay moves towards, in the form of `out`. None: 0.
         rounding: To the dtype of `out`: "nearest" (even) or "stochastic" (unbiased).
         rounding_seed: For "stochastic", fresh for every call: an int of 64 bits, or an int64 tensor [] or [1].
+        noise_rank: 0: the noise above. 1 to 64: of a matrix it is L R^T / sqrt(noise_rank), of which `factors` gives L
+            and R, every element still of mean 0 and variance 1. A matrix is a tensor of two dimensions, or what a
+            Segment's `width` says; all others draw the noise above in the same call.
 
     Returns:
         `out`; of an iterable of pairs, a list of them.
@@ -182,6 +212,7 @@ def add_noise_(
             the device, or a launch failed, in CUDA's words.
     """
     seeds, coefs, rounding_seed, decay = _numbers(seeds, coefs, rounding, rounding_seed, decay)
+    noise_rank = _rank(noise_rank, least=0)
     if (
         isinstance(out, ParamTable)
         and (base is None or isinstance(base, ParamTable))
@@ -190,10 +221,10 @@ def add_noise_(
     ):
         if name is not None or stream is not None:
             raise ValueError(_NAMES_ITSELF)
-        pack = out.pack(base, anchor)
+        pack = out.pack(base, anchor, noise_rank > 0)
         if torch.is_grad_enabled() and _any_requires_grad(*out.tensors):
             _refuse_gradients(out.names, out.tensors)
-        _write(pack, out.tensors, seeds, coefs, rounding_seed, decay)
+        _write(pack, out.tensors, seeds, coefs, rounding_seed, decay, noise_rank)
         return out
     if isinstance(out, torch.Tensor):
         if (name is None) == (stream is None):
@@ -224,7 +255,7 @@ def add_noise_(
                     raise ValueError(shared_memory(role, n, n))
     if torch.is_grad_enabled():
         _refuse_gradients(names, tensors)
-    torch.ops.es_kernels.add_noise_(tensors, bases, anchors, seeds, coefs, rounding_seed, decay, layout)
+    torch.ops.es_kernels.add_noise_(tensors, bases, anchors, seeds, coefs, rounding_seed, decay, layout, noise_rank)
     return out
 
 
@@ -248,6 +279,40 @@ def fingerprint(named: ParamTable | Entries) -> int:
         tensors, _, layout = _tensors_and_layout(named)
         value = torch.ops.es_kernels.fingerprint(tensors, layout)
     return int(value.item()) & 0xFFFFFFFFFFFFFFFF
+
+
+def factors(
+    matrices: Mapping[str, tuple[int, int]],
+    seeds: Seeds,
+    noise_rank: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of the noise of low rank that `add_noise_` draws, in one launch: E = L R^T / sqrt(noise_rank).
+
+    Args:
+        matrices: Name -> (rows m, columns n) of whole matrices, as in the checkpoint.
+        seeds: An int or a sequence of N ints of 64 bits, or an int64 tensor [N] (their bit pattern) on the CPU or on
+            the device.
+        noise_rank: 1 to 64.
+        dtype: float32, bfloat16 or float16, to which the factors are rounded to nearest even.
+        device: Where they are made.
+
+    Returns:
+        Name -> (L [N, m, noise_rank], R [N, n, noise_rank]), views of one new tensor.
+
+    Raises:
+        TypeError: A type or dtype is not supported.
+        ValueError: A number does not fit.
+        RuntimeError: No backend serves the device, or a launch failed.
+    """
+    seeds, noise_rank = _seeds(seeds, "seeds"), _rank(noise_rank, least=1)
+    if dtype not in DTYPES:
+        raise TypeError(f"factors are float32, bfloat16 or float16, not {dtype}")
+    shapes = tuple((name, *shape) for name, shape in matrices.items())
+    flat = torch.ops.es_kernels.factors(seeds, dtype, torch.device(device), _factors_key(shapes, noise_rank))
+    return views(flat, shapes, noise_rank, seeds.shape[0])
 
 
 # The dispatcher takes 170 ns a tensor, for tensors that a table knows already. Eager calls on tables go around it,
@@ -282,8 +347,12 @@ def _layout_key(names: tuple[str, ...], streams: tuple[int, ...] | None = None) 
     return Layout.intern(names, streams).key
 
 
+def _factors_key(matrices: Matrices, noise_rank: int) -> int:
+    return FactorLayout.intern(matrices, noise_rank).key
+
+
 # As torch.compiler.assume_constant_result does, which imports torch._dynamo: 1.3 s of every import
-_layout_key._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_layout_key._dynamo_marked_constant = _factors_key._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tensors_and_layout(named: ParamTable | Entries) -> tuple[list[torch.Tensor], list[str], int]:
@@ -344,6 +413,18 @@ def _numbers(
         if t is not None and t.is_meta:  # the dispatcher would run the fake kernel
             raise ValueError(f"{what} are on the meta device")
     return seeds, coefs, key, decay
+
+
+def _rank(noise_rank: SupportsIndex, least: int) -> int:
+    """Checked: an int from `least` to MAX_RANK."""
+    try:
+        rank = operator.index(noise_rank)
+    except TypeError:
+        raise TypeError(f"noise_rank is an integer, not {noise_rank!r}") from None
+    if not least <= rank <= MAX_RANK:
+        zero = "0 (full noise) or " if least == 0 else ""
+        raise ValueError(f"noise_rank is {zero}1 to {MAX_RANK}, not {rank}")
+    return rank
 
 
 _ORDER = ": the order is add_noise_(out, seeds, coefs)"

@@ -19,6 +19,9 @@ SIZES = (4, 2, 2)  # bytes, by this number
 # A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused (they are
 # compared for overlap pair by pair: 2048 take 10 s).
 MAX_SEGMENTS_PER_TENSOR = 1024
+TILE = 128  # rows and columns of a tile of a matrix: kTile of csrc/segments.h
+_UNITS_PER_TILE = TILE * TILE // 8
+_MATRIX_LIMIT = 1 << 58  # rows and columns: times 64, the highest noise_rank, an index of a factor still has 64 bits
 
 # struct Segment of csrc/segments.h.
 SEGMENT = np.dtype(
@@ -26,7 +29,7 @@ SEGMENT = np.dtype(
         ("out", "u8"), ("base", "u8"), ("anchor", "u8"), ("rows", "i8"), ("cols", "i8"),
         ("out_stride", "i8"), ("base_stride", "i8"), ("anchor_stride", "i8"),
         ("first", "u8"), ("index_stride", "u8"), ("stream", "u8"), ("units_per_row", "i8"), ("unit_end", "i8"),
-        ("out_dtype", "i4"), ("base_dtype", "i4"), ("anchor_dtype", "i4"), ("vector_path", "i4"),
+        ("out_dtype", "i4"), ("base_dtype", "i4"), ("anchor_dtype", "i4"), ("vector_path", "i4"), ("width", "i8"),
     ]
 )  # fmt: skip
 
@@ -46,9 +49,12 @@ class Segment:
         row_stride: Elements from one row to the next in memory. None: `cols`.
         first: Index of its first element in the stream.
         index_stride: Indices from one row to the next in the stream. None: `cols`.
+        width: Columns of the matrix that it is a part of, which noise of low rank goes by: index k is row k // width,
+            column k % width. A row of the segment lies in one row of the matrix, or the segment is one run of
+            consecutive indices. None: it is a part of no matrix, and draws full noise at every `noise_rank`.
 
     Raises:
-        ValueError: A number is negative, or the last index lies past 2^64 - 1.
+        ValueError: A number is negative, the last index lies past 2^64 - 1, or the width does not fit the rest.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Segment:
     row_stride: int
     first: int
     index_stride: int
+    width: int | None
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Segment:
         row_stride: int | None = None,
         first: int = 0,
         index_stride: int | None = None,
+        width: int | None = None,
     ) -> None:
         row_stride = cols if row_stride is None else row_stride
         index_stride = cols if index_stride is None else index_stride
@@ -79,11 +87,28 @@ class Segment:
             row_stride=row_stride,
             first=first,
             index_stride=index_stride,
+            width=width,
         )
         if min(rows, cols, offset, row_stride, first, index_stride) < 0:
             raise ValueError(f"segment of {name!r}: negative size, stride or index in {self}")
         if rows * cols and first + (rows - 1) * index_stride + cols > 1 << 64:
             raise ValueError(f"segment of {name!r} ends past index 2^64")
+        if width is not None:
+            self._check_width(width)
+
+    def _check_width(self, width: int) -> None:
+        if width < 1:
+            raise ValueError(f"segment of {self.name!r}: width {width} is no number of columns")
+        last_row = (self.first + max(self.rows - 1, 0) * self.index_stride + self.cols) // width
+        if max(width, last_row) > _MATRIX_LIMIT:
+            raise ValueError(f"segment of {self.name!r}: a matrix has at most 2^58 rows and columns: {self}")
+        in_rows = self.first % width + self.cols <= width and (self.rows <= 1 or self.index_stride % width == 0)
+        run = self.rows <= 1 or self.cols == self.row_stride == self.index_stride
+        if not (in_rows or run):
+            raise ValueError(
+                f"segment of {self.name!r}: its rows are no parts of rows of a matrix of width {width}: index_stride "
+                f"must be a multiple of the width, and first % width + cols at most the width, in {self}"
+            )
 
 
 class Piece(NamedTuple):
@@ -101,15 +126,21 @@ class Piece(NamedTuple):
     stream: int
     units_per_row: int
     vector_path: bool
+    width: int  # of the matrix whose noise is of low rank; 0: full noise
+
+    @property
+    def units(self) -> int:
+        return (-(-self.rows // TILE) if self.width else self.rows) * self.units_per_row
 
 
 def struct_array(pieces: Sequence[Piece]) -> npt.NDArray[np.void]:
-    """The pieces as an array of SEGMENT."""
-    ends = itertools.accumulate(p.rows * p.units_per_row for p in pieces)
+    """The pieces as an array of SEGMENT, matrices first: their units begin at multiples of a tile's."""
+    pieces = sorted(pieces, key=lambda p: p.width == 0)
+    ends = itertools.accumulate(p.units for p in pieces)
     rows = [
         (
             *p.addresses, p.rows, p.cols, *p.strides, p.first, p.index_stride, p.stream, p.units_per_row, end,
-            *p.dtypes, p.vector_path,
+            *p.dtypes, p.vector_path, p.width,
         )
         for p, end in zip(pieces, ends, strict=True)
     ]  # fmt: skip
@@ -123,6 +154,7 @@ def pieces_of(
     out: torch.Tensor,
     base: torch.Tensor | None,
     anchor: torch.Tensor | None,
+    matrices: bool = False,
 ) -> Iterator[Piece]:
     """The pieces of one tensor with its base and anchor, which have its shape.
 
@@ -133,6 +165,8 @@ def pieces_of(
         out: What is written.
         base: What is added to, or None for `out`.
         anchor: What decay moves towards, or None.
+        matrices: For noise of low rank: matrices are cut into parts that are rectangles. Without `segments` a tensor
+            of two dimensions is one.
 
     Raises:
         ValueError: The tensor is not contiguous in its last dimension, or needs more than MAX_SEGMENTS_PER_TENSOR; or
@@ -140,7 +174,10 @@ def pieces_of(
     """
     group = [out, out if base is None else base, *(() if anchor is None else (anchor,))]
     for block in _whole(name, stream, group) if segments is None else _explicit(name, segments, group):
-        yield from _cut(name, block, group)
+        if matrices and block.width:
+            yield from _rectangles(name, block, group)
+        else:
+            yield from _cut(name, block, group)
 
 
 def check_tensor(name: str, role: str, tensor: torch.Tensor) -> None:
@@ -191,6 +228,7 @@ class _Block(NamedTuple):
     first: int
     index_stride: int
     stream: int
+    width: int  # of the matrix that it is a part of; 0: of none
 
 
 def _explicit(name: str, segments: Sequence[Segment], group: list[torch.Tensor]) -> Iterator[_Block]:
@@ -209,7 +247,7 @@ def _explicit(name: str, segments: Sequence[Segment], group: list[torch.Tensor])
             raise ValueError(f"{name!r}: {s} reaches past the {elements} elements of the tensor")
         addresses = [t.data_ptr() + s.offset * t.element_size() for t in group]
         strides = [s.row_stride] * len(group)
-        yield _Block(addresses, strides, s.rows, s.cols, s.first, s.index_stride, noise.stream_id(s.name))
+        yield _Block(addresses, strides, s.rows, s.cols, s.first, s.index_stride, noise.stream_id(s.name), s.width or 0)
 
 
 def _whole(name: str, stream: int, group: list[torch.Tensor]) -> Iterator[_Block]:
@@ -252,34 +290,68 @@ def _whole(name: str, stream: int, group: list[torch.Tensor]) -> Iterator[_Block
         for k, t in enumerate(group):
             offset = sum(i * strides[k] for i, (_, strides) in zip(index, outer_dims, strict=True))
             addresses.append(t.data_ptr() + offset * t.element_size())
-        yield _Block(addresses, row_strides, rows, cols, first, cols, stream)
+        yield _Block(addresses, row_strides, rows, cols, first, cols, stream, shape[1] if len(shape) == 2 else 0)
         first += rows * cols
+
+
+def _merged(block: _Block) -> _Block:
+    """As one row, where the rows follow one another in memory and in the stream."""
+    rows, cols = block.rows, block.cols
+    if rows > 1 and block.index_stride == cols and all(s == cols for s in block.strides):
+        rows, cols = 1, rows * cols
+    if rows > 1:
+        return block
+    return block._replace(rows=1, cols=cols, strides=[cols] * len(block.strides), index_stride=cols)
 
 
 def _cut(name: str, block: _Block, group: list[torch.Tensor]) -> Iterator[Piece]:
     """Cuts one row into head, body and tail, so that the body is whole aligned noise blocks, and where a block number
     crosses 2^32."""
-    addresses, strides, rows, cols, first, index_stride, stream = block
+    block = _merged(block)
+    cuts = {0, block.cols}
+    if block.rows == 1:
+        head = min(-block.first % 8, block.cols)
+        cuts |= {head, head + (block.cols - head) // 8 * 8}
+        cuts.update(range((1 << 35) - block.first % (1 << 35), block.cols, 1 << 35))
+    for start, stop in itertools.pairwise(sorted(cuts)):
+        yield _piece(name, block, group, start, cols=stop - start)
+
+
+def _rectangles(name: str, block: _Block, group: list[torch.Tensor]) -> Iterator[Piece]:
+    """Cuts a run that crosses rows of the matrix into the end of a row, whole rows, and the beginning of one."""
+    run, width = _merged(block), block.width
+    if run.rows > 1:
+        yield _piece(name, block, group, 0, width=width)
+        return
+    head = min(-run.first % width, run.cols)
+    body = (run.cols - head) // width
+    at = 0
+    for rows, cols in ((1, head), (body, width), (1, run.cols - head - body * width)):
+        if rows * cols:
+            rectangle = run._replace(rows=rows, strides=[cols] * len(group), index_stride=cols)
+            yield _piece(name, rectangle, group, at, cols, width)
+            at += rows * cols
+
+
+def _piece(
+    name: str, block: _Block, group: list[torch.Tensor], start: int, cols: int | None = None, width: int = 0
+) -> Piece:
+    """The columns [start, start + cols) of a block; None: all of them."""
+    rows, first, index_stride = block.rows, block.first + start, block.index_stride
+    cols = block.cols if cols is None else cols
     sizes = [t.element_size() for t in group]
-    dtypes = (*(DTYPES[t.dtype] for t in group), 0)[:3]
-    if rows > 1 and index_stride == cols and all(s == cols for s in strides):
-        rows, cols = 1, rows * cols
-    cuts = [0, cols]
-    if rows == 1:
-        strides, index_stride = [cols] * len(group), cols
-        head = min(-first % 8, cols)
-        cuts += [head, head + (cols - head) // 8 * 8]
-        cuts += range((1 << 35) - first % (1 << 35), cols, 1 << 35)
-    cuts = sorted(set(cuts))
-    for start, stop in zip(cuts, cuts[1:], strict=False):
-        n = stop - start
-        at = [address + start * size for address, size in zip(addresses, sizes, strict=True)]
-        aligned = first + start & 7 == 0 and n % 8 == 0 and all(address % 16 == 0 for address in at)
-        if rows > 1:
-            aligned = aligned and index_stride % 8 == 0
-            aligned = aligned and all(s * size % 16 == 0 for s, size in zip(strides, sizes, strict=True))
+    at = [address + start * size for address, size in zip(block.addresses, sizes, strict=True)]
+    aligned = first & 7 == 0 and cols % 8 == 0 and all(address % 16 == 0 for address in at)
+    if rows > 1:
+        aligned = aligned and index_stride % 8 == 0
+        aligned = aligned and all(s * size % 16 == 0 for s, size in zip(block.strides, sizes, strict=True))
+    if width:
+        units = -(-cols // TILE) * _UNITS_PER_TILE
+    else:
         whole = rows == 1 or (first % 8 == 0 and index_stride % 8 == 0)
-        units = ((first + start) % 8 + n + 7) // 8 if whole else (n + 14) // 8
-        yield Piece(
-            name, (*at, 0)[:3], (*strides, 0)[:3], dtypes, rows, n, first + start, index_stride, stream, units, aligned
-        )
+        units = (first % 8 + cols + 7) // 8 if whole else (cols + 14) // 8
+    dtypes = (*(DTYPES[t.dtype] for t in group), 0)[:3]
+    return Piece(
+        name, (*at, 0)[:3], (*block.strides, 0)[:3], dtypes, rows, cols, first, index_stride, block.stream, units,
+        aligned, width,
+    )  # fmt: skip

@@ -101,9 +101,11 @@ class ParamTable:
     def _changed(self) -> int | None:
         return self._watch.first_changed()
 
-    def pack(self, base: ParamTable | None = None, anchor: ParamTable | None = None) -> Pack:
-        """The Pack of this table, with these tables as base and anchor. It asks of a tensor only what can change
-        between two calls; names are matched once.
+    def pack(
+        self, base: ParamTable | None = None, anchor: ParamTable | None = None, matrices: bool = False
+    ) -> Pack:
+        """The Pack of this table, with these tables as base and anchor; `matrices` as Pack takes it. It asks of a
+        tensor only what can change between two calls; names are matched once.
 
         Raises:
             RuntimeError: A tensor of one of the tables moved.
@@ -114,15 +116,15 @@ class ParamTable:
             if table is not None:
                 table.check_unmoved()
         # Their `_built`, not the tables: what is remembered must keep nobody's weights alive.
-        key = tuple(None if table is None else table._built for table in (base, anchor))
-        return remembered(self._packs, key, lambda: self._make_pack(base, anchor))
+        key = (matrices, *(None if table is None else table._built for table in (base, anchor)))
+        return remembered(self._packs, key, lambda: self._make_pack(base, anchor, matrices))
 
-    def _make_pack(self, base: ParamTable | None, anchor: ParamTable | None) -> Pack:
+    def _make_pack(self, base: ParamTable | None, anchor: ParamTable | None, matrices: bool) -> Pack:
         base_tensors, anchor_tensors = (
             [] if table is None else match(role, table, self.names, self.tied)
             for role, table in (("base", base), ("anchor", anchor))
         )
-        return self.layout.pack(self.tensors, base_tensors, anchor_tensors)
+        return self.layout.pack(self.tensors, base_tensors, anchor_tensors, matrices)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -15,6 +15,7 @@ import torch
 
 from .. import native
 from ..layout import Pack
+from ..low_rank import FactorLayout
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 # Best first. The reference serves CUDA tensors only when asked to: copying a model to the host by surprise would hide a
@@ -32,10 +33,20 @@ class Backend(Protocol):
         """None, or one line that says why it cannot serve tensors on `device`."""
 
     def add_noise_(
-        self, pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+        self,
+        pack: Pack,
+        seeds: torch.Tensor,
+        coefs: torch.Tensor,
+        rounding_seed: torch.Tensor | None,
+        decay: float,
+        noise_rank: int,
     ) -> None:
         """The op, on a checked Pack: int64 seeds [N] and float32 coefs [N], each on the CPU or on the Pack's device;
-        int64 rounding_seed [1], or None to round to nearest; a decay that is a float32."""
+        int64 rounding_seed [1], or None to round to nearest; a decay that is a float32; noise_rank > 0 if the Pack was
+        made for matrices."""
+
+    def factors(self, layout: FactorLayout, out: torch.Tensor, seeds: torch.Tensor) -> None:
+        """Fills `out` [seeds * layout.elements]; int64 seeds [N] on the CPU or on its device."""
 
     def fingerprint(self, pack: Pack) -> torch.Tensor:
         """int64 [], on the CPU or on the Pack's device."""

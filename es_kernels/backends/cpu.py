@@ -26,7 +26,12 @@ def isas() -> list[str]:
 
 
 def add_noise_(
-    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+    pack: Pack,
+    seeds: torch.Tensor,
+    coefs: torch.Tensor,
+    rounding_seed: torch.Tensor | None,
+    decay: float,
+    noise_rank: int,
 ) -> None:
     seeds, coefs = seeds.contiguous(), coefs.contiguous()  # named, so that their memory outlives the call
     rounding = None if rounding_seed is None else rounding_seed.contiguous()

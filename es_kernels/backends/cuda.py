@@ -59,7 +59,12 @@ def versions() -> tuple[int, int, int]:
 
 
 def add_noise_(
-    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+    pack: Pack,
+    seeds: torch.Tensor,
+    coefs: torch.Tensor,
+    rounding_seed: torch.Tensor | None,
+    decay: float,
+    noise_rank: int,
 ) -> None:
     # torch's guard, not the library's: it goes back to another device only if that has a context already.
     with torch.cuda.device(pack.device):

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 
 from .. import noise
 from ..layout import Pack
+from ..low_rank import FactorLayout
+from ..segment import DTYPES
 
 Bits: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
 _CHUNK = 1 << 16  # elements at a time
@@ -25,15 +28,51 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def add_noise_(
-    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+    pack: Pack,
+    seeds: torch.Tensor,
+    coefs: torch.Tensor,
+    rounding_seed: torch.Tensor | None,
+    decay: float,
+    noise_rank: int,
 ) -> None:
     with on_host(pack) as segments, ieee_denormals(), np.errstate(all="ignore"):
-        seeds_u64 = [noise.u64(s) for s in seeds.tolist()]
-        coefs_f32 = coefs.cpu().numpy()
+        members = list(zip((noise.u64(s) for s in seeds.tolist()), coefs.cpu().numpy(), strict=True))
         key = None if rounding_seed is None else noise.u64(int(rounding_seed))
         for s in segments:
+            factors = [_factors(s, seed, coef, noise_rank) for seed, coef in members] if s["width"] else None
             for row, start, stop in _chunks(s):
-                _add_noise_run(s, row, start, stop, seeds_u64, coefs_f32, key, np.float32(decay))
+                if factors is None:
+                    terms = [_full(s, row, start, stop, seed, coef) for seed, coef in members]
+                else:
+                    terms = [[(left[row, q], right[start:stop, q]) for q in range(noise_rank)] for left, right in factors]
+                _add_noise_run(s, row, start, stop, terms, key, np.float32(decay))
+
+
+_Term: TypeAlias = tuple[np.float32, noise.F32]  # a coefficient and what it is multiplied with
+
+
+def _full(s: np.void, row: int, start: int, stop: int, seed: int, coef: np.float32) -> Iterator[_Term]:
+    """The term of full noise of the elements [start, stop) of one row, drawn when it is asked for."""
+    blocks, inside = _blocks(s, row, start, stop)
+    yield coef, noise.normal_blocks(seed, int(s["stream"]), blocks).reshape(-1)[inside]
+
+
+def _factors(s: np.void, seed: int, coef: np.float32, rank: int) -> tuple[noise.F32, noise.F32]:
+    """c L [rows, rank] and R [cols, rank] of the rows and columns of a segment that is a part of a matrix."""
+    first, width, stream = int(s["first"]), int(s["width"]), int(s["stream"])
+    step = int(s["index_stride"]) // width
+    rows = np.arange(int(s["rows"]), dtype=np.uint64)[:, None] * np.uint64(step) + np.uint64(first // width)
+    index = rows * np.uint64(rank) + np.arange(rank, dtype=np.uint64)
+    left = noise.normal(seed, stream, index, noise.DOMAIN_LEFT)
+    right = noise.factor(seed, stream, noise.DOMAIN_RIGHT, first % width, int(s["cols"]), rank)
+    return (coef if rank == 1 else coef * noise.rank_scale(rank)) * left, right
+
+
+def _blocks(s: np.void, row: int, start: int, stop: int) -> tuple[noise.U64, slice]:
+    """The noise blocks of the elements [start, stop) of one row, and which of their values these are."""
+    first = int(s["first"]) + row * int(s["index_stride"]) + start
+    blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
+    return blocks, slice(first & 7, (first & 7) + stop - start)
 
 
 def _add_noise_run(
@@ -41,32 +80,38 @@ def _add_noise_run(
     row: int,
     start: int,
     stop: int,
-    seeds: list[int],
-    coefs: noise.F32,
+    terms: Sequence[Iterable[_Term]],
     rounding_seed: int | None,
     decay: np.float32,
 ) -> None:
-    """The contract, in its order, on the elements [start, stop) of one row."""
-    first = int(s["first"]) + row * int(s["index_stride"]) + start
-    blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
-    stream = int(s["stream"])
-    inside = slice(first & 7, (first & 7) + stop - start)
+    """The contract, in its order, on the elements [start, stop) of one row: `terms` of every seed."""
     b = load(memory(s, "base", row, start, stop), s["base_dtype"])
     if decay:
         anchor = load(memory(s, "anchor", row, start, stop), s["anchor_dtype"]) if s["anchor"] else np.float32(0)
         b = noise.fma(-decay, b - anchor, b)
-    drawn = (noise.normal_blocks(seed, stream, blocks).reshape(-1)[inside] for seed in seeds)
-    if len(seeds) > 1:
+    if len(terms) > 1:
         acc = np.zeros_like(b)
-        for coef in coefs[:-1]:
-            acc = noise.fma(coef, next(drawn), acc)
+        for coef, drawn in itertools.chain.from_iterable(terms[:-1]):
+            acc = noise.fma(coef, drawn, acc)
         b = b + acc
-    if len(seeds):
-        b = noise.fma(coefs[-1], next(drawn), b)
-    thresholds = (
-        None if rounding_seed is None else noise.rounding_thresholds(rounding_seed, stream, blocks).reshape(-1)[inside]
-    )
+    for coef, drawn in terms[-1] if terms else ():
+        b = noise.fma(coef, drawn, b)
+    thresholds = None
+    if rounding_seed is not None:
+        blocks, inside = _blocks(s, row, start, stop)
+        thresholds = noise.rounding_thresholds(rounding_seed, int(s["stream"]), blocks).reshape(-1)[inside]
     memory(s, "out", row, start, stop)[:] = store(b, s["out_dtype"], thresholds)
+
+
+def factors(layout: FactorLayout, out: torch.Tensor, seeds: torch.Tensor) -> None:
+    dtype = DTYPES[out.dtype]
+    for factor in layout.table:
+        offset, count = seeds.numel() * int(factor["offset"]), int(factor["count"])
+        for i, seed in enumerate(seeds.tolist()):
+            index = np.arange(count, dtype=np.uint64)
+            drawn = noise.normal(noise.u64(seed), int(factor["stream"]), index, int(factor["domain"]))
+            stored = torch.from_numpy(store(drawn, dtype)).view(out.dtype)
+            out[offset + i * count :][:count] = stored.to(out.device)
 
 
 def fingerprint(pack: Pack) -> torch.Tensor:
@@ -74,9 +119,7 @@ def fingerprint(pack: Pack) -> torch.Tensor:
     with on_host(pack) as segments, np.errstate(over="ignore"):
         for s in segments:
             for row, start, stop in _chunks(s):
-                first = int(s["first"]) + row * int(s["index_stride"]) + start
-                blocks = np.arange(first >> 3, ((first + stop - start - 1) >> 3) + 1, dtype=np.uint64)
-                inside = slice(first & 7, (first & 7) + stop - start)
+                blocks, inside = _blocks(s, row, start, stop)
                 add, multiply = (
                     k.reshape(-1)[inside] for k in _fingerprint_keys(int(s["out_dtype"]), int(s["stream"]), blocks)
                 )

@@ -56,7 +56,12 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def add_noise_(
-    pack: Pack, seeds: torch.Tensor, coefs: torch.Tensor, rounding_seed: torch.Tensor | None, decay: float
+    pack: Pack,
+    seeds: torch.Tensor,
+    coefs: torch.Tensor,
+    rounding_seed: torch.Tensor | None,
+    decay: float,
+    noise_rank: int,
 ) -> None:
     segments = _table(pack)
     stochastic = rounding_seed is not None
