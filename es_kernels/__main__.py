@@ -159,23 +159,24 @@ def self_check(golden: dict[str, Any], device: str) -> None:
     def bits(t: torch.Tensor) -> list[int]:
         return t.cpu().view(torch.int32 if t.element_size() == 4 else torch.int16).tolist()
 
-    def table(name: str, t: torch.Tensor, first: str) -> es_kernels.ParamTable:
-        whole = es_kernels.Segment(name, 1, t.numel(), first=int(first, 16))
+    def table(name: str, t: torch.Tensor, first: str, width: int | None = None) -> es_kernels.ParamTable:
+        whole = es_kernels.Segment(name, 1, t.numel(), first=int(first, 16), width=width)
         return es_kernels.ParamTable([es_kernels.NamedTensor(name, t, [whole])])
 
-    for i, v in enumerate(golden["add_noise"]):
+    for i, v in enumerate(golden["add_noise"] + golden["low_rank"]):
         expected, base = tensor(v["out"]), tensor(v["base"])
         anchor = None if v["anchor"] is None else {v["name"]: tensor(v["anchor"])}
         coefs = [_float(c) for c in v["coefs"]]
-        options: dict[str, Any] = {"decay": _float(v["decay"]), "anchor": anchor}
+        width, noise_rank = v.get("width"), v.get("noise_rank", 0)
+        options: dict[str, Any] = {"decay": _float(v["decay"]), "anchor": anchor, "noise_rank": noise_rank}
         if v["rounding_seed"] is not None:
             options |= {"rounding": "stochastic", "rounding_seed": int(v["rounding_seed"], 16)}
         seeds = [int(s, 16) for s in v["seeds"]]
         out = torch.zeros_like(expected)
-        es_kernels.add_noise_(table(v["name"], out, v["first"]), seeds, coefs, {v["name"]: base}, **options)
+        es_kernels.add_noise_(table(v["name"], out, v["first"], width), seeds, coefs, {v["name"]: base}, **options)
         _require(bits(out) == bits(expected), f"add_noise vector {i}: the bits differ")
         if base.dtype == out.dtype:
-            es_kernels.add_noise_(table(v["name"], base, v["first"]), seeds, coefs, **options)
+            es_kernels.add_noise_(table(v["name"], base, v["first"], width), seeds, coefs, **options)
             _require(bits(base) == bits(expected), f"add_noise vector {i}, in place: the bits differ")
     for i, v in enumerate(golden["normal"]):
         stream, first = int(v["stream"], 16), int(v["first"], 16)
@@ -190,6 +191,12 @@ def self_check(golden: dict[str, Any], device: str) -> None:
             out = torch.zeros(len(v["bits"]), device=device)
             es_kernels.add_noise_(out, int(v["seed"], 16), 1.0, stream=stream)
             _require(bits(out) == values.view(np.int32).tolist(), f"normal vector {i}: the bits differ")
+    for i, v in enumerate(golden["factors"]):
+        shapes = {v["name"]: (v["rows"], v["cols"])}
+        pair = es_kernels.factors(shapes, int(v["seed"], 16), v["noise_rank"], device=device)[v["name"]]
+        for side, factor in zip(("left", "right"), pair, strict=True):
+            expected = tensor(("f32", v[side]))
+            _require(bits(factor.flatten()) == bits(expected), f"factors vector {i}, {side}: the bits differ")
     for i, v in enumerate(golden["fingerprint"]):
         value = es_kernels.fingerprint(table(v["name"], tensor(v["tensor"]), v["first"]))
         _require(value == int(v["fingerprint"], 16), f"fingerprint vector {i} differs")

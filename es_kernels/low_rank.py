@@ -72,7 +72,9 @@ class FactorLayout:
         would be a part of a CUDA graph."""
         if device not in self._on_device:
             if streams.current(device)[1]:
-                raise RuntimeError("make one call with these matrices before capturing a CUDA graph: it uploads a table")
+                raise RuntimeError(
+                    "make one call with these matrices before capturing a CUDA graph: it uploads a table"
+                )
             self._on_device[device] = torch.from_numpy(self.table.view(np.int64).copy()).to(device)
         return self._on_device[device]
 

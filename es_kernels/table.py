@@ -101,9 +101,7 @@ class ParamTable:
     def _changed(self) -> int | None:
         return self._watch.first_changed()
 
-    def pack(
-        self, base: ParamTable | None = None, anchor: ParamTable | None = None, matrices: bool = False
-    ) -> Pack:
+    def pack(self, base: ParamTable | None = None, anchor: ParamTable | None = None, matrices: bool = False) -> Pack:
         """The Pack of this table, with these tables as base and anchor; `matrices` as Pack takes it. It asks of a
         tensor only what can change between two calls; names are matched once.
 

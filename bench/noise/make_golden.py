@@ -108,26 +108,57 @@ def _add_noise():
                 (out, "f32", None, swap, 0.0625, rounding_seed, (1 << 64) - 16),
                 (out, "f32", None, restore, 0.0, rounding_seed, 0),
             ]
-    for out, base, anchor, (seeds, coefs), decay, rounding_seed, first in cases:
-        n = len(HARD[base])
-        live, master = tensor_of([0] * n, out), tensor_of(HARD[base], base)
-        anchored = None if anchor is None else tensor_of(HARD[anchor][::-1], anchor)
-        table = es_kernels.ParamTable([("w", live, [es_kernels.Segment("w", 1, n, first=first)])])
-        # Under a mapping whose values are tensors: the segments are the table's.
-        es_kernels.add_noise_(
-            table, seeds, coefs, {"w": master}, decay=decay, anchor=None if anchored is None else {"w": anchored},
-            rounding="nearest" if rounding_seed is None else "stochastic", rounding_seed=rounding_seed,
-        )  # fmt: skip
+    for case in cases:
+        yield _result(*case)
+
+
+def _low_rank():
+    """Runs of a matrix of `width` columns, which begin and end within its rows."""
+    seeds = [0x0123456789ABCDEF, 7, 0xFEDCBA9876543210]
+    perturb, update = ([5], [1e-3]), (seeds, [1e-3, -2.5e-4, 0.5])
+    for rank, width, first in ((1, 7, 3), (2, 4, (1 << 32) - 6), (3, 1, 9), (8, 1 << 33, (1 << 35) - 5), (64, 5, 4)):
+        case = {"noise_rank": rank, "width": width}
+        yield case | _result("f32", "f32", None, perturb, 0.0, None, first, **case)
+        yield case | _result("bf16", "f32", "bf16", update, 0.0625, 0x8877665544332211, first, **case)
+        yield case | _result("f16", "f32", None, update, 0.0, None, first, **case)
+
+
+def _result(out, base, anchor, seeds_and_coefs, decay, rounding_seed, first, noise_rank=0, width=None):
+    seeds, coefs = seeds_and_coefs
+    n = len(HARD[base])
+    live, master = tensor_of([0] * n, out), tensor_of(HARD[base], base)
+    anchored = None if anchor is None else tensor_of(HARD[anchor][::-1], anchor)
+    table = es_kernels.ParamTable([("w", live, [es_kernels.Segment("w", 1, n, first=first, width=width)])])
+    # Under a mapping whose values are tensors: the segments are the table's.
+    es_kernels.add_noise_(
+        table, seeds, coefs, {"w": master}, decay=decay, anchor=None if anchored is None else {"w": anchored},
+        rounding="nearest" if rounding_seed is None else "stochastic", rounding_seed=rounding_seed,
+        noise_rank=noise_rank,
+    )  # fmt: skip
+    return {
+        "name": "w",
+        "first": hex(first),
+        "seeds": _hex(seeds),
+        "coefs": _coefs(coefs),
+        "decay": _coefs([decay])[0],
+        "rounding_seed": None if rounding_seed is None else hex(rounding_seed),
+        "base": [base, _hex(HARD[base])],
+        "anchor": None if anchor is None else [anchor, _hex(HARD[anchor][::-1])],
+        "out": [out, _hex(bits_of(live))],
+    }
+
+
+def _factors():
+    for name, rows, cols, rank in (("w", 5, 3, 1), ("lm_head.weight", 2, 9, 3)):
+        left, right = es_kernels.factors({name: (rows, cols)}, 0x0123456789ABCDEF, rank)[name]
         yield {
-            "name": "w",
-            "first": hex(first),
-            "seeds": _hex(seeds),
-            "coefs": _coefs(coefs),
-            "decay": _coefs([decay])[0],
-            "rounding_seed": None if rounding_seed is None else hex(rounding_seed),
-            "base": [base, _hex(HARD[base])],
-            "anchor": None if anchor is None else [anchor, _hex(HARD[anchor][::-1])],
-            "out": [out, _hex(bits_of(live))],
+            "name": name,
+            "rows": rows,
+            "cols": cols,
+            "noise_rank": rank,
+            "seed": "0x123456789abcdef",
+            "left": _hex(left.view(torch.int32).flatten().numpy().view(np.uint32), 8),
+            "right": _hex(right.contiguous().view(torch.int32).flatten().numpy().view(np.uint32), 8),
         }
 
 
@@ -167,6 +198,8 @@ def golden():
             ],
             "normal": list(_normals()),
             "add_noise": list(_add_noise()),
+            "low_rank": list(_low_rank()),
+            "factors": list(_factors()),
             "fingerprint": list(_fingerprints()),
         }
 
@@ -238,6 +271,18 @@ def _vectors(vectors):
                 f"rounding_seed {v['rounding_seed']} base f32 {v['base'][1][8]} at {hex(int(v['first'], 16) + 8)} -> "
                 f"{v['out'][0]} {v['out'][1][8]}"
             )
+    for v in vectors["low_rank"]:
+        if v["out"][0] == "f32":
+            lines.append(
+                f'add_noise "w" {v["first"]} noise_rank {v["noise_rank"]} width {v["width"]} seeds {v["seeds"][0]} '
+                f"coefs {v['coefs'][0]} rounding_seed None base f32 {v['base'][1][8]} at "
+                f"{hex(int(v['first'], 16) + 8)} -> f32 {v['out'][1][8]}"
+            )
+    for v in vectors["factors"]:
+        what = (
+            f"factors {json.dumps(v['name'])} {v['rows']} x {v['cols']} noise_rank {v['noise_rank']} seed {v['seed']}"
+        )
+        lines += [f"{what} {side} -> {' '.join(v[side][:6])}" for side in ("left", "right")]
     for v in vectors["fingerprint"]:
         if v["first"] == "0x5":
             lines.append(

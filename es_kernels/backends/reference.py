@@ -44,7 +44,9 @@ def add_noise_(
                 if factors is None:
                     terms = [_full(s, row, start, stop, seed, coef) for seed, coef in members]
                 else:
-                    terms = [[(left[row, q], right[start:stop, q]) for q in range(noise_rank)] for left, right in factors]
+                    terms = [
+                        [(left[row, q], right[start:stop, q]) for q in range(noise_rank)] for left, right in factors
+                    ]
                 _add_noise_run(s, row, start, stop, terms, key, np.float32(decay))
 
 

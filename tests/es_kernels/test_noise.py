@@ -182,7 +182,7 @@ def test_page_alone_gives_the_operation(page):
         return page["f32"](bits << 32 - size[dtype])
 
     compared = 0
-    for v in VECTORS["add_noise"]:
+    for v in VECTORS["add_noise"] + VECTORS["low_rank"]:
         stream, coefs = page["stream_id"](v["name"]), [page["f32"](c) for c in hexadecimal(v["coefs"])]
         decay, fma = page["f32"](int(v["decay"], 16)), page["fma"]
         for i, (base, expected) in enumerate(zip(hexadecimal(v["base"][1]), hexadecimal(v["out"][1]), strict=True)):
@@ -193,14 +193,21 @@ def test_page_alone_gives_the_operation(page):
                 continue
             if decay:
                 b = fma(-decay, page["rounded"](Fraction(b) - Fraction(anchor)), b)
-            drawn = [page["noise"](int(s, 16), stream, index) for s in v["seeds"]]
-            if len(drawn) > 1:
+
+            def add(coef, seed, x, v=v, stream=stream, index=index):
+                if "noise_rank" not in v:
+                    return page["fma"](coef, page["noise"](seed, stream, index), x)
+                row, column = divmod(index, v["width"])
+                return page["low_rank_terms"](coef, seed, stream, row, column, v["noise_rank"], x)
+
+            members = list(zip(coefs, hexadecimal(v["seeds"]), strict=True))
+            if len(members) > 1:
                 acc = 0.0
-                for coef, x in zip(coefs[:-1], drawn, strict=False):
-                    acc = fma(coef, x, acc)
+                for coef, seed in members[:-1]:
+                    acc = add(coef, seed, acc)
                 b = page["rounded"](Fraction(b) + Fraction(acc))
-            if drawn:
-                b = fma(coefs[-1], drawn[-1], b)
+            if members:
+                b = add(*members[-1], b)
             if v["rounding_seed"] is not None and v["out"][0] != "f32":
                 r = page["threshold"](int(v["rounding_seed"], 16), stream, index)
                 got = page[f"{v['out'][0]}_stochastic"](b, r)
@@ -212,6 +219,14 @@ def test_page_alone_gives_the_operation(page):
             assert got == expected
             compared += 1
     assert compared > 100
+
+
+def test_page_alone_gives_the_factors(page):
+    for v in VECTORS["factors"]:
+        seed, stream, r = int(v["seed"], 16), page["stream_id"](v["name"]), v["noise_rank"]
+        for side, n in (("left", v["rows"]), ("right", v["cols"])):
+            drawn = [page["bits"](page[side](seed, stream, i, q, r)) for i in range(n) for q in range(r)]
+            assert drawn == hexadecimal(v[side])
 
 
 def test_page_alone_gives_the_fingerprint(page):
