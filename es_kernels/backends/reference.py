@@ -41,12 +41,11 @@ def add_noise_(
         for s in segments:
             factors = [_factors(s, seed, coef, noise_rank) for seed, coef in members] if s["width"] else None
             for row, start, stop in _chunks(s):
+                terms: Sequence[Iterable[_Term]]
                 if factors is None:
                     terms = [_full(s, row, start, stop, seed, coef) for seed, coef in members]
                 else:
-                    terms = [
-                        [(left[row, q], right[start:stop, q]) for q in range(noise_rank)] for left, right in factors
-                    ]
+                    terms = [zip(left[row], right[start:stop].T, strict=True) for left, right in factors]
                 _add_noise_run(s, row, start, stop, terms, key, np.float32(decay))
 
 
