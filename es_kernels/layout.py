@@ -119,7 +119,7 @@ class Pack:
         out: Sequence[torch.Tensor],
         base: Sequence[torch.Tensor],
         anchor: Sequence[torch.Tensor],
-        matrices: bool,
+        matrices: bool = False,
     ) -> None:
         self.layout = layout
         self.device = out[0].device if out else torch.device("cpu")

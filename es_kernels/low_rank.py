@@ -35,9 +35,12 @@ class FactorLayout:
     def __init__(self, key: int, matrices: Matrices, rank: int) -> None:
         self.key = key
         spans = list(_spans(matrices, rank))
-        ends = itertools.accumulate(-(-count // 8) for _, count, _, _ in spans)
-        self.table = np.array([(*span, end) for span, end in zip(spans, ends, strict=True)], FACTOR)
-        self.elements = _padded(spans[-1][0] + spans[-1][1]) if spans else 0
+        streams_of = [noise.stream_id(name) for name, _, _ in matrices for _ in range(2)]
+        domains = itertools.cycle((noise.DOMAIN_LEFT, noise.DOMAIN_RIGHT))
+        ends = itertools.accumulate(-(-count // 8) for _, count in spans)
+        factors = zip(spans, streams_of, domains, ends, strict=False)
+        self.table = np.array([(*span, stream, domain, end) for span, stream, domain, end in factors], FACTOR)
+        self.elements = _padded(sum(spans[-1])) if spans else 0
         self._on_device: dict[torch.device, torch.Tensor] = {}
 
     @classmethod
@@ -83,16 +86,16 @@ def views(
     flat: torch.Tensor, matrices: Matrices, rank: int, n_seeds: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> (L [N, m, rank], R [N, n, rank]) of the tensor that FactorLayout lays out."""
-    parts = [flat[n_seeds * at :][: n_seeds * n].view(n_seeds, -1, rank) for at, n, _, _ in _spans(matrices, rank)]
+    parts = [flat[n_seeds * at :][: n_seeds * n].view(n_seeds, -1, rank) for at, n in _spans(matrices, rank)]
     return {name: (parts[2 * i], parts[2 * i + 1]) for i, (name, _, _) in enumerate(matrices)}
 
 
-def _spans(matrices: Matrices, rank: int) -> Iterator[tuple[int, int, int, int]]:
-    """(offset, count, stream, domain) of each factor: with N seeds it has N * count elements from N * offset on."""
+def _spans(matrices: Matrices, rank: int) -> Iterator[tuple[int, int]]:
+    """(offset, count) of each factor: with N seeds it has N * count elements from N * offset on."""
     at = 0
-    for name, rows, cols in matrices:
-        for domain, n in ((noise.DOMAIN_LEFT, rows), (noise.DOMAIN_RIGHT, cols)):
-            yield at, n * rank, noise.stream_id(name), domain
+    for _, rows, cols in matrices:
+        for n in (rows, cols):
+            yield at, n * rank
             at = _padded(at + n * rank)
 
 

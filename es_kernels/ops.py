@@ -83,11 +83,13 @@ def _fingerprint(tensors: Sequence[torch.Tensor], layout: int) -> torch.Tensor:
 
 def _factors(seeds: torch.Tensor, dtype: torch.dtype, device: torch.device, layout: int) -> torch.Tensor:
     where = FactorLayout.find(layout)
-    if not seeds.is_cpu and seeds.device != device:
-        raise ValueError(f"seeds are on {seeds.device}, but the factors on {device}: move them there, or to the CPU")
-    out = torch.empty(where.elements * seeds.numel(), dtype=dtype, device=device)
+    out = torch.zeros(where.elements * seeds.numel(), dtype=dtype, device=device)  # some lie between the factors
+    if not seeds.is_cpu and seeds.device != out.device:
+        raise ValueError(
+            f"seeds are on {seeds.device}, but the factors on {out.device}: move them there, or to the CPU"
+        )
     if out.numel():
-        backends.choose(device).factors(where, out, seeds)
+        backends.choose(out.device).factors(where, out, seeds)
     return out
 
 
@@ -304,7 +306,7 @@ def factors(
 
     Raises:
         TypeError: A type or dtype is not supported.
-        ValueError: A number does not fit.
+        ValueError: A number does not fit, or the seeds are on another device.
         RuntimeError: No backend serves the device, or a launch failed.
     """
     seeds, noise_rank = _seeds(seeds, "seeds"), _rank(noise_rank, least=1)

@@ -112,11 +112,12 @@ def twin(bits):
 
 @pytest.fixture(scope="session")
 def pack_of():
-    """pack_of(*tensors, segments=None, base=(), anchor=()): the Pack of tensors that are named t0, t1, ..."""
+    """pack_of(*tensors, segments=None, base=(), anchor=(), matrices=False): the Pack of tensors that are named t0, t1,
+    ..."""
 
-    def pack(*tensors, segments=None, base=(), anchor=()):
+    def pack(*tensors, segments=None, base=(), anchor=(), matrices=False):
         names = tuple(f"t{i}" for i in range(len(tensors)))
-        return Layout.intern(names, None, segments).pack(tensors, base, anchor)
+        return Layout.intern(names, None, segments).pack(tensors, base, anchor, matrices)
 
     return pack
 

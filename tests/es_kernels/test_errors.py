@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import es_kernels
-from es_kernels import ParamTable, Segment, add_noise_, backends, fingerprint, native
+from es_kernels import ParamTable, Segment, add_noise_, backends, factors, fingerprint, native
 from es_kernels.backends import cpu as cpu_backend
 
 GOOD = "model.good"
@@ -315,6 +315,30 @@ def test_coefs_of_the_wrong_kind(refused, good, coefs):
     refused(TypeError, None, lambda: add_noise_(good, 1, coefs, name=GOOD), good)
 
 
+@pytest.mark.parametrize(
+    "rank, error",
+    ((-1, ValueError), (65, ValueError), (1 << 70, ValueError), (1.0, TypeError), ("1", TypeError)),
+    ids=repr,
+)
+def test_noise_rank(refused, good, rank, error):
+    matrix = good[:36].view(6, 6)
+    for named in (ParamTable({GOOD: matrix}), {GOOD: matrix}):
+        refused(error, "noise_rank is .*not", lambda named=named: add_noise_(named, 1, 1.0, noise_rank=rank), good)
+    with pytest.raises(error, match="noise_rank is .*not"):
+        factors({GOOD: (6, 6)}, 1, rank)
+
+
+def test_factors_that_cannot_be():
+    with pytest.raises(ValueError, match="noise_rank is 1 to 64, not 0"):
+        factors({GOOD: (6, 6)}, 1, 0)
+    with pytest.raises(ValueError, match=f"'{BAD}': -1 x 6"):
+        factors({GOOD: (6, 6), BAD: (-1, 6)}, 1, 1)
+    with pytest.raises(TypeError, match="float64"):
+        factors({GOOD: (6, 6)}, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="seeds: .*64 bits"):
+        factors({GOOD: (6, 6)}, 1 << 64, 1)
+
+
 def test_rounding_and_its_seed(refused, good):
     refused(
         ValueError, "needs a rounding_seed", lambda: add_noise_(good, 1, 1.0, name=GOOD, rounding="stochastic"), good
@@ -517,7 +541,7 @@ def test_abi_checks_segments(good, bits, field, value, words):
     )
     pack.segments[field][-1] = value
     with pytest.raises(RuntimeError, match=f"segment {len(pack.segments) - 1}: .*{words}"):
-        cpu_backend.add_noise_(pack, torch.ones(1, dtype=torch.int64), torch.ones(1), None, 0.0)
+        cpu_backend.add_noise_(pack, torch.ones(1, dtype=torch.int64), torch.ones(1), None, 0.0, 0)
     with pytest.raises(RuntimeError, match=words):
         cpu_backend.fingerprint(pack)
     assert torch.equal(bits(good), before)

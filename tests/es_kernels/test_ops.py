@@ -1,4 +1,4 @@
-"""Contract under test: the two ops are good citizens of torch.
+"""Contract under test: the ops are good citizens of torch.
 
 They pass torch.library.opcheck, compile without graph breaks to the same bits (bare tensor, dict, ParamTable; seeds and
 coefs as numbers and as tensors), bump `_version` of what they write and of nothing else, and accept inference tensors.
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import es_kernels
-from es_kernels import ParamTable, add_noise_, fingerprint
+from es_kernels import ParamTable, add_noise_, factors, fingerprint
 from es_kernels.layout import Layout
+from es_kernels.low_rank import FactorLayout
 
 SEEDS = [3, (1 << 63) + 5]
 STOCHASTIC = {"rounding": "stochastic", "rounding_seed": 9}
@@ -42,24 +43,14 @@ def op_inputs():
     key = Layout.intern(("a", "b")).key
     seeds, coefs, rounding = torch.tensor([3, -5]), torch.tensor([0.1, -0.2]), torch.tensor([7])
     none = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    yield "in_place", ([a, b], [], [], seeds, coefs, None, 0.0, key)
-    yield "stochastic", ([a, b], [], [], seeds, coefs, rounding, 0.0, key)
-    yield "base", ([a, b], [torch.randn(100), torch.randn(7, 9)], [], seeds, coefs, None, 0.0, key)
-    yield (
-        "anchor",
-        (
-            [a, b],
-            [torch.randn(100), torch.randn(7, 9)],
-            [torch.zeros(100), torch.zeros(7, 9)],
-            seeds,
-            coefs,
-            rounding,
-            0.1,
-            key,
-        ),
-    )
-    yield "restore", ([a, b], [torch.randn(100), torch.randn(7, 9)], [], *none, None, 0.0, key)
-    yield "empty", ([], [], [], seeds, coefs, None, 0.0, Layout.intern(()).key)
+    base, anchor = [torch.randn(100), torch.randn(7, 9)], [torch.zeros(100), torch.zeros(7, 9)]
+    yield "in_place", ([a, b], [], [], seeds, coefs, None, 0.0, key, 0)
+    yield "stochastic", ([a, b], [], [], seeds, coefs, rounding, 0.0, key, 0)
+    yield "base", ([a, b], base, [], seeds, coefs, None, 0.0, key, 0)
+    yield "anchor", ([a, b], base, anchor, seeds, coefs, rounding, 0.1, key, 0)
+    yield "restore", ([a, b], base, [], *none, None, 0.0, key, 0)
+    yield "empty", ([], [], [], seeds, coefs, None, 0.0, Layout.intern(()).key, 0)
+    yield "low_rank", ([a, b], base, anchor, seeds, coefs, rounding, 0.1, key, 3)
 
 
 @pytest.mark.parametrize("arguments", [a for _, a in op_inputs()], ids=[n for n, _ in op_inputs()])
@@ -73,12 +64,20 @@ def test_opcheck_fingerprint(n):
     torch.library.opcheck(torch.ops.es_kernels.fingerprint.default, (tensors, Layout.intern(("a", "b")[:n]).key))
 
 
+@pytest.mark.parametrize("matrices", ((), (("a", 7, 9), ("b", 1, 3))))
+def test_opcheck_factors(matrices):
+    key = FactorLayout.intern(matrices, 3).key
+    arguments = (torch.tensor([3, -5]), torch.bfloat16, torch.device("cpu"), key)
+    torch.library.opcheck(torch.ops.es_kernels.factors.default, arguments)
+
+
 def test_schema_says_what_is_written():
     schema = torch.ops.es_kernels.add_noise_.default._schema
     assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == [
         "out"
     ] and not schema.returns
-    assert not any(a.alias_info for a in torch.ops.es_kernels.fingerprint.default._schema.arguments)
+    for op in (torch.ops.es_kernels.fingerprint, torch.ops.es_kernels.factors):
+        assert not any(a.alias_info for a in op.default._schema.arguments)
 
 
 # ---- torch.compile ----
@@ -104,8 +103,18 @@ def test_compile_bare_tensor(bits, backend):
     def function(t):
         add_noise_(t, SEEDS, [0.1, -0.2], name="w")
         add_noise_(t, SEEDS[0], 0.1, name="w", **STOCHASTIC)
+        add_noise_(t, SEEDS[0], 0.1, name="w", noise_rank=2)
 
-    check(bits, function, torch.randn(100).bfloat16(), backend=backend)
+    check(bits, function, torch.randn(10, 10).bfloat16(), backend=backend)
+
+
+def test_compile_factors(bits):
+    def function(x):
+        left, right = factors({"w": (3, 7)}, SEEDS, 2, dtype=x.dtype)["w"]
+        return (x @ right) @ left.mT
+
+    x = torch.randn(2, 5, 7)
+    assert torch.equal(bits(compiled(function)(x)), bits(function(x)))
 
 
 def test_compile_stream_base_decay_anchor(bits):

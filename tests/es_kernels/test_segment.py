@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_kernels import Segment, noise, segment
+from es_kernels import Segment, low_rank, noise, segment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -37,16 +37,21 @@ def expected_elements(tensors):
 
 
 def check_units(pack):
-    """Units: enough of them for every row's noise blocks, and vector_path only where every unit is a whole aligned
-    block."""
+    """Units: enough of them for every row's noise blocks, or whole tiles of a rectangle of a matrix, which come first;
+    and vector_path only where every unit is a whole aligned block."""
     end, size = 0, (4, 2, 2)
     for s in pack.segments:
-        rows, cols, first, stride = (int(s[k]) for k in ("rows", "cols", "first", "index_stride"))
-        end += rows * int(s["units_per_row"])
+        rows, cols, first, stride, width = (int(s[k]) for k in ("rows", "cols", "first", "index_stride", "width"))
+        if width:
+            assert first % width + cols <= width and (rows == 1 or stride % width == 0)
+            assert s["units_per_row"] == -(-cols // 128) * 2048 and end % 2048 == 0
+            end += -(-rows // 128) * int(s["units_per_row"])
+        else:
+            end += rows * int(s["units_per_row"])
+            touched = [(first + r * stride + cols - 1 >> 3) - (first + r * stride >> 3) + 1 for r in range(rows)]
+            assert max(touched) <= s["units_per_row"] <= max(touched) + 1
         assert s["unit_end"] == end
-        touched = [(first + r * stride + cols - 1 >> 3) - (first + r * stride >> 3) + 1 for r in range(rows)]
-        assert max(touched) <= s["units_per_row"] <= max(touched) + 1
-        if rows == 1:
+        if rows == 1 and not width:
             assert (first >> 35) == (first + cols - 1 >> 35), "a block number crosses a multiple of 2^32"
             assert s["units_per_row"] == touched[0]
         whole = all((first + r * stride) % 8 == 0 for r in range(rows)) and cols % 8 == 0
@@ -59,17 +64,22 @@ def check_units(pack):
         assert bool(s["vector_path"]) == (whole and aligned)
 
 
-def test_struct_is_that_of_the_header():
+@pytest.mark.parametrize(
+    "struct, dtype, size",
+    (("Segment", segment.SEGMENT, 128), ("Factor", low_rank.FACTOR, 40)),
+    ids=("Segment", "Factor"),
+)
+def test_struct_is_that_of_the_header(struct, dtype, size):
     header = ROOT / "csrc" / "segments.h"
     if not header.exists():
         pytest.skip("csrc/ is not here")
-    body = re.search(r"struct Segment \{(.*?)\};", header.read_text(), re.S)[1]
+    body = re.search(rf"struct {struct} \{{(.*?)\}};", header.read_text(), re.S)[1]
     fields = []
     for kind, names in re.findall(r"^\s*(u?int(?:32|64)_t) ([^;]*);", body, re.M):
         fields += [(n.strip(), kind) for n in names.split(",")]
     kinds = {"uint64_t": "u8", "int64_t": "i8", "int32_t": "i4"}
-    assert [(n, np.dtype(kinds[k])) for n, k in fields] == [(n, segment.SEGMENT[n]) for n in segment.SEGMENT.names]
-    assert segment.SEGMENT.itemsize == 120
+    assert [(n, np.dtype(kinds[k])) for n, k in fields] == [(n, dtype[n]) for n in dtype.names]
+    assert dtype.itemsize == size
 
 
 @settings(max_examples=150, deadline=None)
@@ -95,8 +105,9 @@ def test_segments_cover_every_element_once(pack_of, data):
 
     dtypes = data.draw(st.lists(st.sampled_from(list(segment.DTYPES)), min_size=3, max_size=3))
     out, base, anchor = (view(d) for d in dtypes)
-    n_extra = data.draw(st.integers(0, 2))
-    pack = pack_of(out, base=[base] * (n_extra > 0), anchor=[anchor] * (n_extra > 1))
+    n_extra, matrices = data.draw(st.integers(0, 2)), data.draw(st.booleans())
+    pack = pack_of(out, base=[base] * (n_extra > 0), anchor=[anchor] * (n_extra > 1), matrices=matrices)
+    assert (pack.segments["width"] == (shape[1] if matrices and len(shape) == 2 else 0)).all()
     assert elements(pack) == expected_elements([out])
     if n_extra:
         assert elements(pack, "base") == expected_elements([base])
@@ -135,6 +146,32 @@ def test_explicit_segments(pack_of):
     check_units(pack)
 
 
+def test_a_run_of_a_matrix_is_the_end_of_a_row_whole_rows_and_a_beginning(pack_of):
+    def cut(n, width, first):
+        pack = pack_of(torch.zeros(n), segments=((Segment("x", 1, n, first=first, width=width),),), matrices=True)
+        check_units(pack)
+        return pack.segments[["rows", "cols", "first"]].tolist()
+
+    assert cut(40, 9, 4) == [(1, 5, 4), (3, 9, 9), (1, 8, 36)]
+    assert cut(40, 10, 20) == [(4, 10, 20)]
+    assert cut(3, 10, 4) == [(1, 3, 4)]
+    assert cut(8, 10, 4) == [(1, 6, 4), (1, 2, 10)]
+    assert cut(5, 1, 7) == [(5, 1, 7)]
+
+
+def test_matrices_come_first_and_all_else_is_as_ever(pack_of):
+    tensors = torch.zeros(11), torch.zeros(129, 3), torch.zeros(2, 3, 4), torch.zeros(1, 300)
+    pack = pack_of(*tensors, matrices=True)
+    assert pack.segments[["rows", "cols", "width", "unit_end"]].tolist() == [
+        (129, 3, 3, 2 * 2048),
+        (1, 300, 300, 5 * 2048),
+        (1, 8, 0, 5 * 2048 + 1),
+        (1, 3, 0, 5 * 2048 + 2),
+        (1, 24, 0, 5 * 2048 + 5),
+    ]
+    assert elements(pack) == elements(pack_of(*tensors)) == expected_elements(tensors)
+
+
 @pytest.mark.parametrize("first", ((1 << 35) - 9, (1 << 35) - 8, (3 << 35) - 1, (1 << 64) - 20))
 def test_rows_are_cut_where_the_block_number_crosses_2_to_the_32(pack_of, first):
     t = torch.zeros(20)
@@ -154,6 +191,18 @@ def test_segment_refuses_nonsense(pack_of):
             Segment("w", **bad)
     with pytest.raises(ValueError, match="'w'.*2\\^64"):
         Segment("w", 1, 10, first=(1 << 64) - 9)
+    for width, bad in (
+        (0, dict(rows=1, cols=1)),
+        (-8, dict(rows=1, cols=8)),
+        (8, dict(rows=2, cols=8, index_stride=12)),  # no multiple of the width
+        (8, dict(rows=2, cols=8, first=1, index_stride=16)),  # across the end of a row, but no run
+        (8, dict(rows=2, cols=9, index_stride=16)),
+        (8, dict(rows=2, cols=16, row_stride=20)),  # a run in the stream, but not in memory
+        (1 << 59, dict(rows=1, cols=8)),
+        (1, dict(rows=1, cols=8, first=1 << 58)),
+    ):
+        with pytest.raises(ValueError, match="'w'.*(width|rows and columns)"):
+            Segment("w", width=width, **bad)
     with pytest.raises(ValueError, match="'t0'.*past the 20 elements"):
         pack_of(torch.zeros(20), segments=((Segment("x", 2, 10, offset=1),),))
 
