@@ -10,6 +10,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -420,6 +421,42 @@ def test_streams_are_uncorrelated(bit):
 
 def test_seed_and_stream_are_not_interchangeable():
     assert_uncorrelated(stretch(1, 2), stretch(2, 1))
+
+
+@pytest.fixture(scope="module")
+def sides():
+    """sides(seed, name) -> n values each of its full noise and of a left and a right factor of rank 8."""
+
+    def draw(seed, name, n=N // 8):
+        with es_kernels.backend("cpu"):
+            pair = es_kernels.factors({name: (n // 8, n // 8)}, seed, 8)[name]
+        return [stretch(seed, name, 0, n), *(f.flatten().numpy().astype(np.float64) for f in pair)]
+
+    return draw
+
+
+def test_sides_are_uncorrelated(sides):
+    """L and R of one seed and stream, with each other and with full noise, and with those of other seeds and streams."""
+    drawn = [values for seed in (7, 7 ^ 1 << 63) for name in ("v", "w") for values in sides(seed, name)]
+    for a, b in itertools.combinations(drawn, 2):
+        assert_uncorrelated(a, b)
+    for values in drawn:
+        bound = 5 / np.sqrt(len(values))
+        assert abs(values.mean()) < bound and abs(values.var() - 1) < np.sqrt(2) * bound
+
+
+@pytest.mark.parametrize("rank", (1, 2, 8))
+def test_elements_of_low_rank_have_mean_0_and_variance_1(rank):
+    """Over seeds; two elements of a row or column are uncorrelated, though they share a factor. The variance of an
+    element's square is 8 for rank 1, 2 + 6 / rank in general."""
+    n = 4096
+    with es_kernels.backend("cpu"):
+        left, right = (f.double() for f in es_kernels.factors({"w": (4, 6)}, list(range(n)), rank)["w"])
+    drawn = ((left @ right.mT) / rank**0.5).flatten(1).numpy()
+    assert (np.abs(drawn.mean(0)) < 5 / np.sqrt(n)).all()
+    assert (np.abs((drawn**2).mean(0) - 1) < 5 * np.sqrt((2 + 6 / rank) / n)).all()
+    correlation = drawn.T @ drawn / n - np.diag((drawn**2).mean(0))
+    assert np.abs(correlation).max() < 5.5 * np.sqrt((1 + 2 / rank) / n)
 
 
 def test_neighbouring_indices_are_uncorrelated():
