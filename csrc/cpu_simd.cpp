@@ -29,15 +29,19 @@ typedef __m128d doubles;
 constexpr u64_half kEven = {0, 2}, kOdd = {1, 3};
 #endif
 
-ES_FN BlockId block_id(uint64_t block, uint64_t stream, uint32_t domain) {
+ES_FN BlockId block_id(philox_word blocks, uint64_t stream, uint32_t domain) {
   BlockId id;
   const u64_half zero{};
   const uint64_t top = (uint64_t)domain << 29;
-  id.low = {block + kEven, block + kOdd};
+  id.low = blocks;
   id.high = {(id.low.even >> 32) | top, (id.low.odd >> 32) | top};
   id.stream_low = {zero + (stream & 0xFFFFFFFF), zero + (stream & 0xFFFFFFFF)};
   id.stream_high = {zero + (stream >> 32), zero + (stream >> 32)};
   return id;
+}
+
+ES_FN BlockId block_id(uint64_t block, uint64_t stream, uint32_t domain) {
+  return block_id(philox_word{block + kEven, block + kOdd}, stream, domain);
 }
 
 // lane-major v[j][lane] -> memory order: value j of block n at 8 n + j.
@@ -106,6 +110,27 @@ ES_FN void store(void* p, int32_t dtype, const f32 v[8], const u32* r) {
   memcpy(p, h, sizeof h);
 }
 
+// The weights, decayed, and their rounding: the two ends of the contract's arithmetic.
+ES_FN void load_decayed(const Segment& s, const Operation& op, const char* base, const char* anchor, f32 b[8]) {
+  load(base, s.base_dtype, b);
+  if (op.decay != 0) {
+    f32 a[8] = {};
+    if (anchor) load(anchor, s.anchor_dtype, a);
+    decay_block(b, a, op.decay);
+  }
+}
+
+ES_FN void store_rounded(const Segment& s, const Operation& op, const BlockId& id, char* out, const f32 b[8]) {
+  if (op.rounding_keys && s.out_dtype != kF32) {
+    u32 r[8];
+    rounding_thresholds(id, *op.rounding_keys, r);
+    transpose(r);
+    store(out, s.out_dtype, b, r);
+  } else {
+    store(out, s.out_dtype, b, nullptr);
+  }
+}
+
 // The contract's arithmetic on 8 W elements in memory. The weights are loaded last, so that the noise has the
 // registers.
 ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block, char* out, const char* base,
@@ -125,22 +150,10 @@ ES_FN void add_noise_lanes(const Segment& s, const Operation& op, uint64_t block
     noise_block(id, op.keys[last], noise);
     transpose(noise);
   }
-  load(base, s.base_dtype, b);
-  if (op.decay != 0) {
-    f32 a[8] = {};
-    if (anchor) load(anchor, s.anchor_dtype, a);
-    decay_block(b, a, op.decay);
-  }
+  load_decayed(s, op, base, anchor, b);
   if (last > 0) add_block(b, acc);
   if (last >= 0) fma_block(op.coefs[last], noise, b);
-  if (op.rounding_keys && s.out_dtype != kF32) {
-    u32 r[8];
-    rounding_thresholds(id, *op.rounding_keys, r);
-    transpose(r);
-    store(out, s.out_dtype, b, r);
-  } else {
-    store(out, s.out_dtype, b, nullptr);
-  }
+  store_rounded(s, op, id, out, b);
 }
 
 // Calls whole(block, element) for runs of W whole blocks of a row, and part(block, element, from, to) where only the
@@ -166,17 +179,17 @@ ES_FN void for_each_run(const Segment& s, int64_t unit, int64_t unit_end, Whole 
   }
 }
 
-}  // namespace
-
-void ES_ISA::add_noise(const Segment& s, const Operation& op, int64_t unit, int64_t unit_end) {
+// Calls lanes(block, row, element, out, base, anchor) for every 8 W values of which some belong to the units.
+template <class Lanes>
+ES_FN void for_each_lanes(const Segment& s, int64_t unit, int64_t unit_end, Lanes lanes) {
   const int so = dtype_size(s.out_dtype), sb = dtype_size(s.base_dtype), sa = dtype_size(s.anchor_dtype);
   char* const out = (char*)s.out;
   const char *const base = (const char*)s.base, *const anchor = (const char*)s.anchor;
   for_each_run(
       s, unit, unit_end,
       [&](uint64_t block, int64_t row, int64_t c) {
-        add_noise_lanes(s, op, block, out + so * (row * s.out_stride + c), base + sb * (row * s.base_stride + c),
-                        anchor ? anchor + sa * (row * s.anchor_stride + c) : nullptr);
+        lanes(block, row, c, out + so * (row * s.out_stride + c), base + sb * (row * s.base_stride + c),
+              anchor ? anchor + sa * (row * s.anchor_stride + c) : nullptr);
       },
       [&](uint64_t block, int64_t row, int64_t c, int64_t from, int64_t to) {
         // The same lanes on a padded copy; only [from, to) is read and written.
@@ -184,9 +197,160 @@ void ES_ISA::add_noise(const Segment& s, const Operation& op, int64_t unit, int6
         const int64_t n = to - from;
         memcpy(b + sb * from, base + sb * (row * s.base_stride + c + from), sb * n);
         if (anchor) memcpy(a + sa * from, anchor + sa * (row * s.anchor_stride + c + from), sa * n);
-        add_noise_lanes(s, op, block, o, b, anchor ? a : nullptr);
+        lanes(block, row, c, o, b, anchor ? a : nullptr);
         memcpy(out + so * (row * s.out_stride + c + from), o + so * from, so * n);
       });
+}
+
+// ---- noise of low rank ----
+
+typedef LowRankScratch Scratch;
+
+ES_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// a in every lane; f32{} + a would lose the sign of -0.
+ES_FN f32 splat(float a) { return a - f32{}; }
+ES_FN f32 load_lanes(const float* p) {
+  f32 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// Draws the part of a factor that belongs to n rows (or columns) of the matrix, `step` apart from `first` on, and lays
+// it out by terms: to[q * stride + k] = scale * normal(index (first + k * step) * rank + q).
+void draw(const Segment& s, uint32_t domain, const RoundKeys<10>& keys, int rank, uint64_t first, uint64_t step,
+          int64_t n, float scale, float* drawn, float* to, int64_t stride) {
+  // Runs of consecutive indices: one of all rows, or one for each.
+  const int64_t runs = step == 1 ? 1 : n, rows = n / runs;
+  const int64_t head = runs == 1 ? first * rank & 7 : 7, blocks = (head + rows * rank + 7) >> 3;  // of a run
+  for (int64_t k = 0; k < runs * blocks; k += W) {
+    philox_word id;
+    if (runs == 1) {
+      const uint64_t block = (first * rank >> 3) + k;
+      id = {block + kEven, block + kOdd};
+    } else {
+      auto block = [&](int64_t k) { return ((first + k / blocks * step) * rank >> 3) + k % blocks; };
+      for (int lane = 0; lane < W / 2; lane++)
+        id.even[lane] = block(k + kEven[lane]), id.odd[lane] = block(k + kOdd[lane]);
+    }
+    f32 noise[8];
+    noise_block(block_id(id, s.stream, domain), keys, noise);
+    transpose(noise);
+    memcpy(drawn + 8 * k, noise, sizeof noise);
+  }
+  for (int64_t run = 0; run < runs; run++) {
+    const float* x = drawn + 8 * blocks * run + ((first + run * step) * rank & 7);
+    float* y = to + run * rows;
+    if (rank == 1)
+      for (int64_t k = 0; k < rows; k++) y[k] = scale * x[k];
+    else
+      for (int64_t k = 0; k < rows; k++)
+        for (int q = 0; q < rank; q++) y[q * stride + k] = scale * x[k * rank + q];
+  }
+}
+
+// sums += left * right, term by term.
+void add_terms(const float* left, const float* right, int64_t terms, int64_t rows, int64_t cols, float* sums) {
+  constexpr int kRows = W == 16 ? 2 : 1;  // as many as leave registers for the rest
+  for (int64_t c = 0; c < cols; c += 8 * W)
+    for (int64_t row = 0; row < rows; row += kRows) {
+      f32 x[kRows][8];
+      float* const at = sums + row * Scratch::kStride + c;
+      for (int i = 0; i < kRows; i++)
+        for (int j = 0; j < 8; j++) x[i][j] = load_lanes(at + i * Scratch::kStride + j * W);
+      for (int64_t t = 0; t < terms; t++) {
+        f32 l[kRows];
+        for (int i = 0; i < kRows; i++) l[i] = splat(left[t * kTile + row + i]);
+        for (int j = 0; j < 8; j++) {
+          const f32 r = load_lanes(right + t * Scratch::kStride + c + j * W);
+          for (int i = 0; i < kRows; i++) x[i][j] = fma(l[i], r, x[i][j]);
+        }
+      }
+      for (int i = 0; i < kRows; i++)
+        for (int j = 0; j < 8; j++) memcpy(at + i * Scratch::kStride + j * W, &x[i][j], sizeof x[i][j]);
+    }
+}
+
+// The contract's arithmetic on a segment of at most kTile rows and so many columns that a Scratch holds.
+void add_low_rank_rectangle(const Segment& s, const Operation& op, Scratch& mine) {
+  const int rank = op.rank;
+  const float scale = (float)(1 / __builtin_sqrt((double)rank));
+  const int64_t last = op.n_seeds - 1;
+  const int64_t stride = last > 0 ? Scratch::kStride : Scratch::kPerturbValues / rank / kTile * kTile + Scratch::kPad;
+  float *const right = mine.right + Scratch::kPad, *const sums = mine.sums + Scratch::kPad;
+  auto draw_seed = [&](int64_t i, int64_t term) {
+    const uint64_t width = s.width, row = s.first / width, col = s.first % width;
+    const uint64_t step = s.rows > 1 ? s.index_stride / width : 1;
+    draw(s, kLeft, op.keys[i], rank, row, step, s.rows, op.coefs[i] * scale, mine.drawn, mine.left + term * kTile,
+         kTile);
+    draw(s, kRight, op.keys[i], rank, col, 1, s.cols, 1, mine.drawn, right + term * stride, stride);
+  };
+  if (last > 0) {
+    memset(sums, 0, s.rows * Scratch::kStride * sizeof(float));
+    for (int64_t i = 0; i < last;) {
+      int64_t terms = 0;
+      do {
+        draw_seed(i++, terms);
+        terms += rank;
+      } while (i < last && terms + rank <= Scratch::kTerms);
+      add_terms(mine.left, right, terms, s.rows, s.cols, sums);
+    }
+  }
+  if (last >= 0) draw_seed(last, 0);
+  for_each_lanes(s, 0, s.rows * s.units_per_row,
+                 [&](uint64_t block, int64_t row, int64_t c, char* out, const char* base, const char* anchor) {
+                   f32 b[8];
+                   load_decayed(s, op, base, anchor, b);
+                   if (last > 0)
+                     for (int j = 0; j < 8; j++) b[j] = b[j] + load_lanes(sums + row * Scratch::kStride + c + j * W);
+                   for (int q = 0; last >= 0 && q < rank; q++) {
+                     const f32 l = splat(mine.left[q * kTile + row]);
+                     for (int j = 0; j < 8; j++) b[j] = fma(l, load_lanes(right + q * stride + c + j * W), b[j]);
+                   }
+                   store_rounded(s, op, block_id(block, s.stream, kNoise), out, b);
+                 });
+}
+
+}  // namespace
+
+void ES_ISA::add_noise(const Segment& s, const Operation& op, int64_t unit, int64_t unit_end) {
+  for_each_lanes(s, unit, unit_end,
+                 [&](uint64_t block, int64_t, int64_t, char* out, const char* base, const char* anchor) {
+                   add_noise_lanes(s, op, block, out, base, anchor);
+                 });
+}
+
+void ES_ISA::add_low_rank(const Segment& s, const Operation& op, int64_t unit, int64_t unit_end, Scratch& mine) {
+  const int64_t tiles_per_row = s.units_per_row / kTileUnits;
+  const int64_t most = op.n_seeds > 1 ? Scratch::kColumns / kTile : Scratch::kPerturbValues / op.rank / kTile;
+  for (int64_t tile = unit / kTileUnits, end = unit_end / kTileUnits, n; tile < end; tile += n) {
+    const int64_t row = tile / tiles_per_row * kTile, tile_col = tile % tiles_per_row, col = tile_col * kTile;
+    n = least(most, least(end - tile, tiles_per_row - tile_col));
+    Segment part = s;
+    part.rows = least(kTile, s.rows - row);
+    part.cols = least(n * kTile, s.cols - col);
+    part.first += row * s.index_stride + col;
+    part.out += dtype_size(s.out_dtype) * (row * s.out_stride + col);
+    part.base += dtype_size(s.base_dtype) * (row * s.base_stride + col);
+    if (s.anchor) part.anchor += dtype_size(s.anchor_dtype) * (row * s.anchor_stride + col);
+    part.units_per_row = (part.cols + 14) / 8;
+    add_low_rank_rectangle(part, op, mine);
+  }
+}
+
+void ES_ISA::factor(const Factor& f, const RoundKeys<10>* keys, int64_t n_seeds, int64_t unit, int64_t unit_end,
+                    void* out, int32_t dtype) {
+  const int size = dtype_size(dtype);
+  for (int64_t i = 0; i < n_seeds; i++)
+    for (int64_t u = unit; u < unit_end; u += W) {
+      f32 noise[8];
+      noise_block(block_id(u, f.stream, f.domain), keys[i], noise);
+      transpose(noise);
+      char values[32 * W];
+      store(values, dtype, noise, nullptr);
+      const int64_t n = least(8 * W, least(8 * (unit_end - u), f.count - 8 * u));
+      memcpy((char*)out + size * (n_seeds * f.offset + i * f.count + 8 * u), values, size * n);
+    }
 }
 
 uint64_t ES_ISA::fingerprint(const Segment& s, int64_t unit, int64_t unit_end) {

@@ -7,7 +7,7 @@ import functools
 import pathlib
 from collections.abc import Callable
 
-ABI = 2  # ES_ABI of csrc/es_kernels.h
+ABI = 3  # ES_ABI of csrc/es_kernels.h
 
 
 def path(name: str) -> pathlib.Path:

@@ -11,6 +11,8 @@ import torch
 
 from .. import native
 from ..layout import Pack
+from ..low_rank import FactorLayout
+from ..segment import DTYPES
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -37,7 +39,16 @@ def add_noise_(
     rounding = None if rounding_seed is None else rounding_seed.contiguous()
     status = _library().es_cpu_add_noise(
         pack.segments.ctypes.data, len(pack.segments), seeds.data_ptr(), coefs.data_ptr(), seeds.numel(), decay,
-        None if rounding is None else rounding.data_ptr(), torch.get_num_threads(), _isa(),
+        None if rounding is None else rounding.data_ptr(), noise_rank, torch.get_num_threads(), _isa(),
+    )  # fmt: skip
+    native.check(status, _library().es_cpu_error)
+
+
+def factors(layout: FactorLayout, out: torch.Tensor, seeds: torch.Tensor) -> None:
+    seeds = seeds.contiguous()
+    status = _library().es_cpu_factors(
+        layout.table.ctypes.data, len(layout.table), seeds.data_ptr(), seeds.numel(), out.data_ptr(), DTYPES[out.dtype],
+        torch.get_num_threads(), _isa(),
     )  # fmt: skip
     native.check(status, _library().es_cpu_error)
 
@@ -61,6 +72,8 @@ def _library() -> ctypes.CDLL:
     c = native.load("cpu")
     p, i64 = ctypes.c_void_p, ctypes.c_int64
     c.es_cpu_error.restype = c.es_cpu_isas.restype = ctypes.c_char_p
-    c.es_cpu_add_noise.argtypes = (p, i64, p, p, i64, ctypes.c_float, p, ctypes.c_int, ctypes.c_char_p)
-    c.es_cpu_fingerprint.argtypes = (p, i64, p, ctypes.c_int, ctypes.c_char_p)
+    i, text = ctypes.c_int, ctypes.c_char_p
+    c.es_cpu_add_noise.argtypes = (p, i64, p, p, i64, ctypes.c_float, p, i, i, text)
+    c.es_cpu_factors.argtypes = (p, i64, p, i64, p, i, i, text)
+    c.es_cpu_fingerprint.argtypes = (p, i64, p, i, text)
     return c
