@@ -436,7 +436,7 @@ def sides():
 
 
 def test_sides_are_uncorrelated(sides):
-    """L and R of one seed and stream, with each other and with full noise, and with those of other seeds and streams."""
+    """L and R, with each other, with full noise, and with those of another seed and another stream."""
     drawn = [values for seed in (7, 7 ^ 1 << 63) for name in ("v", "w") for values in sides(seed, name)]
     for a, b in itertools.combinations(drawn, 2):
         assert_uncorrelated(a, b)
