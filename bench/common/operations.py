@@ -23,12 +23,14 @@ class Operation(NamedTuple):
     base: str | None = None  # None: in place
     seeds: int = 1
     stochastic: bool = False
+    noise_rank: int = 0
 
     @property
     def label(self):
         seeds = f", {self.seeds} seeds" if self.what == "update" else ""
         where = "" if self.what == "fingerprint" else " in place" if self.base is None else f" <- {self.base}"
-        return f"{self.what} {self.out}{where}{seeds}{' stochastic' * self.stochastic}"
+        rank = f", rank {self.noise_rank}" if self.noise_rank else ""
+        return f"{self.what} {self.out}{where}{seeds}{' stochastic' * self.stochastic}{rank}"
 
     @property
     def kernel(self):
@@ -61,7 +63,7 @@ class Operation(NamedTuple):
             if rounding:
                 rounding["rounding_seed"] = torch.tensor(7, device=device)
         base = None if self.base is None else base
-        return lambda: add_noise_(out, seeds, coefs, base, **rounding)
+        return lambda: add_noise_(out, seeds, coefs, base, noise_rank=self.noise_rank, **rounding)
 
 
 def operations(dtype):
@@ -75,14 +77,14 @@ def operations(dtype):
 
 
 def right(operation, device, backend):
-    """The gate, on a small tensor: lengths that fill no block, an unaligned start, NaNs and infinities; against the
-    reference's bits."""
+    """The gate, on a small matrix: lengths that fill no block or tile, an unaligned start, NaNs and infinities; against
+    the reference's bits."""
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 65519.0, 3.3895e38])
-    values = torch.cat([torch.randn(10_000, generator=torch.Generator().manual_seed(0)), special])
+    values = torch.cat([torch.randn(10_003, generator=torch.Generator().manual_seed(0)), special]).view(110, 91)
     outcomes = []
     for name, where in ((backend, device), ("reference", "cpu")):
         out = values.to(where, DTYPES[operation.out], copy=True)
-        base = None if operation.base is None else values.flip(0).to(where, DTYPES[operation.base], copy=True)
+        base = None if operation.base is None else values.flip(0, 1).to(where, DTYPES[operation.base], copy=True)
         table = ParamTable({"all": out, "part": out.clone()[3:]})
         bases = None if base is None else ParamTable({"all": base, "part": base.clone()[3:]})
         with es_kernels.backend(name):
@@ -92,23 +94,24 @@ def right(operation, device, backend):
 
 
 def right_at_size(operation, out, base, device, backend):
-    """The gate, on the very tensors that are timed, flat ones named "w": their first, middle and last values, which
-    sizes past 2^31 would tell."""
+    """The gate, on the very tensors that are timed, contiguous ones named "w": their first, middle and last values,
+    which sizes past 2^31 would tell."""
     if operation.what == "fingerprint":
         return True
     n = out.numel()
     starts = sorted({0, max(0, n // 2 - _SLICE // 2), max(0, n - _SLICE)})
     parts = [slice(start, min(n, start + _SLICE)) for start in starts]
-    before = [out[part].cpu().clone() for part in parts]
+    values, width = out.view(-1), out.shape[1] if out.dim() == 2 else None
+    before = [values[part].cpu().clone() for part in parts]
     bases = None if base is None else ParamTable({"w": base})
     with es_kernels.backend(backend):
         operation.on(ParamTable({"w": out}), bases, device)()
     for part, expected in zip(parts, before, strict=True):
-        segment = [Segment("w", 1, len(expected), first=part.start)]
-        base_part = None if base is None else ParamTable([("part", base[part].cpu().clone(), segment)])
+        segment = [Segment("w", 1, len(expected), first=part.start, width=width)]
+        base_part = None if base is None else ParamTable([("part", base.view(-1)[part].cpu().clone(), segment)])
         with es_kernels.backend("reference"):
             operation.on(ParamTable([("part", expected, segment)]), base_part, "cpu")()
-        if not same_bits(out[part], expected):
+        if not same_bits(values[part], expected):
             return False
     return True
 
