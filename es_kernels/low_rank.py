@@ -86,7 +86,8 @@ def views(
     flat: torch.Tensor, matrices: Matrices, rank: int, n_seeds: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Name -> (L [N, m, rank], R [N, n, rank]) of the tensor that FactorLayout lays out."""
-    parts = [flat[n_seeds * at :][: n_seeds * n].view(n_seeds, -1, rank) for at, n in _spans(matrices, rank)]
+    spans = _spans(matrices, rank)
+    parts = [flat[n_seeds * at :][: n_seeds * n].view(n_seeds, n // rank, rank) for at, n in spans]
     return {name: (parts[2 * i], parts[2 * i + 1]) for i, (name, _, _) in enumerate(matrices)}
 
 
