@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ def named_segments(model: torch.nn.Module) -> Iterator[NamedTensor]:
     adapter_model.safetensors; for the weights under an adapter, the name in the base model's checkpoint.
 
     A parameter that the checkpoint holds as several tensors, as the fused experts of a mixture, or as a part of one,
-    comes with segments and its name in memory. Where the checkpoint's tensor is no view of it (permuted, interleaved)
-    it has only that name, with a UserWarning: its noise is not that of the checkpoint's tensor.
+    comes with segments and its name in memory. A segment of a matrix, a tensor of two dimensions in the checkpoint, has
+    its width. Where the checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, with a
+    UserWarning: its noise is not that of the checkpoint's tensor.
 
     Raises:
         UserError: The model cannot be tuned (refuse_untunable).
@@ -235,23 +236,24 @@ def _checkpoint_layout(
     except Exception as error:  # noqa: BLE001 - any of transformers' converters may raise anything
         return {}, list(sources), next(iter(str(error).splitlines()), type(error).__name__)
 
-    whole: dict[str, str] = {}
+    whole: dict[str, tuple[str, list[Segment] | None]] = {}
     parts: dict[str, list[Segment]] = {}
     covered = dict.fromkeys(sources, 0)
     for name, tensor in saved.items():
         owner = owners.get(_storage(tensor))
         if owner is not None and _same_order(tensor, sources[owner]):
-            whole[owner] = name
+            width = width_of(tensor.shape)
+            same = width == width_of(sources[owner].shape)  # a table takes it from the tensor in memory
+            whole[owner] = name, None if same else [Segment(name, 1, tensor.numel(), width=width)]
             covered[owner] += tensor.numel()
             continue
         for owner, offset, dims, first in _parts(tensor, owners, tracing.joined):
-            segments = _segments(name, offset, dims, first)
+            segments = _segments(name, offset, dims, first, width_of(tensor.shape))
             parts.setdefault(owner, []).extend(segments)
             covered[owner] += sum(s.rows * s.cols for s in segments)
     exact = {name for name, n in covered.items() if n == sources[name].numel()}
     stored: dict[str, tuple[str, list[Segment] | None]] = {
-        name: (whole[name], None) if name in whole else (name, parts[name])
-        for name in exact & (whole.keys() | parts.keys())
+        name: whole[name] if name in whole else (name, parts[name]) for name in exact & (whole.keys() | parts.keys())
     }
     return stored, [name for name in sources if name not in exact], ""
 
@@ -287,7 +289,12 @@ def _parts(tensor, owners, joined) -> Iterator[tuple]:
         first += piece.shape[dim] * index_strides[dim] if piece.ndim else 0
 
 
-def _segments(name, offset, dims, first) -> list[Segment]:
+def width_of(shape: Sequence[int]) -> int | None:
+    """What a Segment of a tensor of this shape in the checkpoint has as its width: the columns of a matrix."""
+    return (shape[1] or None) if len(shape) == 2 else None
+
+
+def _segments(name, offset, dims, first, width) -> list[Segment]:
     """The Segments of one part, without any if its columns are not contiguous."""
     merged: list[tuple[int, int, int]] = []  # innermost last
     for size, stride, index_stride in dims:
@@ -303,6 +310,10 @@ def _segments(name, offset, dims, first) -> list[Segment]:
         if strides != [1, 1]:
             return []
     rows, row_stride, index_stride = merged.pop() if merged else (1, cols, cols)
+    if width and rows > 1 and (index_stride % width or first % width + cols > width):
+        # Of several rows of the matrix each, or parts of two: one by one
+        merged.append((rows, row_stride, index_stride))
+        rows, row_stride, index_stride = 1, cols, cols
     if math.prod(size for size, *_ in merged) > MAX_SEGMENTS_PER_TENSOR:  # an interleave
         return []
     return [
@@ -314,6 +325,7 @@ def _segments(name, offset, dims, first) -> list[Segment]:
             row_stride,
             first + sum(i * stride for i, (*_, stride) in zip(outer, merged, strict=True)),
             index_stride,
+            width,
         )
         for outer in itertools.product(*(range(size) for size, *_ in merged))
     ]

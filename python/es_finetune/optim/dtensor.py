@@ -18,6 +18,7 @@ import torch
 
 import es_kernels
 from es_finetune.errors import UserError
+from es_finetune.models.checkpoint_names import width_of
 from es_kernels import NamedTensor, Segment
 from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
 
@@ -196,7 +197,7 @@ def local_entry(name: str, parameter: DTensor, segments: Sequence[Segment] | Non
             "contiguous before sharding it"
         )
     if segments is None:
-        segments = [Segment(name, 1, parameter.numel())]
+        segments = [Segment(name, 1, parameter.numel(), width=width_of(parameter.shape))]
     boxes = (
         list(itertools.islice(_boxes(runs, shape, parameter.shape), MAX_SEGMENTS_PER_TENSOR + 1))
         if shard.numel()
@@ -348,15 +349,13 @@ def _meeting(whole: Segment, box: Segment) -> Iterator[Segment]:
             )
             offset, next_offset = (box.offset + r * box.row_stride + c for r, c in in_box)
             first, next_first = (whole.first + r * whole.index_stride + c for r, c in in_whole)
-            yield Segment(
-                whole.name,
-                rows,
-                cols,
-                offset,
-                next_offset - offset if rows > 1 else None,
-                first,
-                next_first - first if rows > 1 else None,
-            )
+            steps = (next_offset - offset, next_first - first) if rows > 1 else (cols, cols)
+            if rows == 1 or _rows_fit(whole.width, first, cols, steps[1]):
+                yield Segment(whole.name, rows, cols, offset, steps[0], first, steps[1], whole.width)
+            else:
+                for r in range(rows):
+                    at, index = offset + r * steps[0], first + r * steps[1]
+                    yield Segment(whole.name, 1, cols, at, first=index, width=whole.width)
 
 
 def _in_rows(
@@ -385,11 +384,17 @@ def _merged(pieces: Iterable[Segment]) -> list[Segment]:
                 piece.offset - last.offset - (last.rows - 1) * last.row_stride,
                 piece.first - last.first - (last.rows - 1) * last.index_stride,
             )
-            if min(steps) >= piece.cols and (last.rows == 1 or steps == (last.row_stride, last.index_stride)):
-                merged[-1] = Segment(last.name, last.rows + 1, last.cols, last.offset, steps[0], last.first, steps[1])
+            equal = min(steps) >= piece.cols and (last.rows == 1 or steps == (last.row_stride, last.index_stride))
+            if equal and _rows_fit(last.width, last.first, last.cols, steps[1]):
+                merged[-1] = dataclasses.replace(last, rows=last.rows + 1, row_stride=steps[0], index_stride=steps[1])
                 continue
         merged.append(piece)
     return merged
+
+
+def _rows_fit(width: int | None, first: int, cols: int, index_stride: int) -> bool:
+    """Whether each row of a Segment lies in one row of its matrix, and all in the same columns."""
+    return width is None or (index_stride % width == 0 and first % width + cols <= width)
 
 
 def _groups(parameter: DTensor) -> tuple:

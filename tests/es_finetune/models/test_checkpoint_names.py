@@ -71,18 +71,40 @@ def test_a_model_read_from_files_has_their_names(build_model, tmp_path, kind):
     assert fingerprint(named_segments(model)) == fingerprint(files)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture
+def noise_on_the_files(bits, tmp_path):
+    """check(model, noise_rank): noise added in memory is that added to the files."""
+
+    def check(model, noise_rank):
+        files = saved(model, tmp_path / "before")
+        with torch.no_grad():
+            table = es_kernels.ParamTable(named_segments(model))
+            es_kernels.add_noise_(table, [11, 12], [0.01, -0.02], noise_rank=noise_rank)
+        es_kernels.add_noise_(files, [11, 12], [0.01, -0.02], noise_rank=noise_rank)
+        after = saved(model, tmp_path / "after")
+        assert after.keys() == files.keys()
+        for name, tensor in after.items():
+            assert torch.equal(bits(tensor), bits(files[name])), name
+
+    return check
+
+
+@pytest.mark.parametrize("dtype, noise_rank", [(torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_noise_in_memory_is_noise_on_the_files(build_model, bits, tmp_path, kind, dtype):
-    model = build_model(kind).to(dtype)
-    files = saved(model, tmp_path / "before")
-    with torch.no_grad():
-        es_kernels.add_noise_(es_kernels.ParamTable(named_segments(model)), [11, 12], [0.01, -0.02])
-    es_kernels.add_noise_(files, [11, 12], [0.01, -0.02])
-    after = saved(model, tmp_path / "after")
-    assert after.keys() == files.keys()
-    for name, tensor in after.items():
-        assert torch.equal(bits(tensor), bits(files[name])), name
+def test_noise_in_memory_is_noise_on_the_files(build_model, noise_on_the_files, kind, dtype, noise_rank):
+    noise_on_the_files(build_model(kind).to(dtype), noise_rank)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "lora"])
+def test_every_matrix_of_the_checkpoint_has_its_width(build_model, noise_on_the_files, kind):
+    model = build_model(kind)
+    if kind == "mixtral":
+        noise_on_the_files(model, 3)
+    table = es_kernels.ParamTable(named_segments(model))
+    pack = table.pack(matrices=True)
+    assert sum(p.numel() for p in model.parameters() if p.ndim == 1) == sum(
+        int(s["rows"] * s["cols"]) for s in pack.segments if not s["width"]
+    )
 
 
 def test_experts_are_one_segment_per_file_tensor(tiny_mixtral):
@@ -92,7 +114,9 @@ def test_experts_are_one_segment_per_file_tensor(tiny_mixtral):
     fused = segments["model.layers.1.mlp.experts.gate_up_proj"]
     assert len(fused) == 4 * 2
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
-    assert [s for s in fused if s.name == name] == [es_kernels.Segment(name, 1, 24 * 16, offset=(2 * 2 + 1) * 24 * 16)]
+    assert [s for s in fused if s.name == name] == [
+        es_kernels.Segment(name, 1, 24 * 16, offset=(2 * 2 + 1) * 24 * 16, width=16)
+    ]
 
 
 @pytest.mark.parametrize("wrap", ["compile", "parallel", "both", "part", "checkpointed", "checkpointed part"])
@@ -187,7 +211,8 @@ def conversions(*operations):
     return [loading.WeightConverter(source, target, [getattr(loading, name)(**options) for name, options in names])]
 
 
-def test_parts_of_a_joined_tensor(build_model, tmp_path):
+@pytest.mark.parametrize("noise_rank", [0, 1, 3])
+def test_parts_of_a_joined_tensor(build_model, noise_on_the_files, tmp_path, noise_rank):
     model = build_model("llama")
     model._weight_conversions = conversions(
         "self_attn.qkv.weight", [f"self_attn.{n}_proj.weight" for n in "qkv"], ("Split", {"dim": 0})
@@ -197,6 +222,39 @@ def test_parts_of_a_joined_tensor(build_model, tmp_path):
         "model.layers.0.mlp.gate_up.weight"
     ].shape == (24, 32)
     assert fingerprint(named_segments(model)) == fingerprint(files)
+    noise_on_the_files(model, noise_rank)
+
+
+@pytest.mark.parametrize("noise_rank", [0, 1, 3])
+@pytest.mark.parametrize("columns", [8, 16])
+def test_parts_of_a_joined_tensor_of_another_shape(build_model, noise_on_the_files, columns, noise_rank):
+    """In 8 columns a row of gate_proj or up_proj is two rows of the joined tensor."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+
+    class JoinedInFiles(loading.ConversionOps):
+        def convert(self, input_dict, *args, **kwargs):
+            parts = [part[0] if isinstance(part, list) else part for part in input_dict.values()]
+            return {"mlp.gate_up.weight": torch.cat(parts, dim=1).reshape(-1, columns)}
+
+        @property
+        def reverse_op(self):
+            return self
+
+    model = build_model("llama")
+    names = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    model._weight_conversions = [loading.WeightConverter("mlp.gate_up.weight", names, [JoinedInFiles()])]
+    noise_on_the_files(model, noise_rank)
+
+
+@pytest.mark.parametrize("noise_rank", [0, 1])
+def test_a_matrix_in_memory_that_is_none_in_the_files(build_model, noise_on_the_files, tmp_path, noise_rank):
+    model = build_model("llama")
+    kernel = {"in_channels": 2, "kernel_size": (2, 2, 2)}
+    model._weight_conversions = conversions("mlp.conv.weight", ["mlp.up_proj.weight"], ("Conv3dToLinear", kernel))
+    files = saved(model, tmp_path)
+    assert files["model.layers.0.mlp.conv.weight"].shape == (24, 2, 2, 2, 2)
+    assert checkpoint_names(list(named_segments(model))) == files.keys()
+    noise_on_the_files(model, noise_rank)
 
 
 @pytest.mark.parametrize("operation", [("Interleave", {"dim": 0}), ("Transpose", {"dim0": 0, "dim1": 1})])

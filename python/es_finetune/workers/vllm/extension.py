@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from vllm.platforms import current_platform
 import es_kernels
 from es_finetune.config import TrainConfig
 from es_finetune.errors import UserError
+from es_finetune.models.checkpoint_names import width_of
 from es_finetune.runs.setup import make_optimizer, make_schedules
 from es_finetune.workers.weights import Weights
 
@@ -57,8 +58,8 @@ class Part(NamedTuple):
         """As rows and columns."""
         return (math.prod(self.tensor.shape[:-1]), self.tensor.shape[-1])
 
-    @property
-    def segment(self) -> es_kernels.Segment:
+    def segment(self, shape: Sequence[int]) -> es_kernels.Segment:
+        """`shape`: of the checkpoint's tensor."""
         rows, cols = self.shape
         return es_kernels.Segment(
             self.name,
@@ -67,6 +68,7 @@ class Part(NamedTuple):
             row_stride=self.tensor.stride(0) if self.tensor.ndim > 1 else cols,
             first=self.first,
             index_stride=self.index_stride,
+            width=width_of(shape),
         )
 
 
@@ -226,7 +228,7 @@ def _entry(part: Part, shape: list[int]) -> es_kernels.NamedTensor:
     tensor = part.tensor.detach().requires_grad_()
     if part.first == 0 and list(tensor.shape) == shape:
         return es_kernels.NamedTensor(part.name, tensor)
-    return es_kernels.NamedTensor(part.name, tensor, [part.segment])
+    return es_kernels.NamedTensor(part.name, tensor, [part.segment(shape)])
 
 
 class _Sharded(Weights):
