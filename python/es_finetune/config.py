@@ -23,6 +23,7 @@ from es_finetune.optim.options import (
     f32_positive,
     finite,
     is_bool,
+    noise_rank_of,
     seed64,
     whole,
 )
@@ -38,6 +39,7 @@ MAX_THREADS = 1024  # torch still runs with 4096 of them on 2 cores; with 100,00
 # Of a custom task that has more: 30 members give 3,840 answers a generation, however long the file is
 CUSTOM_PROMPTS = 128
 
+NOISE_RANK = "rank of the noise of each matrix, 1 to 64; 0: full noise"
 SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
@@ -192,6 +194,7 @@ class TrainConfig(Setup):
         choices=SHAPINGS,
     )
     antithetic: bool = _flag("noise and update", "members in pairs of opposite noise", False)
+    noise_rank: int = _flag("noise and update", NOISE_RANK, 0)
     momentum: float = _flag(
         "noise and update", "of past updates, 0 <= momentum < 1; kept as seeds and coefficients, not as a tensor", 0.0
     )
@@ -310,7 +313,7 @@ class TrainConfig(Setup):
             raise UserError("lr must be a positive number, not 0: with it no generation would change the weights")
         own_sigmas(self)
         options = optimizer_options(self)
-        check_group(**{name: options.pop(name) for name in ("sigma", "lr", "weight_decay")})
+        check_group(**{name: options.pop(name) for name in ("sigma", "lr", "weight_decay", "noise_rank")})
         del options["anchored"]
         check_options(**options)
         if self.resume and self.overwrite:
@@ -367,6 +370,7 @@ class CalibrateConfig(Setup):
     prompts: int | None = _flag(
         "task", "training prompts, the same for all members; 0: all; 64, or all if fewer, if not given"
     )
+    noise_rank: int = _flag("noise and update", NOISE_RANK, 0)
     seed: int = _flag("noise and update", "of noise and prompts", 0)
 
     def __post_init__(self):
@@ -374,6 +378,7 @@ class CalibrateConfig(Setup):
         self.fill()
         self.prompts = asked
         seed64("seed", self.seed)
+        noise_rank_of(self.noise_rank)
         at_least(self, members=4)
         at_most(self, members=COUNT)
         if self.members % 2:
@@ -513,8 +518,8 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:
     """The keyword arguments of EvolutionStrategy that a config holds."""
     names = (
-        "sigma lr weight_decay anchored population seed antithetic shaping momentum momentum_window perturb_rounding "
-        "update_rounding"
+        "sigma lr weight_decay anchored noise_rank population seed antithetic shaping momentum momentum_window "
+        "perturb_rounding update_rounding"
     ).split()
     return {
         "master": None if config.master == "none" else config.master,

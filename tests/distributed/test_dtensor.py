@@ -89,8 +89,8 @@ def pieces(index, mesh, placements, coordinate):
 
 
 def fused(shape):
-    """The whole as three checkpoint tensors: rows of a column block, its other columns in two parts that end within a
-    row."""
+    """The whole as three checkpoint tensors, of one dimension or of two: rows of a column block, its other columns in
+    two parts that end within a row."""
     n, width = torch.Size(shape).numel(), max(shape[-1], 1)
     rows, left = n // width, width // 3
     if left == 0:
@@ -98,20 +98,29 @@ def fused(shape):
     right, top = width - left, rows // 2
     return [
         Segment("a", rows, left, 0, width, 7, left),
-        Segment("b", top, right, left, width, 0, right),
-        Segment("c", rows - top, right, left + top * width, width, 100, right + 1),
+        Segment("b", top, right, left, width, 0, right, right),
+        Segment("c", rows - top, right, left + top * width, width, 10 * right + 11, right + 1, right + 1),
     ]
 
 
+def one_matrix(shape):
+    """The whole as a checkpoint's matrix, whatever dimensions it has in memory."""
+    return [Segment("m", 1, torch.Size(shape).numel(), width=shape[-1] or None)]
+
+
 def places(segments, size):
-    """(name, index) of each of the `size` elements of memory."""
+    """(name, index, width) of each of the `size` elements of memory."""
     found = [None] * size
     for s in segments:
         for row, col in itertools.product(range(s.rows), range(s.cols)):
             at = s.offset + row * s.row_stride + col
             assert found[at] is None
-            found[at] = s.name, s.first + row * s.index_stride + col
+            found[at] = s.name, s.first + row * s.index_stride + col, s.width
     return found
+
+
+def width_of(shape):
+    return shape[1] if len(shape) == 2 else None
 
 
 @pytest.fixture
@@ -153,11 +162,12 @@ def test_a_shard_is_its_place(as_rank, mesh, placements):
             parameter = dtensor(index.float(), device_mesh, placements, shape)
             name, local, segments = local_entry("w", parameter)
             assert local.data_ptr() == parameter.to_local().data_ptr()
-            assert places(segments, local.numel()) == [("w", i) for i in index.flatten().tolist()]
+            assert places(segments, local.numel()) == [("w", i, width_of(shape)) for i in index.flatten().tolist()]
             held[shape] += torch.bincount(index.flatten(), minlength=whole.numel())
-            source = places(fused(shape), whole.numel())
-            _, _, segments = local_entry("w", parameter, fused(shape))
-            assert places(segments, local.numel()) == [source[i] for i in index.flatten().tolist()]
+            for parts in (fused(shape), one_matrix(shape)):
+                source = places(parts, whole.numel())
+                _, _, segments = local_entry("w", parameter, parts)
+                assert places(segments, local.numel()) == [source[i] for i in index.flatten().tolist()]
     copies = torch.Size(n for n, p in zip(mesh, placements, strict=True) if p == R).numel()
     assert all(
         (count == copies).all()
@@ -175,7 +185,7 @@ def test_an_explicit_shard_order_is_followed(as_rank):
         _, _, segments = local_entry(
             "w", dtensor(index.float(), as_rank(rank, (4, 2)), [S0, S0], (9,), shard_order=order)
         )
-        assert [place for _, place in places(segments, len(index))] == index.tolist()
+        assert [place for _, place, _ in places(segments, len(index))] == index.tolist()
 
 
 def test_many_rows_are_few_segments(as_rank):
@@ -188,9 +198,9 @@ def test_many_rows_are_few_segments(as_rank):
     ):
         parameter = dtensor(pieces(torch.empty(shape), (2, 2), placements, (1, 1)), mesh, placements, shape)
         assert len(local_entry("w", parameter)[2]) == 1
-    qkv = [Segment(name, 512, 16, 16 * i, 64, 0, 16) for i, name in enumerate("qkv")]
+    qkv = [Segment(name, 512, 16, 16 * i, 64, 0, 16, 16) for i, name in enumerate("qkv")]
     parameter = dtensor(torch.empty(256, 32), mesh, [S0, S1], (512, 64))
-    assert local_entry("qkv", parameter, qkv)[2] == [Segment("v", 256, 16, 0, 32, 256 * 16, 16)]
+    assert local_entry("qkv", parameter, qkv)[2] == [Segment("v", 256, 16, 0, 32, 256 * 16, 16, 16)]
 
 
 def test_a_sharded_model_has_the_segments_of_its_checkpoint(as_rank):
@@ -215,7 +225,9 @@ def test_a_sharded_model_has_the_segments_of_its_checkpoint(as_rank):
     for (name, _, segments), (name_here, parameter, segments_here) in zip(whole, named_segments(model), strict=True):
         assert (name, segments) == (name_here, segments_here)
         index = pieces(torch.arange(parameter.numel()).view(parameter.shape), (2,), [S0], (1,)).flatten().tolist()
-        source = places(segments, parameter.numel()) if segments else [(name, i) for i in range(parameter.numel())]
+        source = places(
+            segments or [Segment(name, 1, parameter.numel(), width=width_of(parameter.shape))], parameter.numel()
+        )
         _, local, found = local_entry(name_here, parameter, segments_here)
         assert places(found, local.numel()) == [source[i] for i in index]
     EvolutionStrategy(named_segments(model))
@@ -286,6 +298,7 @@ OPTIONS = {
     "weight_decay": 0.5,
     "anchored": True,
 }
+RANKS = (0, 1, 3)  # of the noise
 MASTERS = ("fp32", "copy", "host", None)
 
 
@@ -339,9 +352,12 @@ def same_history(left, right):
         same(a, b)
 
 
-def unsharded(master="fp32"):
-    parameters = {name: nn.Parameter(t) for name, t in weights().items()}
-    return history(EvolutionStrategy(parameters.items(), master=master, **OPTIONS), parameters.items())
+def history_of(parameters, **options):
+    return history(EvolutionStrategy(parameters.items(), **OPTIONS, **options), parameters.items())
+
+
+def unsharded(**options):
+    return history_of({name: nn.Parameter(t) for name, t in weights().items()}, **options)
 
 
 def sharded(mesh, placements):
@@ -357,10 +373,11 @@ def check_layouts(world):
         2: [((2,), [S0]), ((2,), [S1]), ((2,), [S2]), ((2,), [R]), ((1, 2), [S0, S0]), ((2, 1), [S1, R])],
         4: [((4,), [S0]), ((4,), [S1])] + [((2, 2), [a, b]) for a in (S0, S1, R) for b in (S0, S1, R)],
     }[world]
-    expected = unsharded()
-    for shape, placements in layouts:
-        parameters = sharded(init_device_mesh("cpu", shape), placements)
-        same_history(history(EvolutionStrategy(parameters.items(), **OPTIONS), parameters.items()), expected)
+    for rank in RANKS:
+        expected = unsharded(noise_rank=rank)
+        for shape, placements in layouts:
+            parameters = sharded(init_device_mesh("cpu", shape), placements)
+            same_history(history_of(parameters, noise_rank=rank), expected)
 
 
 def check_strided(world):
@@ -368,36 +385,36 @@ def check_strided(world):
     uneven sizes. And alone."""
     if world == 1:
         return
-    parameters = sharded(init_device_mesh("cpu", (world,)), [_StridedShard(0, split_factor=3)])
-    same_history(history(EvolutionStrategy(parameters.items(), **OPTIONS), parameters.items()), unsharded())
+    for rank in RANKS:
+        parameters = sharded(init_device_mesh("cpu", (world,)), [_StridedShard(0, split_factor=3)])
+        same_history(history_of(parameters, noise_rank=rank), unsharded(noise_rank=rank))
     shape = (2, world // 2)
     mesh = init_device_mesh("cpu", shape)
     placements = [_StridedShard(0, split_factor=shape[1]) if shape[1] > 1 else S0, S0]
-    parameters = {
-        name: nn.Parameter(dtensor(pieces(t, shape, placements, mesh.get_coordinate()), mesh, placements, t.shape))
-        for name, t in weights().items()
-    }
-    same_history(history(EvolutionStrategy(parameters.items(), **OPTIONS), parameters.items()), unsharded())
+    for rank in RANKS:
+        parameters = {
+            name: nn.Parameter(dtensor(pieces(t, shape, placements, mesh.get_coordinate()), mesh, placements, t.shape))
+            for name, t in weights().items()
+        }
+        same_history(history_of(parameters, noise_rank=rank), unsharded(noise_rank=rank))
 
 
 def check_masters(world):
     for master in MASTERS[1:]:
+        options = {"master": master, "noise_rank": int(master is None)}
         parameters = sharded(init_device_mesh("cpu", (world,)), [S0 if master == "copy" else S1])
-        same_history(
-            history(EvolutionStrategy(parameters.items(), master=master, **OPTIONS), parameters.items()),
-            unsharded(master),
-        )
+        same_history(history_of(parameters, **options), unsharded(**options))
 
 
 def check_parts_and_groups(world):
-    """Parameters that are no DTensors beside others that are, a fused one, and two groups."""
+    """Parameters that are no DTensors beside others that are, a fused one, and two groups of other ranks."""
     mesh = init_device_mesh("cpu", (world,))
 
     def groups(parameters):
-        segments = [Segment("q", 2, 8), Segment("v", 3, 8, offset=16)]
+        segments = [Segment("q", 2, 8, width=8), Segment("v", 3, 8, offset=16, width=8)]
         first = [("rows", parameters["rows"], segments), ("columns", parameters["columns"])]
         return [
-            {"params": first, "sigma": 0.1},
+            {"params": first, "sigma": 0.1, "noise_rank": 2},
             {"params": [(name, parameters[name]) for name in ("cube", "vector", "one")]},
         ]
 
@@ -429,8 +446,9 @@ def check_fsdp(world):
 
     tokens = torch.arange(5)
     plain, expected = Tiny(), []
+    options = {**OPTIONS, "noise_rank": 1}
     expected_history = history(
-        EvolutionStrategy(named_segments(plain), **OPTIONS),
+        EvolutionStrategy(named_segments(plain), **options),
         plain.named_parameters(),
         lambda: expected.append(plain(tokens)),
     )
@@ -441,7 +459,7 @@ def check_fsdp(world):
         fully_shard(model, reshard_after_forward=reshard)
         named = list(model.named_parameters())
         assert all(isinstance(p, DTensor) for _, p in named)
-        opt = EvolutionStrategy(named_segments(model), **OPTIONS)
+        opt = EvolutionStrategy(named_segments(model), **options)
         same_history(history(opt, named, lambda: found.append(model(tokens))), expected_history)  # noqa: B023
         same(dict(enumerate(found)), dict(enumerate(expected)))
         same({"": model(tokens)}, {"": plain(tokens)})
@@ -459,18 +477,18 @@ def check_tensor_parallel(world):
 
     # Not tied: parallelize_module would part the two.
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "embed": RowwiseParallel(input_layouts=Replicate())}
-    for hidden in (8, 9):
+    for hidden, rank in ((8, 1), (9, 0), (9, 3)):
         plain = Tiny(hidden, tied=False)
-        expected = history(EvolutionStrategy(plain.named_parameters(), **OPTIONS), plain.named_parameters())
+        expected = history_of(dict(plain.named_parameters()), noise_rank=rank)
         model = parallelize_module(Tiny(hidden, tied=False), init_device_mesh("cpu", (world,)), plan)
         named = dict(model.named_parameters())
-        same_history(history(EvolutionStrategy(named.items(), **OPTIONS), named.items()), expected)
+        same_history(history_of(named, noise_rank=rank), expected)
         if world == 4:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
             model = fully_shard(parallelize_module(Tiny(hidden, tied=False), mesh["tp"], plan), mesh=mesh["dp"])
             named = dict(model.named_parameters())
             assert any(isinstance(p, _StridedShard) for p in named["up.weight"].placements)
-            same_history(history(EvolutionStrategy(named.items(), **OPTIONS), named.items()), expected)
+            same_history(history_of(named, noise_rank=rank), expected)
 
 
 def check_state(world):

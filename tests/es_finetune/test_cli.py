@@ -60,6 +60,7 @@ def train(output, *flags):
         (["--device", "cuda:7"], "sees no GPU"),
         (["--freeze", "*nothing*"], "'*nothing*' fits no parameter"),
         (["--freeze", "*"], "leave no parameter"),
+        (["--noise_rank", "65"], "noise_rank must be at most 64"),
         (["--sigma_for", "*norm*"], "PATTERN=SIGMA"),
         (["--sigma_for", "*norm*=0"], "PATTERN=SIGMA"),
         (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
@@ -373,14 +374,14 @@ def ended(arguments):
 SETUP = """attn_implementation batch_size config data debug decoding device dtype lora_rank max_new_tokens model
 pad_token quiet reward task test_data threads time_limit"""
 TRAIN = """anchored antithetic engine eval_every eval_items final_scale freeze generations health_every lr lr_schedule
-master momentum momentum_window no_save_model on_reward_error on_straggler output overwrite perturb_rounding
+master momentum momentum_window no_save_model noise_rank on_reward_error on_straggler output overwrite perturb_rounding
 population prompts
 ray_workers report_to resume save_model seed shaping sigma sigma_for sigma_schedule snapshot_every straggler_limit
 tensor_parallel tune update_rounding weight_decay workers"""
 FLAGS = {
     "train": f"{SETUP} {TRAIN}",
     "eval": SETUP.replace("config ", "") + " generation items kl kl_model output run samples seed split",
-    "calibrate": f"{SETUP} members prompts seed sigmas",
+    "calibrate": f"{SETUP} members noise_rank prompts seed sigmas",
     "replay": "debug device generation model quiet",
     "export": "debug device generation merge_lora model output overwrite quiet",
     "report": "debug quiet",

@@ -10,7 +10,7 @@ from es_finetune.errors import UserError
 
 # What decides the log of a run: with any of these changed, it would be another run.
 DECIDED = """task max_new_tokens dtype lora_rank pad_token generations population sigma lr sigma_schedule lr_schedule
-final_scale shaping antithetic momentum momentum_window weight_decay anchored master perturb_rounding
+final_scale shaping antithetic noise_rank momentum momentum_window weight_decay anchored master perturb_rounding
 update_rounding tune freeze sigma_for prompts seed""".split()
 
 

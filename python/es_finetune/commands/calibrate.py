@@ -65,7 +65,12 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     )
     # theta is never updated, so a copy in storage precision is exact.
     optimizer = EvolutionStrategy(
-        named_segments(model), population=config.members, seed=config.seed, antithetic=True, master="copy"
+        named_segments(model),
+        noise_rank=config.noise_rank,
+        population=config.members,
+        seed=config.seed,
+        antithetic=True,
+        master="copy",
     )
     health = Health(optimizer)
 

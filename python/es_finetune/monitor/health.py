@@ -1,7 +1,8 @@
 """How a run is doing: how much of the noise and of the step reaches the weights, and how far they have moved.
 
 Weights in bf16 swallow what is smaller than half of their last digit. How much that is depends on the tensor, so it is
-measured on a sample of each: a contiguous chunk at a place that its name decides.
+measured on a sample of each: a contiguous chunk at a place that its name decides, or, where the noise is of low rank, a
+block of its rows and columns: the elements of a row share a factor, so that a row says little of the others.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class _Chunk(NamedTuple):
             return tensor.as_strided(
                 (part.rows, part.cols), (part.row_stride, 1), tensor.storage_offset() + part.offset
             )
+        if part.rows > 1:
+            top, left = divmod(part.first, tensor.shape[1])
+            return tensor[top : top + part.rows, left : left + part.cols]
         if tensor.is_contiguous():
             return tensor.view(-1)[part.first : part.first + part.cols]
         *row, first = np.unravel_index(part.first, tensor.shape)
@@ -67,7 +71,7 @@ class Health:
             for number, (name, tensor, segments) in enumerate(
                 zip(tables.live.names, tables.live.tensors, tables.live.layout.segments, strict=True)
             )
-            for chunk in _sample(name, tensor, segments, samples)
+            for chunk in _sample(name, tensor, segments, samples, optimizer.param_groups[group]["noise_rank"] > 0)
         ]
         # Those of one size make one matrix, to be summed in one go
         self.chunks = sorted(chunks, key=lambda chunk: chunk.size)
@@ -102,16 +106,16 @@ class Health:
         live = self._read("live")
         if self.optimizer.master is None:
             self._scratch.copy_(live)
-            for table, (seed, coef) in zip(self._tables, inside, strict=True):
-                es_kernels.add_noise_(table, [seed], [-coef])
+            for table, noise in zip(self._tables, inside, strict=True):
+                es_kernels.add_noise_(table, [noise.seed], [-noise.coef], noise_rank=noise.noise_rank)
         else:
             self._scratch.copy_(self._read("theta"))
         for chunk, view in zip(self.chunks, self._views(self._scratch), strict=True):
             view.copy_(view.to(chunk.of(self.optimizer.tables[chunk.group].live).dtype))
         live -= self._scratch
         self._scratch.zero_()
-        for table, (seed, coef) in zip(self._tables, inside, strict=True):
-            es_kernels.add_noise_(table, [seed], [coef])
+        for table, noise in zip(self._tables, inside, strict=True):
+            es_kernels.add_noise_(table, [noise.seed], [noise.coef], noise_rank=noise.noise_rank)
         n, sx, sy, xx, yy, xy = self._by_name(self._sums(live, self._scratch))
         large = n >= _LEAST
         if not large.any():
@@ -155,7 +159,12 @@ class Health:
         for table, step, anchor in zip(self._tables, steps, anchors, strict=True):
             if step.seeds:
                 es_kernels.add_noise_(
-                    table, step.seeds, step.coefs, decay=step.decay, anchor=anchor if step.decay else None
+                    table,
+                    step.seeds,
+                    step.coefs,
+                    decay=step.decay,
+                    anchor=anchor if step.decay else None,
+                    noise_rank=step.noise_rank,
                 )
         change = self._pooled(self._sums(self._read("live").sub_(live), self._scratch.sub_(theta)))
         moved = self._pooled(self._sums(self._read("theta").sub_(self._theta0), self._theta0))
@@ -184,7 +193,7 @@ class Health:
         for number, (chunk, view) in enumerate(zip(self.chunks, self._views(buffer), strict=True)):
             part = chunk.part
             segment = es_kernels.Segment(
-                part.name, part.rows, part.cols, first=part.first, index_stride=part.index_stride
+                part.name, part.rows, part.cols, first=part.first, index_stride=part.index_stride, width=part.width
             )
             entries[chunk.group].append((str(number), view, [segment]))
         return buffer, [es_kernels.ParamTable(of_group) for of_group in entries]
@@ -234,29 +243,50 @@ def _correlation(n, sx, sy, xx, yy, xy):
 
 
 def _sample(
-    name: str, tensor: torch.Tensor, segments: Sequence[es_kernels.Segment] | None, samples: int
+    name: str, tensor: torch.Tensor, segments: Sequence[es_kernels.Segment] | None, samples: int, low_rank: bool
 ) -> Iterator[tuple[es_kernels.Segment, bool, int]]:
     """(part, whole, elements it stands for): one chunk of a tensor, or one of each of its segments, which share the
     samples."""
+    whole = segments is None
     if segments is None:
-        if tensor.numel():
+        if not tensor.numel():
+            return
+        if not (low_rank and tensor.ndim == 2):
             run = tensor.numel() if tensor.is_contiguous() else tensor.shape[-1]  # elements in a row in memory
             size = min(samples, run)
             stream = stream_id(name)
             row = stream % (tensor.numel() // run)
-            yield es_kernels.Segment(name, 1, size, first=row * run + stream % (run - size + 1)), True, tensor.numel()
-        return
+            width = tensor.shape[1] if tensor.ndim == 2 else None
+            first = row * run + stream % (run - size + 1)
+            yield es_kernels.Segment(name, 1, size, first=first, width=width), True, tensor.numel()
+            return
+        rows, cols = tensor.shape
+        segments = [es_kernels.Segment(name, rows, cols, width=cols)]
     samples = max(_LEAST, samples // len(segments))
-    for part in segments:
-        if not part.rows * part.cols:
+    for segment in segments:
+        if not segment.rows * segment.cols:
             continue
-        stream = stream_id(part.name)
-        cols = min(samples, part.cols)
+        part = segment
+        if low_rank and part.width:
+            part = _whole_rows(part, part.width)
+            cols = min(part.cols, samples // min(part.rows, math.isqrt(samples)))
+        else:
+            cols = min(samples, part.cols)
         rows = min(part.rows, samples // cols)
+        stream = stream_id(part.name)
         row, col = stream % (part.rows - rows + 1), stream % (part.cols - cols + 1)
         offset, first = part.offset + row * part.row_stride + col, part.first + row * part.index_stride + col
         yield (
-            es_kernels.Segment(part.name, rows, cols, offset, part.row_stride, first, part.index_stride),
-            False,
-            part.rows * part.cols,
+            es_kernels.Segment(part.name, rows, cols, offset, part.row_stride, first, part.index_stride, part.width),
+            whole,
+            segment.rows * segment.cols,
         )
+
+
+def _whole_rows(part: es_kernels.Segment, width: int) -> es_kernels.Segment:
+    """The whole rows of the matrix in a run of its elements, if there are several; else the part as it is."""
+    elements, skip = part.rows * part.cols, -part.first % width
+    rows = (elements - skip) // width
+    if rows < 2 or not (part.rows == 1 or part.cols == part.row_stride == part.index_stride):
+        return part
+    return es_kernels.Segment(part.name, rows, width, part.offset + skip, width, part.first + skip, width, width)

@@ -16,7 +16,7 @@ from es_finetune.models.checkpoint_names import has_plain_memory
 from es_finetune.optim import dtensor
 from es_finetune.optim.options import as_f32, check_group, check_options
 from es_finetune.optim.update import Update, checked_reward, make_update
-from es_finetune.optim.weights import GroupWeights, KernelClock, Step
+from es_finetune.optim.weights import GroupWeights, Inside, KernelClock, Step
 from es_kernels import NamedTensor
 from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
 
@@ -50,17 +50,23 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     Args:
         params: `model.named_parameters()`, an iterable of (name, tensor), or of dicts {"params": such an iterable,
-            "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ...}. Tensors of any shape; f32, bf16 and f16 may
-            be mixed. A name decides its tensor's noise, so unnamed parameters are refused. A tensor that a checkpoint
-            holds as several is (name, tensor, [es_kernels.Segment, ...]): its noise is then that of the segments'
-            names. Parameters that do not require grad are left out. Of tied ones the first name counts. A DTensor is
-            perturbed where it lies, with the noise of its place in the whole tensor (es_finetune.optim.dtensor).
+            "sigma": ..., "lr": ..., "weight_decay": ..., "anchored": ..., "noise_rank": ...}. Tensors of any shape;
+            f32, bf16 and f16 may be mixed. A name decides its tensor's noise, so unnamed parameters are refused. A
+            tensor that a checkpoint holds as several is (name, tensor, [es_kernels.Segment, ...]): its noise is then
+            that of the segments' names. Parameters that do not require grad are left out. Of tied ones the first name
+            counts. A DTensor is perturbed where it lies, with the noise of its place in the whole tensor
+            (es_finetune.optim.dtensor).
         sigma: Scale of the noise, in units of the weights, positive; per group. Read in every generation. The paper:
             1e-3.
         lr: Scale of the step, in units of the weights; per group. Read in every generation. The paper: sigma / 2.
         weight_decay: Decay toward zero by lr * weight_decay a generation; per group.
         anchored: Decay toward the weights at construction instead, of which a copy in the storage dtype is kept; per
             group.
+        noise_rank: 0: every element of eps is drawn by itself. 1 to 64: the noise of a matrix is of this rank, L R^T /
+            sqrt(noise_rank), which is much faster to add, above all in the update; its elements still have mean 0 and
+            variance 1, so that sigma and lr keep their meaning. A matrix is a parameter of two dimensions, or what its
+            Segments' width says; all others draw as with 0. Per group; for the whole run, since momentum makes the
+            noise of past generations again with the present rank.
         population: Members per generation, at least 2; even with antithetic.
         seed: Of the whole run, an int of 64 bits. Generation and member number are the only other sources of the noise.
         master: Where theta lives.
@@ -108,6 +114,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
         lr: float = 5e-4,
         weight_decay: float = 0.0,
         anchored: bool = False,
+        noise_rank: int = 0,
         population: int = 30,
         seed: int = 0,
         master: str | None = "fp32",
@@ -142,20 +149,23 @@ class EvolutionStrategy(torch.optim.Optimizer):
         self._history: list[Update] = []  # with momentum: those with signal that the next update may need
         self._weights: list[GroupWeights] = []
         self._clock = KernelClock()
-        super().__init__(params, {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored})
+        super().__init__(
+            params,
+            {"sigma": sigma, "lr": lr, "weight_decay": weight_decay, "anchored": anchored, "noise_rank": noise_rank},
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, named as in the constructor.
 
         Args:
-            param_group: {"params": ..., and any of "sigma", "lr", "weight_decay", "anchored"}. Options left out take
-                the constructor's values.
+            param_group: {"params": ..., and any of "sigma", "lr", "weight_decay", "anchored", "noise_rank"}. Options
+                left out take the constructor's values.
 
         Raises:
             UserError: As the constructor. Nothing was added.
         """
         group = {**self.defaults, **param_group}
-        group |= check_group(sigma=group["sigma"], lr=group["lr"], weight_decay=group["weight_decay"])
+        group |= check_group(**{name: group[name] for name in ("sigma", "lr", "weight_decay", "noise_rank")})
         entries = self._select(group["params"])
         weights = GroupWeights.of(entries, self.master, group["anchored"])
         super().add_param_group({**group, "params": [(entry.name, entry.tensor) for entry in entries]})
@@ -384,7 +394,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 )
         if self.master is None:
             self._put_back()
-        for coefs_of_group, decay, weights in zip(coefs, decays, self._weights, strict=True):
+        for group, coefs_of_group, decay, weights in zip(self.param_groups, coefs, decays, self._weights, strict=True):
             weights.step = Step()
             if terms:
                 weights.proof = None  # until live is written too: an interrupt in between is nobody's change
@@ -394,10 +404,11 @@ class EvolutionStrategy(torch.optim.Optimizer):
                     weights.theta,
                     seeds,
                     coefs_of_group,
+                    noise_rank=group["noise_rank"],
                     **pull,
                     **self._rounding(self.update_rounding, 0, UPDATE_ROUNDING),
                 )
-                weights.step = Step(seeds, coefs_of_group, decay)
+                weights.step = Step(seeds, coefs_of_group, decay, group["noise_rank"])
             if self.master is not None:
                 self._restore(weights)
                 if terms:
@@ -442,20 +453,21 @@ class EvolutionStrategy(torch.optim.Optimizer):
         for group in self.param_groups:
             if not math.isfinite(as_f32(group["sigma"])):
                 raise UserError(f"sigma must be a number that float32 holds, not {group['sigma']}")
-        wanted = [(self._noise_seed(self.generation, member), sign * group["sigma"]) for group in self.param_groups]
+        seed = self._noise_seed(self.generation, member)
+        wanted = [Inside(seed, sign * group["sigma"], group["noise_rank"]) for group in self.param_groups]
         self._refuse_changed()
         if wanted == [weights.inside for weights in self._weights]:
             return
         if self.master is None:
             self._put_back()
-        for weights, (seed, coef) in zip(self._weights, wanted, strict=True):
-            weights.inside = seed, coef  # before the write: if it is interrupted, live must be written again
+        for weights, noise in zip(self._weights, wanted, strict=True):
+            weights.inside = noise  # before the write: if it is interrupted, live must be written again
             source = (
                 {}
                 if self.master is None
                 else {"base": weights.theta, **self._rounding(self.perturb_rounding, member, MEMBER_ROUNDING)}
             )
-            self._write_live(weights, [seed], [coef], **source)
+            self._write_live(weights, [noise.seed], [noise.coef], noise_rank=noise.noise_rank, **source)
         for weights in self._weights:
             weights.count_writes()
 
@@ -482,8 +494,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 # A pass of its own, before the next member's: most weights are then back where they were. Both in one
                 # pass would save half the memory traffic and never come back: one rounding a member, which add up
                 # (docs/develop/facts.md).
-                seed, coef = weights.inside
-                self._write_live(weights, [seed], [-coef])
+                noise = weights.inside
+                self._write_live(weights, [noise.seed], [-noise.coef], noise_rank=noise.noise_rank)
                 weights.inside = None
 
     def _restore(self, weights: GroupWeights) -> None:
@@ -568,8 +580,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
     def tables(self) -> tuple[GroupWeights, ...]:
         """The weights of each param_group, in order: to look at, never to change.
 
-        Each has the parameter tables `live`, `theta` and `anchor` (or None), `inside` (seed and coefficient of the
-        noise now in live, or None) and `step`, what the last update added.
+        Each has the parameter tables `live`, `theta` and `anchor` (or None), `inside` (the noise now in live,
+        or None) and `step`, what the last update added.
         """
         return tuple(self._weights)
 
@@ -684,7 +696,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
                 )
             for name, tensor in mine[kind].items():
                 dtensor.check_same_layout(name, saved[kind][name], tensor)
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        # A state of before there was low rank has no noise_rank
+        groups = [{"noise_rank": 0, **group} for group in state_dict["param_groups"]]
+        super().load_state_dict({"state": {}, "param_groups": groups})
         for kind in ("theta", "anchor"):
             for name, tensor in mine[kind].items():
                 dtensor.local(tensor).copy_(dtensor.local(saved[kind][name]))

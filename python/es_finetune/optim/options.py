@@ -11,6 +11,7 @@ from typing import Any
 
 from es_finetune.errors import UserError
 
+MAX_RANK = 64  # es_kernels.low_rank.MAX_RANK
 COUNT = 2**32 - 1  # members and generations are 32-bit words of the counter that member seeds come from
 
 MASTERS = ("fp32", "copy", "host", None)
@@ -74,23 +75,29 @@ def check_options(
     }
 
 
-def check_group(*, sigma: Any, lr: Any, weight_decay: Any) -> dict[str, float]:
+def check_group(*, sigma: Any, lr: Any, weight_decay: Any, noise_rank: Any) -> dict[str, float]:
     """The numbers of one param_group.
 
     Returns:
-        The same numbers by name, as floats.
+        The same numbers by name, noise_rank as an int, the others as floats.
 
     Raises:
-        UserError: One is not a number that float32 holds, sigma is not positive, or another is negative.
+        UserError: One is not a number that float32 holds, sigma is not positive, another is negative, or noise_rank is
+            no whole number up to MAX_RANK.
     """
-    numbers = {
+    numbers: dict[str, float] = {
         "sigma": f32_positive("sigma", sigma),
         "lr": f32_or_zero("lr", lr),
         "weight_decay": f32_or_zero("weight_decay", weight_decay),
     }
     if numbers["lr"] and numbers["weight_decay"]:
         f32_positive("the decay, lr * weight_decay,", numbers["lr"] * numbers["weight_decay"])
-    return numbers
+    return {**numbers, "noise_rank": noise_rank_of(noise_rank)}
+
+
+def noise_rank_of(value: Any) -> int:
+    """A rank of the noise, or 0 for full noise."""
+    return whole("noise_rank", value, 0, MAX_RANK)
 
 
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:

@@ -16,6 +16,20 @@ from es_finetune.optim import dtensor, host_memory
 from es_kernels import NamedTensor
 
 
+class Inside(NamedTuple):
+    """What `perturb` added to live: coef * noise(seed).
+
+    Attributes:
+        seed: u64.
+        coef: The group's sigma of then, with the member's sign.
+        noise_rank: Of the noise.
+    """
+
+    seed: int
+    coef: float
+    noise_rank: int
+
+
 class Step(NamedTuple):
     """What the last update added to theta: coefs[k] * noise(seeds[k]), after `decay`. Nothing, if it had no signal.
 
@@ -23,11 +37,13 @@ class Step(NamedTuple):
         seeds: u64, of each noise term, oldest generation first.
         coefs: f32, one for each seed.
         decay: f32, lr * weight_decay of the group.
+        noise_rank: Of the noise.
     """
 
     seeds: Sequence[int] = ()
     coefs: Sequence[float] = ()
     decay: float = 0.0
+    noise_rank: int = 0
 
 
 @dataclass
@@ -38,7 +54,7 @@ class GroupWeights:
         live: What the model computes with.
         theta: The exact weights. With master=None the same table as live.
         anchor: What decay pulls toward, in the storage dtype. None: zero.
-        inside: Seed (u64) and coefficient of the noise now in live, or None.
+        inside: The noise now in live, or None.
         step: What the last update added.
         proof: Fingerprint (u64) of nearest(theta), of this process's part. None while it is being changed.
         versions: How often torch has seen each tensor of live written, counted with a member in place. None while live
@@ -48,7 +64,7 @@ class GroupWeights:
     live: es_kernels.ParamTable
     theta: es_kernels.ParamTable
     anchor: es_kernels.ParamTable | None
-    inside: tuple[int, float] | None = None
+    inside: Inside | None = None
     step: Step = Step()
     proof: int | None = None
     versions: list[int] | None = None

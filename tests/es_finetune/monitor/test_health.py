@@ -33,8 +33,12 @@ def make(*params, **options):
     return EvolutionStrategy(list(params), **{"sigma": SIGMA, "lr": 5e-4, "population": 4, "seed": 3, **options})
 
 
-def noise(name, tensor, member=0):
-    return normal(member_seed(3, 0, member), stream_id(name), np.arange(tensor.numel())).reshape(tensor.shape)
+def noise(name, tensor, noise_rank=0):
+    seed = member_seed(3, 0, 0)
+    if noise_rank:
+        ((left, right),) = es_kernels.factors({name: tensor.shape}, seed, noise_rank).values()
+        return (left[0] @ right[0].T / math.sqrt(noise_rank)).numpy()
+    return normal(seed, stream_id(name), np.arange(tensor.numel())).reshape(tensor.shape)
 
 
 def correlation(x, y):
@@ -63,21 +67,22 @@ def generation(optimizer, health, rewards=(1.0, 0.0, 0.5, 0.25)):
     return health.measure_after_update()
 
 
-@pytest.mark.parametrize("master", ["fp32", "copy", "host", None])
-def test_realised_noise_is_that_of_the_weights(master):
+@pytest.mark.parametrize("master, noise_rank", [("fp32", 0), ("copy", 0), ("host", 0), (None, 0), ("fp32", 2)])
+def test_realised_noise_is_that_of_the_weights(master, noise_rank):
     name, weight = around_one()
     before = numbers(weight)
-    optimizer = make((name, weight), small(), master=master)
+    optimizer = make((name, weight), small(), master=master, noise_rank=noise_rank)
     health = Health(optimizer, samples=10_000)
     with optimizer.perturbed(0):
         realised = numbers(weight) - before
         found = health.measure_member()
-    expected = correlation(realised, noise(name, weight))
+    intended = noise(name, weight, noise_rank)
+    expected = correlation(realised, intended)
     assert 0.2 < expected < 0.6
     # With master=None the noise is taken out of the sample to find the weights without it: the same statistics, not the
     # same bits.
     close = 0.05 if master is None else 1e-5
-    ratio = rms(realised) / rms(SIGMA * noise(name, weight))
+    ratio = rms(realised) / rms(SIGMA * intended)
     assert found["correlation"] == {name: [pytest.approx(expected, abs=close), pytest.approx(ratio, rel=2 * close)]}
     assert found["correlation_min"] == [name, found["correlation"][name][0]] and found["rms_ratio_min"] == [
         name,
@@ -104,19 +109,29 @@ def test_theta_between_two_bf16_numbers_is_no_noise():
 
 @pytest.mark.parametrize("samples", [64, 100, 4096])
 @pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("master", ["fp32", None])
-def test_every_tensor_draws_the_noise_of_its_place(master, antithetic, samples):
+@pytest.mark.parametrize("master, noise_rank", [("fp32", 0), (None, 0), ("copy", 1), (None, 3)])
+def test_every_tensor_draws_the_noise_of_its_place(master, antithetic, samples, noise_rank):
     """In f32 all noise arrives, so one wrong index, name or sign would show as a correlation near 0, or of -1."""
     fused = torch.nn.Parameter(torch.zeros(60, 40))
     rows = [
-        es_kernels.Segment("q", 20, 40),
-        es_kernels.Segment("k", 20, 30, offset=800, row_stride=40, first=7, index_stride=100),  # the columns of a shard
-        es_kernels.Segment("v", 1, 800, offset=1600),
+        es_kernels.Segment("q", 20, 40, width=40),
+        # The columns of a shard
+        es_kernels.Segment("k", 20, 30, offset=800, row_stride=40, first=7, index_stride=100, width=100),
+        es_kernels.Segment("v", 1, 700, offset=1600, first=29, width=45),  # from within a row to within another
+        es_kernels.Segment("a row", 1, 100, offset=2300, first=10, width=1000),
     ]
     strided = torch.nn.Parameter(torch.zeros(5, 30, 160)[:, ::2, 10:140])
+    columns = torch.nn.Parameter(torch.zeros(70, 160)[:, 10:140])
     scalar = torch.nn.Parameter(torch.zeros(()))
     optimizer = make(
-        ("qkv", fused, rows), ("strided", strided), small(), ("scalar", scalar), master=master, antithetic=antithetic
+        ("qkv", fused, rows),
+        ("strided", strided),
+        ("columns", columns),
+        small(),
+        ("scalar", scalar),
+        master=master,
+        antithetic=antithetic,
+        noise_rank=noise_rank,
     )
     for member in (0, 1, 3):
         with optimizer.perturbed(member):
@@ -132,9 +147,11 @@ def test_groups_have_their_own_sigma():
     assert found["correlation"] == {} and found["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
 
 
-def test_a_sample_is_close_to_the_whole():
+@pytest.mark.parametrize("noise_rank", [0, 1])
+@pytest.mark.parametrize("segments", [None, [es_kernels.Segment("norm.weight", 1, 100_000, width=1000)]])
+def test_a_sample_is_close_to_the_whole(segments, noise_rank):
     name, weight = around_one(shape=(100, 1000))
-    optimizer = make((name, weight))
+    optimizer = make((name, weight, segments), noise_rank=noise_rank)
     found = []
     for samples in (2000, 100_000):
         health = Health(optimizer, samples)
@@ -164,7 +181,14 @@ def test_tensors_too_small_for_a_correlation_are_left_out():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"weight_decay": 1e3}, {"weight_decay": 1e3, "anchored": True}, {"antithetic": True}, {"momentum": 0.9}],
+    [
+        {},
+        {"weight_decay": 1e3},
+        {"weight_decay": 1e3, "anchored": True},
+        {"antithetic": True},
+        {"momentum": 0.9},
+        {"noise_rank": 1},
+    ],
 )
 @pytest.mark.parametrize("master", ["fp32", "copy", None])
 def test_in_f32_the_whole_step_arrives(master, options):

@@ -76,10 +76,10 @@ def run(opt, generations):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("master", ["fp32", "copy", "host"])
 @pytest.mark.parametrize("perturb_rounding", ["nearest", "stochastic"])
-def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, master, perturb_rounding):
-    opt = EvolutionStrategy(
-        weights(*dtypes), sigma=0.05, lr=0.02, population=6, master=master, perturb_rounding=perturb_rounding
-    )
+@pytest.mark.parametrize("noise_rank", [0, 1])
+def test_live_is_theta_whenever_no_member_is_inside(bits, weights, dtypes, master, perturb_rounding, noise_rank):
+    options = {"master": master, "perturb_rounding": perturb_rounding, "noise_rank": noise_rank}
+    opt = EvolutionStrategy(weights(*dtypes), sigma=0.05, lr=0.02, population=6, **options)
     assert_live_is_theta(bits, opt)
     start = tensors(opt)
     for generation in range(3):
@@ -143,9 +143,10 @@ def test_a_step_that_fails_changes_nothing(bits, weights, bad):
     assert opt.generation == 1
 
 
-def test_without_a_base_f32_comes_back_nearly(weights):
+@pytest.mark.parametrize("noise_rank", [0, 1])
+def test_without_a_base_f32_comes_back_nearly(weights, noise_rank):
     named = weights(F32)
-    opt = EvolutionStrategy(named, sigma=0.05, population=4, master=None)
+    opt = EvolutionStrategy(named, sigma=0.05, population=4, master=None, noise_rank=noise_rank)
     assert opt._weights[0].theta is opt._weights[0].live
     start = tensors(opt)
     seen = []
@@ -157,7 +158,7 @@ def test_without_a_base_f32_comes_back_nearly(weights):
     opt.step(closure)
     for member, live in enumerate(seen):
         expected = {name: t.clone() for name, t in start.items()}
-        es_kernels.add_noise_(expected, [member_seed(0, 0, member)], [0.05])
+        es_kernels.add_noise_(expected, [member_seed(0, 0, member)], [0.05], noise_rank=noise_rank)
         for name in start:
             torch.testing.assert_close(live[name], expected[name], rtol=0, atol=1e-6)
     for name, t in tensors(opt).items():
@@ -388,16 +389,18 @@ def test_an_interrupted_write_is_nobodys_change(bits, weights, monkeypatch, mast
 # --- the update ------------------------------------------------------------------------------------------------------
 
 
-def test_the_update_is_the_formula(bits, weights):
+@pytest.mark.parametrize("noise_rank", [0, 1, 3])
+def test_the_update_is_the_formula(bits, weights, noise_rank):
     """One pass: theta - decay * (theta - anchor) + sum coefs[i] noise(seeds[i]), in member order."""
-    opt = EvolutionStrategy(weights(BF16), sigma=0.05, lr=0.03, weight_decay=0.5, anchored=True, population=6, seed=9)
+    options = {"lr": 0.03, "weight_decay": 0.5, "anchored": True, "noise_rank": noise_rank}
+    opt = EvolutionStrategy(weights(BF16), sigma=0.05, population=6, seed=9, **options)
     anchor = tensors(opt, "live")
     for generation in range(2):
         expected = tensors(opt)
         fitness = rewards(generation)
         coefs = [float(np.float32(0.03 / 6 * z)) for z in z_scores(fitness)]
         seeds = [member_seed(9, generation, member) for member in range(6)]
-        es_kernels.add_noise_(expected, seeds, coefs, decay=0.03 * 0.5, anchor=anchor)
+        es_kernels.add_noise_(expected, seeds, coefs, decay=0.03 * 0.5, anchor=anchor, noise_rank=noise_rank)
         update = opt.tell(fitness)
         assert update.generation == generation and update.scored == 6 and update.z == z_scores(fitness)
         assert_same(bits, expected, tensors(opt))
@@ -553,8 +556,8 @@ def test_per_prompt_refuses_what_is_no_reward_for_each_prompt(bits, weights, bad
     assert opt.generation == 0
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
-def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weights, antithetic):
+@pytest.mark.parametrize("antithetic, noise_rank", [(False, 0), (True, 0), (True, 1)])
+def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weights, antithetic, noise_rank):
     """Generation 2 has no signal, generation 3 drops two members, lr changes: every coefficient takes the present lr
     and its own N."""
     opt = EvolutionStrategy(
@@ -565,6 +568,7 @@ def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weigh
         momentum=0.7,
         momentum_window=4,
         antithetic=antithetic,
+        noise_rank=noise_rank,
         update_rounding="stochastic",
     )
     past = []
@@ -591,6 +595,7 @@ def test_momentum_is_one_pass_over_the_last_generations_oldest_first(bits, weigh
             decay=lr * 0.1,
             rounding="stochastic",
             rounding_seed=member_seed(0, generation, 0, purpose=3),
+            noise_rank=noise_rank,
         )
         assert_same(bits, theta, tensors(opt))
         assert_live_is_theta(bits, opt)
@@ -706,6 +711,8 @@ REPLAYED = [
     {"master": "host", "momentum": 0.9, "weight_decay": 0.1, "anchored": True},
     {"master": None},
     {"master": None, "antithetic": True, "momentum": 0.5, "weight_decay": 0.1, "anchored": True},
+    {"master": "copy", "noise_rank": 1, "momentum": 0.5},
+    {"master": None, "noise_rank": 3},
 ]
 
 
@@ -805,6 +812,8 @@ CONFIGS = [
     {"master": "copy", "perturb_rounding": "stochastic", "momentum": 0.9, "momentum_window": 2},
     {"master": None, "momentum": 0.5, "weight_decay": 0.1},
     {"master": "host", "antithetic": True, "weight_decay": 0.1, "anchored": True, "shaping": "ranks", "momentum": 0.5},
+    {"master": "copy", "noise_rank": 2, "momentum": 0.5, "weight_decay": 0.1},
+    {"master": None, "noise_rank": 1},
 ]
 
 
@@ -919,6 +928,35 @@ def test_groups_have_their_own_sigma_lr_and_decay(bits, weights):
     assert not torch.equal(theta["layer2.weight"], after["layer2.weight"])
 
 
+def test_groups_have_their_own_rank_and_keep_it_in_the_state(bits, weights):
+    named = weights(F32, BF16)
+
+    def optimizer(parameters, ranks):
+        groups = [{"params": parameters[:2], "noise_rank": ranks[0]}, {"params": parameters[2:], **ranks[1]}]
+        return EvolutionStrategy(groups, sigma=0.01, lr=0.02, population=4, noise_rank=3)
+
+    opt = optimizer(named, (1, {}))
+    assert [group["noise_rank"] for group in opt.param_groups] == [1, 3]
+    theta, expected = tensors(opt), tensors(opt, "live")
+    for names, rank in ((("layer0.weight", "layer1.weight"), 1), (("layer2.weight", "layer3.weight"), 3)):
+        of_group = {name: expected[name] for name in names}
+        base = {name: theta[name] for name in names}
+        es_kernels.add_noise_(of_group, member_seed(0, 0, 1), 0.01, base=base, noise_rank=rank)
+    with opt.perturbed(1):
+        assert_same(bits, expected, tensors(opt, "live"))
+    run(opt, 1)
+    state = copy.deepcopy(opt.state_dict())
+    resumed = optimizer(weights(F32, BF16), (0, {"noise_rank": 2}))
+    resumed.load_state_dict(state)
+    run(opt, 1)
+    run(resumed, 1)
+    assert_same(bits, tensors(opt), tensors(resumed))
+    for group in state["param_groups"]:  # as saved before there was noise of low rank
+        del group["noise_rank"]
+    resumed.load_state_dict(state)
+    assert [group["noise_rank"] for group in resumed.param_groups] == [0, 0]
+
+
 def test_how_parameters_are_grouped_does_not_change_the_noise(bits, weights):
     one, two = weights(F32), weights(F32)
     whole = EvolutionStrategy(one, population=4)
@@ -929,7 +967,7 @@ def test_how_parameters_are_grouped_does_not_change_the_noise(bits, weights):
     assert whole.fingerprint() == parts.fingerprint()
 
 
-FUSED = [es_kernels.Segment(f"experts.{i}.up", 1, 32, offset=32 * i) for i in range(2)]
+FUSED = [es_kernels.Segment(f"experts.{i}.up", 1, 32, offset=32 * i, width=8) for i in range(2)]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

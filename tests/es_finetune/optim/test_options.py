@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import es_kernels
 from es_finetune import EvolutionStrategy
 from es_finetune.errors import UserError
 from es_finetune.optim import options, shaping
@@ -21,7 +22,7 @@ RUN = {
     "perturb_rounding": "nearest",
     "update_rounding": None,
 }
-GROUP = {"sigma": 0.1, "lr": 0.1, "weight_decay": 0.0}
+GROUP = {"sigma": 0.1, "lr": 0.1, "weight_decay": 0.0, "noise_rank": 0}
 
 
 def test_plain_values_come_back():
@@ -31,6 +32,8 @@ def test_plain_values_come_back():
     for master in ("copy", None):
         assert options.check_options(**{**RUN, "master": master})["update_rounding"] == "stochastic"
     assert options.check_group(**{**GROUP, "lr": np.float32(0.5)}) == {**GROUP, "lr": 0.5}
+    rank = options.check_group(**{**GROUP, "noise_rank": np.int64(64)})["noise_rank"]
+    assert type(rank) is int and rank == options.MAX_RANK == es_kernels.low_rank.MAX_RANK
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,10 @@ def test_plain_values_come_back():
         ({"seed": 2**64}, "seed must be a whole number of 64 bits"),
         ({"sigma": 0}, "sigma must be a positive number"),
         ({"lr": 1e-30, "weight_decay": 1e-30}, "the decay, lr \\* weight_decay, must be a number that float32 holds"),
+        ({"noise_rank": -1}, "noise_rank must be at least 0, not -1"),
+        ({"noise_rank": 65}, "noise_rank must be at most 64, not 65"),
+        ({"noise_rank": 1.0}, "noise_rank must be a whole number, not 1.0"),
+        ({"noise_rank": True}, "noise_rank must be a whole number, not True"),
     ],
     ids=str,
 )
