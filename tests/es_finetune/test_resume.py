@@ -77,13 +77,14 @@ def server():
 CONFIGS = [
     {},
     {"dtype": "bfloat16", "master": "copy", "perturb_rounding": "stochastic", "snapshot_every": 1},
-    {"dtype": "bfloat16", "master": "none"},
+    {"dtype": "bfloat16", "master": "none", "noise_rank": 1},
     {
         "dtype": "bfloat16",
         "momentum": 0.5,
         "antithetic": True,
         "weight_decay": 0.1,
         "anchored": True,
+        "noise_rank": 2,
         "snapshot_every": 2,
         "sigma_schedule": "cosine",
     },

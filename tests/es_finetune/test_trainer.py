@@ -235,6 +235,7 @@ CHANGES = [
     ({"shaping": "ranks"}, "z 1 2"),
     ({"shaping": "per_prompt"}, "z 1 2"),
     ({"antithetic": True}, "rewards z 1 2"),
+    ({"noise_rank": 1}, "rewards z 1 2"),
     ({"momentum": 0.9}, "2"),
     ({"momentum": 0.9, "momentum_window": 1}, ""),
     ({"weight_decay": 0.1}, "1 2"),

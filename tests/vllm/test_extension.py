@@ -80,7 +80,8 @@ def model_of(rank, size, full):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_shards_of_all_ranks_are_the_model(size):
+@pytest.mark.parametrize("noise_rank", [0, 1, 3])
+def test_the_shards_of_all_ranks_are_the_model(size, noise_rank):
     from es_finetune.workers.vllm.extension import _entry, parts_of
 
     shapes = {
@@ -102,15 +103,14 @@ def test_the_shards_of_all_ranks_are_the_model(size):
     generator = torch.Generator().manual_seed(0)
     full = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     expected = {name: tensor.clone() for name, tensor in full.items()}
-    es_kernels.add_noise_(expected, [5], [0.1])
+    es_kernels.add_noise_(expected, [5], [0.1], noise_rank=noise_rank)
     found = {name: torch.full(shape, math.nan, dtype=torch.bfloat16) for name, shape in shapes.items()}
     proofs, covered = [], dict.fromkeys(shapes, 0)
     for rank in range(size):
         model = model_of(rank, size, full)
         parts = list(parts_of(model, rank))
-        es_kernels.add_noise_(
-            es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in parts]), [5], [0.1]
-        )
+        table = es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in parts])
+        es_kernels.add_noise_(table, [5], [0.1], noise_rank=noise_rank)
         counted = [part for part in parts if part.counted]
         proofs.append(
             es_kernels.fingerprint(es_kernels.ParamTable([_entry(part, list(shapes[part.name])) for part in counted]))

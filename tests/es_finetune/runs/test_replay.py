@@ -26,8 +26,8 @@ from es_finetune.tasks import Item, Score
 CONFIGS = {
     "llama": {},
     "qwen2": {"master": "copy", "antithetic": True, "momentum": 0.5},
-    "mixtral": {"master": "fp32", "weight_decay": 0.1, "anchored": True, "sigma_for": ["*experts*=0.1"]},
-    "lora": {"lora_rank": 2},
+    "mixtral": {"master": "fp32", "weight_decay": 0.1, "anchored": True, "sigma_for": ["*experts*=0.1"], "noise_rank": 1},
+    "lora": {"lora_rank": 2, "noise_rank": 3},
     "host": {"master": "host", "shaping": "ranks"},
     "none": {"master": "none", "lr_schedule": "cosine", "sigma_schedule": "linear"},
 }
@@ -100,6 +100,19 @@ def test_the_log_alone_makes_the_same_bits_again(run, backend, tmp_path):
 
 def test_every_backend_does(llama, kernel_backend, tmp_path):
     assert_made_again(llama, tmp_path)
+
+
+def test_a_log_of_before_there_was_low_rank_is_of_full_noise(llama, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    lines = [json.loads(line) for line in (llama / "run.log").read_text().splitlines()]
+    assert lines[0]["config"].pop("noise_rank") == 0
+    log = SealedLines(old / "run.log")
+    for line in lines:
+        log.append({key: value for key, value in line.items() if key != "crc"})
+    log.close()
+    assert "noise_rank" not in read_log(old / "run.log")[0]["config"]
+    assert_made_again(old, tmp_path)
 
 
 def test_it_stops_at_any_generation(run):

@@ -60,7 +60,8 @@ class LLM:
 
 def test_what_crosses_to_vllm_is_json_and_comes_to_the_same_weights(wire, build_model):
     engine, extension = wire
-    config = TrainConfig(population=4, prompts=4, momentum=0.5, health_every=1, sigma_for=["*norm*=0.02"])
+    options = {"population": 4, "prompts": 4, "momentum": 0.5, "health_every": 1, "sigma_for": ["*norm*=0.02"]}
+    config = TrainConfig(**options, noise_rank=2)
     there, here = build_model("llama"), build_model("llama")
     entries = list(named_segments(here))
     weights = Weights(entries, make_optimizer(entries, config), make_schedules(config), with_health=True)
