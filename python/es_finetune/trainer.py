@@ -182,6 +182,9 @@ class Trainer:
             **changes: Options of TrainConfig that may change: those that decide where, how fast and how closely watched
                 a run is, and with constant schedules `generations`.
 
+        Returns:
+            A Trainer at the generation where the log ends.
+
         Raises:
             UserError: The folder holds no run, or not one that these arguments can go on with.
         """

@@ -42,9 +42,12 @@ _SUCCESSES = 5
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     """Find a sigma for a model and a task from a few members.
 
-    Takes the flags of `es-finetune calibrate` as keyword arguments: the fields of `CalibrateConfig`. Tries the sigmas,
-    smallest first, until two in a row do harm and the reward has fallen by half. Every member answers the same prompts,
-    and has the same noise, scaled, at every sigma. A table of what each sigma does goes to `logging`, row by row.
+    Tries the sigmas, smallest first, until two in a row do harm and the reward has fallen by half. Every member answers
+    the same prompts, and has the same noise, scaled, at every sigma. A table of what each sigma does goes to `logging`,
+    row by row.
+
+    Args:
+        **options: The flags of `es-finetune calibrate`, which are the fields of `CalibrateConfig`.
 
     Returns:
         "sigma", the one to use, or None, "lr", half of it, and "reason", one sentence; "base_reward", and in "sigmas"

@@ -32,11 +32,13 @@ def _options_of_run(options: dict[str, Any]) -> dict[str, Any]:
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Measure the accuracy of a model on a task's held-out questions, by the protocol of the paper.
 
-    Takes the flags of `es-finetune eval` as keyword arguments: the fields of `EvalConfig`. With `run` the weights are
-    made again from the run's log, and model, task and settings are those of the run.
+    With `run` the weights are made again from the run's log, and model, task and settings are those of the run.
 
         es_finetune.evaluate(model="Qwen/Qwen2.5-1.5B-Instruct", task="countdown", samples=1)
         es_finetune.evaluate(run="runs/countdown", generation=100)
+
+    Args:
+        **options: The flags of `es-finetune eval`, which are the fields of `EvalConfig`.
 
     Returns:
         What the file result.json holds, and "answers", the path of answers.jsonl beside it: "metric" ("exact" or
