@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ from es_finetune.runs.files import append_row, generation_rows, save_answers, wr
 from es_finetune.runs.folder import ASIDE, CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
 from es_finetune.runs.replay import check_start, config_of
-from es_finetune.tasks import Data, Task, load_task
+from es_finetune.runs.setup import given_task
+from es_finetune.tasks import Data, Reward, Task
 from es_finetune.workers import torchrun
 from es_finetune.workers.setup import make_ranks, make_workers
-
-Reward = str | Callable[[str, dict], Any]
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
@@ -61,7 +60,7 @@ def follow(
     """
     config = torchrun.for_this_rank(config)
     inherit(config)
-    task = _own_task(config, task, data=data, test_data=test_data, reward=reward)
+    task = given_task(config, task, data=data, test_data=test_data, reward=reward)
     ranks = make_ranks(config, model=model, tokenizer=tokenizer, task=task)
     ranks.follow(Path(config.output), config.generations)
 
@@ -130,7 +129,7 @@ class Trainer:
         errors.require("a run", "finetune", *errors.FINETUNE)
         inherit(config)
         open_prompts = config.prompts is None
-        task = _own_task(config, task, data=data, test_data=test_data, reward=reward)
+        task = given_task(config, task, data=data, test_data=test_data, reward=reward)
         check_folder(self.folder, config)
         self.callbacks: list[Callback] = [*trackers_named(config.report_to), *map(as_callback, callbacks)]
         self.generation = 0
@@ -552,29 +551,3 @@ def _put_curves_back(folder: Path) -> None:
         if aside.exists():
             remove([folder / name])
             aside.rename(folder / name)
-
-
-def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward | None) -> Task | None:
-    """The task that was given as an object, or is made of data and reward; None for the one that the config names.
-
-    Of data and reward a path or a name is put into the config, as if it had come with it: so the log keeps it.
-    """
-    if isinstance(task, str):
-        raise UserError(f"task must be an object, not {task!r}: name it in the config, TrainConfig(task={task!r})")
-    supplied = {name: value for name, value in supplied.items() if value is not None}
-    for name, value in supplied.items():
-        if task is not None:
-            raise UserError(f"{name} was given beside task, which has questions and a reward of its own: leave one out")
-        if getattr(config, name) is not None:
-            raise UserError(f"{name} was given to the Trainer and in the config: leave one out")
-        if isinstance(value, (str, Path)):
-            setattr(config, name, str(value))
-        elif config.task != "custom":
-            raise UserError(
-                f"{name} is for the task 'custom', and the config's task is {config.task!r}: leave {name} out, or make "
-                "the config with task='custom'"
-            )
-    if all(isinstance(value, (str, Path)) for value in supplied.values()):
-        return task
-    made_of: dict[str, Any] = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
-    return load_task("custom", **made_of, time_limit=config.time_limit)
