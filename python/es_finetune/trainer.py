@@ -329,6 +329,8 @@ class Trainer:
                 )
             self._scored = read_journals(folder)  # also of ranks that there were more of
             self._start_callbacks()
+            if config.generations != self._logged[0]["config"]["generations"]:
+                self._log.append({"generations": config.generations})
             rows: Sequence[Mapping[str, Any]]
             for rows, name in ((self.rows, "metrics.jsonl"), (self.evals, "evals.jsonl")):
                 write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))

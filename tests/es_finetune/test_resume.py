@@ -183,6 +183,20 @@ def test_a_finished_run_can_be_extended(tmp_path):
     assert parts["fingerprint"] == whole["fingerprint"] and parts["generations"] == 4
 
 
+def test_an_extended_run_that_was_interrupted_goes_on_to_the_end_it_was_given(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run(folder, generations=2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, None)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, resume=True, generations=4)
+    (folder / "config.json").unlink()  # which is for people
+    trainer = Trainer.resume(folder, task=CountdownChar())
+    assert (trainer.generation, trainer.config.generations) == (3, 4)
+    assert trainer.train()["generations"] == 4
+    assert sum("generations" in line for line in map(json.loads, (folder / "run.log").read_text().splitlines())) == 1
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
