@@ -105,7 +105,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_pa
     while True:
         process = server.Process(target=child, args=(folder, begun(), config))
         process.start()
-        enough = scored() + moments.randint(1, 90)
+        enough = scored() + moments.randint(1, 150)
         while process.exitcode is None and scored() < enough:
             process.join(0.001)
         process.join(moments.uniform(0, 0.02))
@@ -137,15 +137,27 @@ def stop_at(monkeypatch, generation, member):
     monkeypatch.setattr(SealedLines, "append", append)
 
 
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """A run that was interrupted in its third generation, after two members."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def run_interrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2, 1)
-        trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), **OPTIONS), task=Counted(f"{tmp_path}/run.scored"))
+        trainer = Trainer(TrainConfig(output=str(folder), **OPTIONS), task=Counted(f"{folder}.scored"))
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def interrupted(run_interrupted, tmp_path):
+    """A run that was interrupted in its third generation, after two members."""
+    return shutil.copytree(run_interrupted, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The summary of the run that was never interrupted."""
+    return run(tmp_path_factory.mktemp("whole") / "run")
 
 
 def test_scores_in_the_journal_are_used_and_not_computed_again(interrupted):
@@ -260,10 +272,9 @@ def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
     assert (moved.generation, moved.config.model) == (2, str(tmp_path / "copy"))
 
 
-def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):
+def test_the_log_alone_is_enough_to_go_on(interrupted, whole):
     for name in ("metrics.jsonl", "evals.jsonl", "config.json", "journal"):
         (interrupted / name).unlink()
-    whole = run(tmp_path / "whole")
     found = run(interrupted, resume=True)
     assert (found["fingerprint"], found["generations"], found["base"]) == (whole["fingerprint"], 5, None)
     assert report(interrupted).exists()
@@ -279,11 +290,11 @@ def test_time_of_members_scored_before_is_counted(interrupted):
     )
 
 
-def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted, tmp_path):
+def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted, whole):
     data = bytearray((interrupted / "journal").read_bytes())
     data[10] ^= 1
     (interrupted / "journal").write_bytes(data)
-    assert run(interrupted, resume=True)["fingerprint"] == run(tmp_path / "whole")["fingerprint"]
+    assert run(interrupted, resume=True)["fingerprint"] == whole["fingerprint"]
 
 
 @pytest.mark.parametrize("log", [b"", b'{"run": 2, "no'])
@@ -457,8 +468,7 @@ def test_a_trainer_that_does_not_train_changes_nothing(interrupted, options):
     assert not folder.exists()
 
 
-def test_resume_needs_the_folder_alone(interrupted, tmp_path):
-    whole = run(tmp_path / "whole")
+def test_resume_needs_the_folder_alone(interrupted, whole):
     trainer = Trainer.resume(interrupted, batch_size=16, report_to=[])
     assert (trainer.generation, trainer.config.batch_size, trainer.config.population) == (2, 16, 4)
     assert trainer.train()["fingerprint"] == whole["fingerprint"]
@@ -521,8 +531,7 @@ def test_callbacks_are_told_what_happens_when_it_has(tmp_path):
     )
 
 
-def test_a_callback_stops_a_run_that_then_goes_on_as_if_it_had_not(tmp_path):
-    whole = run(tmp_path / "whole")
+def test_a_callback_stops_a_run_that_then_goes_on_as_if_it_had_not(whole, tmp_path):
     watcher = Watcher(stop_at=("generation", 2))
     summary = watched(tmp_path / "run", watcher)
     assert watcher.calls[-3:] == [("generation", 2), ("eval", 3), ("end", 3)]
@@ -552,8 +561,7 @@ def test_a_trainer_trains_once(tmp_path, options):
 
 
 @pytest.mark.parametrize("hook", [("generation", 1), ("eval", 2)])
-def test_an_error_of_a_callback_ends_the_run_which_can_be_resumed(tmp_path, hook):
-    whole = run(tmp_path / "whole")
+def test_an_error_of_a_callback_ends_the_run_which_can_be_resumed(whole, tmp_path, hook):
     watcher, other = Watcher(fail_at=hook), Watcher()
     with pytest.raises(RuntimeError, match="the watcher fell"):
         watched(tmp_path / "run", watcher, callbacks=[other])
@@ -591,8 +599,8 @@ def test_an_error_at_the_end_hides_no_other(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("at", [3, 8, 14])
-def test_a_full_disk_loses_nothing_written(tmp_path, monkeypatch, at):
-    whole, calls, real = run(tmp_path / "whole"), [], os.write
+def test_a_full_disk_loses_nothing_written(whole, tmp_path, monkeypatch, at):
+    calls, real = [], os.write
 
     def write(file, data):
         if os.readlink(f"/proc/self/fd/{file}").endswith(("run.log", "journal")):
