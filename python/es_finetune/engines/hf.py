@@ -111,7 +111,7 @@ class HFEngine:
     def prove(self) -> None:
         """Generate two tokens, as the first member will; a run asks for it before it writes anything.
 
-        Where an answer depends on the prompts beside it, batches are of one prompt from then on, with a UserWarning.
+        Where an answer depends on the prompts beside it, batches are of one prompt from then on, and a warning says so.
 
         Raises:
             UserError: The model cannot generate at all, or not by this decoding.

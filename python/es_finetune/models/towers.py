@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def freeze_towers(model: torch.nn.Module) -> None:
-    """Freeze, with a UserWarning, what text does not pass through: the parts of a model that see or hear, and what
+    """Freeze, with a warning, what text does not pass through: the parts of a model that see or hear, and what
     joins them to the text."""
     base = base_of(model)
     kinds = tuple(map(type, towers_of(getattr(base, "config", None))))
