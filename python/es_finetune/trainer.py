@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def follow(
-    config: TrainConfig,
+    config: TrainConfig | str | Path,
     *,
     model: Any = None,
     tokenizer: Any = None,
@@ -53,11 +53,29 @@ def follow(
     test_data: Data | None = None,
     reward: Reward | None = None,
     task: Task | None = None,
+    **changes: Any,
 ) -> None:
     """What every rank of torchrun but the first does instead of training: its share of the members, to the run's end.
 
-    Arguments as for Trainer.
+    Args:
+        config: As the first rank's Trainer has it, or the folder of a run, also here, which that one resumes by
+            `Trainer.resume`.
+        model: As for the first rank's Trainer, and so are the others.
+        tokenizer: See there.
+        data: See there.
+        test_data: See there.
+        reward: See there.
+        task: See there.
+        **changes: With a folder, as for `Trainer.resume`.
+
+    Raises:
+        UserError: As for the first rank's Trainer.
+        RunError: Another rank has ended, or is not on the same run.
     """
+    if not isinstance(config, TrainConfig):
+        config, model = _resumed(config, model, changes, data=data, test_data=test_data, reward=reward)
+    elif changes:
+        raise UserError(f"{min(changes)} goes into the config")
     config = torchrun.for_this_rank(config)
     inherit(config)
     task = given_task(config, task, data=data, test_data=test_data, reward=reward)
@@ -102,7 +120,7 @@ class Trainer:
     Raises:
         UserError: Something asked for cannot be done: config, model, task or folder. Always before long work.
         OSError: A file cannot be read.
-        RuntimeError: Under torchrun, on another rank than the first: call `follow` there.
+        RuntimeError: Under torchrun, on another rank than the first: call `es_finetune.trainer.follow` there.
     """
 
     def __init__(
@@ -187,21 +205,8 @@ class Trainer:
         Raises:
             UserError: The folder holds no run, or not one that these arguments can go on with.
         """
-        folder = Path(folder)
-        if not is_begun(folder / "run.log"):
-            raise UserError(f"{folder} holds no run to resume: give the folder of a run")
-        fields = [field.name for field in dataclasses.fields(TrainConfig)]
-        for name in changes:
-            if name in ("output", "overwrite", "resume"):
-                raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
-            if name not in fields:
-                raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
-        if isinstance(model, (str, Path)):
-            changes["model"], model = str(model), None
         again: dict[str, Any] = {"data": data, "test_data": test_data, "reward": reward}
-        replaced: dict[str, Any] = dict.fromkeys(name for name, supplied in again.items() if supplied is not None)
-        header, _ = read_log(folder / "run.log")
-        config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
+        config, model = _resumed(folder, model, changes, **again)
         return cls(config, model=model, tokenizer=tokenizer, task=task, callbacks=callbacks, **again)
 
     @contextlib.contextmanager
@@ -530,6 +535,26 @@ class Trainer:
         plot_run(self.folder / "reward.png", title, self.task.metric, self.rows, self.evals)
         write_atomically(self.folder / "summary.json", json.dumps(result, indent=2) + "\n")
         return result
+
+
+def _resumed(folder: str | Path, model: Any, changes: dict[str, Any], **again: Any) -> tuple[TrainConfig, Any]:
+    """The config with which the run in a folder goes on, and the model, if that is an object. Arguments and errors as
+    of Trainer.resume."""
+    folder = Path(folder)
+    if not is_begun(folder / "run.log"):
+        raise UserError(f"{folder} holds no run to resume: give the folder of a run")
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in changes:
+        if name in ("output", "overwrite", "resume"):
+            raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
+        if name not in fields:
+            raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
+    if isinstance(model, (str, Path)):
+        changes, model = {**changes, "model": str(model)}, None
+    replaced: dict[str, Any] = dict.fromkeys(name for name, supplied in again.items() if supplied is not None)
+    header, _ = read_log(folder / "run.log")
+    config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
+    return config, model
 
 
 @contextlib.contextmanager

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import es_kernels
 from es_finetune import TrainConfig, Trainer, evaluate
 from es_finetune.config import recorded_options
-from es_finetune.errors import RewardFailed
+from es_finetune.errors import RewardFailed, UserError
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, MemberLine, Summary
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_journals, read_log
 from es_finetune.tasks import Item, Score, load_task
+from es_finetune.trainer import follow
 
 SMALL = {"generations": 2, "population": 4, "prompts": 16, "eval_items": 32, "report_to": ["none"]}
 
@@ -531,6 +532,19 @@ def test_contradictions_between_config_and_objects_are_refused(tmp_path, options
     with pytest.raises(ValueError, match=words):
         Trainer(own(tmp_path / "run", **options), **objects)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_behind_the_first_is_sent_to_follow_which_refuses_what_the_first_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RuntimeError, match=r"call es_finetune.trainer.follow\(\) on the others"):
+        Trainer(own(tmp_path))
+    for config, changes, words in (
+        (tmp_path, {}, "holds no run to resume"),
+        (own(tmp_path), {"sigma": 0.5}, "sigma goes into the config"),
+    ):
+        with pytest.raises(UserError, match=words):
+            follow(config, **changes)
 
 
 def test_a_config_holds_plain_values_whatever_it_was_given():
