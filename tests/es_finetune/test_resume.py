@@ -115,8 +115,8 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_pa
         process.join()
         kills += 1
     assert process.exitcode == 0 and kills >= 3
-    found = json.loads((folder / "summary.json").read_text())
-    assert found["fingerprint"] == whole["fingerprint"] and found["live"] == whole["live"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fingerprint"] == whole["fingerprint"] and summary["live"] == whole["live"]
     assert read_log(folder / "run.log")[1] == read_log(tmp_path / "whole" / "run.log")[1]
     assert [row["generation"] for row in read_rows(folder / "metrics.jsonl")] == list(range(5))
     assert [row["generation"] for row in read_rows(folder / "evals.jsonl")] == [0, 2, 4, 5]
@@ -275,8 +275,8 @@ def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
 def test_the_log_alone_is_enough_to_go_on(interrupted, whole):
     for name in ("metrics.jsonl", "evals.jsonl", "config.json", "journal"):
         (interrupted / name).unlink()
-    found = run(interrupted, resume=True)
-    assert (found["fingerprint"], found["generations"], found["base"]) == (whole["fingerprint"], 5, None)
+    resumed = run(interrupted, resume=True)
+    assert (resumed["fingerprint"], resumed["generations"], resumed["base"]) == (whole["fingerprint"], 5, None)
     assert report(interrupted).exists()
     (interrupted / "metrics.jsonl").unlink()
     assert run(interrupted, resume=True)["share_outside"] is None  # of a run that is finished
@@ -383,20 +383,20 @@ def test_overwrite_removes_nothing_before_the_new_run_is_proven(interrupted, mon
     """What its first line would hold, and what its workers say of themselves, which a pool's do only when they are
     asked."""
     before = contents(interrupted)
-    for found, words in (
+    for bad, words in (
         (np.int64(3), "can only hold JSON"),
         (float("nan"), "can only hold JSON"),
         (ValueError("no such model"), "no such model"),
     ):
         with monkeypatch.context() as patch:
-            answer = raised if isinstance(found, Exception) else lambda found: {"odd": found}
-            patch.setattr(Worker, "start", lambda self, found=found, answer=answer: answer(found))
+            answer = raised if isinstance(bad, Exception) else lambda bad: {"odd": bad}
+            patch.setattr(Worker, "start", lambda self, bad=bad, answer=answer: answer(bad))
             with pytest.raises(ValueError, match=words):
                 run(interrupted, overwrite=True)
             assert contents(interrupted) == before
             with pytest.raises(ValueError, match=words):
                 run(interrupted.parent / "new")
-    assert isinstance(found, Exception) and not list((interrupted.parent / "new").glob("*.json*"))
+    assert isinstance(bad, Exception) and not list((interrupted.parent / "new").glob("*.json*"))
     run(interrupted, resume=True)
 
 
@@ -432,8 +432,8 @@ def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):
 def test_overwrite_leaves_nothing_of_the_run_before(interrupted, tmp_path):
     (interrupted / "notes.txt").write_text("mine")
     (interrupted / "eval-2").mkdir()
-    found = run(interrupted, overwrite=True)
-    assert found["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
+    replaced = run(interrupted, overwrite=True)
+    assert replaced["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
     assert {path.name for path in interrupted.iterdir()} - {path.name for path in (tmp_path / "fresh").iterdir()} == {
         "notes.txt"
     }
