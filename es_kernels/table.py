@@ -144,7 +144,7 @@ def distinct(named: ParamTable | Entries) -> tuple[list[str], list[torch.Tensor]
         TypeError: An entry is no (name, tensor).
         ValueError: A name is given twice.
     """
-    tied: dict[str, str] = {}
+    tied = dict(named.tied) if isinstance(named, ParamTable) else {}
     first_names: dict[tuple[object, ...], str] = {}
     names: list[str] = []
     tensors: list[torch.Tensor] = []
@@ -210,7 +210,7 @@ def match(
 def named_tensors(named: ParamTable | Entries) -> list[tuple[str, torch.Tensor] | NamedTensor]:
     """The entries of a mapping, an iterable or a ParamTable, which are not checked. Raises TypeError for a module."""
     if isinstance(named, ParamTable):
-        return list(zip(named.names, named.tensors, strict=True))
+        return list(named.entries)
     if isinstance(named, torch.nn.Module):
         raise TypeError(f"a {type(named).__name__} is no named tensors: pass model.named_parameters()")
     return list(named.items() if isinstance(named, Mapping) else named)

@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
 from es_kernels import noise  # noqa: E402
 from es_kernels.backends import reference, triton  # noqa: E402, F401
 
+# Inductor finds out which vector instructions there are by compiling programs, for 5 s; no test looks at its speed.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 # Programs that tests start decide for themselves.
 if _before is None:
     os.environ.pop("TRITON_INTERPRET", None)

@@ -6,6 +6,7 @@ Every baseline is three functions over {name: parameter}: `perturb(params, seed,
 noise(seeds[i])). They draw other noise than es_kernels and than each other; what they share is the work.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -121,21 +122,25 @@ def _foreach_update(params, seeds, coefs):
 # ---- torch.compile of the expression: Inductor makes the noise inside the fused kernel, on a GPU by its Philox ----
 
 
-@torch.compile(dynamic=True)
-def _compiled_add_one(p, scale):
+def _add_one(p, scale):
     p.add_(scale * torch.randn_like(p))
 
 
-@torch.compile(dynamic=True)
-def _compiled_accumulate(total, like, coef):
+def _accumulate(total, like, coef):
     total.add_(coef * torch.randn_like(like))
+
+
+@functools.cache
+def _compiled(function):
+    """Compiled when it is first used: as decorators, torch.compile would load the compiler (2 s) with this module."""
+    return torch.compile(function, dynamic=True)
 
 
 def _compiled_add(params, seed, scale):
     torch.manual_seed(seed)
     scale = torch.tensor(scale)  # a number would be compiled in: one more compilation for every sigma
     for p in params.values():
-        _compiled_add_one(p.view(-1), scale)  # flat: one compilation for all shapes
+        _compiled(_add_one)(p.view(-1), scale)  # flat: one compilation for all shapes
 
 
 def _compiled_update(params, seeds, coefs):
@@ -146,7 +151,7 @@ def _compiled_update(params, seeds, coefs):
         torch.manual_seed(seed)
         coef = torch.tensor(coef)
         for p, total in zip(params.values(), totals, strict=True):
-            _compiled_accumulate(total.view(-1), p.view(-1), coef)
+            _compiled(_accumulate)(total.view(-1), p.view(-1), coef)
     torch._foreach_add_(list(params.values()), totals)
 
 

@@ -186,7 +186,7 @@ def train(options):
     print(json.dumps(about))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--seconds", type=float, default=150)
@@ -198,7 +198,7 @@ def main():
     parser.add_argument(
         "--workers", type=int, help="processes that make texts; left out: one a core on a GPU, none on a CPU"
     )
-    train(parser.parse_args())
+    train(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from es_finetune.runs.log import is_begun, read_log
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
 AFTER = 110  # seconds for what follows the training: it starts again to finish, and two replays
 TO_STOP = 30
+TO_LOOK = 2  # seconds between two questions whether a command is to be stopped
 TO_COMPILE = 150  # seconds after which a decoding that makes no generations is given up
 LEAST = 2  # generations: the first compiles, so that what a generation costs is known of the second
 SHARE_OF_PRETRAINING = 0.25
@@ -56,7 +57,7 @@ def es_finetune(*arguments, stop=lambda: False):
     asked = None
     while True:
         try:
-            text, _ = process.communicate(timeout=2)
+            text, _ = process.communicate(timeout=TO_LOOK)
             break
         except subprocess.TimeoutExpired:
             if asked is None and stop():
@@ -66,6 +67,11 @@ def es_finetune(*arguments, stop=lambda: False):
                 process.kill()  # nothing is lost: the log has every generation
     print(text[-1500:], flush=True)
     return process.returncode, text
+
+
+def pretrain(*arguments):
+    """In a process of its own, which gives back its memory."""
+    subprocess.run([sys.executable, "-m", "bench.learning.countdown_model", *map(str, arguments)], check=True)
 
 
 def trained(run, flags, decodings, seconds):
@@ -162,19 +168,7 @@ def main():
     facts = environment.describe(device)
 
     base = work / "base"
-    seconds = ["--seconds", str(SHARE_OF_PRETRAINING * args.seconds)]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "bench.learning.countdown_model",
-            "--output",
-            base,
-            *seconds,
-            *_flags(args.model),
-        ],
-        check=True,
-    )
+    pretrain("--output", base, "--seconds", SHARE_OF_PRETRAINING * args.seconds, *_flags(args.model))
     sigma = args.sigma or _calibrated(base)
     settings = [
         f"model={base}",
@@ -186,7 +180,7 @@ def main():
     ]
     flags = _flags([*settings, "eval_every=25", "eval_items=500", "report_to=none", *args.train])
     run = work / "run"
-    decoding, command = trained(run, flags, args.decoding, max(10.0, args.seconds - AFTER - (time.monotonic() - begin)))
+    decoding, command = trained(run, flags, args.decoding, args.seconds - AFTER - (time.monotonic() - begin))
     summary = json.loads((run / "summary.json").read_text())
     replays = {where: replayed(run, where) for where in dict.fromkeys((device, "cpu"))}
     es_finetune("report", run)

@@ -107,10 +107,13 @@ def _warn(name: str, kind: str, reasons: tuple[str, ...]) -> None:
 
 
 def active_backend(device: torch.device | str = "cpu") -> str:
-    """The name of the backend that serves tensors on `device`: "cuda", "triton", "cpu" or "reference".
+    """Which backend serves tensors on `device`.
 
     Args:
         device: As torch.device takes it.
+
+    Returns:
+        Its name: "cuda", "triton", "cpu" or "reference".
 
     Raises:
         RuntimeError: None can, or not the one that `backend` or ES_KERNELS_BACKEND asks for. The error says why.

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ from es_finetune.runs.files import append_row, generation_rows, save_answers, wr
 from es_finetune.runs.folder import ASIDE, CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
 from es_finetune.runs.replay import check_start, config_of
-from es_finetune.tasks import Data, Task, load_task
+from es_finetune.runs.setup import given_task
+from es_finetune.tasks import Data, Reward, Task
 from es_finetune.workers import torchrun
 from es_finetune.workers.setup import make_ranks, make_workers
-
-Reward = str | Callable[[str, dict], Any]
 
 _FROM_THIS_ONE = "from this one's model if you like (es-finetune export)"
 
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def follow(
-    config: TrainConfig,
+    config: TrainConfig | str | Path,
     *,
     model: Any = None,
     tokenizer: Any = None,
@@ -54,14 +53,32 @@ def follow(
     test_data: Data | None = None,
     reward: Reward | None = None,
     task: Task | None = None,
+    **changes: Any,
 ) -> None:
     """What every rank of torchrun but the first does instead of training: its share of the members, to the run's end.
 
-    Arguments as for Trainer.
+    Args:
+        config: As the first rank's Trainer has it, or the folder of a run, also here, which that one resumes by
+            `Trainer.resume`.
+        model: As for the first rank's Trainer, and so are the others.
+        tokenizer: See there.
+        data: See there.
+        test_data: See there.
+        reward: See there.
+        task: See there.
+        **changes: With a folder, as for `Trainer.resume`.
+
+    Raises:
+        UserError: As for the first rank's Trainer.
+        RunError: Another rank has ended, or is not on the same run.
     """
+    if not isinstance(config, TrainConfig):
+        config, model = _resumed(config, model, changes, data=data, test_data=test_data, reward=reward)
+    elif changes:
+        raise UserError(f"{min(changes)} goes into the config")
     config = torchrun.for_this_rank(config)
     inherit(config)
-    task = _own_task(config, task, data=data, test_data=test_data, reward=reward)
+    task = given_task(config, task, data=data, test_data=test_data, reward=reward)
     ranks = make_ranks(config, model=model, tokenizer=tokenizer, task=task)
     ranks.follow(Path(config.output), config.generations)
 
@@ -103,7 +120,7 @@ class Trainer:
     Raises:
         UserError: Something asked for cannot be done: config, model, task or folder. Always before long work.
         OSError: A file cannot be read.
-        RuntimeError: Under torchrun, on another rank than the first: call `follow` there.
+        RuntimeError: Under torchrun, on another rank than the first: call `es_finetune.trainer.follow` there.
     """
 
     def __init__(
@@ -130,7 +147,7 @@ class Trainer:
         errors.require("a run", "finetune", *errors.FINETUNE)
         inherit(config)
         open_prompts = config.prompts is None
-        task = _own_task(config, task, data=data, test_data=test_data, reward=reward)
+        task = given_task(config, task, data=data, test_data=test_data, reward=reward)
         check_folder(self.folder, config)
         self.callbacks: list[Callback] = [*trackers_named(config.report_to), *map(as_callback, callbacks)]
         self.generation = 0
@@ -182,24 +199,14 @@ class Trainer:
             **changes: Options of TrainConfig that may change: those that decide where, how fast and how closely watched
                 a run is, and with constant schedules `generations`.
 
+        Returns:
+            A Trainer at the generation where the log ends.
+
         Raises:
             UserError: The folder holds no run, or not one that these arguments can go on with.
         """
-        folder = Path(folder)
-        if not is_begun(folder / "run.log"):
-            raise UserError(f"{folder} holds no run to resume: give the folder of a run")
-        fields = [field.name for field in dataclasses.fields(TrainConfig)]
-        for name in changes:
-            if name in ("output", "overwrite", "resume"):
-                raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
-            if name not in fields:
-                raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
-        if isinstance(model, (str, Path)):
-            changes["model"], model = str(model), None
         again: dict[str, Any] = {"data": data, "test_data": test_data, "reward": reward}
-        replaced: dict[str, Any] = dict.fromkeys(name for name, supplied in again.items() if supplied is not None)
-        header, _ = read_log(folder / "run.log")
-        config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
+        config, model = _resumed(folder, model, changes, **again)
         return cls(config, model=model, tokenizer=tokenizer, task=task, callbacks=callbacks, **again)
 
     @contextlib.contextmanager
@@ -327,6 +334,8 @@ class Trainer:
                 )
             self._scored = read_journals(folder)  # also of ranks that there were more of
             self._start_callbacks()
+            if config.generations != self._logged[0]["config"]["generations"]:
+                self._log.append({"generations": config.generations})
             rows: Sequence[Mapping[str, Any]]
             for rows, name in ((self.rows, "metrics.jsonl"), (self.evals, "evals.jsonl")):
                 write_atomically(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -528,6 +537,26 @@ class Trainer:
         return result
 
 
+def _resumed(folder: str | Path, model: Any, changes: dict[str, Any], **again: Any) -> tuple[TrainConfig, Any]:
+    """The config with which the run in a folder goes on, and the model, if that is an object. Arguments and errors as
+    of Trainer.resume."""
+    folder = Path(folder)
+    if not is_begun(folder / "run.log"):
+        raise UserError(f"{folder} holds no run to resume: give the folder of a run")
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    for name in changes:
+        if name in ("output", "overwrite", "resume"):
+            raise UserError(f"{name} is no option of a run that is resumed in its own folder: leave it out")
+        if name not in fields:
+            raise UserError(f"unknown option {name!r}{did_you_mean(name, fields)}")
+    if isinstance(model, (str, Path)):
+        changes, model = {**changes, "model": str(model)}, None
+    replaced: dict[str, Any] = dict.fromkeys(name for name, supplied in again.items() if supplied is not None)
+    header, _ = read_log(folder / "run.log")
+    config = dataclasses.replace(config_of(header, folder), **replaced, **changes, output=str(folder), resume=True)
+    return config, model
+
+
 @contextlib.contextmanager
 def _curves_aside(folder: Path) -> Iterator[None]:
     """Older curves step aside while trackers start: one that refuses must leave the older run as it was."""
@@ -549,29 +578,3 @@ def _put_curves_back(folder: Path) -> None:
         if aside.exists():
             remove([folder / name])
             aside.rename(folder / name)
-
-
-def _own_task(config: TrainConfig, task: Task | None, **supplied: Data | Reward | None) -> Task | None:
-    """The task that was given as an object, or is made of data and reward; None for the one that the config names.
-
-    Of data and reward a path or a name is put into the config, as if it had come with it: so the log keeps it.
-    """
-    if isinstance(task, str):
-        raise UserError(f"task must be an object, not {task!r}: name it in the config, TrainConfig(task={task!r})")
-    supplied = {name: value for name, value in supplied.items() if value is not None}
-    for name, value in supplied.items():
-        if task is not None:
-            raise UserError(f"{name} was given beside task, which has questions and a reward of its own: leave one out")
-        if getattr(config, name) is not None:
-            raise UserError(f"{name} was given to the Trainer and in the config: leave one out")
-        if isinstance(value, (str, Path)):
-            setattr(config, name, str(value))
-        elif config.task != "custom":
-            raise UserError(
-                f"{name} is for the task 'custom', and the config's task is {config.task!r}: leave {name} out, or make "
-                "the config with task='custom'"
-            )
-    if all(isinstance(value, (str, Path)) for value in supplied.values()):
-        return task
-    made_of: dict[str, Any] = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
-    return load_task("custom", **made_of, time_limit=config.time_limit)

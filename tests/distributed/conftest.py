@@ -123,6 +123,6 @@ def run(tmp_path):
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
     """The run of one process that nothing disturbs."""
-    found = Run(tmp_path_factory.mktemp("alone") / "run")
-    found()
-    return found
+    single = Run(tmp_path_factory.mktemp("alone") / "run")
+    single()
+    return single

@@ -2,7 +2,7 @@
 folder it writes down, one line each, which member a worker has finished (FOLDER.scored) and, process by process, who
 works (FOLDER.pids). SLOW_LOG=G: the first start takes a minute to log generation G. ELSEWHERE=FOLDER: where the ranks
 behind the first have the run's folder, as on a machine that does not share it. STOP_AFTER=G: a callback stops the run
-after so many generations."""
+after so many generations. BY_FOLDER: the run is resumed by its folder alone."""
 
 import json
 import os
@@ -45,7 +45,12 @@ class Stopping(Callback):
 SealedLines.append = audited
 with open(f"{notes}.pids", "a") as file:
     file.write(f"{os.getpid()} {os.environ.get('RANK', 0)}\n")
-if torchrun.is_first_rank():
+if "BY_FOLDER" in os.environ:
+    if torchrun.is_first_rank():
+        Trainer.resume(config.output).train()
+    else:
+        follow(config.output)
+elif torchrun.is_first_rank():
     if not torchrun.under_torchrun() and os.path.exists(os.path.join(config.output, "run.log")):
         config.resume = True
     Trainer(config, callbacks=[Stopping()]).train()

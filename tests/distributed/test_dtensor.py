@@ -110,13 +110,13 @@ def one_matrix(shape):
 
 def places(segments, size):
     """(name, index, width) of each of the `size` elements of memory."""
-    found = [None] * size
+    elements = [None] * size
     for s in segments:
         for row, col in itertools.product(range(s.rows), range(s.cols)):
             at = s.offset + row * s.row_stride + col
-            assert found[at] is None
-            found[at] = s.name, s.first + row * s.index_stride + col, s.width
-    return found
+            assert elements[at] is None
+            elements[at] = s.name, s.first + row * s.index_stride + col, s.width
+    return elements
 
 
 def width_of(shape):
@@ -228,8 +228,8 @@ def test_a_sharded_model_has_the_segments_of_its_checkpoint(as_rank):
         source = places(
             segments or [Segment(name, 1, parameter.numel(), width=width_of(parameter.shape))], parameter.numel()
         )
-        _, local, found = local_entry(name_here, parameter, segments_here)
-        assert places(found, local.numel()) == [source[i] for i in index]
+        _, local, local_segments = local_entry(name_here, parameter, segments_here)
+        assert places(local_segments, local.numel()) == [source[i] for i in index]
     EvolutionStrategy(named_segments(model))
 
 
@@ -453,15 +453,15 @@ def check_fsdp(world):
         lambda: expected.append(plain(tokens)),
     )
     for per_layer, reshard in ((True, None), (False, None), (True, False)):
-        model, found = Tiny(), []
+        model, actual = Tiny(), []
         for layer in (model.up, model.down) if per_layer else ():
             fully_shard(layer, reshard_after_forward=reshard)
         fully_shard(model, reshard_after_forward=reshard)
         named = list(model.named_parameters())
         assert all(isinstance(p, DTensor) for _, p in named)
         opt = EvolutionStrategy(named_segments(model), **options)
-        same_history(history(opt, named, lambda: found.append(model(tokens))), expected_history)  # noqa: B023
-        same(dict(enumerate(found)), dict(enumerate(expected)))
+        same_history(history(opt, named, lambda: actual.append(model(tokens))), expected_history)  # noqa: B023
+        same(dict(enumerate(actual)), dict(enumerate(expected)))
         same({"": model(tokens)}, {"": plain(tokens)})
         gathered = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if gathered:
@@ -566,7 +566,7 @@ def main(rank, world, store, out):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """World size -> what each check did in each process; those of 2 first, whose checkpoint the others load."""
-    folder, found = tmp_path_factory.mktemp("processes"), {}
+    folder, results = tmp_path_factory.mktemp("processes"), {}
     for world in (2, 1, 4):
         store, out = folder / f"store{world}", folder / f"out{world}"
         environment = os.environ | {
@@ -589,11 +589,11 @@ def processes(tmp_path_factory):
             for process in running:
                 process.kill()
                 process.wait()
-        found[world] = [
+        results[world] = [
             json.loads(Path(f"{out}.{rank}").read_text()) if Path(f"{out}.{rank}").exists() else {}
             for rank in range(world)
         ]
-    return found
+    return results
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -28,18 +28,18 @@ POOL = {"workers": "ray", "ray_workers": 2}
 
 def processes(name, of=None):
     """Those whose command line begins so; children of `of`, if it is given, at any distance."""
-    found = {}
+    running = {}
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             command, status = (path / "cmdline").read_bytes(), (path / "stat").read_text()
         except OSError:
             continue
-        found[int(path.name)] = command.startswith(name.encode()), int(status.rpartition(")")[2].split()[1])
+        running[int(path.name)] = command.startswith(name.encode()), int(status.rpartition(")")[2].split()[1])
 
     def descends(pid):
-        return pid == of or (pid in found and pid > 1 and descends(found[pid][1]))
+        return pid == of or (pid in running and pid > 1 and descends(running[pid][1]))
 
-    return sorted(pid for pid, (fits, _) in found.items() if fits and (of is None or descends(pid)))
+    return sorted(pid for pid, (fits, _) in running.items() if fits and (of is None or descends(pid)))
 
 
 def test_two_actors_make_the_run_of_one(run, alone):
@@ -67,9 +67,9 @@ def test_killed_actors_and_drivers_lose_nothing(run, alone):
             drivers += 1
             process = killed.start()
         else:
-            found = processes("ray::Actor", of=process.pid)
-            if found:
-                os.kill(draws.choice(found), signal.SIGKILL)
+            victims = processes("ray::Actor", of=process.pid)
+            if victims:
+                os.kill(draws.choice(victims), signal.SIGKILL)
                 actors += 1
     assert killed.finish(process) == 0, killed.output
     assert (actors, drivers) == (ACTOR_KILLS, DRIVER_KILLS)
@@ -125,8 +125,8 @@ def test_a_stragglers_member_is_given_to_another(cluster, tmp_path, run):
     trainer = Trainer(config(tmp_path / "run", straggler_limit=1.0))
     pool = trainer.workers
     with Stopped(pool, 1):
-        found = trainer.train()
-    assert found["fingerprint"] == expected["fingerprint"]
+        result = trainer.train()
+    assert result["fingerprint"] == expected["fingerprint"]
     assert all(not g.update.dropped for g in read_log(tmp_path / "run/run.log")[1])
 
 

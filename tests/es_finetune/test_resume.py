@@ -106,7 +106,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_pa
     while True:
         process = server.Process(target=child, args=(folder, begun(), config))
         process.start()
-        enough = scored() + moments.randint(1, 90)
+        enough = scored() + moments.randint(1, 150)
         while process.exitcode is None and scored() < enough:
             process.join(0.001)
         process.join(moments.uniform(0, 0.02))
@@ -116,8 +116,8 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(server, tmp_pa
         process.join()
         kills += 1
     assert process.exitcode == 0 and kills >= 3
-    found = json.loads((folder / "summary.json").read_text())
-    assert found["fingerprint"] == whole["fingerprint"] and found["live"] == whole["live"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["fingerprint"] == whole["fingerprint"] and summary["live"] == whole["live"]
     assert read_log(folder / "run.log")[1] == read_log(tmp_path / "whole" / "run.log")[1]
     assert [row["generation"] for row in read_rows(folder / "metrics.jsonl")] == list(range(5))
     assert [row["generation"] for row in read_rows(folder / "evals.jsonl")] == [0, 2, 4, 5]
@@ -138,15 +138,27 @@ def stop_at(monkeypatch, generation, member):
     monkeypatch.setattr(SealedLines, "append", append)
 
 
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """A run that was interrupted in its third generation, after two members."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def run_interrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 2, 1)
-        trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), **OPTIONS), task=Counted(f"{tmp_path}/run.scored"))
+        trainer = Trainer(TrainConfig(output=str(folder), **OPTIONS), task=Counted(f"{folder}.scored"))
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def interrupted(run_interrupted, tmp_path):
+    """A run that was interrupted in its third generation, after two members."""
+    return shutil.copytree(run_interrupted, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The summary of the run that was never interrupted."""
+    return run(tmp_path_factory.mktemp("whole") / "run")
 
 
 def test_scores_in_the_journal_are_used_and_not_computed_again(interrupted):
@@ -182,6 +194,20 @@ def test_a_finished_run_can_be_extended(tmp_path):
     run(tmp_path / "parts", generations=2)
     parts = run(tmp_path / "parts", resume=True, generations=4)
     assert parts["fingerprint"] == whole["fingerprint"] and parts["generations"] == 4
+
+
+def test_an_extended_run_that_was_interrupted_goes_on_to_the_end_it_was_given(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run(folder, generations=2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, None)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, resume=True, generations=4)
+    (folder / "config.json").unlink()  # which is for people
+    trainer = Trainer.resume(folder, task=CountdownChar())
+    assert (trainer.generation, trainer.config.generations) == (3, 4)
+    assert trainer.train()["generations"] == 4
+    assert sum("generations" in line for line in map(json.loads, (folder / "run.log").read_text().splitlines())) == 1
 
 
 @pytest.mark.parametrize(
@@ -247,12 +273,11 @@ def test_a_moved_model_is_the_same_model(interrupted, tmp_path):
     assert (moved.generation, moved.config.model) == (2, str(tmp_path / "copy"))
 
 
-def test_the_log_alone_is_enough_to_go_on(interrupted, tmp_path):
+def test_the_log_alone_is_enough_to_go_on(interrupted, whole):
     for name in ("metrics.jsonl", "evals.jsonl", "config.json", "journal"):
         (interrupted / name).unlink()
-    whole = run(tmp_path / "whole")
-    found = run(interrupted, resume=True)
-    assert (found["fingerprint"], found["generations"], found["base"]) == (whole["fingerprint"], 5, None)
+    resumed = run(interrupted, resume=True)
+    assert (resumed["fingerprint"], resumed["generations"], resumed["base"]) == (whole["fingerprint"], 5, None)
     assert report(interrupted).exists()
     (interrupted / "metrics.jsonl").unlink()
     assert run(interrupted, resume=True)["share_outside"] is None  # of a run that is finished
@@ -266,11 +291,11 @@ def test_time_of_members_scored_before_is_counted(interrupted):
     )
 
 
-def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted, tmp_path):
+def test_a_journal_damaged_by_a_power_failure_costs_its_scores_only(interrupted, whole):
     data = bytearray((interrupted / "journal").read_bytes())
     data[10] ^= 1
     (interrupted / "journal").write_bytes(data)
-    assert run(interrupted, resume=True)["fingerprint"] == run(tmp_path / "whole")["fingerprint"]
+    assert run(interrupted, resume=True)["fingerprint"] == whole["fingerprint"]
 
 
 @pytest.mark.parametrize("log", [b"", b'{"run": 2, "no'])
@@ -359,20 +384,20 @@ def test_overwrite_removes_nothing_before_the_new_run_is_proven(interrupted, mon
     """What its first line would hold, and what its workers say of themselves, which a pool's do only when they are
     asked."""
     before = contents(interrupted)
-    for found, words in (
+    for bad, words in (
         (np.int64(3), "can only hold JSON"),
         (float("nan"), "can only hold JSON"),
         (ValueError("no such model"), "no such model"),
     ):
         with monkeypatch.context() as patch:
-            answer = raised if isinstance(found, Exception) else lambda found: {"odd": found}
-            patch.setattr(Worker, "start", lambda self, found=found, answer=answer: answer(found))
+            answer = raised if isinstance(bad, Exception) else lambda bad: {"odd": bad}
+            patch.setattr(Worker, "start", lambda self, bad=bad, answer=answer: answer(bad))
             with pytest.raises(ValueError, match=words):
                 run(interrupted, overwrite=True)
             assert contents(interrupted) == before
             with pytest.raises(ValueError, match=words):
                 run(interrupted.parent / "new")
-    assert isinstance(found, Exception) and not list((interrupted.parent / "new").glob("*.json*"))
+    assert isinstance(bad, Exception) and not list((interrupted.parent / "new").glob("*.json*"))
     run(interrupted, resume=True)
 
 
@@ -408,8 +433,8 @@ def test_a_folder_is_never_taken_by_accident(interrupted, tmp_path):
 def test_overwrite_leaves_nothing_of_the_run_before(interrupted, tmp_path):
     (interrupted / "notes.txt").write_text("mine")
     (interrupted / "eval-2").mkdir()
-    found = run(interrupted, overwrite=True)
-    assert found["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
+    replaced = run(interrupted, overwrite=True)
+    assert replaced["fingerprint"] == run(tmp_path / "fresh")["fingerprint"]
     assert {path.name for path in interrupted.iterdir()} - {path.name for path in (tmp_path / "fresh").iterdir()} == {
         "notes.txt"
     }
@@ -444,8 +469,7 @@ def test_a_trainer_that_does_not_train_changes_nothing(interrupted, options):
     assert not folder.exists()
 
 
-def test_resume_needs_the_folder_alone(interrupted, tmp_path):
-    whole = run(tmp_path / "whole")
+def test_resume_needs_the_folder_alone(interrupted, whole):
     trainer = Trainer.resume(interrupted, batch_size=16, report_to=[])
     assert (trainer.generation, trainer.config.batch_size, trainer.config.population) == (2, 16, 4)
     assert trainer.train()["fingerprint"] == whole["fingerprint"]
@@ -508,8 +532,7 @@ def test_callbacks_are_told_what_happens_when_it_has(tmp_path):
     )
 
 
-def test_a_callback_stops_a_run_that_then_goes_on_as_if_it_had_not(tmp_path):
-    whole = run(tmp_path / "whole")
+def test_a_callback_stops_a_run_that_then_goes_on_as_if_it_had_not(whole, tmp_path):
     watcher = Watcher(stop_at=("generation", 2))
     summary = watched(tmp_path / "run", watcher)
     assert watcher.calls[-3:] == [("generation", 2), ("eval", 3), ("end", 3)]
@@ -539,8 +562,7 @@ def test_a_trainer_trains_once(tmp_path, options):
 
 
 @pytest.mark.parametrize("hook", [("generation", 1), ("eval", 2)])
-def test_an_error_of_a_callback_ends_the_run_which_can_be_resumed(tmp_path, hook):
-    whole = run(tmp_path / "whole")
+def test_an_error_of_a_callback_ends_the_run_which_can_be_resumed(whole, tmp_path, hook):
     watcher, other = Watcher(fail_at=hook), Watcher()
     with pytest.raises(RuntimeError, match="the watcher fell"):
         watched(tmp_path / "run", watcher, callbacks=[other])
@@ -578,8 +600,8 @@ def test_an_error_at_the_end_hides_no_other(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("at", [3, 8, 14])
-def test_a_full_disk_loses_nothing_written(tmp_path, monkeypatch, at):
-    whole, calls, real = run(tmp_path / "whole"), [], os.write
+def test_a_full_disk_loses_nothing_written(whole, tmp_path, monkeypatch, at):
+    calls, real = [], os.write
 
     def write(file, data):
         if os.readlink(f"/proc/self/fd/{file}").endswith(("run.log", "journal")):

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import es_kernels
 from es_finetune import TrainConfig, Trainer, evaluate
 from es_finetune.config import recorded_options
-from es_finetune.errors import RewardFailed
+from es_finetune.errors import RewardFailed, UserError
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, MemberLine, Summary
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_journals, read_log
 from es_finetune.tasks import Item, Score, load_task
+from es_finetune.trainer import follow
 
 SMALL = {"generations": 2, "population": 4, "prompts": 16, "eval_items": 32, "report_to": ["none"]}
 
@@ -60,15 +61,17 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(run):
     names = "answers config.json evals.jsonl journal metrics.jsonl model reward.png run.log summary.json tensorboard"
     assert sorted(path.name for path in run.iterdir()) == names.split()
-    found = summary(run)
+    result = summary(run)
     assert (
-        found["generations"] == 2 and found["noise_version"] == es_kernels.noise.VERSION and found["metric"] == "exact"
+        result["generations"] == 2
+        and result["noise_version"] == es_kernels.noise.VERSION
+        and result["metric"] == "exact"
     )
-    assert found["backend"] == es_kernels.active_backend(torch.device("cpu"))
-    assert 0 < found["seconds_kernels"] < found["seconds_total"] and 0 < found["share_outside"] < 1
-    low, high = found["base_interval"]
-    assert 0 < low < found["base"] < high < 1
-    assert found["log_bytes"] == (run / "run.log").stat().st_size
+    assert result["backend"] == es_kernels.active_backend(torch.device("cpu"))
+    assert 0 < result["seconds_kernels"] < result["seconds_total"] and 0 < result["share_outside"] < 1
+    low, high = result["base_interval"]
+    assert 0 < low < result["base"] < high < 1
+    assert result["log_bytes"] == (run / "run.log").stat().st_size
     assert (run / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_rows(run / "answers" / "base.jsonl")) == len(read_rows(run / "answers" / "tuned.jsonl")) == 32
     assert [row["generation"] for row in read_rows(run / "evals.jsonl")] == [0, 2]
@@ -160,11 +163,11 @@ def test_a_bf16_model_stays_bf16(tmp_path, master):
 
 
 def test_master_host_has_the_bits_of_fp32(tmp_path):
-    found = {
+    fingerprints = {
         master: summary_of(tmp_path / master, dtype="bfloat16", master=master)["fingerprint"]
         for master in ("fp32", "host")
     }
-    assert found["fp32"] == found["host"]
+    assert fingerprints["fp32"] == fingerprints["host"]
 
 
 def summary_of(folder, **options):
@@ -194,8 +197,8 @@ def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     trainer.train()
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["tokens"] > 0 and row["failed"] == 0 and trainer.workers.weights.optimizer.generation == 1
-    found = evaluate(run=tmp_path / "run", items=1, batch_size=20)
-    assert found["samples"] == (20 if task == "conciseness" else 1) and found["questions"] == 1
+    result = evaluate(run=tmp_path / "run", items=1, batch_size=20)
+    assert result["samples"] == (20 if task == "conciseness" else 1) and result["questions"] == 1
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -220,11 +223,11 @@ def outcome(folder, **options):
     }
 
 
-def differing(found, plain):
+def differing(changed, plain):
     pairs = {
-        "rewards": (found["rewards"], plain["rewards"]),
-        "z": (found["z"], plain["z"]),
-        **dict(zip("12", zip(found["theta"], plain["theta"], strict=True), strict=True)),
+        "rewards": (changed["rewards"], plain["rewards"]),
+        "z": (changed["z"], plain["z"]),
+        **dict(zip("12", zip(changed["theta"], plain["theta"], strict=True), strict=True)),
     }
     return [name for name, (here, there) in pairs.items() if here != there]
 
@@ -257,8 +260,8 @@ CHANGES = [
 
 @pytest.mark.parametrize("options, changed", CHANGES, ids=[str(options) for options, _ in CHANGES])
 def test_every_option_changes_what_it_should_and_nothing_else(plain, tmp_path, options, changed):
-    found = outcome(tmp_path / "run", **options)
-    assert " ".join(differing(found, plain)) == changed
+    other = outcome(tmp_path / "run", **options)
+    assert " ".join(differing(other, plain)) == changed
 
 
 # The same of a bf16 model, in which roundings matter.
@@ -281,11 +284,11 @@ def plain_bf16(tmp_path_factory):
 
 @pytest.mark.parametrize("options, changed", CHANGES_BF16, ids=[str(options) for options, _ in CHANGES_BF16])
 def test_and_of_a_bf16_model(plain_bf16, tmp_path, options, changed):
-    found = outcome(tmp_path / "run", dtype="bfloat16", **options)
+    other = outcome(tmp_path / "run", dtype="bfloat16", **options)
     if changed is None:
-        assert (found["rewards"] == plain_bf16["rewards"]) == (found["theta"][0] == plain_bf16["theta"][0])
+        assert (other["rewards"] == plain_bf16["rewards"]) == (other["theta"][0] == plain_bf16["theta"][0])
     else:
-        assert " ".join(differing(found, plain_bf16)) == changed
+        assert " ".join(differing(other, plain_bf16)) == changed
 
 
 def test_roundings_reach_the_optimizer(tmp_path):
@@ -457,8 +460,8 @@ def test_a_model_and_a_reward_of_ones_own(tmp_path, tiny_llama):
         **{**SMALL, "prompts": 0, "sigma": 0.05},
     )
     before = {name: p.clone() for name, p in tiny_llama.named_parameters()}
-    found = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
-    assert found["metric"] == "reward" and found["final"] <= 0
+    result = Trainer(config, model=tiny_llama, tokenizer=tokenizer, task=task).train()
+    assert result["metric"] == "reward" and result["final"] <= 0
     assert all(not torch.equal(before[name], p) for name, p in tiny_llama.named_parameters())
 
 
@@ -532,6 +535,19 @@ def test_contradictions_between_config_and_objects_are_refused(tmp_path, options
     with pytest.raises(ValueError, match=words):
         Trainer(own(tmp_path / "run", **options), **objects)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_behind_the_first_is_sent_to_follow_which_refuses_what_the_first_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RuntimeError, match=r"call es_finetune.trainer.follow\(\) on the others"):
+        Trainer(own(tmp_path))
+    for config, changes, words in (
+        (tmp_path, {}, "holds no run to resume"),
+        (own(tmp_path), {"sigma": 0.5}, "sigma goes into the config"),
+    ):
+        with pytest.raises(UserError, match=words):
+            follow(config, **changes)
 
 
 def test_a_config_holds_plain_values_whatever_it_was_given():

@@ -4,6 +4,7 @@ backends."""
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -78,13 +79,23 @@ def weights():
     return make
 
 
+@pytest.fixture(scope="session")
+def by_reference():
+    """(test, its parameters but `isa`, number of the call in it) -> what the reference backend makes of the call: once
+    for all instruction sets, for the reference takes most of the time."""
+    return {}
+
+
 @pytest.fixture
-def twin(bits):
+def twin(bits, by_reference, request):
     """twin(call, *tensors): runs call(*clones) on the cpu and on the reference backend; asserts equal bits of all
-    clones and equal results.
+    clones and equal results. The n-th call of a test must be the same for every `isa`.
 
     A clone keeps the storage offset and the strides of its tensor. Returns the clones.
     """
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    test = request.node.path, request.node.originalname, str({k: v for k, v in parameters.items() if k != "isa"})
+    numbers = itertools.count()
 
     def clone(tensor):
         if tensor is None:
@@ -92,20 +103,25 @@ def twin(bits):
         storage = tensor.untyped_storage().clone()
         return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
+    def run_on(backend, call, tensors):
+        clones = [clone(t) for t in tensors]
+        with es_kernels.backend(backend):
+            return clones, call(*clones)
+
     def run(call, *tensors):
-        results = {}
-        for name in ("cpu", "reference"):
-            clones = [clone(t) for t in tensors]
-            with es_kernels.backend(name):
-                results[name] = clones, call(*clones)
-        for ours, theirs in zip(results["cpu"][0], results["reference"][0], strict=True):
+        key = *test, next(numbers)
+        if key not in by_reference:
+            by_reference[key] = run_on("reference", call, tensors)
+        clones, result = run_on("cpu", call, tensors)
+        expected, expected_result = by_reference[key]
+        for ours, theirs in zip(clones, expected, strict=True):
             if ours is not None:
                 # The whole storage: memory around the tensor must not be touched either.
                 ours, theirs = (torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()) for t in (ours, theirs))
                 assert torch.equal(bits(ours), bits(theirs))
-        if isinstance(results["cpu"][1], int):
-            assert results["cpu"][1] == results["reference"][1]
-        return results["cpu"][0]
+        if isinstance(result, int):
+            assert result == expected_result
+        return clones
 
     return run
 

@@ -68,14 +68,16 @@ def test_dtypes_and_their_mixtures(isa, twin, weights, out, base, rounding):
 def test_sizes_and_storage_offsets(isa, twin, weights, dtype, rounding):
     """Sizes 0..33 at every offset modulo 16 bytes, base at another one: heads, tails, and addresses that no vector
     instruction likes."""
-    for size in range(34):
-        for offset in range(9):
-            storage, source = weights(size + offset + 5, dtype, size), weights(size + 12, F32, offset)
-            twin(
-                lambda t, m: add_noise_(t, SEEDS[:2], COEFS[:2], m, name="w", **rounding),
-                storage[offset : offset + size],
-                source[(7 * offset) % 11 :][:size],
-            )
+    names = [f"w{size}" for size in range(34)]
+
+    def call(*t):
+        live, master = (dict(zip(names, part, strict=True)) for part in (t[:34], t[34:]))
+        add_noise_(live, SEEDS[:2], COEFS[:2], master, **rounding)
+
+    for offset in range(9):
+        live = [weights(size + offset + 5, dtype, size)[offset : offset + size] for size in range(34)]
+        master = [weights(size + 12, F32, offset)[(7 * offset) % 11 :][:size] for size in range(34)]
+        twin(call, *live, *master)
 
 
 @both_roundings

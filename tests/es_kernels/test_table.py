@@ -1,6 +1,7 @@
 """Contract under test: a ParamTable knows its tensors by name and by memory.
 
 - Ties keep their first name; empty tensors are nothing; what is not (name, tensor) is refused.
+- A table made of a table keeps its segments and ties.
 - A tensor that is another than it was is an error until refresh().
 - A call on tables does the same Python for 300 tensors as for 3, and a table keeps nothing alive but its tensors.
 """
@@ -214,6 +215,13 @@ def test_entries_are_named_tensors(bits):
     assert torch.equal(bits(other[1]), bits(b)) and torch.equal(bits(other[0]), bits(a))
     assert torch.equal(bits(b).flatten(), bits(add_noise_(torch.zeros(64), 1, 1.0, name="whole"))[32:])
     assert es_kernels.fingerprint(t.entries) == es_kernels.fingerprint(t)
+
+
+def test_a_table_of_a_table_is_that_table_again():
+    a, b = torch.zeros(8), torch.zeros(4, 8)
+    t = ParamTable([("a", a), NamedTensor("b", b, [Segment("whole", 4, 8, first=32)]), ("tied", a)])
+    again = ParamTable(t)
+    assert again.entries == t.entries and again.layout is t.layout and again.tied == t.tied == {"tied": "a"}
 
 
 def test_table_refuses_what_is_not_a_pair():

@@ -281,10 +281,10 @@ def test_says_why_it_is_unavailable():
 COMPILE = """
 import json, sys
 from es_kernels.backends import triton
-for i, (target, options) in enumerate(json.loads(sys.argv[1])):
+for target, name, options in json.loads(sys.argv[1]):
     for kind, code in triton.compile_for(target, **options).asm.items():
         if kind in ("ptx", "cubin", "amdgcn"):
-            open(f"{sys.argv[2]}/{i}.{kind}", "w" if isinstance(code, str) else "wb").write(code)
+            open(f"{sys.argv[2]}/{target} {name}.{kind}", "w" if isinstance(code, str) else "wb").write(code)
 """
 
 
@@ -305,24 +305,33 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("target", [80, 90, 100, 120, "gfx942"])
-def test_compiles(target, tmp_path):
-    variants = VARIANTS if target == 90 else {"everything": VARIANTS["everything"]}
-    run_python(COMPILE, json.dumps([(target, options) for options in variants.values()]), tmp_path)
-    for i, name in enumerate(variants):
+TARGETS = {target: VARIANTS if target == 90 else ["everything"] for target in (80, 90, 100, 120, "gfx942")}
+
+
+@pytest.fixture(scope="module")
+def compiled(made_once):
+    """A folder with each variant compiled for each target: by one process, which imports torch once."""
+    asked = [(target, name, VARIANTS[name]) for target, names in TARGETS.items() for name in names]
+    return made_once("triton", lambda folder: run_python(COMPILE, json.dumps(asked), folder))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target, compiled):
+    for name in TARGETS[target]:
+        file = f"{target} {name}"
         if target == "gfx942":
-            code = (tmp_path / f"{i}.amdgcn").read_text()
+            code = (compiled / f"{file}.amdgcn").read_text()
             assert re.search(r"\.private_segment_fixed_size:\s*0\b", code), f"{name}: spills"
             assert "global_load_dwordx4" in code and "global_store_dwordx4" in code
             assert re.search(r"\.amdhsa_float_denorm_mode_32 3", code), f"{name}: flushes subnormals"
             continue
-        ptx = (tmp_path / f"{i}.ptx").read_text()
+        ptx = (compiled / f"{file}.ptx").read_text()
         assert ".ftz" not in ptx
         # .rn forbids ptxas to contract: the only fma's are those that the kernel asks for.
         assert not re.search(r"\b(add|sub|mul|fma)(?!\.rn)\.f32|\bmad\S*\.f32", ptx)
         assert "ld.global.v4" in ptx and ("st.global.v4" in ptx or name == "fingerprint")
         usage = subprocess.run(
-            [cuobjdump(), "-res-usage", tmp_path / f"{i}.cubin"], capture_output=True, text=True, check=True
+            [cuobjdump(), "-res-usage", compiled / f"{file}.cubin"], capture_output=True, text=True, check=True
         ).stdout
         assert re.search(r"STACK:0 .*LOCAL:0 ", usage), f"{name}: spills: {usage}"
         if name != "fingerprint":

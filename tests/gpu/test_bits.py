@@ -134,10 +134,10 @@ def test_whole_model_in_one_call_and_its_fingerprint(gpu):
     }
     for seeds, coefs in ((1, 1e-3), ([1, 2], [-1e-3, 1e-3]), (list(range(30)), [1e-4] * 30)):
         add_noise_(cuda, seeds, coefs)
-        found = fingerprint(cuda)
+        of_cuda = fingerprint(cuda)
         with es_kernels.backend("cpu"):
             add_noise_(cpu, seeds, coefs)
-            assert found == fingerprint(cpu)
+            assert of_cuda == fingerprint(cpu)
         for name in cpu:
             assert torch.equal(bits(cuda[name]), bits(cpu[name])), name
 

@@ -28,11 +28,11 @@ OPTIONS = {
 @pytest.mark.parametrize("master", ["fp32", "copy", "host", "none"])
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_a_run_is_replayed_on_the_cpu(tmp_path, decoding, master):
-    found = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, master=master, **OPTIONS)).train()
+    summary = Trainer(TrainConfig(output=str(tmp_path / "run"), decoding=decoding, master=master, **OPTIONS)).train()
     optimizer = rebuild(tmp_path / "run", device="cpu").optimizer
     assert (f"{optimizer.fingerprint('theta'):016x}", f"{optimizer.fingerprint('live'):016x}") == (
-        found["fingerprint"],
-        found["live"],
+        summary["fingerprint"],
+        summary["live"],
     )
     assert (
         Trainer(

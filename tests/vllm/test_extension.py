@@ -104,7 +104,7 @@ def test_the_shards_of_all_ranks_are_the_model(size, noise_rank):
     full = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     expected = {name: tensor.clone() for name, tensor in full.items()}
     es_kernels.add_noise_(expected, [5], [0.1], noise_rank=noise_rank)
-    found = {name: torch.full(shape, math.nan, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    joined = {name: torch.full(shape, math.nan, dtype=torch.bfloat16) for name, shape in shapes.items()}
     proofs, covered = [], dict.fromkeys(shapes, 0)
     for rank in range(size):
         model = model_of(rank, size, full)
@@ -117,12 +117,12 @@ def test_the_shards_of_all_ranks_are_the_model(size, noise_rank):
         )
         for part in parts:
             covered[part.name] += part.counted * math.prod(part.shape)
-            place = torch.as_strided(found[part.name], part.shape, (part.index_stride, 1), part.first)
+            place = torch.as_strided(joined[part.name], part.shape, (part.index_stride, 1), part.first)
             assert place.isnan().all() or torch.equal(place, part.tensor.reshape(part.shape))  # copies agree
             place.copy_(part.tensor.reshape(part.shape))
         assert (model.embed.weight[model.embed.shard_indices.num_org_elements :] == 7).all()  # padding is left alone
     for name in shapes:
-        assert torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)), name
+        assert torch.equal(joined[name].view(torch.int16), expected[name].view(torch.int16)), name
     assert covered == {name: math.prod(shape) for name, shape in shapes.items()}
     assert sum(proofs) % 2**64 == es_kernels.fingerprint(es_kernels.ParamTable(expected))
 

@@ -18,14 +18,14 @@ ray = pytest.importorskip("ray")
 
 def running(name):
     """Processes with this title."""
-    found = []
+    pids = []
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             if (path / "cmdline").read_bytes().startswith(name.encode()):
-                found.append(int(path.name))
+                pids.append(int(path.name))
         except OSError:
             pass
-    return found
+    return pids
 
 
 def test_a_killed_actor_changes_nothing(saved, tmp_path):
@@ -61,9 +61,9 @@ def test_a_killed_actor_changes_nothing(saved, tmp_path):
 
         thread = threading.Thread(target=kill)
         thread.start()
-        found = trainer.train()
+        result = trainer.train()
         thread.join()
-        assert found["fingerprint"] == expected["fingerprint"] and all(
+        assert result["fingerprint"] == expected["fingerprint"] and all(
             g.update.z is not None for g in read_log(tmp_path / "run/run.log")[1]
         )
     finally:

@@ -108,8 +108,8 @@ def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
             lines = [worker.evaluate(generation, {}, lambda line: None)[0] for worker in pair]
             assert [line["digest"] for line in lines[0]] == [line["digest"] for line in lines[1]]
             assert len({line["digest"] for line in lines[0]}) > 1  # a stale cache would answer alike
-            found = [worker.update(Update(generation, z, 4, 0.0), with_health=False) for worker in pair]
-            assert found[0]["theta"] == found[1]["theta"] and found[0]["live"] == found[1]["live"]
+            proofs = [worker.update(Update(generation, z, 4, 0.0), with_health=False) for worker in pair]
+            assert proofs[0]["theta"] == proofs[1]["theta"] and proofs[0]["live"] == proofs[1]["live"]
             generation += 1
         assert evals[0].digest != ours.answer_held_out().digest
 
@@ -122,13 +122,13 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
         **{**OPTIONS, "health_every": 1}, model=str(model), output=str(tmp_path / "run"), engine="vllm"
     )
     task = long_questions()
-    found = Trainer(config, task=task).train()
-    assert found["backend"] == "cpu in vLLM" and all(
+    summary = Trainer(config, task=task).train()
+    assert summary["backend"] == "cpu in vLLM" and all(
         g.update.z is not None for g in read_log(tmp_path / "run/run.log")[1]
     )
-    assert f"{rebuild(tmp_path / 'run', device='cpu').optimizer.fingerprint('live'):016x}" == found["live"]
+    assert f"{rebuild(tmp_path / 'run', device='cpu').optimizer.fingerprint('live'):016x}" == summary["live"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
-    assert f"{es_kernels.fingerprint(es_kernels.ParamTable(named_segments(exported))):016x}" == found["live"]
+    assert f"{es_kernels.fingerprint(es_kernels.ParamTable(named_segments(exported))):016x}" == summary["live"]
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert row["health"]["correlation_min"][1] > 0.99
     # Resumed over the other engine, which the log allows: scores come from wherever, weights do not.
@@ -141,7 +141,7 @@ def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
         ),
         task=task,
     ).train()
-    assert again["generations"] == 3 and again["fingerprint"] != found["fingerprint"]
+    assert again["generations"] == 3 and again["fingerprint"] != summary["fingerprint"]
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

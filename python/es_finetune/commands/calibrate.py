@@ -21,7 +21,8 @@ from es_finetune.models.load import load_model, pick_device
 from es_finetune.monitor.advice import is_norm
 from es_finetune.monitor.health import Health
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
-from es_finetune.runs.setup import make_engine, make_task
+from es_finetune.runs.setup import given_task, make_engine, make_task
+from es_finetune.tasks import Data, Reward
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,18 @@ _SUCCESSES = 5
 
 
 @takes_options_of(CalibrateConfig)
-def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+def calibrate(
+    config: CalibrateConfig, *, data: Data | None = None, test_data: Data | None = None, reward: Reward | None = None
+) -> dict[str, Any]:
     """Find a sigma for a model and a task from a few members.
 
-    Takes the flags of `es-finetune calibrate` as keyword arguments: the fields of `CalibrateConfig`. Tries the sigmas,
-    smallest first, until two in a row do harm and the reward has fallen by half. Every member answers the same prompts,
-    and has the same noise, scaled, at every sigma. A table of what each sigma does goes to `logging`, row by row.
+    Tries the sigmas, smallest first, until two in a row do harm and the reward has fallen by half. Every member answers
+    the same prompts, and has the same noise, scaled, at every sigma. A table of what each sigma does goes to `logging`,
+    row by row.
+
+    Args:
+        **options: The flags of `es-finetune calibrate`, which are the fields of `CalibrateConfig`. With task "custom"
+            `data`, `test_data` and `reward` may be objects as for `Trainer`.
 
     Returns:
         "sigma", the one to use, or None, "lr", half of it, and "reason", one sentence; "base_reward", and in "sigmas"
@@ -54,7 +61,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         UserError: Model, task or number of prompts cannot be had, before any answer is generated; or the base model's
             answers earn too little to tell what noise costs.
     """
-    task = make_task(config)
+    task = given_task(config, data=data, test_data=test_data, reward=reward) or make_task(config)
     items = list(task.train)
     count = min(PROMPTS, len(items)) if config.prompts is None else config.prompts or len(items)
     if count > len(items):

@@ -34,7 +34,11 @@ def _probe(ask: Callable[..., str], *about: str) -> str:
     try:
         return _without_folders(ask(*about))
     except Exception as error:
-        return _without_folders(f"unknown: {type(error).__name__}: {error}".splitlines()[0])
+        return _unknown(error)
+
+
+def _unknown(error: Exception) -> str:
+    return _without_folders(f"unknown: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def _without_folders(text: str) -> str:
@@ -85,7 +89,7 @@ def _backends() -> dict[str, str]:
 
         from es_kernels import active_backend, backends
     except Exception as error:
-        return {"backends": _without_folders(f"unknown: {error}")}
+        return {"backends": _unknown(error)}
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
     def state(name: str) -> str:

@@ -16,7 +16,8 @@ from es_finetune.evaluation.statistics import kl_to_base
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.runs.files import save_answers, write_atomically
 from es_finetune.runs.log import read_log
-from es_finetune.runs.setup import make_engine, make_task
+from es_finetune.runs.setup import given_task, make_engine, make_task
+from es_finetune.tasks import Data, Reward
 
 
 def _options_of_run(options: dict[str, Any]) -> dict[str, Any]:
@@ -25,18 +26,24 @@ def _options_of_run(options: dict[str, Any]) -> dict[str, Any]:
         return options
     logged = read_log(Path(options["run"]) / "run.log")[0]["config"]
     names = EvalConfig.__dataclass_fields__.keys() - {"output", "seed", "device"}
-    return {name: value for name, value in logged.items() if name in names} | options
+    run = {name: value for name, value in logged.items() if name in names}
+    return run | {name: value for name, value in options.items() if value is not None}
 
 
 @takes_options_of(EvalConfig, complete=_options_of_run)
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig, *, data: Data | None = None, test_data: Data | None = None, reward: Reward | None = None
+) -> dict[str, Any]:
     """Measure the accuracy of a model on a task's held-out questions, by the protocol of the paper.
 
-    Takes the flags of `es-finetune eval` as keyword arguments: the fields of `EvalConfig`. With `run` the weights are
-    made again from the run's log, and model, task and settings are those of the run.
+    With `run` the weights are made again from the run's log, and model, task and settings are those of the run.
 
         es_finetune.evaluate(model="Qwen/Qwen2.5-1.5B-Instruct", task="countdown", samples=1)
         es_finetune.evaluate(run="runs/countdown", generation=100)
+
+    Args:
+        **options: The flags of `es-finetune eval`, which are the fields of `EvalConfig`. With task "custom", or the run
+            of one, `data`, `test_data` and `reward` may be objects as for `Trainer`.
 
     Returns:
         What the file result.json holds, and "answers", the path of answers.jsonl beside it: "metric" ("exact" or
@@ -60,7 +67,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     output = Path(config.output or _folder(config, generation))
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: give a folder")
-    task = make_task(config)
+    task = given_task(config, data=data, test_data=test_data, reward=reward) or make_task(config)
     items = list(getattr(task, config.split))[: config.items or None]
     device = pick_device(config.device)
     if config.run is not None:

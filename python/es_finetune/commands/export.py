@@ -38,6 +38,9 @@ def export(config: ExportConfig) -> Exported:
         merge_lora: Write the whole model with the adapter added in, instead of the adapter.
         overwrite: Replace the output folder, which must hold a model and nothing else.
 
+    Returns:
+        The `folder` written, the `generation` whose weights are in it, and their fingerprint `live`.
+
     Raises:
         UserError: The output folder may not be replaced, or what `replay` raises. Nothing was written.
         OSError: The model cannot be written, as on a full disk.

@@ -16,12 +16,15 @@ from es_finetune.runs.log import read_log
 
 @takes_options_of(ReportConfig)
 def report(config: ReportConfig) -> Path:
-    """Write RUN/report.html, one page with the plots and sample answers of a run, and return its path.
+    """Write RUN/report.html, one page with the plots and sample answers of a run.
 
     What the folder lacks is left out or called not measured. One folder gives one page, byte for byte.
 
     Args:
         run: Folder of the run.
+
+    Returns:
+        The path of the page.
 
     Raises:
         UserError: The folder holds no run of es_finetune, or a damaged one.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +14,8 @@ from es_finetune.engines import DECODINGS, Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
 from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
+
+logger = logging.getLogger(__name__)
 
 # Static caches have a multiple of this many positions, so that prompts of other lengths seldom need a new one
 _CACHE_STEP = 128
@@ -110,7 +111,7 @@ class HFEngine:
     def prove(self) -> None:
         """Generate two tokens, as the first member will; a run asks for it before it writes anything.
 
-        Where an answer depends on the prompts beside it, batches are of one prompt from then on, with a UserWarning.
+        Where an answer depends on the prompts beside it, batches are of one prompt from then on, and a warning says so.
 
         Raises:
             UserError: The model cannot generate at all, or not by this decoding.
@@ -135,9 +136,8 @@ class HFEngine:
                     self._in_batches([([0], {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})])
                     if self.batch_size > 1 and self._neighbours_show():
                         self.batch_size = 1
-                        warnings.warn(
-                            f"models of type {kind} do not ignore padding: they are asked one prompt at a time",
-                            stacklevel=2,
+                        logger.warning(
+                            "models of type %s do not ignore padding: they are asked one prompt at a time", kind
                         )
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from es_finetune.errors import UserError
 from es_kernels import NamedTensor, Segment
 from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
+
+logger = logging.getLogger(__name__)
 
 # What torch.compile and checkpoint_wrapper call the module inside
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -31,8 +33,8 @@ def named_segments(model: torch.nn.Module) -> Iterator[NamedTensor]:
 
     A parameter that the checkpoint holds as several tensors, as the fused experts of a mixture, or as a part of one,
     comes with segments and its name in memory. A segment of a matrix, a tensor of two dimensions in the checkpoint, has
-    its width. Where the checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, with a
-    UserWarning: its noise is not that of the checkpoint's tensor.
+    its width. Where the checkpoint's tensor is no view of it (permuted, interleaved) it has only that name, and a
+    warning says so: its noise is not that of the checkpoint's tensor.
 
     Raises:
         UserError: The model cannot be tuned (refuse_untunable).
@@ -53,11 +55,10 @@ def named_segments(model: torch.nn.Module) -> Iterator[NamedTensor]:
             name, segments = stored.get(name, (name, None))
             yield NamedTensor(name, parameter, segments)
     if copied:
-        warnings.warn(
+        logger.warning(
             f"{len(copied)} parameter(s) draw noise by the name in memory, e.g. {copied[0]}, because the checkpoint "
             "holds them "
-            + (f"in a form that cannot be found out: {error}" if error else "permuted or otherwise than as views"),
-            stacklevel=2,
+            + (f"in a form that cannot be found out: {error}" if error else "permuted or otherwise than as views")
         )
 
 

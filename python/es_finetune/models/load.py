@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from es_finetune.models.checkpoint_names import refuse_prompt_config
 from es_finetune.models.dtypes import MIXED, cast_as_in_files, dtype_of, dtypes_in_files
 from es_finetune.models.towers import freeze_towers, towers_of
 from es_kernels.segment import DTYPES
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
@@ -212,10 +214,9 @@ def _load_base(
             "checkpoint of a causal LM"
         )
     if towers_of(config) and not towers_of(model.config):
-        warnings.warn(
+        logger.warning(
             f"of {what} only the text part, {type(model).__name__}, is loaded: what is tuned and saved is without the "
-            "rest",
-            stacklevel=3,
+            "rest"
         )
     if mixed:
         with loading(what):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import Any
 
 import torch
 
 from es_finetune.models.checkpoint_names import base_of
 
+logger = logging.getLogger(__name__)
+
 
 def freeze_towers(model: torch.nn.Module) -> None:
-    """Freeze, with a UserWarning, what text does not pass through: the parts of a model that see or hear, and what
+    """Freeze, with a warning, what text does not pass through: the parts of a model that see or hear, and what
     joins them to the text."""
     base = base_of(model)
     kinds = tuple(map(type, towers_of(getattr(base, "config", None))))
@@ -34,10 +36,9 @@ def freeze_towers(model: torch.nn.Module) -> None:
     for p in frozen.values():
         p.requires_grad_(False)
     if frozen:
-        warnings.warn(
+        logger.warning(
             f"{len(frozen)} parameter(s) of {type(base).__name__}, e.g. {next(iter(frozen))}, take no part in text: "
-            "they are frozen, and saved as they are",
-            stacklevel=2,
+            "they are frozen, and saved as they are"
         )
 
 

@@ -48,16 +48,34 @@ class Callback:
 
         Model and task are loaded and checked. Nothing in the folder has been changed: an error here leaves an older run
         as it was, also with `overwrite`.
+
+        Args:
+            trainer: The Trainer.
         """
 
     def on_activity(self, trainer: Run, doing: str) -> None:
-        """What the run is at, in a few words for a display: "member 7/30". At least once for each member."""
+        """The run turns to something else, at least once for each member.
+
+        Args:
+            trainer: The Trainer.
+            doing: What it is at, in a few words for a display: "member 7/30".
+        """
 
     def on_generation(self, trainer: Run, row: GenerationRow) -> None:
-        """A generation is done and in the log. `row`: its line of metrics.jsonl."""
+        """A generation is done and in the log.
+
+        Args:
+            trainer: The Trainer.
+            row: Its line of metrics.jsonl.
+        """
 
     def on_eval(self, trainer: Run, row: EvalRow) -> None:
-        """The held-out questions were answered. `row`: the line of evals.jsonl."""
+        """The held-out questions were answered.
+
+        Args:
+            trainer: The Trainer.
+            row: The line of evals.jsonl.
+        """
 
     def on_end(self, trainer: Run, summary: Summary | None) -> None:
         """The run is over, whatever ended it: close here what `on_start` opened.

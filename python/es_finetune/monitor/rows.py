@@ -4,13 +4,10 @@ numbers, seconds and bytes."""
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypedDict
 
-import torch
-
-from es_finetune.evaluation.evaluator import Evaluation, floor_of, headline, rewards_of
+from es_finetune.evaluation.evaluator import Evaluation, headline, rewards_of
 from es_finetune.evaluation.statistics import interval, mean_of_known, share_identical
 from es_finetune.tasks import Task
 
@@ -153,12 +150,6 @@ def member_line(generation: int, member: int, evaluation: Evaluation) -> Row:
     }
 
 
-def rewards_by_prompt(task: Task, members: Sequence[Row]) -> list[list[float]]:
-    """[member][prompt]; of an answer whose scoring failed the floor among the whole generation's."""
-    floor = floor_of(task, (reward for member in members for reward in member["rewards"]))
-    return [[floor if reward is None else reward for reward in member["rewards"]] for member in members]
-
-
 def population_row(
     members: Sequence[Row], by_prompt: Sequence[Sequence[float]], seconds: float, workers: int
 ) -> dict[str, Any]:
@@ -245,10 +236,3 @@ def summary(metric: str, rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapp
 
 def total_seconds(rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]) -> float:
     return math.fsum([*(row["seconds"] for row in rows), *(row["seconds"] for row in evals)])
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -261,9 +261,10 @@ class EvolutionStrategy(torch.optim.Optimizer):
         return results
 
     def ask(self) -> range:
-        """The members of this generation, 0 .. N - 1.
+        """The members of this generation: evaluate each inside `perturbed(member)`, in any order, then `tell`.
 
-        Evaluate each inside `perturbed(member)`, in any order, then `tell`.
+        Returns:
+            Their numbers, 0 .. N - 1.
         """
         return range(self.population)
 

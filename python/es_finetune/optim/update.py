@@ -23,14 +23,25 @@ class Update(NamedTuple):
     dropped: tuple[int, ...] = ()  # members that were given up, in order
 
     def to_json(self) -> dict[str, Any]:
-        """The update as plain JSON: z as base64 of little-endian f32, `dropped` only where a member was."""
+        """The update as plain JSON.
+
+        Returns:
+            The fields by name: z as base64 of little-endian f32, `dropped` only where a member was.
+        """
         z = None if self.z is None else base64.b64encode(np.array(self.z, "<f4").tobytes()).decode()
         line = {"generation": self.generation, "z": z, "scored": self.scored, "reward": self.reward}
         return {**line, "dropped": list(self.dropped)} if self.dropped else line
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Update:
-        """The update that `to_json` gave; other keys of the line are left alone."""
+        """The update that `to_json` was called on.
+
+        Args:
+            line: What that returned. Other keys in it are left alone.
+
+        Returns:
+            An equal update.
+        """
         z = line["z"]
         if z is not None:
             z = tuple(np.frombuffer(base64.b64decode(z), "<f4").astype(float).tolist())

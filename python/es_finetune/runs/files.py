@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:  # others have a text of their own
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

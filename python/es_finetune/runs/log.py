@@ -6,7 +6,8 @@ run.log is JSON, one object a line, each with a CRC-32 of what stands before it 
     {"generation": 0, "z": "<base64 of N little-endian f32>", "scored": 30, "reward": 0.41, "lr": [...], "sigma": [...],
      "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}
 
-The first line is the header, each other one a generation.
+The first line is the header, each other one a generation, or {"generations": 40, "crc": "..."} where the run went on to
+another number of them than the lines before it say.
 
 z is null where all rewards were equal and nothing was changed; "dropped" names members that a pool of workers gave up,
 if any. lr and sigma are one number for each param_group, theta and live the fingerprints after the update. About 400
@@ -137,7 +138,8 @@ def read_journals(folder: Path) -> list[dict[str, Any]]:
 
 
 def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:
-    """The lines of a run.log as header and generations. Errors as of `read_log`, where the lines do not fit."""
+    """The lines of a run.log as header, whose config has the last number of generations asked for, and generations.
+    Errors as of `read_log`, where the lines do not fit."""
     if lines and lines[0].get("run") == 1:
         raise UserError(
             f"{path} was written by an older version, es_finetune {lines[0].get('es_finetune')}, whose option base is "
@@ -145,8 +147,11 @@ def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], 
         )
     if not lines or lines[0].get("run") != FORMAT:
         raise UserError(f"{path} is no log of a run (format {FORMAT})")
-    generations = []
+    header, generations = lines[0], []
     for number, line in enumerate(lines[1:], 2):
+        if line.keys() == {"generations", "crc"}:
+            header = {**header, "config": {**header["config"], "generations": line["generations"]}}
+            continue
         try:
             generations.append(Generation.from_json(line))
         except (KeyError, TypeError, ValueError):
@@ -154,7 +159,7 @@ def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], 
             raise UserError(f"{path} is damaged in line {number}, which is {what}: remove that line") from None
     if [g.update.generation for g in generations] != list(range(len(generations))):
         raise UserError(f"{path} is damaged: its generations are not 0, 1, 2, ...")
-    return lines[0], generations
+    return header, generations
 
 
 def sealed(line: dict[str, Any]) -> bytes:

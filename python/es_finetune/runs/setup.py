@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from es_finetune.errors import UserError
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.groups import param_groups
 from es_finetune.runs.schedules import Schedules
-from es_finetune.tasks import Task, load_task
+from es_finetune.tasks import Data, Reward, Task, load_task
 from es_kernels import NamedTensor
 
 
@@ -22,6 +23,38 @@ def make_task(config: Setup) -> Task:
     return load_task(
         config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit
     )
+
+
+def given_task(config: Setup, task: Task | None = None, **supplied: Data | Reward | None) -> Task | None:
+    """The task that was given as an object, or is made of data and reward; None for the one that the config names.
+
+    Args:
+        config: Of data and reward a path or a name is put into it, as if it had come with it: so the log keeps it.
+        task: The object.
+        **supplied: `data`, `test_data` and `reward`, None where they are not given.
+
+    Raises:
+        UserError: One is given twice, does not go with the task, or is none.
+    """
+    if isinstance(task, str):
+        raise UserError(f"task must be an object, not {task!r}: name it in the config, TrainConfig(task={task!r})")
+    supplied = {name: value for name, value in supplied.items() if value is not None}
+    for name, value in supplied.items():
+        if task is not None:
+            raise UserError(f"{name} was given beside task, which has questions and a reward of its own: leave one out")
+        if getattr(config, name) is not None:
+            raise UserError(f"{name} was given to the Trainer and in the config: leave one out")
+        if isinstance(value, (str, Path)):
+            setattr(config, name, str(value))
+        elif config.task != "custom":
+            raise UserError(
+                f"{name} is for the task 'custom', and the config's task is {config.task!r}: leave {name} out, or make "
+                "the config with task='custom'"
+            )
+    if all(isinstance(value, (str, Path)) for value in supplied.values()):
+        return task
+    made_of: dict[str, Any] = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
+    return load_task("custom", **made_of, time_limit=config.time_limit)
 
 
 def check_task(task: Task, config: TrainConfig) -> Task:

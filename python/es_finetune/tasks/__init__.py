@@ -87,6 +87,7 @@ class Task(Protocol):
 NAMES = ("countdown", "countdown-char", "conciseness", "math", "reasoning-gym:<name>", "custom")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
+Reward = str | Callable[[str, dict], Any]
 
 
 def load_task(
@@ -94,7 +95,7 @@ def load_task(
     *,
     data: Data | None = None,
     test_data: Data | None = None,
-    reward: str | Callable[[str, dict], Any] | None = None,
+    reward: Reward | None = None,
     seed: int = 0,
     time_limit: float = 5.0,
     test_share: float = 0.2,

@@ -8,7 +8,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from es_finetune.monitor.rows import Row, rewards_by_prompt
+from es_finetune.evaluation.evaluator import floor_of
+from es_finetune.monitor.rows import Row
 from es_finetune.optim.update import Update, make_update
 from es_finetune.tasks import Item, Task
 from es_kernels.noise import PROMPT_CHOICE, member_seed
@@ -79,7 +80,9 @@ class Plan:
         Returns:
             The update, and the rewards [line][prompt] that it is made of.
         """
-        by_prompt = rewards_by_prompt(self.task, lines)
+        # Of an answer whose scoring failed the floor among the whole generation's
+        floor = floor_of(self.task, (reward for line in lines for reward in line["rewards"]))
+        by_prompt = [[floor if reward is None else reward for reward in line["rewards"]] for line in lines]
         means = [math.fsum(row) / len(row) for row in by_prompt]
         rewards: list[Any] = [None] * self.population
         for line, of_member in zip(lines, by_prompt if self.shaping == "per_prompt" else means, strict=True):

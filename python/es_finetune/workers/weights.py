@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 
 from es_finetune.monitor.health import Health
-from es_finetune.monitor.rows import peak_memory
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.optim.update import Update
 from es_finetune.runs.log import Generation
@@ -102,7 +102,7 @@ class Weights:
             "sigma": sigma,
         }
         before, self._kernels = self._kernels, self.optimizer.kernel_seconds
-        result |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": peak_memory(self._device())}
+        result |= {"seconds_kernels": self._kernels - before, "peak_memory_bytes": self._peak_memory()}
         return result | ({"health": self._health().measure_after_update()} if with_health else {})
 
     def save_snapshot(self, folder: str) -> None:
@@ -113,6 +113,13 @@ class Weights:
         if self.health is None:
             raise RuntimeError("health is measured of weights that were made with_health")
         return self.health
+
+    def _peak_memory(self) -> int:
+        """Bytes: of the GPU's allocator, or of the whole process."""
+        device = self._device()
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _device(self) -> torch.device:
         return self.optimizer.tables[0].live.tensors[0].device

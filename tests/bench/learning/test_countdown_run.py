@@ -2,8 +2,10 @@
 answers that the task's own scorer judges as meant; the run is stopped, finished, replayed and reported by the command
 line; a decoding that fails or hangs leaves the next one."""
 
+import contextlib
+import io
 import json
-import os
+import logging
 import random
 import re
 import signal
@@ -11,10 +13,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import ROOT
 from bench.learning import countdown_model, countdown_run
 from bench.publish import tables
+from es_finetune import cli
 from es_finetune.tasks import Item
 from es_finetune.tasks.countdown import Countdown
 
@@ -121,37 +125,49 @@ def test_a_log_that_is_not_begun_holds_no_generation(tmp_path):
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_command_is_stopped_also_where_the_shell_ignores_interrupts(monkeypatch, deaf):
-    lines = ["import signal, sys, time", "print('begun', flush=True)", "time.sleep(60)"]
+def test_a_command_is_stopped_also_where_the_shell_ignores_interrupts(tmp_path, monkeypatch, deaf):
+    begun = tmp_path / "begun"
+    lines = ["import pathlib, signal, sys, time", f"pathlib.Path({str(begun)!r}).touch()", "time.sleep(60)"]
     if deaf:
         lines.insert(1, "signal.signal(signal.SIGINT, signal.SIG_IGN)")
-    program = "; ".join(lines)
+    program = "; ".join(["print('begun', flush=True)", *lines])
     popen = subprocess.Popen
     monkeypatch.setattr(
         countdown_run.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", program], **options)
     )
-    monkeypatch.setattr(countdown_run, "TO_STOP", 3)
+    monkeypatch.setattr(countdown_run, "TO_LOOK", 0.05)
+    monkeypatch.setattr(countdown_run, "TO_STOP", 0.5)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        code, text = countdown_run.es_finetune("train", stop=lambda: True)
+        code, text = countdown_run.es_finetune("train", stop=begun.exists)
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == (-signal.SIGKILL if deaf else -signal.SIGINT) and text.startswith("begun")
 
 
-def test_a_whole_run(tmp_path, monkeypatch):
-    flags = ["--seconds", "40", "--sigma", "0.01", "--model", "hidden=32", "layers=1", "heads=2", "batch=16"]
+def test_a_whole_run(tmp_path, monkeypatch, caplog):
+    """Of its commands only the one that is stopped is a process here: each would import torch and transformers."""
+    process = countdown_run.es_finetune
+
+    def es_finetune(*arguments, **options):
+        if "stop" in options:
+            return process(*arguments, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = cli.main([*map(str, arguments)])
+        return code, printed.getvalue()
+
+    monkeypatch.setattr(countdown_run, "es_finetune", es_finetune)
+    monkeypatch.setattr(countdown_run, "pretrain", lambda *flags: countdown_model.main([*map(str, flags)]))
+    monkeypatch.setattr(countdown_run, "TO_LOOK", 0.2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'python'}")
+    caplog.set_level(logging.INFO, "es_finetune")  # which main sets, too: it is set back
+    flags = ["--seconds", "4", "--sigma", "0.01", "--model", "hidden=32", "layers=1", "heads=2", "batch=16"]
     flags += ["--train", "population=2", "eval_items=10", "prompts=4", "threads=1", "device=cpu"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.learning.countdown_run", "--out", tmp_path, *flags],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["countdown_run.py", "--out", str(tmp_path), *flags])
+    with pytest.raises(SystemExit, match="^False$"):
+        countdown_run.main()
     report = json.loads((tmp_path / "countdown-cpu.json").read_text())
     assert report["replays_equal_the_run"] and report["replays"]["cpu"]["theta"] == report["summary"]["fingerprint"]
     assert report["summary"]["generations"] >= 1 and 0 < report["shares"]["generate"] < 1

@@ -83,7 +83,7 @@ def test_every_method_does_its_member_and_its_update(name):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path, little_garbage):
     """Runs main() on a tiny model; returns a function that does and reads the file."""
     monkeypatch.setitem(shapes.MODELS, "tiny", shapes.Shape("qwen2", 64, 2, 96, 4, 2, 128, True))
     monkeypatch.setitem(generation.MODELS, "cpu", ["tiny"])

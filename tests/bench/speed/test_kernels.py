@@ -244,6 +244,7 @@ def test_a_models_table_and_its_flat_twin_are_one_memory():
 
 
 def test_wrong_bits_get_no_row(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "SIZES", [1000])
     right = backends._module("cpu").add_noise_
 
     def wrong(pack, seeds, coefs, *rest):

@@ -56,8 +56,8 @@ def test_the_largest_sigma_that_costs_a_tenth():
 def test_scale_and_sign_of_the_rewards_do_not_matter(scale):
     lost, size = (0.01, 0.03, 0.08, 0.3, 0.9), abs(scale)
     expected = recommend(1.0, rows(*lost))
-    found = recommend(scale, rows(*(size * x for x in lost), spread=0.05 * size, error=0.001 * size))
-    assert found == expected and "costs 30%" in found[1]
+    recommended = recommend(scale, rows(*(size * x for x in lost), spread=0.05 * size, error=0.001 * size))
+    assert recommended == expected and "costs 30%" in recommended[1]
 
 
 def test_a_loss_within_its_error_is_none():

@@ -29,13 +29,13 @@ def evaluate(capsys, *flags):
 
 def test_a_runs_weights_are_measured_as_the_run_did(run, capsys):
     for row in read_rows(run / "evals.jsonl"):
-        found = evaluate(capsys, "--run", str(run), "--generation", str(row["generation"]))
-        assert (found["value"], found["interval_95"], found["questions"]) == (
+        result = evaluate(capsys, "--run", str(run), "--generation", str(row["generation"]))
+        assert (result["value"], result["interval_95"], result["questions"]) == (
             row["exact"],
             [row["low"], row["high"]],
             269,
         )
-        assert found["generation"] == row["generation"] and found["decoding"] == "greedy"
+        assert result["generation"] == row["generation"] and result["decoding"] == "greedy"
         assert json.loads((run / f"eval-{row['generation']}" / "result.json").read_text())["value"] == row["exact"]
     last = evaluate(capsys, "--run", str(run))
     assert last["generation"] == 3

@@ -34,13 +34,13 @@ def test_the_evaluator_scores_each_item_by_its_own_answer():
     task = load_task("countdown-char")
     engine = HFEngine(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval(), tokenizer, 12, 16)
     items = task.test[:40]
-    found = Evaluator(engine, task, items)()
-    assert found.answers == engine.generate(engine.encode([item.prompt for item in items]))
-    assert found.scores == [task.score(item, answer.text) for item, answer in zip(items, found.answers, strict=True)]
-    assert len(set(found.scores)) > 1
-    assert found.mean("reward") == pytest.approx(0.1 * found.mean("format") + 0.9 * found.mean("exact"))
-    assert found.seconds_generate > found.seconds_score > 0
-    assert found.failed == 0 and found.error is None
+    result = Evaluator(engine, task, items)()
+    assert result.answers == engine.generate(engine.encode([item.prompt for item in items]))
+    assert result.scores == [task.score(item, answer.text) for item, answer in zip(items, result.answers, strict=True)]
+    assert len(set(result.scores)) > 1
+    assert result.mean("reward") == pytest.approx(0.1 * result.mean("format") + 0.9 * result.mean("exact"))
+    assert result.seconds_generate > result.seconds_score > 0
+    assert result.failed == 0 and result.error is None
 
 
 def test_a_question_that_cannot_be_asked_is_named_by_where_it_is_from():
@@ -79,26 +79,28 @@ def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, prob
             return Score(item.data, np.float32(0.5))
 
     given = Given()
-    found = Evaluator(given, given, [Item("a", 0, np.float32(2.5)), Item("b", 1, reward)])()
-    assert found.scores[0] == (2.5, 0.5, None, None) and json.dumps(found.scores[0])
+    result = Evaluator(given, given, [Item("a", 0, np.float32(2.5)), Item("b", 1, reward)])()
+    assert result.scores[0] == (2.5, 0.5, None, None) and json.dumps(result.scores[0])
     assert (
-        found.scores[1][:3] == (None, None, None) and re.search(problem, found.scores[1].error) and not found.all_failed
+        result.scores[1][:3] == (None, None, None)
+        and re.search(problem, result.scores[1].error)
+        and not result.all_failed
     )
 
 
 def test_means_leave_out_what_is_missing_and_do_not_depend_on_order():
     scores = [Score(1e16, 1.0), Score(None, error="broke"), Score(1.0, 0.0), Score(-1e16, None)]
     for order in (scores, scores[::-1]):
-        found = evaluation(scores=order)
-        assert found.mean("reward") == 1 / 3  # a plain sum gives 0
-        assert found.mean("exact") == 0.5
-        assert found.mean("format") is None
+        result = evaluation(scores=order)
+        assert result.mean("reward") == 1 / 3  # a plain sum gives 0
+        assert result.mean("exact") == 0.5
+        assert result.mean("format") is None
 
 
 def test_failures_are_counted_and_the_first_is_told():
     worth_nothing = Score(0.0, 0.0, error="took too long")  # a grader's failure
-    found = evaluation(scores=[Score(1.0), Score(None, error="KeyError: 'x'"), worth_nothing, Score(None)])
-    assert found.failed == 3 and found.error == (1, "KeyError: 'x'")
+    result = evaluation(scores=[Score(1.0), Score(None, error="KeyError: 'x'"), worth_nothing, Score(None)])
+    assert result.failed == 3 and result.error == (1, "KeyError: 'x'")
     assert evaluation(scores=[Score(1.0), worth_nothing]).error == (1, "took too long")
     assert evaluation(scores=[Score(None)]).error == (0, "no reward and no reason given")
 
@@ -142,24 +144,25 @@ ITEMS = [Item(prompt, prompt) for prompt in "abcd"]
 
 def test_greedy_right_or_wrong_gives_a_share_and_its_wilson_interval():
     task = make_task(lambda item, text: Score(-5.0, float(item.key in "ab")))
-    found = measure(Echo(), task, ITEMS)
-    assert (found.metric, found.value, found.values, found.items) == ("exact", 0.5, [1.0, 1.0, 0.0, 0.0], ITEMS)
-    assert (found.low, found.high) == interval([1, 1, 0, 0])
-    assert [answer.text for answer in found.evaluation.answers] == ["a0", "b1", "c2", "d3"]
+    measured = measure(Echo(), task, ITEMS)
+    assert (measured.metric, measured.value) == ("exact", 0.5)
+    assert (measured.values, measured.items) == ([1.0, 1.0, 0.0, 0.0], ITEMS)
+    assert (measured.low, measured.high) == interval([1, 1, 0, 0])
+    assert [answer.text for answer in measured.evaluation.answers] == ["a0", "b1", "c2", "d3"]
 
 
 def test_several_samples_are_clustered_by_question():
     task = make_task(lambda item, text: Score(float(text[1:]), 1.0), metric="reward")
-    found = measure(Echo(temperature=1.0), task, ITEMS[:2], samples=3)
-    assert [item.key for item in found.items] == list("aaabbb")
-    assert found.values == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and found.value == 2.5
-    assert (found.low, found.high) == interval([1.0, 4.0])
+    measured = measure(Echo(temperature=1.0), task, ITEMS[:2], samples=3)
+    assert [item.key for item in measured.items] == list("aaabbb")
+    assert measured.values == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and measured.value == 2.5
+    assert (measured.low, measured.high) == interval([1.0, 4.0])
 
 
 def test_several_samples_of_right_or_wrong_are_not_so_many_questions():
     task = make_task(lambda item, text: Score(1.0, float(item.key in "ab")))
-    found = measure(Echo(temperature=1.0), task, ITEMS, samples=100)
-    assert (found.low, found.high) == interval([1.0, 1.0, 0.0, 0.0])
+    measured = measure(Echo(temperature=1.0), task, ITEMS, samples=100)
+    assert (measured.low, measured.high) == interval([1.0, 1.0, 0.0, 0.0])
 
 
 def test_what_tells_nothing_is_refused():

@@ -27,9 +27,9 @@ from es_finetune.evaluation.statistics import KL, interval, kl_to_base
 )
 def test_wilson_interval(right, n, low, high):
     """The roots of |p - right / n| = z sqrt(p (1 - p) / n), and published or easily computed values of them."""
-    found = interval([1] * right + [0] * (n - right))
-    assert found == pytest.approx((low, high), abs=1e-4)
-    for p in found:
+    ends = interval([1] * right + [0] * (n - right))
+    assert ends == pytest.approx((low, high), abs=1e-4)
+    for p in ends:
         if 0 < p < 1:
             assert abs(p - right / n) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)
 
@@ -57,8 +57,8 @@ def test_kl_is_the_mean_over_all_tokens():
     tuned = [torch.tensor([-1.0, -2.0, -0.5]), torch.empty(0), torch.tensor([-3.0])]
     base = [torch.tensor([-1.0, -1.0, -4.5]), torch.empty(0), torch.tensor([-2.5])]
     terms = [math.exp(d) - d - 1 for d in (0.0, 1.0, -4.0, 0.5)]
-    found = kl_to_base(answers, tuned, base)
-    assert found.value == pytest.approx(sum(terms) / 4, rel=1e-6) and found.tokens == 4
+    kl = kl_to_base(answers, tuned, base)
+    assert kl.value == pytest.approx(sum(terms) / 4, rel=1e-6) and kl.tokens == 4
     assert kl_to_base(answers, tuned, tuned) == KL(0.0, 0.0, 4)
     tiny = kl_to_base(answers[2:], [torch.tensor([-3.0])], [torch.tensor([-3.0 + 2**-22])])
     assert tiny.value == pytest.approx(2**-45, rel=1e-3)  # not lost to cancellation
@@ -77,9 +77,9 @@ def test_kl_converges_to_the_divergence_within_its_standard_error():
             for length in range(1, 40)
         ]
         picked = [torch.tensor(answer.ids) for answer in answers]
-        found = kl_to_base(answers, [p.log()[ids] for ids in picked], [q.log()[ids] for ids in picked])
-        values.append(found.value)
-        errors.append(found.standard_error)
+        kl = kl_to_base(answers, [p.log()[ids] for ids in picked], [q.log()[ids] for ids in picked])
+        values.append(kl.value)
+        errors.append(kl.standard_error)
     assert statistics.mean(values) == pytest.approx(truth, abs=3 * statistics.stdev(values) / math.sqrt(200))
     assert statistics.mean(errors) == pytest.approx(statistics.stdev(values), rel=0.15)
 

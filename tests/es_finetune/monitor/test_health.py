@@ -75,7 +75,7 @@ def test_realised_noise_is_that_of_the_weights(master, noise_rank):
     health = Health(optimizer, samples=10_000)
     with optimizer.perturbed(0):
         realised = numbers(weight) - before
-        found = health.measure_member()
+        measured = health.measure_member()
     intended = noise(name, weight, noise_rank)
     expected = correlation(realised, intended)
     assert 0.2 < expected < 0.6
@@ -83,10 +83,10 @@ def test_realised_noise_is_that_of_the_weights(master, noise_rank):
     # same bits.
     close = 0.05 if master is None else 1e-5
     ratio = rms(realised) / rms(SIGMA * intended)
-    assert found["correlation"] == {name: [pytest.approx(expected, abs=close), pytest.approx(ratio, rel=2 * close)]}
-    assert found["correlation_min"] == [name, found["correlation"][name][0]] and found["rms_ratio_min"] == [
+    assert measured["correlation"] == {name: [pytest.approx(expected, abs=close), pytest.approx(ratio, rel=2 * close)]}
+    assert measured["correlation_min"] == [name, measured["correlation"][name][0]] and measured["rms_ratio_min"] == [
         name,
-        found["correlation"][name][1],
+        measured["correlation"][name][1],
     ]
 
 
@@ -94,8 +94,8 @@ def test_noise_that_vanishes_has_correlation_0():
     name, weight = around_one()
     optimizer = make((name, weight), sigma=1e-6)
     with optimizer.perturbed(0):
-        found = Health(optimizer).measure_member()
-    assert found["correlation"] == {name: [0.0, 0.0]} and found["rms_ratio_min"] == [name, 0.0]
+        measured = Health(optimizer).measure_member()
+    assert measured["correlation"] == {name: [0.0, 0.0]} and measured["rms_ratio_min"] == [name, 0.0]
 
 
 def test_theta_between_two_bf16_numbers_is_no_noise():
@@ -135,16 +135,16 @@ def test_every_tensor_draws_the_noise_of_its_place(master, antithetic, samples, 
     )
     for member in (0, 1, 3):
         with optimizer.perturbed(member):
-            found = Health(optimizer, samples).measure_member()
-        assert found["correlation"] == {}
-        assert found["correlation_min"][1] > 0.9999 and found["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
+            measured = Health(optimizer, samples).measure_member()
+        assert measured["correlation"] == {}
+        assert measured["correlation_min"][1] > 0.9999 and measured["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
 
 
 def test_groups_have_their_own_sigma():
     optimizer = make({"params": [small("a")], "sigma": 0.1}, {"params": [small("b")], "sigma": 1e-4})
     with optimizer.perturbed(2):
-        found = Health(optimizer).measure_member()
-    assert found["correlation"] == {} and found["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
+        measured = Health(optimizer).measure_member()
+    assert measured["correlation"] == {} and measured["rms_ratio_min"][1] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("noise_rank", [0, 1])
@@ -152,24 +152,24 @@ def test_groups_have_their_own_sigma():
 def test_a_sample_is_close_to_the_whole(segments, noise_rank):
     name, weight = around_one(shape=(100, 1000))
     optimizer = make((name, weight, segments), noise_rank=noise_rank)
-    found = []
+    correlations = []
     for samples in (2000, 100_000):
         health = Health(optimizer, samples)
         with optimizer.perturbed(0):
-            found.append(health.measure_member()["correlation"][name][0])
-    assert found[0] != found[1] and found[0] == pytest.approx(found[1], abs=0.05)
+            correlations.append(health.measure_member()["correlation"][name][0])
+    assert correlations[0] != correlations[1] and correlations[0] == pytest.approx(correlations[1], abs=0.05)
 
 
 def test_tensors_too_small_for_a_correlation_are_left_out():
     tiny = around_one("tiny", (63,))
     optimizer = make(tiny)
     health = Health(optimizer)
-    found = generation(optimizer, health)
+    measured = generation(optimizer, health)
     assert (
-        found["correlation"] == {}
-        and found["correlation_min"] is None
-        and found["rms_ratio_min"] is None
-        and found["step_correlation"] is None
+        measured["correlation"] == {}
+        and measured["correlation_min"] is None
+        and measured["rms_ratio_min"] is None
+        and measured["step_correlation"] is None
     )
     optimizer = make(around_one("tiny", (63,)), around_one("large", (64,)))
     assert set(generation(optimizer, Health(optimizer))["correlation"]) == {"large"}
@@ -197,10 +197,10 @@ def test_in_f32_the_whole_step_arrives(master, options):
     health = Health(optimizer)
     for number in range(3):
         before = numbers(weight)
-        found = generation(optimizer, health, (number, 2.0, 0.5, 1.0))
+        measured = generation(optimizer, health, (number, 2.0, 0.5, 1.0))
         moved = numbers(weight) - before
-        assert found["step_correlation"] == pytest.approx(1, abs=1e-5)
-        assert found["step_rms"] == pytest.approx(rms(moved), rel=1e-3)
+        assert measured["step_correlation"] == pytest.approx(1, abs=1e-5)
+        assert measured["step_rms"] == pytest.approx(rms(moved), rel=1e-3)
 
 
 @pytest.mark.parametrize("master", ["fp32", "copy", None])
@@ -217,20 +217,20 @@ def test_realised_step_in_bf16(master):
     before = numbers(weight)
     health.measure_before_update()
     optimizer.tell(told)
-    found = health.measure_after_update()
+    measured = health.measure_after_update()
     intended = numbers(exact.tables[0].theta.tensors[0]) - numbers(around_one()[1])
     expected = correlation(numbers(weight) - before, intended)
     assert 0.2 < expected < 0.9
-    assert found["step_correlation"] == pytest.approx(expected, abs=1e-4)
-    assert found["step_rms"] == pytest.approx(rms(numbers(weight) - before), rel=1e-5)
+    assert measured["step_correlation"] == pytest.approx(expected, abs=1e-4)
+    assert measured["step_rms"] == pytest.approx(rms(numbers(weight) - before), rel=1e-5)
 
 
 def test_without_signal_there_is_no_step():
     optimizer = make(small())
     health = Health(optimizer)
     generation(optimizer, health)
-    found = generation(optimizer, health, (1.0, 1.0, 1.0, 1.0))
-    assert found["step_correlation"] is None and found["step_rms"] == 0 and found["drift"] > 0
+    measured = generation(optimizer, health, (1.0, 1.0, 1.0, 1.0))
+    assert measured["step_correlation"] is None and measured["step_rms"] == 0 and measured["drift"] > 0
 
 
 @pytest.mark.parametrize("master", ["fp32", "copy", None])
@@ -243,11 +243,11 @@ def test_drift_counts_each_weight_once(master):
         large.add_(1.0)
         few.add_(3.0)
     optimizer.adopt_live()
-    found = generation(optimizer, health)
+    measured = generation(optimizer, health)
     drift = math.sqrt((10_000 * 1 + 100 * 9) / 10_100)
     # master=None: adding and taking out the noise of four members rounds in f32
-    assert found["drift"] == pytest.approx(drift, rel=1e-5)
-    assert found["drift_relative"] == pytest.approx(drift / math.sqrt((10_000 * 4 + 100 * 25) / 10_100), rel=1e-5)
+    assert measured["drift"] == pytest.approx(drift, rel=1e-5)
+    assert measured["drift_relative"] == pytest.approx(drift / math.sqrt((10_000 * 4 + 100 * 25) / 10_100), rel=1e-5)
 
 
 @pytest.mark.parametrize("master", ["fp32", "copy", "host", None])

@@ -257,11 +257,11 @@ def page(folder):
 
 
 def assert_self_contained(path):
-    text, found = path.read_text(encoding="utf-8"), Page(path)
+    text, parsed = path.read_text(encoding="utf-8"), Page(path)
     assert not {"script", "iframe", "object", "embed", "link", "img", "base", "form", "foreignobject"} & {
-        tag for tag, _ in found.tags
+        tag for tag, _ in parsed.tags
     }
-    for tag, attributes in found.tags:
+    for tag, attributes in parsed.tags:
         for name, content in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
@@ -270,11 +270,11 @@ def assert_self_contained(path):
     style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
     assert "@import" not in style and "url(" not in style
     assert re.findall(r"https?://", text) == []
-    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     assert len(ids) == len(set(ids))  # of two plots with one id the second would draw with the first one's parts
     used = {
         match
-        for _, attributes in found.tags
+        for _, attributes in parsed.tags
         for content in attributes.values()
         for match in re.findall(r"^#(.+)|url\(#([^)]+)\)", content or "")
     }
@@ -498,11 +498,11 @@ def test_a_name_cannot_become_markup(tmp_path):
     folder = make_run(tmp_path / "a'b c$x$", 3)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model": HOSTILE, "task": HOSTILE, HOSTILE: HOSTILE}))
-    found = page(folder)
+    shown = page(folder)
     assert_self_contained(folder / "report.html")
-    assert "<script>alert(1)" in found.text
+    assert "<script>alert(1)" in shown.text
     # The command can be pasted in a shell
-    assert html.escape("""'"'"'""") in (folder / "report.html").read_text() or """'"'"'""" in found.text
+    assert html.escape("""'"'"'""") in (folder / "report.html").read_text() or """'"'"'""" in shown.text
 
 
 def test_a_generation_done_again_counts_once(no_plots, tmp_path):
@@ -575,6 +575,6 @@ def test_reward_png_draws_the_rows_and_the_intervals(rendered, tmp_path, monkeyp
 @pytest.mark.parametrize("generations, evals", [(0, 0), (1, 1), (3, 0)])
 def test_reward_png_of_next_to_nothing(rendered, tmp_path, generations, evals):
     folder = make_run(tmp_path / "run", 3)
-    rows, found = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
-    plots.plot_run(tmp_path / "reward.png", "ES", "exact", rows[:generations], found[:evals])
+    rows, held_out = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
+    plots.plot_run(tmp_path / "reward.png", "ES", "exact", rows[:generations], held_out[:evals])
     assert (tmp_path / "reward.png").stat().st_size > 10_000

@@ -821,7 +821,7 @@ CONFIGS = [
 def test_a_run_with_recorded_scores_is_the_same_on_every_backend(bits, weights, kernel_backend, config):
     def whole_run():
         opt = EvolutionStrategy(weights(F32, BF16, F16), sigma=0.05, lr=0.02, population=4, seed=1, **config)
-        run(opt, 3)
+        run(opt, 2)
         recorded = iter(rewards(99, 4))
         opt.step(lambda: next(recorded))
         return tensors(opt), tensors(opt, "live"), opt.fingerprint("theta"), opt.fingerprint("live")

@@ -31,9 +31,9 @@ def asked(monkeypatch, tensors):
 
     with monkeypatch.context() as patch:
         patch.setattr(host_memory.mmap, "mmap", ask)
-        with pytest.raises(Asked) as found:
+        with pytest.raises(Asked) as raised:
             host_memory.empty_like(tensors, F32)
-    return found.value.args[0]
+    return raised.value.args[0]
 
 
 def test_the_block_is_as_large_as_its_tensors(monkeypatch):
@@ -48,19 +48,19 @@ def test_the_block_is_as_large_as_its_tensors(monkeypatch):
 def test_tensors_are_aligned_apart_and_have_the_strides_and_a_storage_of_their_own():
     like = [torch.empty(3, 5).t(), torch.empty(33, dtype=torch.bfloat16), torch.empty(0, 4), torch.empty(())]
     like.append(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
-    found = host_memory.empty_like(like, F32)
-    for i, (t, of) in enumerate(zip(found, like, strict=True)):
+    tensors = host_memory.empty_like(like, F32)
+    for i, (t, of) in enumerate(zip(tensors, like, strict=True)):
         expected = torch.empty_like(of, dtype=F32)
         assert (t.dtype, t.shape, t.stride(), t.device) == (F32, of.shape, expected.stride(), torch.device("cpu"))
         assert t.data_ptr() % 64 == 0 and t.untyped_storage().nbytes() == 4 * t.numel() and not t._is_view()
         t.fill_(i)
-    assert all((t == i).all() for i, t in enumerate(found))
-    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in found if t.numel())
+    assert all((t == i).all() for i, t in enumerate(tensors))
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in tensors if t.numel())
     assert (
         all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)) and spans[-1][1] - spans[0][0] < 1000
     ), "one block"
-    again = copy.deepcopy(found[1])
-    found[1].zero_()
+    again = copy.deepcopy(tensors[1])
+    tensors[1].zero_()
     assert (again == 1).all() and again.untyped_storage().nbytes() == 4 * 33
 
 

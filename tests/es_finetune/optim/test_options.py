@@ -26,9 +26,9 @@ GROUP = {"sigma": 0.1, "lr": 0.1, "weight_decay": 0.0, "noise_rank": 0}
 
 
 def test_plain_values_come_back():
-    found = options.check_options(**{**RUN, "population": np.int64(4), "seed": np.uint64(2**64 - 1), "momentum": 0})
-    assert found == {**RUN, "seed": 2**64 - 1, "update_rounding": "nearest"}
-    assert [type(found[name]) for name in ("population", "seed", "momentum")] == [int, int, float]
+    checked = options.check_options(**{**RUN, "population": np.int64(4), "seed": np.uint64(2**64 - 1), "momentum": 0})
+    assert checked == {**RUN, "seed": 2**64 - 1, "update_rounding": "nearest"}
+    assert [type(checked[name]) for name in ("population", "seed", "momentum")] == [int, int, float]
     for master in ("copy", None):
         assert options.check_options(**{**RUN, "master": master})["update_rounding"] == "stochastic"
     assert options.check_group(**{**GROUP, "lr": np.float32(0.5)}) == {**GROUP, "lr": 0.5}

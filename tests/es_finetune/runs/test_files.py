@@ -27,6 +27,8 @@ def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), replacing(path) as part:
         part.write_text("half")
         raise KeyboardInterrupt
+    with pytest.raises(OSError, match="^the image cannot be encoded$"), replacing(path):
+        raise OSError("the image cannot be encoded")
     assert path.read_text() == "before" and [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 

@@ -115,6 +115,17 @@ def test_a_line_out_of_place_is_refused_by_line(path):
             read_log(path)
 
 
+def test_the_last_number_of_generations_counts(path):
+    before = read_log(path)
+    log = SealedLines(path)
+    for line in ({"generations": 5}, generation(4).to_json(), {"generations": 9}):
+        log.append(line)
+    log.close()
+    header, generations = read_log(path)
+    assert header == {**before[0], "config": {"sigma": 1e-3, "generations": 9}}
+    assert generations == [*before[1], generation(4)]
+
+
 def test_what_is_no_json_is_refused_with_nothing_written(path):
     log, before = SealedLines(path), path.read_bytes()
     for value in (math.nan, np.int64(1), object()):

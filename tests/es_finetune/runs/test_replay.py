@@ -26,7 +26,13 @@ from es_finetune.tasks import Item, Score
 CONFIGS = {
     "llama": {},
     "qwen2": {"master": "copy", "antithetic": True, "momentum": 0.5},
-    "mixtral": {"master": "fp32", "weight_decay": 0.1, "anchored": True, "sigma_for": ["*experts*=0.1"], "noise_rank": 1},
+    "mixtral": {
+        "master": "fp32",
+        "weight_decay": 0.1,
+        "anchored": True,
+        "sigma_for": ["*experts*=0.1"],
+        "noise_rank": 1,
+    },
     "lora": {"lora_rank": 2, "noise_rank": 3},
     "host": {"master": "host", "shaping": "ranks"},
     "none": {"master": "none", "lr_schedule": "cosine", "sigma_schedule": "linear"},

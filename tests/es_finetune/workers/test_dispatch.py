@@ -87,11 +87,11 @@ class AnyOrder(RuleBasedStateMachine):
 
     def latest(self):
         """Open members that someone has -> when they went out last."""
-        found = {}
+        times = {}
         for member, since in self.has.values():
             if member not in self.counted + self.dropped:
-                found[member] = max(since, found.get(member, since))
-        return found
+                times[member] = max(since, times.get(member, since))
+        return times
 
     def late(self):
         return sorted(
