@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <type_traits>
 
@@ -24,7 +25,7 @@ namespace {
 using namespace es;
 
 constexpr int kThreads = 256;
-constexpr int kTile = 8192;         // units, 65536 values: the largest tile
+constexpr int kLargestTile = 8192;  // units, 65536 values
 constexpr int kSeedsAtATime = 128;  // in shared memory
 
 struct Arguments {
@@ -38,6 +39,12 @@ struct Arguments {
   int32_t tile;  // units
   float host_coefs[ES_CUDA_HOST_SEEDS];
   uint64_t host_seeds[ES_CUDA_HOST_SEEDS];
+  // Of the noise of segments that have a width:
+  int32_t rank;
+  float scale;        // 1 / sqrt(rank)
+  int32_t ranks;      // of a seed in a round: low_rank
+  int32_t per_round;  // seeds
+  uint32_t inverse;   // i * inverse >> 16 == i / ranks for i < 1024
 };
 
 // ---- 8 values of one dtype, to and from 128-bit registers ----
@@ -66,11 +73,10 @@ __device__ __forceinline__ void store_global(uint4* p, uint32_t x, uint32_t y, u
 #endif
 }
 
-__device__ __forceinline__ void unpack(int32_t dtype, const uint4* p, f32 v[8]) {
-  uint4 a = load_global(p);
+// a, and of f32 b, hold them.
+__device__ __forceinline__ void unpack(int32_t dtype, const uint4& a, const uint4& b, f32 v[8]) {
   uint32_t w[4] = {a.x, a.y, a.z, a.w};
   if (dtype == kF32) {
-    uint4 b = load_global(p + 1);
     v[0] = float_of(a.x), v[1] = float_of(a.y), v[2] = float_of(a.z), v[3] = float_of(a.w);
     v[4] = float_of(b.x), v[5] = float_of(b.y), v[6] = float_of(b.z), v[7] = float_of(b.w);
   } else if (dtype == kBF16) {
@@ -81,6 +87,12 @@ __device__ __forceinline__ void unpack(int32_t dtype, const uint4* p, f32 v[8]) 
       v[2 * i] = f.x, v[2 * i + 1] = f.y;
     }
   }
+}
+
+__device__ __forceinline__ void unpack(int32_t dtype, const uint4* p, f32 v[8]) {
+  const uint4 a = load_global(p);
+  if (dtype == kF32) unpack(dtype, a, load_global(p + 1), v);
+  else unpack(dtype, a, a, v);
 }
 
 // The instructions that round to nearest, and float arithmetic itself, make NaNs of their own (7FFF, 7FFFFFFF); the
@@ -174,20 +186,21 @@ __device__ __forceinline__ void load_unit(const Segment& s, const Unit& unit, ui
 }
 
 template <bool STOCHASTIC>
-__device__ __forceinline__ void store_unit(const Segment& s, const Unit& unit, f32 v[8], const u32 r[8]) {
-  char* p = (char*)s.out + (unit.row * s.out_stride + unit.col) * dtype_size(s.out_dtype);
-  if (s.vector_path) {
-    pack<STOCHASTIC>(s.out_dtype, v, r, (uint4*)p);
-    return;
-  }
+__device__ __forceinline__ void store_lanes(int32_t dtype, int from, int to, const f32 v[8], const u32 r[8], char* p) {
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    if (j < unit.from || j >= unit.to) continue;
-    if (s.out_dtype == kF32) ((uint32_t*)p)[j] = to_f32(v[j]);
-    else if (s.out_dtype == kBF16)
-      ((uint16_t*)p)[j] = STOCHASTIC ? to_bf16_stochastic(v[j], r[j]) : to_bf16_nearest(v[j]);
+    if (j < from || j >= to) continue;
+    if (dtype == kF32) ((uint32_t*)p)[j] = to_f32(v[j]);
+    else if (dtype == kBF16) ((uint16_t*)p)[j] = STOCHASTIC ? to_bf16_stochastic(v[j], r[j]) : to_bf16_nearest(v[j]);
     else ((uint16_t*)p)[j] = STOCHASTIC ? to_f16_stochastic(v[j], r[j]) : to_f16_nearest(v[j]);
   }
+}
+
+template <bool STOCHASTIC>
+__device__ __forceinline__ void store_unit(const Segment& s, const Unit& unit, f32 v[8], const u32 r[8]) {
+  char* p = (char*)s.out + (unit.row * s.out_stride + unit.col) * dtype_size(s.out_dtype);
+  if (s.vector_path) pack<STOCHASTIC>(s.out_dtype, v, r, (uint4*)p);
+  else store_lanes<STOCHASTIC>(s.out_dtype, unit.from, unit.to, v, r, p);
 }
 
 // ---- the walk over tiles and segments ----
@@ -423,73 +436,384 @@ __global__ void __launch_bounds__(kThreads, perturb_residents<SEEDS>()) perturb(
 
 constexpr int kUpdateBlocks = 4;  // a thread's in flight: they share the keys
 
+// Fills `shared` with the seeds from `from` on; how many they are.
+__device__ __forceinline__ int fetch_seeds(const Arguments& a, int64_t from, Seed* shared) {
+  const int n = (int)(a.n_seeds - from < kSeedsAtATime ? a.n_seeds - from : kSeedsAtATime);
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    shared[i].keys = RoundKeys<10>(a.seeds ? a.seeds[from + i] : a.host_seeds[from + i]);
+    shared[i].coef = a.coefs ? a.coefs[from + i] : a.host_coefs[from + i];
+  }
+  __syncthreads();
+  return n;
+}
+
+template <bool STOCHASTIC>
+__device__ __forceinline__ RoundKeys<10> rounding_keys_of(const Arguments& a) {
+  return RoundKeys<10>(STOCHASTIC ? (a.rounding_seed ? *a.rounding_seed : a.host_rounding_seed) : 0);
+}
+
+// Units [lo, hi) of a segment of full noise, BLOCKS of a thread at once. `shared` holds the seeds, if they fit.
+template <bool STOCHASTIC, int BLOCKS>
+__device__ __forceinline__ void update_piece(const Arguments& a, const Segment& s, int64_t lo, int64_t hi, Seed* shared,
+                                             int n, const RoundKeys<10>& rounding_keys) {
+#pragma unroll 1
+  for (int64_t at = lo; at < hi; at += BLOCKS * kThreads) {
+    f32 acc[BLOCKS][8];
+    BlockId id[BLOCKS];
+#pragma unroll
+    for (int k = 0; k < BLOCKS; k++) {
+      id[k] = block_id(locate(s, at + k * kThreads + threadIdx.x).block, s.stream, kNoise);
+      for (int j = 0; j < 8; j++) acc[k][j] = 0;
+    }
+    // acc <- base, decayed, (+ acc): what the last seed's noise is added to.
+    auto add_base = [&] {
+#pragma unroll
+      for (int k = 0; k < BLOCKS; k++) {
+        const int64_t u = at + k * kThreads + threadIdx.x;
+        if (u >= hi) continue;
+        const Unit unit = locate(s, u);
+        f32 b[8];
+        load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
+        if (a.decay != 0) {
+          f32 anchor[8] = {};
+          if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
+          decay_block(b, anchor, a.decay);
+        }
+        if (a.n_seeds > 1) add_block(b, acc[k]);
+        for (int j = 0; j < 8; j++) acc[k][j] = b[j];
+      }
+    };
+    auto add_to_all = [&](const Seed& seed) {
+      const Seed local = seed;
+#pragma unroll
+      for (int k = 0; k < BLOCKS; k++) add_seed(id[k], local, acc[k]);
+    };
+    for (int64_t from = 0; from < a.n_seeds; from += kSeedsAtATime) {
+      if (a.n_seeds > kSeedsAtATime) n = fetch_seeds(a, from, shared);
+      const int plain = from + n == a.n_seeds ? n - 1 : n;
+#pragma unroll 1
+      for (int i = 0; i < plain; i++) add_to_all(shared[i]);
+    }
+    add_base();
+    if (a.n_seeds > 0) add_to_all(shared[n - 1]);
+#pragma unroll
+    for (int k = 0; k < BLOCKS; k++) {
+      const int64_t u = at + k * kThreads + threadIdx.x;
+      if (u >= hi) continue;
+      u32 r[8];
+      if (STOCHASTIC) rounding_thresholds(id[k], rounding_keys, r);
+      store_unit<STOCHASTIC>(s, locate(s, u), acc[k], r);
+    }
+  }
+}
+
 template <bool STOCHASTIC>
 __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Arguments a) {
   __shared__ Seed shared[kSeedsAtATime];
-  auto fetch = [&](int64_t from) {
-    const int n = (int)(a.n_seeds - from < kSeedsAtATime ? a.n_seeds - from : kSeedsAtATime);
-    __syncthreads();
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      shared[i].keys = RoundKeys<10>(a.seeds ? a.seeds[from + i] : a.host_seeds[from + i]);
-      shared[i].coef = a.coefs ? a.coefs[from + i] : a.host_coefs[from + i];
-    }
-    __syncthreads();
-    return n;
-  };
-  int n = fetch(0);
-  const RoundKeys<10> rounding_keys(STOCHASTIC ? (a.rounding_seed ? *a.rounding_seed : a.host_rounding_seed) : 0);
-
+  const int n = fetch_seeds(a, 0, shared);
+  const RoundKeys<10> rounding_keys = rounding_keys_of<STOCHASTIC>(a);
   for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
+    update_piece<STOCHASTIC, kUpdateBlocks>(a, s, lo, hi, shared, n, rounding_keys);
+  });
+}
+
+// ---- noise of low rank: the same on the tiles of matrices ----
+//
+// A term of the noise is c * L of a row times R of a column: one of a seed for each of its ranks. A block of threads
+// draws the factors of up to kTerms terms for the rows and columns of its tile into shared memory, and each thread adds
+// the terms, in order, to its 8 rows of 8 columns, in registers. A factor serves 128 elements, so an element costs
+// little more than its fma.
+
+constexpr int kTerms = 8;  // at a time: at rank 1 a warp draws the factors of a seed
+
+// Row or column 8 i + j lies at place 4 i + j for j < 4, else 64 + 4 i + j - 4: so the threads of a warp, each with its
+// eight, read neighbouring 16 bytes.
+struct Factors {
+  alignas(16) f32 of[kTerms][2][kTile];  // c * L and R
+};
+__device__ __forceinline__ int place_of(int i) { return (i >> 3) * 4 + (i & 3) + (i & 4) * (kTile / 8); }
+
+// The tile at hand: one thread keeps it.
+struct Tile {
+  int64_t row, col;  // of its first element, in the segment
+  // Of the normals that are L of its rows and R of its columns: index of the first; indices from one row or column to
+  // the next; how many blocks they lie in. Of consecutive rows they are consecutive, unless a round has only some ranks
+  // of a seed; then, and where the segment has every n-th row of the matrix, each row has its own blocks.
+  struct alignas(16) Side {
+    uint64_t first, step;
+    int by_row, blocks;
+  } side[2];
+};
+
+// Goes through the tiles of a piece of a segment.
+struct TileWalk {
+  int64_t row, col, cols;
+  uint64_t first_row, row_step, first_col;  // of the matrix
+
+  __device__ __forceinline__ void begin(const Segment& s, int64_t lo) {
+    const int64_t at = lo / kTileUnits, tiles = s.units_per_row / kTileUnits, tile_row = at / tiles;
+    row = tile_row * kTile, col = (at - tile_row * tiles) * kTile, cols = s.cols;
+    first_row = s.first / s.width, first_col = s.first - first_row * s.width;
+    row_step = s.rows > 1 ? s.index_stride / s.width : 1;
+  }
+  __device__ __forceinline__ void next(int rank, int ranks, Tile& tile) {
+    tile.row = row, tile.col = col;
+    const uint64_t lines[2] = {first_row + row * row_step, first_col + col}, steps[2] = {row_step, 1};
+    for (int side = 0; side < 2; side++) {
+      Tile::Side& of = tile.side[side];
+      of.first = lines[side] * rank, of.step = steps[side] * rank;
+      of.by_row = rank > ranks || steps[side] != 1;
+      of.blocks =
+          of.by_row ? (int)kTile * (rank % 8 ? (ranks + 14) / 8 : 1) : (int)kTile / 8 * rank + (of.first % 8 != 0);
+    }
+    col += kTile;
+    if (col >= cols) col = 0, row += kTile;
+  }
+};
+
+// What of the terms is in shared memory at a time: the q of [q, q + ranks) of some seeds.
+struct Round {
+  int64_t seed;
+  int seeds, q, ranks;
+};
+
+static_assert(kThreads / 32 == kTerms, "a warp a term");
+
+__device__ __forceinline__ void draw_factors(const Arguments& a, uint64_t stream, const Tile& tile, const Round& round,
+                                             Factors& factors) {
+  const uint32_t of_seed = threadIdx.x / 32 * a.inverse >> 16;  // a seed's threads are as many warps as its ranks
+  if ((int)of_seed >= round.seeds) return;
+  const int64_t n = round.seed + of_seed;
+  const uint64_t seed = a.seeds ? a.seeds[n] : a.host_seeds[n];
+  const float c = (a.coefs ? a.coefs[n] : a.host_coefs[n]) * a.scale;
+  const uint32_t lefts = tile.side[0].blocks, all = lefts + tile.side[1].blocks;
 #pragma unroll 1
-    for (int64_t at = lo; at < hi; at += kUpdateBlocks * kThreads) {
-      f32 acc[kUpdateBlocks][8];
-      BlockId id[kUpdateBlocks];
+  for (uint32_t i = threadIdx.x - of_seed * a.ranks * 32; i < all; i += a.ranks * 32) {
+    const bool right = i >= lefts;
+    const Tile::Side side = tile.side[right];
+    const uint32_t at = right ? i - lefts : i, row = side.by_row ? at % kTile : 0;
+    const uint64_t first = side.first + (side.by_row ? row * side.step + round.q : 0);
+    const uint32_t block = side.by_row ? at / (uint32_t)kTile : at;
+    f32 v[8];
+    noise_block(block_id((first >> 3) + block, stream, right ? kRight : kLeft), RoundKeys<10>(seed), v);
+    for (int j = 0; j < 8; j++) v[j] = v[j] * (right ? 1.0f : c);
+    f32* to = factors.of[of_seed * a.ranks][right];
+    const int from = 8 * block - (int)(first & 7);  // where the block begins: among the normals of the row, or of all
+    if (a.rank == 1 && !side.by_row && from % 8 == 0) {
+      *(float4*)(to + from / 2) = {v[0], v[1], v[2], v[3]};
+      *(float4*)(to + from / 2 + kTile / 2) = {v[4], v[5], v[6], v[7]};
+    } else {
 #pragma unroll
-      for (int k = 0; k < kUpdateBlocks; k++) {
-        id[k] = block_id(locate(s, at + k * kThreads + threadIdx.x).block, s.stream, kNoise);
-        for (int j = 0; j < 8; j++) acc[k][j] = 0;
+      for (int j = 0; j < 8; j++) {
+        const int k = from + j, element = side.by_row ? row : k * a.inverse >> 16;
+        const int q = side.by_row ? k : k - element * a.rank;
+        if (k >= 0 && k < (side.by_row ? round.ranks : (int)kTile * a.rank))
+          to[q * 2 * kTile + place_of(element)] = v[j];
       }
-      // acc <- base, decayed, (+ acc): what the last seed's noise is added to.
-      auto add_base = [&] {
+    }
+  }
+}
+
+// x <- x + c L R^T of one term, in 8 rows of 8 columns.
+__device__ __forceinline__ void add_term(const f32 term[2][kTile], f32 x[8][8]) {
+  f32 left[8], right[8];
+  auto eight = [](const f32* factor, int i, f32 v[8]) {
+    const float4 low = ((const float4*)factor)[i], high = ((const float4*)factor)[kTile / 8 + i];
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  };
+  eight(term[0], threadIdx.x / 16, left);
+  eight(term[1], threadIdx.x % 16, right);
 #pragma unroll
-        for (int k = 0; k < kUpdateBlocks; k++) {
-          const int64_t u = at + k * kThreads + threadIdx.x;
-          if (u >= hi) continue;
-          const Unit unit = locate(s, u);
-          f32 b[8];
-          load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
-          if (a.decay != 0) {
-            f32 anchor[8] = {};
-            if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
-            decay_block(b, anchor, a.decay);
-          }
-          if (a.n_seeds > 1) add_block(b, acc[k]);
-          for (int j = 0; j < 8; j++) acc[k][j] = b[j];
+  for (int i = 0; i < 8; i++) fma_block(left[i], right, x[i]);
+}
+
+// Else the compiler does the additions of all formats once, behind their branches, where all terms have to be in
+// registers.
+__device__ __forceinline__ void stay(f32& sum) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(sum));
+#endif
+}
+
+// x <- base, decayed, + x, of 8 whole, aligned blocks.
+template <int32_t BASE>
+__device__ __forceinline__ void add_base_vectors(const Arguments& a, const Segment& s, int64_t row, int64_t col,
+                                                 f32 x[8][8]) {
+  const char* p = (const char*)s.base + (row * s.base_stride + col) * dtype_size(BASE);
+  const int64_t stride = s.base_stride * dtype_size(BASE);
+  constexpr int kVectors = vectors(BASE), kRows = 4 / kVectors;  // in flight
+#pragma unroll
+  for (int from = 0; from < 8; from += kRows) {
+    uint4 raw[kRows][kVectors];
+#pragma unroll
+    for (int i = 0; i < kRows; i++, p += stride)
+      for (int v = 0; v < kVectors; v++) raw[i][v] = load_global((const uint4*)p + v);
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+      f32 b[8];
+      unpack(BASE, raw[i][0], raw[i][kVectors - 1], b);
+      if (a.decay != 0) {
+        f32 anchor[8] = {};
+        const int64_t offset = (row + from + i) * s.anchor_stride + col;
+        if (s.anchor) unpack(s.anchor_dtype, (const uint4*)(s.anchor + offset * dtype_size(s.anchor_dtype)), anchor);
+        decay_block(b, anchor, a.decay);
+      }
+      add_block(x[from + i], b);
+      for (int j = 0; j < 8; j++) stay(x[from + i][j]);
+    }
+  }
+}
+
+template <bool STOCHASTIC, int32_t OUT>
+__device__ __forceinline__ void store_vectors(const Segment& s, int64_t row, int64_t col,
+                                              const RoundKeys<10>& rounding_keys, f32 x[8][8]) {
+  char* p = (char*)s.out + (row * s.out_stride + col) * dtype_size(OUT);
+  const int64_t stride = s.out_stride * dtype_size(OUT);
+  uint64_t index = s.first + row * s.index_stride + col;
+#pragma unroll
+  for (int i = 0; i < 8; i++, p += stride, index += s.index_stride) {
+    u32 r[8];
+    if (STOCHASTIC && OUT != kF32) rounding_thresholds(block_id(index >> 3, s.stream, kNoise), rounding_keys, r);
+    pack<STOCHASTIC>(OUT, x[i], r, (uint4*)p);
+  }
+}
+
+// The thresholds of the 8 elements from `index` on, which lie in two blocks.
+__device__ __forceinline__ void thresholds_from(uint64_t index, uint64_t stream, const RoundKeys<10>& keys, u32 r[8]) {
+  u32 w[9];
+  for (int i = 0; i < 2; i++) {
+    const BlockId id = block_id((index >> 3) + i, stream, kRounding);
+    random_words(id.low, id.high, id.stream_low, id.stream_high, keys, w + 4 * i);
+  }
+  w[8] = 0;
+  if (index & 4)
+    for (int i = 0; i < 6; i++) w[i] = w[i + 2];
+  if (index & 2)
+    for (int i = 0; i < 5; i++) w[i] = w[i + 1];
+  if (index & 1)
+    for (int i = 0; i < 4; i++) w[i] = w[i] >> 16 | w[i + 1] << 16;
+  for (int i = 0; i < 4; i++) r[2 * i] = w[i] & 0xFFFFu, r[2 * i + 1] = w[i] >> 16;
+}
+
+// Calls body(unit, x[0]) for the 8 rows of a thread at an edge, or of elements that are not aligned. x turns by a row
+// each time, since registers have no index.
+template <class Body>
+__device__ __forceinline__ void for_each_row(const Segment& s, int64_t row, int64_t col, f32 x[8][8], Body body) {
+#pragma unroll 1
+  for (int i = 0; i < 8; i++, row++) {
+    f32 first[8];
+    for (int j = 0; j < 8; j++) first[j] = x[0][j];
+    if (row < s.rows && col < s.cols) body(Unit{0, row, col, 0, s.cols - col < 8 ? (int)(s.cols - col) : 8}, first);
+#pragma unroll
+    for (int k = 0; k < 7; k++)
+      for (int j = 0; j < 8; j++) x[k][j] = x[k + 1][j];
+    for (int j = 0; j < 8; j++) x[7][j] = first[j];
+  }
+}
+
+template <bool STOCHASTIC>
+__device__ __forceinline__ void low_rank_tile(const Arguments& a, const Segment& s, const Tile& tile,
+                                              Factors factors[2], int& turn, const RoundKeys<10>& rounding_keys) {
+  const int64_t row = tile.row + threadIdx.x / 16 * 8, col = tile.col + threadIdx.x % 16 * 8;
+  const bool inside = s.vector_path && row + 8 <= s.rows && col + 8 <= s.cols;
+  f32 x[8][8];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 8; j++) x[i][j] = a.n_seeds > 1 ? 0.0f : -0.0f;  // which added to the base changes no bit of it
+  auto add_base = [&] {
+    if (!inside) {
+      for_each_row(s, row, col, x, [&](const Unit& unit, f32 v[8]) {
+        f32 b[8], anchor[8] = {};
+        load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
+        if (a.decay != 0) {
+          if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
+          decay_block(b, anchor, a.decay);
         }
-      };
-      auto add_to_all = [&](const Seed& seed) {
-        const Seed local = seed;
-#pragma unroll
-        for (int k = 0; k < kUpdateBlocks; k++) add_seed(id[k], local, acc[k]);
-      };
-      for (int64_t from = 0; from < a.n_seeds; from += kSeedsAtATime) {
-        if (a.n_seeds > kSeedsAtATime) n = fetch(from);
-        const int plain = from + n == a.n_seeds ? n - 1 : n;
+        add_block(v, b);
+      });
+    } else if (s.base_dtype == kF32) add_base_vectors<kF32>(a, s, row, col, x);
+    else if (s.base_dtype == kBF16) add_base_vectors<kBF16>(a, s, row, col, x);
+    else add_base_vectors<kF16>(a, s, row, col, x);
+  };
+
+  Round round = {0, 0, 0, 0};
 #pragma unroll 1
-        for (int i = 0; i < plain; i++) add_to_all(shared[i]);
-      }
-      add_base();
-      if (a.n_seeds > 0) add_to_all(shared[n - 1]);
-#pragma unroll
-      for (int k = 0; k < kUpdateBlocks; k++) {
-        const int64_t u = at + k * kThreads + threadIdx.x;
-        if (u >= hi) continue;
-        u32 r[8];
-        if (STOCHASTIC) rounding_thresholds(id[k], rounding_keys, r);
-        store_unit<STOCHASTIC>(s, locate(s, u), acc[k], r);
-      }
+  do {
+    round.seeds = a.n_seeds - round.seed < a.per_round ? (int)(a.n_seeds - round.seed) : a.per_round;
+    round.ranks = a.rank - round.q < a.ranks ? a.rank - round.q : a.ranks;
+    Factors& f = factors[turn];
+    turn ^= 1;  // so that one barrier does: who draws into it next has seen all threads leave it
+    draw_factors(a, s.stream, tile, round, f);
+    __syncthreads();
+    const bool last = round.seed + round.seeds == a.n_seeds;
+    const int terms = round.seeds * round.ranks, plain = last && terms ? terms - round.ranks : terms;
+#pragma unroll 1
+    for (int i = 0; i < plain; i++) add_term(f.of[i], x);
+    if (last && round.q == 0) add_base();
+#pragma unroll 1
+    for (int i = plain; i < terms; i++) add_term(f.of[i], x);
+    round.q += round.ranks;
+    if (round.q == a.rank) round.q = 0, round.seed += round.seeds;
+  } while (round.seed < a.n_seeds);
+
+  if (!inside) {
+    for_each_row(s, row, col, x, [&](const Unit& unit, f32 v[8]) {
+      u32 r[8];
+      if (STOCHASTIC) thresholds_from(s.first + unit.row * s.index_stride + unit.col, s.stream, rounding_keys, r);
+      store_unit<STOCHASTIC>(s, unit, v, r);
+    });
+  } else if (s.out_dtype == kF32) store_vectors<STOCHASTIC, kF32>(s, row, col, rounding_keys, x);
+  else if (s.out_dtype == kBF16) store_vectors<STOCHASTIC, kBF16>(s, row, col, rounding_keys, x);
+  else store_vectors<STOCHASTIC, kF16>(s, row, col, rounding_keys, x);
+}
+
+template <bool STOCHASTIC>
+__global__ void __launch_bounds__(kThreads, 2) low_rank(const __grid_constant__ Arguments a) {
+  __shared__ Seed shared[kSeedsAtATime];
+  __shared__ Factors factors[2];
+  __shared__ TileWalk walk;
+  __shared__ Tile tiles[2];
+  const int n = fetch_seeds(a, 0, shared);
+  const RoundKeys<10> rounding_keys = rounding_keys_of<STOCHASTIC>(a);
+  int turn = 0, tile_turn = 0;
+  for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
+    if (s.width == 0) {
+      update_piece<STOCHASTIC, 1>(a, s, lo, hi, shared, n, rounding_keys);
+      return;
+    }
+    if (threadIdx.x == 0) walk.begin(s, lo);
+#pragma unroll 1
+    for (int left = (int)(hi - lo); left > 0; left -= kTileUnits) {
+      if (threadIdx.x == 0) walk.next(a.rank, a.ranks, tiles[tile_turn]);
+      __syncthreads();
+      low_rank_tile<STOCHASTIC>(a, s, tiles[tile_turn], factors, turn, rounding_keys);
+      tile_turn ^= 1;  // some threads may still be at the tile
     }
   });
+}
+
+// The factors themselves, a block a thread at a time.
+__global__ void __launch_bounds__(kThreads) write_factors(const __grid_constant__ Arguments a, const Factor* factors,
+                                                          int64_t n_factors, char* out, int32_t dtype) {
+  for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < a.n_units * a.n_seeds;
+       i += (int64_t)gridDim.x * kThreads) {
+    const int64_t seed = i / a.n_units, unit = i - seed * a.n_units;
+    const Factor* f = factors;
+    for (int64_t n = n_factors; n > 0;) {
+      const int64_t half = n / 2;
+      if (f[half].unit_end <= unit) f += half + 1, n -= half + 1;
+      else n = half;
+    }
+    const int64_t block = f == factors ? unit : unit - f[-1].unit_end, left = f->count - 8 * block;
+    f32 v[8];
+    noise_block(block_id(block, f->stream, (uint32_t)f->domain),
+                RoundKeys<10>(a.seeds ? a.seeds[seed] : a.host_seeds[seed]), v);
+    char* p = out + (a.n_seeds * f->offset + seed * f->count + 8 * block) * dtype_size(dtype);
+    if ((uint64_t)p % 16 == 0 && left >= 8) pack<false>(dtype, v, nullptr, (uint4*)p);
+    else store_lanes<false>(dtype, 0, left < 8 ? (int)left : 8, v, nullptr, p);
+  }
 }
 
 // ---- fingerprint ----
@@ -602,8 +926,8 @@ struct OnDevice {
 
 // `grid` blocks of threads, at most as many as the device holds at once, take the tiles in turn. A small table has
 // small tiles, each block of threads its share in whole rounds of a thread's `blocks` in flight, so that it fills the
-// device too: at 2^20 values tiles of 65536 would keep 16 of an H100's 132 multiprocessors busy. From kTile a block of
-// threads on (43 million values for one seed there) tiles grow no further.
+// device too: at 2^20 values tiles of 65536 would keep 16 of an H100's 132 multiprocessors busy. From kLargestTile a
+// block of threads on (43 million values for one seed there) tiles grow no further.
 struct Launch {
   int32_t tile;
   unsigned grid;
@@ -616,7 +940,7 @@ cudaError_t plan(Kernel kernel, int blocks, int device, int64_t n_units, Launch*
   if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0);
   const int64_t at_once = (int64_t)multiprocessors * std::max(resident, 1), round = blocks * kThreads;
   if (status != cudaSuccess) return status;
-  launch->tile = (int32_t)std::min<int64_t>(kTile, (n_units + at_once * round - 1) / (at_once * round) * round);
+  launch->tile = (int32_t)std::min<int64_t>(kLargestTile, (n_units + at_once * round - 1) / (at_once * round) * round);
   launch->grid = (unsigned)std::min(at_once, (n_units + launch->tile - 1) / launch->tile);
   return status;
 }
@@ -644,12 +968,14 @@ int es_cuda_capability(void) {
 
 int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
                       int seeds_on_device, const float* coefs, int coefs_on_device, int64_t n_seeds, float decay,
-                      const uint64_t* rounding_seed, int rounding_seed_on_device, int device, void* stream) {
+                      const uint64_t* rounding_seed, int rounding_seed_on_device, int noise_rank, int device,
+                      void* stream) {
   if (n_segments < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
   if (n_units && !segments) return refused("segments are missing");
   if (n_seeds && (!seeds || !coefs)) return refused("seeds or coefs are missing");
   if (n_seeds > ES_CUDA_HOST_SEEDS && !(seeds_on_device && coefs_on_device))
     return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
+  if (noise_rank < 0 || noise_rank > kMaxRank) return refused("noise_rank is 0 to " + std::to_string(kMaxRank));
   if (!n_units) return 0;
   Arguments a = {};
   a.segments = (const Segment*)segments, a.n_segments = n_segments, a.n_units = n_units, a.n_seeds = n_seeds,
@@ -669,6 +995,12 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   int blocks = kUpdateBlocks;
   if (simple && !rounding_seed && n_seeds <= 2) kernel = few[n_seeds], blocks = perturb_blocks(n_seeds);
   if (simple && rounding_seed && n_seeds == 1) kernel = perturb<true, 1>, blocks = perturb_blocks(1);
+  if (noise_rank) {
+    a.rank = noise_rank, a.scale = (float)(1 / std::sqrt((double)noise_rank));
+    a.ranks = std::min(noise_rank, kTerms), a.per_round = kTerms / a.ranks;
+    a.inverse = ((1 << 16) + a.ranks - 1) / a.ranks;
+    kernel = rounding_seed ? low_rank<true> : low_rank<false>, blocks = kTileUnits / kThreads;
+  }
   OnDevice scope(device);
   if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
   Launch launch;
@@ -677,6 +1009,28 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   a.tile = launch.tile;
   void* arguments[] = {&a};
   status = cudaLaunchKernel(kernel, launch.grid, kThreads, arguments, 0, (cudaStream_t)stream);
+  return status == cudaSuccess ? 0 : failed("the launch failed", status);
+}
+
+int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds, int seeds_on_device,
+                    int64_t n_seeds, void* out, int dtype, int device, void* stream) {
+  if (n_factors < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
+  if (n_units && n_seeds && !(factors && seeds && out)) return refused("factors, seeds or out are missing");
+  if (n_seeds > ES_CUDA_HOST_SEEDS && !seeds_on_device)
+    return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
+  if (dtype < kF32 || dtype > kF16) return refused("dtype is none of enum Dtype");
+  if (!n_units || !n_seeds) return 0;
+  Arguments a = {};
+  a.n_units = n_units, a.n_seeds = n_seeds;
+  if (seeds_on_device) a.seeds = seeds;
+  else std::copy(seeds, seeds + n_seeds, a.host_seeds);
+  OnDevice scope(device);
+  if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);
+  Launch launch;
+  cudaError_t status = plan(write_factors, 1, device, n_units * n_seeds, &launch);
+  if (status != cudaSuccess) return failed("cannot plan the launch", status);
+  void* arguments[] = {&a, &factors, &n_factors, &out, &dtype};
+  status = cudaLaunchKernel(write_factors, launch.grid, kThreads, arguments, 0, (cudaStream_t)stream);
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 

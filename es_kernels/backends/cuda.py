@@ -9,6 +9,8 @@ import torch
 
 from .. import native, streams
 from ..layout import Pack
+from ..low_rank import FactorLayout
+from ..segment import DTYPES
 
 _HOST_SEEDS = 128  # ES_CUDA_HOST_SEEDS: up to this many travel in the kernel's parameters
 
@@ -75,8 +77,21 @@ def add_noise_(
             pack.on_device().data_ptr(), len(pack.segments), pack.units,
             seeds.data_ptr(), seeds.is_cuda, coefs.data_ptr(), coefs.is_cuda, seeds.numel(), decay,
             None if rounding_seed is None else rounding_seed.data_ptr(),
-            rounding_seed is not None and rounding_seed.is_cuda,
+            rounding_seed is not None and rounding_seed.is_cuda, noise_rank,
             pack.device.index, torch.cuda.current_stream(pack.device).cuda_stream,
+        )  # fmt: skip
+    native.check(status, _library().es_cuda_error)
+
+
+def factors(layout: FactorLayout, out: torch.Tensor, seeds: torch.Tensor) -> None:
+    with torch.cuda.device(out.device):
+        if seeds.numel() > _HOST_SEEDS:
+            (seeds,) = streams.staged(out.device, seeds)
+        seeds = seeds.contiguous()
+        status = _library().es_cuda_factors(
+            layout.on_device(out.device).data_ptr(), len(layout.table), layout.units,
+            seeds.data_ptr(), seeds.is_cuda, seeds.numel(), out.data_ptr(), DTYPES[out.dtype],
+            out.device.index, torch.cuda.current_stream(out.device).cuda_stream,
         )  # fmt: skip
     native.check(status, _library().es_cuda_error)
 
@@ -101,6 +116,7 @@ def declared(c: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its functions."""
     p, i64, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     c.es_cuda_error.restype = ctypes.c_char_p
-    c.es_cuda_add_noise.argtypes = (p, i64, i64, p, i, p, i, i64, ctypes.c_float, p, i, i, p)
+    c.es_cuda_add_noise.argtypes = (p, i64, i64, p, i, p, i, i64, ctypes.c_float, p, i, i, i, p)
+    c.es_cuda_factors.argtypes = (p, i64, i64, p, i, i64, p, i, i, p)
     c.es_cuda_fingerprint.argtypes = (p, i64, i64, p, i, p)
     return c

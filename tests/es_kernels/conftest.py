@@ -20,6 +20,8 @@ import es_kernels
 from es_kernels import native
 from es_kernels.backends import cpu, cuda
 from es_kernels.layout import Layout
+from es_kernels.low_rank import FACTOR
+from es_kernels.segment import SIZES
 
 from .ptx import backends as ptx
 
@@ -166,7 +168,20 @@ def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontex
     launching(segments, n_segments, *others): what it may touch."""
 
     def add_noise(
-        segments, n_segments, n_units, seeds, _, coefs, __, n_seeds, decay, rounding_seed, ___, device, stream
+        segments,
+        n_segments,
+        n_units,
+        seeds,
+        _,
+        coefs,
+        __,
+        n_seeds,
+        decay,
+        rounding_seed,
+        ___,
+        noise_rank,
+        device,
+        stream,
     ):
         there = on_device or n_seeds > cuda._HOST_SEEDS
         others = [(seeds, 8 * n_seeds, False), (coefs, 4 * n_seeds, False)] if there else []
@@ -185,9 +200,18 @@ def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontex
                 decay,
                 rounding_seed,
                 on_device,
+                noise_rank,
                 0,
                 stream,
             )
+
+    def factors(table, n_factors, n_units, seeds, _, n_seeds, out, dtype, device, stream):
+        there, size = on_device or n_seeds > cuda._HOST_SEEDS, SIZES[dtype]
+        rows = np.frombuffer((ctypes.c_char * (n_factors * FACTOR.itemsize)).from_address(table), FACTOR)
+        others = [(out + n_seeds * int(f["offset"]) * size, n_seeds * int(f["count"]) * size, True) for f in rows]
+        others += [(table, rows.nbytes, False)] + [(seeds, 8 * n_seeds, False)] * there
+        with launching(table, 0, *others):
+            return library.es_cuda_factors(table, n_factors, n_units, seeds, there, n_seeds, out, dtype, 0, stream)
 
     def fingerprint(segments, n_segments, n_units, result, device, stream):
         with launching(segments, n_segments, (result, 8, True)):
@@ -197,12 +221,16 @@ def serving(compiled, on_device, launching=lambda *ranges: contextlib.nullcontex
         patch.setattr(native, "load", lambda name: compiled)
         library = cuda._library.__wrapped__()
         served = types.SimpleNamespace(
-            es_cuda_add_noise=add_noise, es_cuda_fingerprint=fingerprint, es_cuda_error=library.es_cuda_error
+            es_cuda_add_noise=add_noise,
+            es_cuda_factors=factors,
+            es_cuda_fingerprint=fingerprint,
+            es_cuda_error=library.es_cuda_error,
         )
         patch.setattr(cuda, "_library", lambda: served)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=None))
         patch.setattr(cpu, "add_noise_", cuda.add_noise_)
+        patch.setattr(cpu, "factors", cuda.factors)
         patch.setattr(cpu, "fingerprint", cuda.fingerprint)
         yield
 

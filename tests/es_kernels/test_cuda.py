@@ -18,14 +18,25 @@ if native.why_not("cuda"):
 SEED, COEF = (ctypes.c_uint64 * 1)(1), (ctypes.c_float * 1)(1.0)
 SOMEWHERE = ctypes.create_string_buffer(256)  # an address that is never read before the refusal
 GOOD = dict(
-    segments=SOMEWHERE, n_segments=1, n_units=1, seeds=SEED, seeds_on_device=0, coefs=COEF, coefs_on_device=0, n_seeds=1
+    segments=SOMEWHERE,
+    n_segments=1,
+    n_units=1,
+    seeds=SEED,
+    seeds_on_device=0,
+    coefs=COEF,
+    coefs_on_device=0,
+    n_seeds=1,
+    decay=0.0,
+    rounding_seed=None,
+    rounding_seed_on_device=0,
+    noise_rank=0,
 )
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
 
 def call(**changes):
     library = cuda._library()
-    status = library.es_cuda_add_noise(*{**GOOD, **changes}.values(), 0.0, None, 0, 0, None)
+    status = library.es_cuda_add_noise(*{**GOOD, **changes}.values(), 0, None)
     return status, library.es_cuda_error().decode()
 
 
@@ -43,11 +54,33 @@ def test_abi_is_the_one_that_python_expects():
         (dict(seeds=None), "seeds or coefs are missing"),
         (dict(coefs=None), "seeds or coefs are missing"),
         (dict(n_seeds=129), "more than 128 seeds must be in device memory"),
+        (dict(noise_rank=-1), "noise_rank is 0 to 64"),
+        (dict(noise_rank=65), "noise_rank is 0 to 64"),
     ],
 )
 def test_bad_arguments_are_refused(changes, words):
     status, error = call(**changes)
     assert status != 0 and words in error
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_factors=-1), "a count is negative"),
+        (dict(n_units=-1), "a count is negative"),
+        (dict(n_seeds=-1), "a count is negative"),
+        (dict(factors=None), "factors, seeds or out are missing"),
+        (dict(seeds=None), "factors, seeds or out are missing"),
+        (dict(out=None), "factors, seeds or out are missing"),
+        (dict(n_seeds=129), "more than 128 seeds must be in device memory"),
+        (dict(dtype=3), "dtype is none of enum Dtype"),
+    ],
+)
+def test_bad_arguments_of_factors_are_refused(changes, words):
+    library = cuda._library()
+    good = dict(factors=SOMEWHERE, n_factors=1, n_units=1, seeds=SEED, on_device=0, n_seeds=1, out=SOMEWHERE, dtype=0)
+    assert library.es_cuda_factors(*{**good, **changes}.values(), 0, None) != 0
+    assert words in library.es_cuda_error().decode()
 
 
 def test_nothing_to_do_needs_no_gpu():

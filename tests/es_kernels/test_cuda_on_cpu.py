@@ -19,7 +19,7 @@ from es_kernels.backends import cuda
 
 from .conftest import GPU_ON_CPU
 
-TILE = 8192 * 8  # values: kTile of cuda.cu; the device has 3 blocks
+TILE = 8192 * 8  # values: kLargestTile of cuda.cu; the device has 3 blocks
 F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = [noise.member_seed(1, 0, k) for k in range(300)]
 CALLS = [(0, {}), (1, {}), (1, {"rounding": "stochastic", "rounding_seed": 5}), (2, {}), (3, {"decay": 0.1}), (130, {})]
@@ -212,7 +212,7 @@ def launch(library, device, fingerprint=False):
     if fingerprint:
         return library.es_cuda_fingerprint(segments, len(pack.segments), pack.units, ctypes.byref(result), device, None)
     return library.es_cuda_add_noise(
-        segments, len(pack.segments), pack.units, seeds, 0, coefs, 0, 1, 0.0, None, 0, device, None
+        segments, len(pack.segments), pack.units, seeds, 0, coefs, 0, 1, 0.0, None, 0, 0, device, None
     )
 
 

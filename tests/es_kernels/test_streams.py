@@ -126,7 +126,7 @@ def test_both_backends_stage_what_is_not_on_the_device(gpu, pack, monkeypatch):
     monkeypatch.setattr(cuda, "_library", lambda: pytest.fail("nothing is to be launched"))
     for backend, n in ((triton, 1), (cuda, len(many))):
         with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-            backend.add_noise_(pack, many[:n], many[:n].float(), None, 0.0)
+            backend.add_noise_(pack, many[:n], many[:n].float(), None, 0.0, 0)
 
 
 def test_the_cuda_library_is_called_with_the_packs_device_current(gpu, pack, monkeypatch):
@@ -143,6 +143,6 @@ def test_the_cuda_library_is_called_with_the_packs_device_current(gpu, pack, mon
         lambda: types.SimpleNamespace(es_cuda_add_noise=call, es_cuda_fingerprint=call, es_cuda_error=None),
     )
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: Tensor())
-    cuda.add_noise_(pack, Tensor(), Tensor(), None, 0.0)
+    cuda.add_noise_(pack, Tensor(), Tensor(), None, 0.0, 0)
     cuda.fingerprint(pack)
     assert seen == [(1, 1), (1, 1)] and gpu.current == 0

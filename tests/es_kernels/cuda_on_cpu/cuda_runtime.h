@@ -38,6 +38,9 @@ struct alignas(16) uint4 {
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 // ---- a grid of blocks of fibers ----
 
