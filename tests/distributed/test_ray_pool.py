@@ -93,6 +93,7 @@ SMALL = {
     "population": 6,
     "prompts": 8,
     "eval_items": 8,
+    "noise_rank": 1,
     "eval_every": 0,
     "report_to": ["none"],
     "save_model": False,

@@ -38,6 +38,11 @@ def test_any_number_of_ranks_is_the_run_of_one(run, alone, count):
         assert took_part == {0, 1}
 
 
+def test_two_ranks_are_one_with_noise_of_low_rank_too(run, alone):
+    one, two = (run(name, generations=3, noise_rank=1) for name in ("one", "two"))
+    assert two(ranks=2)["fingerprint"] == one()["fingerprint"] != alone.summary["fingerprint"]
+
+
 def test_a_killed_rank_loses_nothing(run, alone):
     killed = run()
     draws, process, kills = random.Random(0), killed.start(ranks=2, restarts=KILLS + 1), 0
