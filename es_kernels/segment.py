@@ -20,7 +20,7 @@ SIZES = (4, 2, 2)  # bytes, by this number
 # compared for overlap pair by pair: 2048 take 10 s).
 MAX_SEGMENTS_PER_TENSOR = 1024
 TILE = 128  # rows and columns of a tile of a matrix: kTile of csrc/segments.h
-_UNITS_PER_TILE = TILE * TILE // 8
+UNITS_PER_TILE = TILE * TILE // 8
 _MATRIX_LIMIT = 1 << 58  # rows and columns: times 64, the highest noise_rank, an index of a factor still has 64 bits
 
 # struct Segment of csrc/segments.h.
@@ -346,7 +346,7 @@ def _piece(
         aligned = aligned and index_stride % 8 == 0
         aligned = aligned and all(s * size % 16 == 0 for s, size in zip(block.strides, sizes, strict=True))
     if width:
-        units = -(-cols // TILE) * _UNITS_PER_TILE
+        units = -(-cols // TILE) * UNITS_PER_TILE
     else:
         whole = rows == 1 or (first % 8 == 0 and index_stride % 8 == 0)
         units = (first % 8 + cols + 7) // 8 if whole else (cols + 14) // 8

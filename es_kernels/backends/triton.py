@@ -25,7 +25,8 @@ import torch
 
 from .. import noise, streams
 from ..layout import Pack
-from ..segment import SEGMENT
+from ..low_rank import FACTOR, FactorLayout
+from ..segment import SEGMENT, TILE, UNITS_PER_TILE
 from .reference import ieee_denormals
 
 try:
@@ -69,17 +70,27 @@ def add_noise_(
         pack.device, seeds, coefs, *(() if rounding_seed is None else (rounding_seed,))
     )
     key = others[0] if stochastic else seeds  # not read
-    grid, per_program = _split(pack)
+    grid, per_program = _split(pack, UNITS_PER_TILE if noise_rank else _UNITS)
     with _launching(pack.device):
         _add_noise_kernel[(grid,)](
             segments, len(pack.segments), pack.units, per_program, seeds, coefs, seeds.numel(), key, -decay,
-            STOCHASTIC=stochastic, DECAY=decay != 0, UNITS=_UNITS, **_OPTIONS,
+            STOCHASTIC=stochastic, DECAY=decay != 0, **_ranked(noise_rank),
+        )  # fmt: skip
+
+
+def factors(layout: FactorLayout, out: torch.Tensor, seeds: torch.Tensor) -> None:
+    (seeds,) = streams.staged(out.device, seeds)
+    per_seed = -(-layout.units // _UNITS)
+    with _launching(out.device):
+        _factors_kernel[(per_seed * seeds.numel(),)](
+            layout.on_device(out.device), len(layout.table), layout.units, per_seed, seeds, seeds.numel(), out,
+            UNITS=_UNITS, **_OPTIONS,
         )  # fmt: skip
 
 
 def fingerprint(pack: Pack) -> torch.Tensor:
     segments = _table(pack)
-    grid, per_program = _split(pack)
+    grid, per_program = _split(pack, _UNITS)
     sums = torch.empty(grid, dtype=torch.int64, device=pack.device)
     with _launching(pack.device):
         _fingerprint_kernel[(grid,)](
@@ -94,6 +105,7 @@ def compile_for(
     stochastic: bool = False,
     decay: bool = False,
     kernel: str = "add_noise",
+    noise_rank: int = 0,
 ) -> Any:
     """The kernel as it is launched, compiled without a GPU. target: a compute capability (80, 90, ...) or an AMD
     architecture ("gfx942"). n_seeds: 1, or None for any number. Returns triton's CompiledKernel; its `asm` holds ptx
@@ -101,13 +113,16 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn = {"add_noise": _add_noise_kernel, "fingerprint": _fingerprint_kernel}[kernel]
+    fn = {"add_noise": _add_noise_kernel, "fingerprint": _fingerprint_kernel, "factors": _factors_kernel}[kernel]
     types = {name: type for name, type in _TYPES.items() if name in fn.arg_names}
-    constants = {"STOCHASTIC": stochastic, "DECAY": decay, "UNITS": _UNITS} | ({"n_seeds": 1} if n_seeds == 1 else {})
+    launch = _ranked(noise_rank)
+    constants = {"STOCHASTIC": stochastic, "DECAY": decay, **launch} | ({"n_seeds": 1} if n_seeds == 1 else {})
     constants = {name: value for name, value in constants.items() if name in fn.arg_names}
     target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
     return triton.compile(
-        ASTSource(fn, types | dict.fromkeys(constants, "constexpr"), constants), target=target, options=_OPTIONS
+        ASTSource(fn, types | dict.fromkeys(constants, "constexpr"), constants),
+        target=target,
+        options={name: launch[name] for name in _OPTIONS},
     )
 
 
@@ -121,23 +136,32 @@ _TYPES = {
     "coefs": "*fp32",
 }
 _TYPES |= {"n_seeds": "i32", "rounding_seed": "*i64", "minus_decay": "fp32", "sums": "*i64"}
+_TYPES |= {"table": "*i64", "n_factors": "i32", "per_seed": "i32", "out": "*bf16"}
 
 
 def _table(pack: Pack) -> torch.Tensor:
     """The segments where the kernel reads them."""
-    strided = pack.segments[pack.segments["rows"] > 1]
+    strided = pack.segments[(pack.segments["rows"] > 1) & (pack.segments["width"] == 0)]
     if len(strided) and (strided["rows"] * strided["units_per_row"]).max() >= 1 << 32:
         raise ValueError("the triton backend takes up to 2^35 elements in a segment of several rows: split it")
     return pack.on_device()
 
 
-def _split(pack: Pack) -> tuple[int, int]:
-    """How many programs, and how many units each takes."""
+def _ranked(noise_rank: int) -> dict[str, Any]:
+    """What the kernel is compiled for. Of a tile of a matrix 256 threads have 64 values each."""
+    if noise_rank == 0:
+        return {"UNITS": _UNITS, "RANK": 0, "SCALE": 1.0, **_OPTIONS}
+    scale = float(noise.rank_scale(noise_rank))
+    return {"UNITS": 2 * _UNITS, "RANK": noise_rank, "SCALE": scale, **_OPTIONS, "num_warps": 2 * _WARPS}
+
+
+def _split(pack: Pack, step: int) -> tuple[int, int]:
+    """How many programs, and how many units each takes, a multiple of `step`."""
     processors = (
         torch.cuda.get_device_properties(pack.device).multi_processor_count if pack.device.type == "cuda" else 1
     )
-    steps = -(-pack.units // _UNITS)
-    per_program = -(-steps // (_PROGRAMS * processors)) * _UNITS
+    steps = -(-pack.units // step)
+    per_program = -(-steps // (_PROGRAMS * processors)) * step
     return -(-pack.units // per_program), per_program
 
 
@@ -154,7 +178,9 @@ def _interpreting() -> Iterator[None]:
 
 
 if triton is not None:
-    _WORDS_A_SEGMENT = tl.constexpr(SEGMENT.itemsize // 8)
+    _WORDS_A_SEGMENT, _WORDS_A_FACTOR = tl.constexpr(SEGMENT.itemsize // 8), tl.constexpr(FACTOR.itemsize // 8)
+    _TILE, _TILE_UNITS = tl.constexpr(TILE), tl.constexpr(UNITS_PER_TILE)
+    _DOMAIN_LEFT, _DOMAIN_RIGHT = tl.constexpr(noise.DOMAIN_LEFT), tl.constexpr(noise.DOMAIN_RIGHT)
     _DOMAIN_FINGERPRINT, _DOMAIN_ROUNDING = tl.constexpr(noise.DOMAIN_FINGERPRINT), tl.constexpr(noise.DOMAIN_ROUNDING)
     _M0, _M1 = map(tl.constexpr, noise._PHILOX_M)
     _W0, _W1 = map(tl.constexpr, noise._PHILOX_W)
@@ -179,10 +205,10 @@ if triton is not None:
         return c0, c1, c2, c3
 
     @triton.jit
-    def _words(block, DOMAIN: tl.constexpr, stream, key, ROUNDS: tl.constexpr):
+    def _words(block, domain, stream, key, ROUNDS: tl.constexpr):
         """The four random words of each block, given as (low, high)."""
         low, high = block
-        return _philox(low, high | (DOMAIN << 29), stream.to(tl.uint32), (stream >> 32).to(tl.uint32), key, ROUNDS)
+        return _philox(low, high | (domain << 29), stream.to(tl.uint32), (stream >> 32).to(tl.uint32), key, ROUNDS)
 
     @triton.jit
     def _box_muller(w, zero):
@@ -234,8 +260,8 @@ if triton is not None:
         return tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
 
     @triton.jit
-    def _normals(block, lane, stream, seed, zero, VECTOR: tl.constexpr):
-        w0, w1, w2, w3 = _words(block, 0, stream, seed, 10)
+    def _normals(block, domain, lane, stream, seed, zero, VECTOR: tl.constexpr):
+        w0, w1, w2, w3 = _words(block, domain, stream, seed, 10)
         if VECTOR:
             x, y = _box_muller(_together(w0, w1, w2, w3), zero)
             normals = _interleave(x, y)
@@ -451,6 +477,96 @@ if triton is not None:
             address += tl.where(dtype == 0, 32, 16).to(tl.int64) * units
         return address
 
+    # ---- noise of low rank ----
+
+    @triton.jit
+    def _halves(number):
+        return number.to(tl.uint32), (number >> 32).to(tl.uint32)
+
+    @triton.jit
+    def _add_terms(x, at, domain, stream, seed, coef, zero, SIDE: tl.constexpr, RANK: tl.constexpr,
+                   SCALE: tl.constexpr):  # fmt: skip
+        """x + c L R^T of one seed, [SIDE, SIDE], a term at a time. `at`: which rows of L, then of R, [2 SIDE]; they are
+        drawn together, so that there is one for every thread."""
+        if RANK > 1:
+            coef = coef * SCALE
+        for q in range(RANK):
+            index = at * RANK + q
+            normals = _normals(_halves(index >> 3), domain, index.to(tl.int32) & 7, stream, seed, zero, False)
+            left, right = tl.split(tl.permute(tl.reshape(normals, [2, SIDE]), [1, 0]))
+            x = tl.fma((left * coef)[:, None], right[None, :], x)
+        return x
+
+    @triton.jit
+    def _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                           minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+                           SCALE: tl.constexpr, SIDE: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
+        """Units [begin, end) of the table, whole tiles of one segment, in squares of SIDE rows and columns."""
+        rows, cols = tl.load(segment + 3), tl.load(segment + 4)
+        first, index_stride, stream = tl.load(segment + 8).to(tl.uint64), tl.load(segment + 9), tl.load(segment + 10)
+        units_per_row, width = tl.load(segment + 11), tl.load(segment + 15).to(tl.uint64)
+        out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
+        out, base, anchor = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
+        out_stride, base_stride, anchor_stride = tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
+        zero = (rows >> 63).to(tl.uint32)
+        first_row, first_col, row_step = first // width, first % width, index_stride.to(tl.uint64) // width
+        # A segment has fewer than 2^32 tiles: a 64-bit division would be a function call.
+        start = begin - (tl.load(segment + 12) - (rows + (_TILE - 1)) // _TILE * units_per_row)
+        tile, tiles_per_row = (start // _TILE_UNITS).to(tl.uint32), (units_per_row // _TILE_UNITS).to(tl.uint32)
+        top, left = (tile // tiles_per_row).to(tl.int64) * _TILE, (tile % tiles_per_row).to(tl.int64) * _TILE
+        position = tl.arange(0, 2 * SIDE)
+        domain = tl.where(position < SIDE, _DOMAIN_LEFT, _DOMAIN_RIGHT).to(tl.uint32)
+        for _ in range(((end - begin) // _TILE_UNITS).to(tl.int32)):
+            for down in range(0, _TILE, SIDE):
+                for right in range(0, _TILE, SIDE):
+                    row, col = top + down, left + right
+                    in_square = (position & (SIDE - 1)).to(tl.uint64)
+                    at = tl.where(
+                        position < SIDE,
+                        first_row + (row.to(tl.uint64) + in_square) * row_step,
+                        first_col + col.to(tl.uint64) + in_square,
+                    )
+                    if VECTOR:
+                        unit = tl.arange(0, SIDE * SIDE // 8)
+                        row, col = row + unit // (SIDE // 8), col + unit % (SIDE // 8) * 8
+                    else:
+                        row, col = row + tl.arange(0, SIDE)[:, None], col + tl.arange(0, SIDE)[None, :]
+                    inside = (row < rows) & (col < cols)
+                    low, high = _load(base, base_dtype, row * base_stride + col, inside, VECTOR)
+                    if DECAY:
+                        has_anchor = anchor != 0
+                        anchor_low, anchor_high = _load(
+                            anchor, anchor_dtype, row * anchor_stride + col, _only_if(has_anchor, inside), VECTOR
+                        )
+                    words, halves = _unpack(low, high, VECTOR)
+                    acc = tl.reshape(((words >> 31) >> 1).to(tl.float32, bitcast=True), [SIDE, SIDE])
+                    for i in range(n_seeds - 1):
+                        acc = _add_terms(
+                            acc, at, domain, stream, tl.load(seeds + i), tl.load(coefs + i), zero, SIDE, RANK, SCALE
+                        )
+                    b = _to_f32(words, halves, base_dtype)
+                    if DECAY:
+                        words, halves = _unpack(anchor_low, anchor_high, VECTOR)
+                        towards = tl.where(has_anchor, _to_f32(words, halves, anchor_dtype), 0.0)
+                        b = tl.fma(b - towards, tl.full(b.shape, minus_decay, tl.float32), b)
+                    b = tl.reshape(b, [SIDE, SIDE])
+                    if n_seeds > 1:
+                        b = b + acc
+                    if n_seeds > 0:
+                        b = _add_terms(b, at, domain, stream, last_seed, last_coef, zero, SIDE, RANK, SCALE)
+                    if STOCHASTIC:
+                        index = first + row.to(tl.uint64) * index_stride.to(tl.uint64) + col.to(tl.uint64)
+                        r = _thresholds(_halves(index >> 3), index.to(tl.int32) & 7, stream, rounding_seed, VECTOR)
+                    else:
+                        r = 0
+                    if VECTOR:
+                        b = tl.reshape(b, [SIDE * SIDE // 8, 8])
+                    _store(out, out_dtype, row * out_stride + col, inside, b, r, STOCHASTIC, VECTOR)
+            left += _TILE
+            if left >= cols:
+                left = left * 0
+                top += _TILE
+
     # ---- the kernels ----
 
     @triton.jit
@@ -483,9 +599,11 @@ if triton is not None:
             # in the loop.
             acc = ((words >> 31) >> 1).to(tl.float32, bitcast=True)
             for i in range(n_seeds - 1):
-                acc = tl.fma(_normals(block, lane, stream, tl.load(seeds + i), zero, VECTOR), tl.load(coefs + i), acc)
+                acc = tl.fma(
+                    _normals(block, 0, lane, stream, tl.load(seeds + i), zero, VECTOR), tl.load(coefs + i), acc
+                )
             if n_seeds > 0:
-                normals = _normals(block, lane, stream, last_seed, zero, VECTOR)
+                normals = _normals(block, 0, lane, stream, last_seed, zero, VECTOR)
             else:
                 normals = acc
             b = _to_f32(words, halves, base_dtype)
@@ -508,6 +626,34 @@ if triton is not None:
                 _advance(anchor, STEP, anchor_dtype, PATH),
             )
 
+    @triton.jit
+    def _add_full_noise(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed, minus_decay,
+                        STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+        """Units [begin, end) of the table, all of one segment."""
+        path = _path(segment)
+        if path == 2:
+            _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                               minus_decay, STOCHASTIC, DECAY, UNITS, 2)  # fmt: skip
+        elif path == 1:
+            _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                               minus_decay, STOCHASTIC, DECAY, UNITS, 1)  # fmt: skip
+        else:
+            _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                               minus_decay, STOCHASTIC, DECAY, UNITS, 0)  # fmt: skip
+
+    @triton.jit
+    def _add_low_rank_noise(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                            minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+                            SCALE: tl.constexpr):  # fmt: skip
+        """Units [begin, end) of the table, whole tiles of one segment."""
+        _, _, _, vector_path = _dtypes(segment)
+        if vector_path != 0:
+            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                               minus_decay, STOCHASTIC, DECAY, RANK, SCALE, _TILE, True)  # fmt: skip
+        else:
+            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
+                               minus_decay, STOCHASTIC, DECAY, RANK, SCALE, 64, False)  # fmt: skip
+
     @triton.jit(
         do_not_specialize=[
             "segments",
@@ -521,7 +667,8 @@ if triton is not None:
         ]
     )
     def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed,
-                          minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+                          minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr,
+                          RANK: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
         unit = tl.program_id(0).to(tl.int64) * per_program
         stop = tl.minimum(unit + per_program, units)
         segment = _find(segments, n_segments, unit)
@@ -531,58 +678,16 @@ if triton is not None:
         key = tl.load(rounding_seed) if STOCHASTIC else last_seed
         while unit < stop:
             end = tl.minimum(tl.load(segment + 12), stop)
-            path = _path(segment)
-            if path == 2:
-                _add_noise_segment(
-                    segment,
-                    unit,
-                    end,
-                    seeds,
-                    coefs,
-                    n_seeds,
-                    last_seed,
-                    last_coef,
-                    key,
-                    minus_decay,
-                    STOCHASTIC,
-                    DECAY,
-                    UNITS,
-                    2,
-                )
-            elif path == 1:
-                _add_noise_segment(
-                    segment,
-                    unit,
-                    end,
-                    seeds,
-                    coefs,
-                    n_seeds,
-                    last_seed,
-                    last_coef,
-                    key,
-                    minus_decay,
-                    STOCHASTIC,
-                    DECAY,
-                    UNITS,
-                    1,
-                )
+            if RANK > 0:
+                if tl.load(segment + 15) != 0:
+                    _add_low_rank_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key,
+                                        minus_decay, STOCHASTIC, DECAY, RANK, SCALE)  # fmt: skip
+                else:
+                    _add_full_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key,
+                                    minus_decay, STOCHASTIC, DECAY, UNITS)  # fmt: skip
             else:
-                _add_noise_segment(
-                    segment,
-                    unit,
-                    end,
-                    seeds,
-                    coefs,
-                    n_seeds,
-                    last_seed,
-                    last_coef,
-                    key,
-                    minus_decay,
-                    STOCHASTIC,
-                    DECAY,
-                    UNITS,
-                    0,
-                )
+                _add_full_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay,
+                                STOCHASTIC, DECAY, UNITS)  # fmt: skip
             unit = tl.load(segment + 12)  # not `end`, whose two registers would make ptxas spill
             segment += _WORDS_A_SEGMENT
 
@@ -632,3 +737,33 @@ if triton is not None:
             unit = end
             segment += _WORDS_A_SEGMENT
         tl.store(sums + tl.program_id(0), tl.sum(total, axis=0).to(tl.int64))
+
+    @triton.jit(do_not_specialize=["table", "n_factors", "units", "per_seed", "seeds", "n_seeds", "out"])
+    def _factors_kernel(table, n_factors, units: tl.int64, per_seed, seeds, n_seeds, out, UNITS: tl.constexpr):
+        """A program draws UNITS noise blocks of one seed, of every factor that they belong to."""
+        seed = tl.program_id(0) // per_seed
+        key = tl.load(seeds + seed)
+        unit = (tl.program_id(0) % per_seed).to(tl.int64) * UNITS
+        stop = tl.minimum(unit + UNITS, units)
+        low, high = 0, n_factors - 1
+        while low < high:
+            middle = (low + high) >> 1
+            if tl.load(table + middle * _WORDS_A_FACTOR + 4) > unit:
+                high = middle
+            else:
+                low = middle + 1
+        factor = table + low * _WORDS_A_FACTOR
+        while unit < stop:
+            offset, count, stream, domain = (
+                tl.load(factor), tl.load(factor + 1), tl.load(factor + 2), tl.load(factor + 3).to(tl.uint32),
+            )  # fmt: skip
+            end = tl.load(factor + 4)
+            number = unit - (end - (count + 7) // 8) + tl.arange(0, UNITS)
+            zero = (count >> 63).to(tl.uint32)
+            normals = _normals(_halves(number.to(tl.uint64)), domain, 0, stream, key, zero, True)
+            index = number[:, None] * 8 + tl.arange(0, 8)[None, :]
+            inside = (index < count) & (tl.arange(0, UNITS) < stop - unit)[:, None]
+            at = n_seeds * offset + seed * count + index
+            tl.store(out + at, normals.to(out.dtype.element_ty), mask=inside)
+            unit = end
+            factor += _WORDS_A_FACTOR

@@ -274,6 +274,7 @@ def triton_ptx(triton_ptx_backend):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "add_noise_", triton_ptx_backend.backend.add_noise_)
             patch.setattr(cpu, "fingerprint", triton_ptx_backend.backend.fingerprint)
+            patch.setattr(cpu, "factors", triton_ptx_backend.backend.factors, raising=False)
             yield
 
     return use

@@ -247,8 +247,50 @@ def test_a_small_table_is_spread_over_the_whole_device(monkeypatch):
     )
     for values, programs in ((8, 1), (1 << 20, 512), (1 << 30, 8323)):
         pack = types.SimpleNamespace(device=torch.device("cuda"), units=values // 8)
-        found, per_program = triton_backend._split(pack)
+        found, per_program = triton_backend._split(pack, 256)
         assert found == programs and (found - 1) * per_program < pack.units <= found * per_program
+
+
+@pytest.mark.parametrize("options", [{}, STOCHASTIC, {"decay": 0.01}], ids=["nearest", "stochastic", "decay"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank(rank, options):
+    """Matrices of several tiles, with vectors and without, of every format, beside a tensor that is none."""
+    shapes = [(7, 9), (3, 257), (130, 136), (33,)]
+
+    def make():
+        out, base, anchor = (
+            {f"w{i}": (random(shape, FORMATS[(i + k) % 3], 10 * k + i), None) for i, shape in enumerate(shapes)}
+            for k in range(3)
+        )
+        return out, base, anchor if "decay" in options else None
+
+    for n in (0, 1, 3):
+        both(make, SEEDS[:n], [0.1, -0.2, 0.3][:n], noise_rank=rank, **options)
+
+
+@pytest.mark.parametrize("first", [0, 8, 1029, (1 << 35) - 77])
+def test_low_rank_of_parts(first):
+    """Runs and rectangles anywhere in a matrix, whose rows are not those of the memory."""
+
+    def make():
+        runs = [Segment("x", 1, n, offset=at, first=first + at, width=48) for at, n in ((0, 130), (130, 70))]
+        rows = [Segment("y", 9, 24, row_stride=40, first=first // 48 * 48 + 8, index_stride=96, width=48)]
+        return {"x": (random(200, BF16, 1), runs), "y": (random((9, 40), F32, 2), rows)}, None, None
+
+    both(make, SEEDS[:2], [0.1, 0.2], noise_rank=1)
+    both(make, SEEDS[:1], [0.1], noise_rank=2, **STOCHASTIC)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_factors(dtype):
+    matrices = {"a": (7, 9), "b": (300, 1), "none": (0, 4), "c": (2, 1000)}
+    for rank, seeds in ((1, SEEDS), (3, SEEDS[:1])):
+        with es_kernels.backend("triton"):
+            drawn = es_kernels.factors(matrices, seeds, rank, dtype=dtype, device=DEVICE)
+        with es_kernels.backend("reference"):
+            expected = es_kernels.factors(matrices, seeds, rank, dtype=dtype)
+        for name in matrices:
+            assert all(torch.equal(raw(a), raw(b)) for a, b in zip(drawn[name], expected[name], strict=True)), name
 
 
 def test_flush_denormal_does_not_reach_the_interpreter():
@@ -301,6 +343,9 @@ VARIANTS = {
     "one seed": {},
     "any number of seeds": {"n_seeds": None},
     "everything": {"n_seeds": None, "stochastic": True, "decay": True},
+    "low rank, one seed": {"noise_rank": 1},
+    "low rank": {"noise_rank": 1, "n_seeds": None},
+    "factors": {"kernel": "factors"},
     "fingerprint": {"kernel": "fingerprint"},
 }
 
@@ -329,12 +374,13 @@ def test_compiles(target, compiled):
         assert ".ftz" not in ptx
         # .rn forbids ptxas to contract: the only fma's are those that the kernel asks for.
         assert not re.search(r"\b(add|sub|mul|fma)(?!\.rn)\.f32|\bmad\S*\.f32", ptx)
-        assert "ld.global.v4" in ptx and ("st.global.v4" in ptx or name == "fingerprint")
+        if name != "factors":
+            assert "ld.global.v4" in ptx and ("st.global.v4" in ptx or name == "fingerprint")
         usage = subprocess.run(
             [cuobjdump(), "-res-usage", compiled / f"{file}.cubin"], capture_output=True, text=True, check=True
         ).stdout
         assert re.search(r"STACK:0 .*LOCAL:0 ", usage), f"{name}: spills: {usage}"
-        if name != "fingerprint":
+        if "noise_rank" not in VARIANTS[name] and name not in ("factors", "fingerprint"):
             assert re.search(r"SHARED:0 ", usage), f"{name}: threads exchange values: {usage}"
 
 

@@ -123,7 +123,7 @@ class Triton:
             )
             self.backend = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(self.backend)
-        for name in ("_add_noise_kernel", "_fingerprint_kernel"):
+        for name in ("_add_noise_kernel", "_fingerprint_kernel", "_factors_kernel"):
             kernel = getattr(self.backend, name)
             setattr(self.backend, name, _Launcher(self, kernel))
         self.kernels = {}  # what was launched: (name, text) -> Kernel
@@ -156,11 +156,16 @@ class _Launcher:
                 else np.int64(value.data_ptr() if isinstance(value, torch.Tensor) else value)
             )
             parameters[at : at + size] = np.frombuffer(value.tobytes()[:size], np.uint8)
-        tensors = [(v.data_ptr(), v.nbytes, name == "sums") for name, v in named.items() if isinstance(v, torch.Tensor)]
-        memory, threads = (
-            reach(named["segments"].data_ptr(), named["n_segments"], *tensors),
-            interpreter.WARP * compiled.metadata.num_warps,
-        )
+        ranges = [
+            (v.data_ptr(), v.nbytes, name in ("sums", "out"))
+            for name, v in named.items()
+            if isinstance(v, torch.Tensor)
+        ]
+        if "segments" in named:
+            memory = reach(named["segments"].data_ptr(), named["n_segments"], *ranges)
+        else:
+            memory = interpreter.process_memory(ranges)
+        threads = interpreter.WARP * compiled.metadata.num_warps
         with default_floats():
             interpreter.launch(kernel, grid[0], threads, parameters, compiled.metadata.shared, memory)
 
