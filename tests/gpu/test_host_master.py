@@ -43,11 +43,11 @@ def test_theta_is_pinned():
     assert all(t.device.type == "cpu" for t in weights.anchor.tensors)
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
-def test_host_has_the_bits_of_fp32_with_a_full_queue(antithetic):
+@pytest.mark.parametrize("antithetic, noise_rank", [(False, 0), (True, 0), (False, 1)])
+def test_host_has_the_bits_of_fp32_with_a_full_queue(antithetic, noise_rank):
     runs = []
     for master in ("fp32", "host"):
-        opt, seen = optimizer(master, antithetic=antithetic), []
+        opt, seen = optimizer(master, antithetic=antithetic, noise_rank=noise_rank), []
 
         def look(opt=opt, seen=seen):
             seen.extend(p.detach().clone() for p in opt.param_groups[0]["params"])
