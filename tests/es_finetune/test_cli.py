@@ -120,6 +120,8 @@ def test_the_other_commands_know_the_same_limits(capsys, command):
     if command == "calibrate":
         assert main([command, "--model", "embedded", "--sigmas", "1e-50"]) == 2
         assert "each of sigmas must be a number that float32 holds" in capsys.readouterr().err
+        assert main([command, "--model", "embedded", "--noise_rank", "65"]) == 2
+        assert "noise_rank must be at most 64" in capsys.readouterr().err
 
 
 REWARDS = """

@@ -155,6 +155,12 @@ def test_one_seed_one_result(embedded):
     assert other["base_reward"] != again["base_reward"]
 
 
+def test_the_rank_is_that_of_the_members_noise(embedded):
+    low = calibrate(sigmas=[0.01], noise_rank=1, **QUICK)
+    assert low["base_reward"] == embedded["base_reward"]
+    assert low["sigmas"][0]["reward"] != embedded["sigmas"][1]["reward"]
+
+
 def test_bf16_that_swallows_the_noise():
     (row,) = calibrate(sigmas=[1e-4], dtype="bfloat16", **QUICK)["sigmas"]
     assert (
