@@ -1,9 +1,9 @@
 """How a run is doing: how much of the noise and of the step reaches the weights, and how far they have moved.
 
 Weights in bf16 swallow what is smaller than half of their last digit. How much that is depends on the tensor, so it is
-measured on a sample of each: a contiguous chunk at a place that its name decides. Where the noise is of low rank it is a
-block of rows and columns: the elements of a row share a factor, so that at rank 1 a chunk of a row of 4096 was off by
-0.28 (rms) in the correlation, and a block of 64 x 64 by 0.02.
+measured on a sample of each: a contiguous chunk at a place that its name decides. Where the noise is of low rank it is
+a block of rows and columns: the elements of a row share a factor, so that at rank 1 the correlation of a row of 4096
+was off by 0.28 (rms), and that of a block of 64 x 64 by 0.02.
 """
 
 from __future__ import annotations
