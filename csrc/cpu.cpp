@@ -58,13 +58,17 @@ struct IeeeState {
 // Starting a thread takes 20 to 130 us; a unit about 5 ns a seed.
 constexpr int64_t kWorkPerThread = 1 << 15;  // units times seeds
 
+template <class Part>
+int64_t units(const Part* parts, int64_t n_parts) {
+  return n_parts ? parts[n_parts - 1].unit_end : 0;
+}
+
 // Calls work(part, unit, unit_end, thread) over [0, unit_end of the last part), cut evenly among threads: first the
 // units below tile_end, at whole tiles, then the others, which take another time.
 template <class Part, class Work>
-void parallel(const Part* parts, int64_t n_parts, int64_t tile_end, int64_t n_seeds, int threads, Work work) {
-  const int64_t total = n_parts ? parts[n_parts - 1].unit_end : 0;
-  threads =
-      (int)std::max<int64_t>(1, std::min<int64_t>(threads, total * std::max<int64_t>(1, n_seeds) / kWorkPerThread));
+void parallel(const Part* parts, int64_t n_parts, int64_t tile_end, int64_t unit_seeds, int threads, Work work) {
+  const int64_t total = units(parts, n_parts);
+  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, unit_seeds / kWorkPerThread));
   // The share of thread t of the units [from, to), in whole grains but for the last one.
   auto share = [&](int t, int64_t from, int64_t to, int64_t grain) {
     auto cut = [&](int k) {
@@ -183,7 +187,10 @@ int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* s
     const RoundKeys<10> rounding(rounding_seed ? *rounding_seed : 0);
     const Operation op = {keys.data(), coefs, n_seeds, decay, rounding_seed ? &rounding : nullptr, noise_rank};
     const std::unique_ptr<LowRankScratch[]> scratch(tile_end ? new LowRankScratch[std::max(1, threads)] : nullptr);
-    parallel(s, n_segments, tile_end, n_seeds, threads, [&](const Segment& s, int64_t unit, int64_t end, int t) {
+    // A term of noise of low rank takes a 16th of a full one, what is done once a unit as long as one.
+    const int64_t unit_seeds =
+        tile_end * (1 + n_seeds * noise_rank / 16) + (units(s, n_segments) - tile_end) * std::max<int64_t>(1, n_seeds);
+    parallel(s, n_segments, tile_end, unit_seeds, threads, [&](const Segment& s, int64_t unit, int64_t end, int t) {
       if (s.width) isa.add_low_rank(s, op, unit, end, scratch[t]);
       else isa.add_noise(s, op, unit, end);
     });
@@ -198,9 +205,10 @@ int es_cpu_factors(const void* factors, int64_t n_factors, const uint64_t* seeds
     if (n_seeds < 0 || (n_seeds && !seeds)) throw std::invalid_argument("seeds are missing");
     if (dtype < kF32 || dtype > kF16) throw std::invalid_argument("unknown dtype");
     check_factors(f, n_factors);
-    if (!out && n_seeds && n_factors && f[n_factors - 1].unit_end) throw std::invalid_argument("out is missing");
+    const int64_t unit_seeds = units(f, n_factors) * n_seeds;
+    if (!out && unit_seeds) throw std::invalid_argument("out is missing");
     const std::vector<RoundKeys<10>> keys = round_keys(seeds, n_seeds);
-    parallel(f, n_factors, 0, n_seeds, threads, [&](const Factor& f, int64_t unit, int64_t end, int) {
+    parallel(f, n_factors, 0, unit_seeds, threads, [&](const Factor& f, int64_t unit, int64_t end, int) {
       isa.factor(f, keys.data(), n_seeds, unit, end, out, dtype);
     });
   });
@@ -211,7 +219,8 @@ int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* resul
     const Isa& isa = find_isa(isa_name);
     check_segments((const Segment*)segments, n_segments, 0);
     std::vector<uint64_t> sums(std::max(1, threads));
-    parallel((const Segment*)segments, n_segments, 0, 1, (int)sums.size(),
+    const Segment* s = (const Segment*)segments;
+    parallel(s, n_segments, 0, units(s, n_segments), (int)sums.size(),
              [&](const Segment& s, int64_t unit, int64_t end, int t) { sums[t] += isa.fingerprint(s, unit, end); });
     *result = 0;
     for (uint64_t sum : sums) *result += sum;

@@ -15,18 +15,18 @@ struct Operation {
   int rank;                            // of the noise of segments with a width; 0: there are none
 };
 
-// What a thread needs to add noise of low rank to the columns of a row of tiles, `kColumns` at a time. Every array is
-// padded, since a vector may begin up to 7 elements before its row's first and ends where it ends.
+// What a thread needs for noise of low rank: the factors of a run of columns of a row of tiles, one term (one seed and
+// q) after the other, and sums. Reads may begin 7 elements before a row of them and end 8 lanes after it.
 struct LowRankScratch {
-  // With several seeds the sums of these columns stay in the L2 cache, 270 KB, and L is made once for 4 tiles. A
-  // perturbation has no sums: its columns, as many as it has room for R in the L1 cache, are rows of memory as long.
-  static constexpr int64_t kColumns = 4 * kTile, kPerturbValues = 64 * kTile;
-  static constexpr int64_t kTerms = 32;  // of several seeds, to be added in one go
-  static constexpr int64_t kPad = 16, kStride = kColumns + kPad, kMost = kMaxRank * kStride;
-  alignas(64) float left[kMaxRank * kTile];                   // c L, one term after the other
-  alignas(64) float right[kPad + kMost + 8 * kPad];           // R, likewise
-  alignas(64) float sums[kPad + kTile * kStride + 8 * kPad];  // acc
-  alignas(64) float drawn[kMost + 16 * kPad];                 // normals in the order of their indices
+  static constexpr int64_t kTerms = 32;  // of several seeds, added in one go: those of 128 rows and columns take 32 KB
+  static constexpr int64_t kColumns = 4 * kTile;  // that have sums, 270 KB: they fit in the L2 cache
+  static constexpr int64_t kPad = 16, kEnd = 128;
+  static constexpr int64_t kStride = kColumns + kPad;  // no power of two: terms lie in different sets of the L1 cache
+  static constexpr int64_t kMostTerms = 2 * kMaxRank, kMost = kMostTerms * kStride;
+  alignas(64) float left[kMostTerms * kTile];  // c L
+  alignas(64) float right[kPad + kMost + kEnd];
+  alignas(64) float sums[kPad + kTile * kStride + kEnd];  // acc
+  alignas(64) float drawn[kMost / 2 + kEnd];              // normals in the order of their indices
 };
 
 #define ES_DECLARE_ISA(isa)                                                                                           \

@@ -545,3 +545,58 @@ def test_abi_checks_segments(good, bits, field, value, words):
     with pytest.raises(RuntimeError, match=words):
         cpu_backend.fingerprint(pack)
     assert torch.equal(bits(good), before)
+
+
+@pytest.mark.parametrize(
+    "fields, noise_rank, words",
+    (
+        ({}, 0, "a width is for noise of low rank"),
+        ({}, -1, "noise_rank is 0 to 64"),
+        ({}, 65, "noise_rank is 0 to 64"),
+        ({"width": -1}, 1, "a width is for"),
+        ({"width": 299}, 1, "width do not fit"),  # fewer columns than the segment has
+        ({"first": 1}, 1, "width do not fit"),
+        ({"index_stride": 301}, 1, "width do not fit"),
+        ({"units_per_row": 2048, "unit_end": 4096}, 1, "width do not fit"),
+        ({"rows": 300}, 1, "units do not fit"),
+    ),
+)
+def test_abi_checks_widths(bits, fields, noise_rank, words):
+    matrix = torch.ones(130, 300)
+    if cpu_backend.unavailable(matrix.device):
+        pytest.skip(cpu_backend.unavailable(matrix.device))
+    before = bits(matrix)
+    pack = es_kernels.layout.Pack(ParamTable({GOOD: matrix}).layout, [matrix], [], [], matrices=True)
+    for field, value in fields.items():
+        pack.segments[field] = value
+    with pytest.raises(RuntimeError, match=words):
+        cpu_backend.add_noise_(pack, torch.ones(1, dtype=torch.int64), torch.ones(1), None, 0.0, noise_rank)
+    with pytest.raises(RuntimeError, match="width"):
+        cpu_backend.fingerprint(pack)
+    assert torch.equal(bits(matrix), before)
+
+
+def test_abi_wants_matrices_first(bits):
+    matrix, vector = torch.ones(2, 8), torch.ones(16 * 2048)  # whose units are those of tiles
+    if cpu_backend.unavailable(matrix.device):
+        pytest.skip(cpu_backend.unavailable(matrix.device))
+    pack = es_kernels.layout.Pack(ParamTable({"m": matrix, "v": vector}).layout, [matrix, vector], [], [], True)
+    pack.segments = pack.segments[::-1].copy()
+    pack.segments["unit_end"] = np.cumsum(np.diff(pack.segments["unit_end"][::-1], prepend=0)[::-1])
+    with pytest.raises(RuntimeError, match="a width after a segment without one"):
+        cpu_backend.add_noise_(pack, torch.ones(1, dtype=torch.int64), torch.ones(1), None, 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    (("offset", 4, "offset"), ("count", -1, "count"), ("unit_end", 2, "units"), ("domain", 0, "domain")),
+)
+def test_abi_checks_factors(field, value, words):
+    out = torch.zeros(64)
+    if cpu_backend.unavailable(out.device):
+        pytest.skip(cpu_backend.unavailable(out.device))
+    layout = es_kernels.low_rank.FactorLayout(0, (("m", 8, 8),), 1)
+    layout.table[field][-1] = value
+    with pytest.raises(RuntimeError, match=f"factor 1: .*{words}"):
+        cpu_backend.factors(layout, out, torch.ones(1, dtype=torch.int64))
+    assert not out.any()
