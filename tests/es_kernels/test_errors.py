@@ -589,7 +589,7 @@ def test_abi_wants_matrices_first(bits):
 
 @pytest.mark.parametrize(
     "field, value, words",
-    (("offset", 4, "offset"), ("count", -1, "count"), ("unit_end", 2, "units"), ("domain", 0, "domain")),
+    (("offset", 4, "offset"), ("count", -1, "count"), ("unit_end", 3, "units"), ("domain", 0, "domain")),
 )
 def test_abi_checks_factors(field, value, words):
     out = torch.zeros(64)
