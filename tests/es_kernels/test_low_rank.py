@@ -128,6 +128,24 @@ def test_a_whole_model_in_one_call(isa, twin, weights):
     twin(call, *tensors, weights(110, BF16))
 
 
+@pytest.mark.parametrize("n_seeds, rank", ((1, 8), (1, 64), (3, 3), (40, 1), (3, 64)))
+def test_threads_and_wide_matrices(isa, weights, bits, threads, n_seeds, rank):
+    """Rows of tiles that several threads share, in runs of columns, are what the columns are as matrices' parts."""
+    rows, cols, width = 260, 1100, 100
+    before = weights(rows * cols, F32).reshape(rows, cols)
+    pieces = []
+    for col in range(0, cols, width):
+        piece = before[:, col : col + width].clone()
+        segment = Segment("w", rows, width, first=col, index_stride=cols, width=cols)
+        table = ParamTable([NamedTensor("w", piece, [segment])])
+        add_noise_(table, SEEDS[:n_seeds], COEFS[:n_seeds], noise_rank=rank)
+        pieces.append(piece)
+    for n in (1, 2, 3):
+        with threads(n):
+            whole = add_noise_(before.clone(), SEEDS[:n_seeds], COEFS[:n_seeds], name="w", noise_rank=rank)
+        assert torch.equal(bits(whole), bits(torch.cat(pieces, 1)))
+
+
 @every_dtype
 def test_factors_on_every_instruction_set(isa, bits, dtype):
     shapes = {"a": (40, 8), "b": (1, 3), "c": (7, 130), "empty": (0, 4)}
