@@ -348,13 +348,15 @@ if triton is not None:
         return pointer + word[:, None] + tl.arange(0, 4)[None, :]
 
     @triton.jit
+    def _load_vectors(p, dtype, inside):
+        return tl.load(p, mask=inside[:, None]), tl.load(p + 4, mask=_only_if(dtype == 0, inside)[:, None])
+
+    @triton.jit
     def _load(address, dtype, at, inside, VECTOR: tl.constexpr):
         """The bits of elements `at` (of lane 0 of each unit if VECTOR), as _unpack takes them. Nothing here waits for
         the memory."""
         if VECTOR:
-            p = _vectors(address, dtype, at)
-            low = tl.load(p, mask=inside[:, None])
-            high = tl.load(p + 4, mask=_only_if(dtype == 0, inside)[:, None])
+            low, high = _load_vectors(_vectors(address, dtype, at), dtype, inside)
         else:
             low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=_only_if(dtype == 0, inside))
             high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=_only_if(dtype != 0, inside)).to(tl.uint32)
@@ -379,20 +381,23 @@ if triton is not None:
         return tl.where(nan_odd, (word & 0xFFFF) | (NAN << 16), word)
 
     @triton.jit
+    def _store_vectors(p, dtype, inside, x, r, STOCHASTIC: tl.constexpr):
+        if dtype == 0:
+            low, high = _halve(tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True)))
+            tl.store(p, low, mask=inside[:, None])
+            tl.store(p + 4, high, mask=inside[:, None])
+        elif dtype == 1:
+            bits, is_nan = _to_bf16(x, r, STOCHASTIC)
+            tl.store(p, _pack(bits, is_nan, 0x7FC0), mask=inside[:, None])
+        else:
+            bits, is_nan = _to_f16(x, r, STOCHASTIC)
+            tl.store(p, _pack(bits, is_nan, 0x7E00), mask=inside[:, None])
+
+    @triton.jit
     def _store(address, dtype, at, inside, x, r, STOCHASTIC: tl.constexpr, VECTOR: tl.constexpr):
         """Rounds and stores float32. Any NaN is stored as the one NaN of the format."""
         if VECTOR:
-            p = _vectors(address, dtype, at)
-            if dtype == 0:
-                low, high = _halve(tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True)))
-                tl.store(p, low, mask=inside[:, None])
-                tl.store(p + 4, high, mask=inside[:, None])
-            elif dtype == 1:
-                bits, is_nan = _to_bf16(x, r, STOCHASTIC)
-                tl.store(p, _pack(bits, is_nan, 0x7FC0), mask=inside[:, None])
-            else:
-                bits, is_nan = _to_f16(x, r, STOCHASTIC)
-                tl.store(p, _pack(bits, is_nan, 0x7E00), mask=inside[:, None])
+            _store_vectors(_vectors(address, dtype, at), dtype, inside, x, r, STOCHASTIC)
         else:
             words = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
             tl.store(address.to(tl.pointer_type(tl.uint32)) + at, words, mask=_only_if(dtype == 0, inside))
@@ -498,70 +503,154 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                           minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+    def _eight_seeds(first_row, first_col, stream, seeds, coefs, zero):
+        """c L and R of rank 1 of eight seeds for a tile that begins at multiples of 8, a noise block a thread:
+        [128, 2, 2, 2, 2], where the last indices are L or R and the bits of the seed's number, lowest first."""
+        one = tl.arange(0, 32 * 8)
+        is_left, member, block = (one & 16) == 0, one >> 5, (one & 15).to(tl.uint64)
+        number = (tl.where(is_left, first_row, first_col) >> 3) + block
+        domain = tl.where(is_left, _DOMAIN_LEFT, _DOMAIN_RIGHT).to(tl.uint32)
+        normals = _normals(_halves(number), domain, 0, stream, tl.load(seeds + member), zero, True)
+        normals = normals * tl.where(is_left, tl.load(coefs + member), 1.0)[:, None]
+        normals = tl.permute(tl.reshape(normals, [2, 2, 2, 2, 16, 8]), [4, 5, 3, 2, 1, 0])
+        return tl.reshape(normals, [128, 2, 2, 2, 2])
+
+    @triton.jit
+    def _add_one(x, factors):
+        left, right = tl.split(factors)
+        return tl.fma(left[:, None], right[None, :], x)
+
+    @triton.jit
+    def _add_two(x, factors):
+        first, second = tl.split(factors)
+        return _add_one(_add_one(x, first), second)
+
+    @triton.jit
+    def _add_four(x, factors):
+        first, second = tl.split(factors)
+        return _add_two(_add_two(x, first), second)
+
+    @triton.jit
+    def _add_eight(x, factors):
+        first, second = tl.split(factors)
+        return _add_four(_add_four(x, first), second)
+
+    @triton.jit
+    def _square_vectors(address, dtype, stride, row, col):
+        """As _vectors, by one 32-bit product a unit. address: of the square."""
+        size = tl.where(dtype == 0, 4, 2)
+        offset = row.to(tl.uint32).to(tl.uint64) * (stride * size).to(tl.uint32).to(tl.uint64)
+        start = address.to(tl.uint64) + (col * size).to(tl.uint64)
+        pointer = tl.multiple_of((start + offset).to(tl.int64).to(tl.pointer_type(tl.uint32)), 16)
+        return pointer[:, None] + tl.arange(0, 4)[None, :]
+
+    @triton.jit
+    def _at(segment, ROLE: tl.constexpr, dtype, stride, row, col):
+        """The address of element (row, col) of out, base or anchor."""
+        return tl.load(segment + ROLE) + (row * stride + col) * tl.where(dtype == 0, 4, 2)
+
+    @triton.jit
+    def _load_square(address, dtype, stride, place, VECTOR: tl.constexpr):
+        row, col, inside = place
+        if VECTOR:
+            low, high = _load_vectors(_square_vectors(address, dtype, stride, row, col), dtype, inside)
+        else:
+            low, high = _load(address, dtype, row * stride + col, inside, False)
+        return _unpack(low, high, VECTOR)
+
+    @triton.jit
+    def _store_square(out, dtype, stride, place, x, r, STOCHASTIC: tl.constexpr, VECTOR: tl.constexpr):
+        row, col, inside = place
+        if VECTOR:
+            _store_vectors(_square_vectors(out, dtype, stride, row, col), dtype, inside, x, r, STOCHASTIC)
+        else:
+            _store(out, dtype, row * stride + col, inside, x, r, STOCHASTIC, False)
+
+    @triton.jit
+    def _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
                            SCALE: tl.constexpr, SIDE: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, whole tiles of one segment, in squares of SIDE rows and columns."""
-        rows, cols = tl.load(segment + 3), tl.load(segment + 4)
-        first, index_stride, stream = tl.load(segment + 8).to(tl.uint64), tl.load(segment + 9), tl.load(segment + 10)
-        units_per_row, width = tl.load(segment + 11), tl.load(segment + 15).to(tl.uint64)
+        rows, cols, stream, units_per_row = (
+            tl.load(segment + 3), tl.load(segment + 4), tl.load(segment + 10), tl.load(segment + 11)
+        )  # fmt: skip
+        first, index_stride = tl.load(segment + 8).to(tl.uint64), tl.load(segment + 9).to(tl.uint64)
+        width = tl.load(segment + 15).to(tl.uint64)
         out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
-        out, base, anchor = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
-        out_stride, base_stride, anchor_stride = tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
+        has_anchor = tl.load(segment + 2) != 0
         zero = (rows >> 63).to(tl.uint32)
-        first_row, first_col, row_step = first // width, first % width, index_stride.to(tl.uint64) // width
+        first_row, first_col, row_step = first // width, first % width, index_stride // width
         # A segment has fewer than 2^32 tiles: a 64-bit division would be a function call.
         start = begin - (tl.load(segment + 12) - (rows + (_TILE - 1)) // _TILE * units_per_row)
         tile, tiles_per_row = (start // _TILE_UNITS).to(tl.uint32), (units_per_row // _TILE_UNITS).to(tl.uint32)
         top, left = (tile // tiles_per_row).to(tl.int64) * _TILE, (tile % tiles_per_row).to(tl.int64) * _TILE
         position = tl.arange(0, 2 * SIDE)
         domain = tl.where(position < SIDE, _DOMAIN_LEFT, _DOMAIN_RIGHT).to(tl.uint32)
+        in_eights = 0  # seeds that are drawn eight at a time
+        if RANK == 1 and VECTOR:
+            whole_blocks = ((first_row | first_col) & 7 == 0) & (row_step == 1)
+            in_eights = tl.where(whole_blocks, (n_seeds - 1) // 8 * 8, 0)
         for _ in range(((end - begin) // _TILE_UNITS).to(tl.int32)):
             for down in range(0, _TILE, SIDE):
                 for right in range(0, _TILE, SIDE):
+                    # Loaded again each time, as the seeds are: what follows from them would be kept in registers.
+                    out_stride, base_stride, anchor_stride = (
+                        tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
+                    )  # fmt: skip
+                    # Where the square begins: in the segment, in the matrix, in the stream
                     row, col = top + down, left + right
-                    in_square = (position & (SIDE - 1)).to(tl.uint64)
-                    at = tl.where(
-                        position < SIDE,
-                        first_row + (row.to(tl.uint64) + in_square) * row_step,
-                        first_col + col.to(tl.uint64) + in_square,
-                    )
+                    at_row, at_col = first_row + row.to(tl.uint64) * row_step, first_col + col.to(tl.uint64)
+                    index = first + row.to(tl.uint64) * index_stride + col.to(tl.uint64)
+                    base = _at(segment, 1, base_dtype, base_stride, row, col)
+                    anchor = _at(segment, 2, anchor_dtype, anchor_stride, row, col)
+                    out = _at(segment, 0, out_dtype, out_stride, row, col)
+                    rows_left = tl.minimum(rows - row, SIDE).to(tl.int32)
+                    cols_left = tl.minimum(cols - col, SIDE).to(tl.int32)
                     if VECTOR:
                         unit = tl.arange(0, SIDE * SIDE // 8)
-                        row, col = row + unit // (SIDE // 8), col + unit % (SIDE // 8) * 8
+                        row, col = unit // (SIDE // 8), unit % (SIDE // 8) * 8
                     else:
-                        row, col = row + tl.arange(0, SIDE)[:, None], col + tl.arange(0, SIDE)[None, :]
-                    inside = (row < rows) & (col < cols)
-                    low, high = _load(base, base_dtype, row * base_stride + col, inside, VECTOR)
-                    if DECAY:
-                        has_anchor = anchor != 0
-                        anchor_low, anchor_high = _load(
-                            anchor, anchor_dtype, row * anchor_stride + col, _only_if(has_anchor, inside), VECTOR
-                        )
-                    words, halves = _unpack(low, high, VECTOR)
+                        row, col = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+                    inside = (row < rows_left) & (col < cols_left)
+                    in_square = (position & (SIDE - 1)).to(tl.uint64)
+                    at = tl.where(position < SIDE, at_row + in_square * row_step, at_col + in_square)
+                    # Zero, in the layout of the vectors, of words that nobody loads: those of the base would stay in
+                    # registers while the seeds pass.
+                    nowhere = _only_if(n_seeds < 0, inside)
+                    words, halves = _load_square(base, base_dtype, base_stride, (row, col, nowhere), VECTOR)
                     acc = tl.reshape(((words >> 31) >> 1).to(tl.float32, bitcast=True), [SIDE, SIDE])
-                    for i in range(n_seeds - 1):
+                    if RANK == 1 and VECTOR:
+                        for i in range(0, in_eights, 8):
+                            acc = _add_eight(acc, _eight_seeds(at_row, at_col, stream, seeds + i, coefs + i, zero))
+                    for i in range(in_eights, n_seeds - 1):
                         acc = _add_terms(
                             acc, at, domain, stream, tl.load(seeds + i), tl.load(coefs + i), zero, SIDE, RANK, SCALE
                         )
+                    words, halves = _load_square(base, base_dtype, base_stride, (row, col, inside), VECTOR)
                     b = _to_f32(words, halves, base_dtype)
                     if DECAY:
-                        words, halves = _unpack(anchor_low, anchor_high, VECTOR)
+                        words, halves = _load_square(
+                            anchor, anchor_dtype, anchor_stride, (row, col, _only_if(has_anchor, inside)), VECTOR
+                        )
                         towards = tl.where(has_anchor, _to_f32(words, halves, anchor_dtype), 0.0)
                         b = tl.fma(b - towards, tl.full(b.shape, minus_decay, tl.float32), b)
                     b = tl.reshape(b, [SIDE, SIDE])
                     if n_seeds > 1:
                         b = b + acc
                     if n_seeds > 0:
-                        b = _add_terms(b, at, domain, stream, last_seed, last_coef, zero, SIDE, RANK, SCALE)
+                        last = n_seeds - 1
+                        b = _add_terms(
+                            b, at, domain, stream, tl.load(seeds + last), tl.load(coefs + last), zero, SIDE, RANK, SCALE
+                        )
                     if STOCHASTIC:
-                        index = first + row.to(tl.uint64) * index_stride.to(tl.uint64) + col.to(tl.uint64)
-                        r = _thresholds(_halves(index >> 3), index.to(tl.int32) & 7, stream, rounding_seed, VECTOR)
+                        index_stride = tl.load(segment + 9).to(tl.uint64)
+                        element = index + row.to(tl.uint64) * index_stride + col.to(tl.uint64)
+                        lane = element.to(tl.int32) & 7
+                        r = _thresholds(_halves(element >> 3), lane, stream, tl.load(rounding_seed), VECTOR)
                     else:
                         r = 0
                     if VECTOR:
                         b = tl.reshape(b, [SIDE * SIDE // 8, 8])
-                    _store(out, out_dtype, row * out_stride + col, inside, b, r, STOCHASTIC, VECTOR)
+                    _store_square(out, out_dtype, out_stride, (row, col, inside), b, r, STOCHASTIC, VECTOR)
             left += _TILE
             if left >= cols:
                 left = left * 0
@@ -642,17 +731,15 @@ if triton is not None:
                                minus_decay, STOCHASTIC, DECAY, UNITS, 0)  # fmt: skip
 
     @triton.jit
-    def _add_low_rank_noise(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                            minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+    def _add_low_rank_noise(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
                             SCALE: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, whole tiles of one segment."""
         _, _, _, vector_path = _dtypes(segment)
-        if vector_path != 0:
-            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                               minus_decay, STOCHASTIC, DECAY, RANK, SCALE, _TILE, True)  # fmt: skip
+        strides = tl.load(segment + 5) | tl.load(segment + 6) | tl.load(segment + 7)
+        if (vector_path != 0) & (strides < 1 << 30):  # _square_vectors
+            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, RANK, SCALE, _TILE, True)  # fmt: skip
         else:
-            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                               minus_decay, STOCHASTIC, DECAY, RANK, SCALE, 64, False)  # fmt: skip
+            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, RANK, SCALE, 64, False)  # fmt: skip
 
     @triton.jit(
         do_not_specialize=[
@@ -680,8 +767,7 @@ if triton is not None:
             end = tl.minimum(tl.load(segment + 12), stop)
             if RANK > 0:
                 if tl.load(segment + 15) != 0:
-                    _add_low_rank_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key,
-                                        minus_decay, STOCHASTIC, DECAY, RANK, SCALE)  # fmt: skip
+                    _add_low_rank_noise(segment, unit, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, RANK, SCALE)  # fmt: skip
                 else:
                     _add_full_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key,
                                     minus_decay, STOCHASTIC, DECAY, UNITS)  # fmt: skip

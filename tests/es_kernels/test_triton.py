@@ -268,6 +268,28 @@ def test_low_rank(rank, options):
         both(make, SEEDS[:n], [0.1, -0.2, 0.3][:n], noise_rank=rank, **options)
 
 
+@pytest.mark.parametrize("n", [9, 10, 18])
+def test_low_rank_of_many_seeds(n):
+    """Of which rank 1 draws eight at a time, where a tile's factors are whole noise blocks: not in `shifted`."""
+
+    def make():
+        shifted, aligned = (
+            [Segment(name, 24, 16, first=48 * row, index_stride=48, width=48)]
+            for name, row in (("shifted", 3), ("aligned", 8))
+        )
+        return (
+            {
+                "shifted": (random((24, 16), F32, 1), shifted),
+                "aligned": (random((24, 16), BF16, 2), aligned),
+                "whole": (random((130, 136), F32, 3), None),
+            },
+            None,
+            None,
+        )
+
+    both(make, [noise.member_seed(1, 2, i) for i in range(n)], np.linspace(-1, 1, n).tolist(), noise_rank=1)
+
+
 @pytest.mark.parametrize("first", [0, 8, 1029, (1 << 35) - 77])
 def test_low_rank_of_parts(first):
     """Runs and rectangles anywhere in a matrix, whose rows are not those of the memory."""
