@@ -456,7 +456,7 @@ __device__ __forceinline__ RoundKeys<10> rounding_keys_of(const Arguments& a) {
 // Units [lo, hi) of a segment of full noise, BLOCKS of a thread at once. `shared` holds the seeds, if they fit.
 template <bool STOCHASTIC, int BLOCKS>
 __device__ __forceinline__ void update_piece(const Arguments& a, const Segment& s, int64_t lo, int64_t hi, Seed* shared,
-                                             int n, const RoundKeys<10>& rounding_keys) {
+                                             int& n, const RoundKeys<10>& rounding_keys) {
 #pragma unroll 1
   for (int64_t at = lo; at < hi; at += BLOCKS * kThreads) {
     f32 acc[BLOCKS][8];
@@ -511,7 +511,7 @@ __device__ __forceinline__ void update_piece(const Arguments& a, const Segment& 
 template <bool STOCHASTIC>
 __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Arguments a) {
   __shared__ Seed shared[kSeedsAtATime];
-  const int n = fetch_seeds(a, 0, shared);
+  int n = fetch_seeds(a, 0, shared);
   const RoundKeys<10> rounding_keys = rounding_keys_of<STOCHASTIC>(a);
   for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
     update_piece<STOCHASTIC, kUpdateBlocks>(a, s, lo, hi, shared, n, rounding_keys);
@@ -534,39 +534,49 @@ struct Factors {
 };
 __device__ __forceinline__ int place_of(int i) { return (i >> 3) * 4 + (i & 3) + (i & 4) * (kTile / 8); }
 
-// The tile at hand: one thread keeps it.
+// The tile at hand, in shared memory.
 struct Tile {
   int64_t row, col;  // of its first element, in the segment
-  // Of the normals that are L of its rows and R of its columns: index of the first; indices from one row or column to
-  // the next; how many blocks they lie in. Of consecutive rows they are consecutive, unless a round has only some ranks
-  // of a seed; then, and where the segment has every n-th row of the matrix, each row has its own blocks.
+  uint32_t whole;    // kTile x kTile elements, in whole, aligned blocks
+  uint32_t blocks;   // of both sides
+  // The normals that are L of its rows and R of its columns: index of the first, indices from one row or column to the
+  // next. Of consecutive rows they are consecutive, unless a round has only some ranks of a seed; then, and where the
+  // segment has every n-th row of the matrix, each row has its own blocks, and block i is i / kTile of row i % kTile.
   struct alignas(16) Side {
-    uint64_t first, step;
-    int by_row, blocks;
+    uint64_t first, step, stream;
+    uint32_t domain, blocks, row_mask, row_bits;  // 0, 0: consecutive
+    uint32_t aligned;                             // consecutive, of rank 1, from the beginning of a block on
   } side[2];
 };
 
-// Goes through the tiles of a piece of a segment.
+// Goes through the tiles of a piece of a segment. One thread does, since three divisions are many instructions.
 struct TileWalk {
-  int64_t row, col, cols;
-  uint64_t first_row, row_step, first_col;  // of the matrix
+  int64_t row, col, rows, cols;
+  int32_t vector_path;
+  uint64_t first_row, row_step, first_col, stream;  // of the matrix
 
   __device__ __forceinline__ void begin(const Segment& s, int64_t lo) {
     const int64_t at = lo / kTileUnits, tiles = s.units_per_row / kTileUnits, tile_row = at / tiles;
-    row = tile_row * kTile, col = (at - tile_row * tiles) * kTile, cols = s.cols;
+    row = tile_row * kTile, col = (at - tile_row * tiles) * kTile, rows = s.rows, cols = s.cols;
+    vector_path = s.vector_path, stream = s.stream;
     first_row = s.first / s.width, first_col = s.first - first_row * s.width;
     row_step = s.rows > 1 ? s.index_stride / s.width : 1;
   }
   __device__ __forceinline__ void next(int rank, int ranks, Tile& tile) {
     tile.row = row, tile.col = col;
+    tile.whole = vector_path && row + kTile <= rows && col + kTile <= cols;
     const uint64_t lines[2] = {first_row + row * row_step, first_col + col}, steps[2] = {row_step, 1};
-    for (int side = 0; side < 2; side++) {
-      Tile::Side& of = tile.side[side];
-      of.first = lines[side] * rank, of.step = steps[side] * rank;
-      of.by_row = rank > ranks || steps[side] != 1;
-      of.blocks =
-          of.by_row ? (int)kTile * (rank % 8 ? (ranks + 14) / 8 : 1) : (int)kTile / 8 * rank + (of.first % 8 != 0);
+    for (int i = 0; i < 2; i++) {
+      const uint64_t first = lines[i] * rank;
+      const bool by_row = rank > ranks || steps[i] != 1;
+      const int of_row = rank % 8 ? (ranks + 14) / 8 : 1, together = (int)kTile / 8 * rank + (first % 8 != 0);
+      Tile::Side& side = tile.side[i];
+      side.first = first, side.step = steps[i] * rank, side.stream = stream, side.domain = (i ? kRight : kLeft) << 29;
+      side.blocks = by_row ? (int)kTile * of_row : together;
+      side.row_mask = by_row ? kTile - 1 : 0, side.row_bits = by_row ? 7 : 0;
+      side.aligned = rank == 1 && !by_row && first % 8 == 0;
     }
+    tile.blocks = tile.side[0].blocks + tile.side[1].blocks;
     col += kTile;
     if (col >= cols) col = 0, row += kTile;
   }
@@ -574,45 +584,45 @@ struct TileWalk {
 
 // What of the terms is in shared memory at a time: the q of [q, q + ranks) of some seeds.
 struct Round {
-  int64_t seed;
-  int seeds, q, ranks;
+  int seed, seeds, q, ranks;
 };
 
-static_assert(kThreads / 32 == kTerms, "a warp a term");
+static_assert(kThreads / 32 == kTerms && kTile == 1 << 7, "a warp a term; row_bits");
 
-__device__ __forceinline__ void draw_factors(const Arguments& a, uint64_t stream, const Tile& tile, const Round& round,
-                                             Factors& factors) {
+__device__ __forceinline__ void draw_factors(const Arguments& a, const Tile& tile, const Round& round,
+                                             const Seed* seeds, Factors& factors) {
   const uint32_t of_seed = threadIdx.x / 32 * a.inverse >> 16;  // a seed's threads are as many warps as its ranks
   if ((int)of_seed >= round.seeds) return;
-  const int64_t n = round.seed + of_seed;
-  const uint64_t seed = a.seeds ? a.seeds[n] : a.host_seeds[n];
-  const float c = (a.coefs ? a.coefs[n] : a.host_coefs[n]) * a.scale;
-  const uint32_t lefts = tile.side[0].blocks, all = lefts + tile.side[1].blocks;
+  const Seed seed = seeds[(uint32_t)round.seed % kSeedsAtATime + of_seed];
+  const float c = seed.coef * a.scale;
+  const uint32_t lefts = tile.side[0].blocks;
+  uint32_t i = threadIdx.x - of_seed * a.ranks * 32;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x - of_seed * a.ranks * 32; i < all; i += a.ranks * 32) {
+  do {
     const bool right = i >= lefts;
     const Tile::Side side = tile.side[right];
-    const uint32_t at = right ? i - lefts : i, row = side.by_row ? at % kTile : 0;
-    const uint64_t first = side.first + (side.by_row ? row * side.step + round.q : 0);
-    const uint32_t block = side.by_row ? at / (uint32_t)kTile : at;
+    const uint32_t at = right ? i - lefts : i, row = at & side.row_mask, block = at >> side.row_bits;
+    const uint64_t first = side.first + row * side.step + round.q, id = (first >> 3) + block;
     f32 v[8];
-    noise_block(block_id((first >> 3) + block, stream, right ? kRight : kLeft), RoundKeys<10>(seed), v);
+    noise_block(
+        {(uint32_t)id, (uint32_t)(id >> 32) | side.domain, (uint32_t)side.stream, (uint32_t)(side.stream >> 32)},
+        seed.keys, v);
     for (int j = 0; j < 8; j++) v[j] = v[j] * (right ? 1.0f : c);
     f32* to = factors.of[of_seed * a.ranks][right];
-    const int from = 8 * block - (int)(first & 7);  // where the block begins: among the normals of the row, or of all
-    if (a.rank == 1 && !side.by_row && from % 8 == 0) {
-      *(float4*)(to + from / 2) = {v[0], v[1], v[2], v[3]};
-      *(float4*)(to + from / 2 + kTile / 2) = {v[4], v[5], v[6], v[7]};
+    if (side.aligned) {
+      *(float4*)(to + 4 * at) = {v[0], v[1], v[2], v[3]};
+      *(float4*)(to + 4 * at + kTile / 2) = {v[4], v[5], v[6], v[7]};
     } else {
+      const bool by_row = side.row_mask != 0;
+      const int from = 8 * block - (int)(first & 7), end = by_row ? round.ranks : (int)kTile * a.rank;
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const int k = from + j, element = side.by_row ? row : k * a.inverse >> 16;
-        const int q = side.by_row ? k : k - element * a.rank;
-        if (k >= 0 && k < (side.by_row ? round.ranks : (int)kTile * a.rank))
-          to[q * 2 * kTile + place_of(element)] = v[j];
+        const int k = from + j, element = by_row ? row : k * a.inverse >> 16, q = by_row ? k : k - element * a.rank;
+        if (k >= 0 && k < end) to[q * 2 * kTile + place_of(element)] = v[j];
       }
     }
-  }
+    i += a.ranks * 32;
+  } while (i < tile.blocks);
 }
 
 // x <- x + c L R^T of one term, in 8 rows of 8 columns.
@@ -637,13 +647,12 @@ __device__ __forceinline__ void stay(f32& sum) {
 #endif
 }
 
-// x <- base, decayed, + x, of 8 whole, aligned blocks.
-template <int32_t BASE>
-__device__ __forceinline__ void add_base_vectors(const Arguments& a, const Segment& s, int64_t row, int64_t col,
-                                                 f32 x[8][8]) {
+// x <- base, or base, decayed, + x: of 8 whole, aligned blocks.
+template <int32_t BASE, bool ADD>
+__device__ __forceinline__ void load_base(const Arguments& a, const Segment& s, int64_t row, int64_t col, f32 x[8][8]) {
   const char* p = (const char*)s.base + (row * s.base_stride + col) * dtype_size(BASE);
   const int64_t stride = s.base_stride * dtype_size(BASE);
-  constexpr int kVectors = vectors(BASE), kRows = 4 / kVectors;  // in flight
+  constexpr int kVectors = vectors(BASE), kRows = ADD ? 4 / kVectors : 8;  // in flight
 #pragma unroll
   for (int from = 0; from < 8; from += kRows) {
     uint4 raw[kRows][kVectors];
@@ -654,21 +663,62 @@ __device__ __forceinline__ void add_base_vectors(const Arguments& a, const Segme
     for (int i = 0; i < kRows; i++) {
       f32 b[8];
       unpack(BASE, raw[i][0], raw[i][kVectors - 1], b);
-      if (a.decay != 0) {
+      if (ADD && a.decay != 0) {
         f32 anchor[8] = {};
         const int64_t offset = (row + from + i) * s.anchor_stride + col;
-        if (s.anchor) unpack(s.anchor_dtype, (const uint4*)(s.anchor + offset * dtype_size(s.anchor_dtype)), anchor);
+        if (s.anchor) unpack(BASE, (const uint4*)(s.anchor + offset * dtype_size(BASE)), anchor);
         decay_block(b, anchor, a.decay);
       }
-      add_block(x[from + i], b);
-      for (int j = 0; j < 8; j++) stay(x[from + i][j]);
+      for (int j = 0; j < 8; j++) {
+        x[from + i][j] = ADD ? x[from + i][j] + b[j] : b[j];
+        stay(x[from + i][j]);
+      }
     }
   }
+}
+
+template <bool ADD>
+__device__ __forceinline__ void load_base(const Arguments& a, const Segment& s, int64_t row, int64_t col, f32 x[8][8]) {
+  if (s.base_dtype == kF32) load_base<kF32, ADD>(a, s, row, col, x);
+  else if (s.base_dtype == kBF16) load_base<kBF16, ADD>(a, s, row, col, x);
+  else load_base<kF16, ADD>(a, s, row, col, x);
+}
+
+// 8 whole, aligned blocks of 16 bits, to nearest: NaNs, which conversion makes 7FFF, are looked for once.
+template <int32_t OUT>
+__device__ __forceinline__ void store_nearest(const Segment& s, int64_t row, int64_t col, const f32 x[8][8]) {
+  using Pair = std::conditional_t<OUT == kBF16, __nv_bfloat162, __half2>;
+  uint32_t w[8][4];
+  Pair sums[4];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 4; j++) {
+      Pair pair;
+      if constexpr (OUT == kBF16) pair = __floats2bfloat162_rn(x[i][2 * j], x[i][2 * j + 1]);
+      else pair = __floats2half2_rn(x[i][2 * j], x[i][2 * j + 1]);
+      sums[j] = i ? __hadd2(sums[j], pair) : pair;
+      w[i][j] = *reinterpret_cast<uint32_t*>(&pair);
+    }
+  const Pair sum = __hadd2(__hadd2(sums[0], sums[1]), __hadd2(sums[2], sums[3]));
+  if (!__hbeq2(sum, sum)) {
+    constexpr uint32_t nan = OUT == kBF16 ? 0x7FC0 : 0x7E00;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      for (int j = 0; j < 4; j++) {
+        const uint32_t low = w[i][j] & 0xFFFFu, high = w[i][j] >> 16;
+        w[i][j] = low_halves(low == 0x7FFF ? nan : low, high == 0x7FFF ? nan : high);
+      }
+  }
+  char* p = (char*)s.out + (row * s.out_stride + col) * dtype_size(OUT);
+#pragma unroll
+  for (int i = 0; i < 8; i++, p += s.out_stride * dtype_size(OUT))
+    store_global((uint4*)p, w[i][0], w[i][1], w[i][2], w[i][3]);
 }
 
 template <bool STOCHASTIC, int32_t OUT>
 __device__ __forceinline__ void store_vectors(const Segment& s, int64_t row, int64_t col,
                                               const RoundKeys<10>& rounding_keys, f32 x[8][8]) {
+  if constexpr (!STOCHASTIC && OUT != kF32) return store_nearest<OUT>(s, row, col, x);
   char* p = (char*)s.out + (row * s.out_stride + col) * dtype_size(OUT);
   const int64_t stride = s.out_stride * dtype_size(OUT);
   uint64_t index = s.first + row * s.index_stride + col;
@@ -714,59 +764,73 @@ __device__ __forceinline__ void for_each_row(const Segment& s, int64_t row, int6
 }
 
 template <bool STOCHASTIC>
-__device__ __forceinline__ void low_rank_tile(const Arguments& a, const Segment& s, const Tile& tile,
+__device__ __forceinline__ void low_rank_tile(const Arguments& a, const Segment& s, const Tile& tile, Seed* seeds,
                                               Factors factors[2], int& turn, const RoundKeys<10>& rounding_keys) {
-  const int64_t row = tile.row + threadIdx.x / 16 * 8, col = tile.col + threadIdx.x % 16 * 8;
-  const bool inside = s.vector_path && row + 8 <= s.rows && col + 8 <= s.cols;
+  // Asked anew wherever they are needed: registers are scarce.
+  auto row = [&] { return tile.row + threadIdx.x / 16 * 8; };
+  auto col = [&] { return tile.col + threadIdx.x % 16 * 8; };
+  auto inside = [&] { return tile.whole || (s.vector_path && row() + 8 <= s.rows && col() + 8 <= s.cols); };
+  auto early = [&] { return a.n_seeds <= 1 && a.decay == 0 && inside(); };
+  auto same_anchor = [&] { return a.decay == 0 || !s.anchor || s.anchor_dtype == s.base_dtype; };
   f32 x[8][8];
+  if (early()) {
+    load_base<false>(a, s, row(), col(), x);
+  } else {
+    const f32 zero = a.n_seeds > 1 ? 0.0f : -0.0f;  // which added to the base changes no bit of it
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-    for (int j = 0; j < 8; j++) x[i][j] = a.n_seeds > 1 ? 0.0f : -0.0f;  // which added to the base changes no bit of it
-  auto add_base = [&] {
-    if (!inside) {
-      for_each_row(s, row, col, x, [&](const Unit& unit, f32 v[8]) {
-        f32 b[8], anchor[8] = {};
-        load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
-        if (a.decay != 0) {
-          if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
-          decay_block(b, anchor, a.decay);
-        }
-        add_block(v, b);
-      });
-    } else if (s.base_dtype == kF32) add_base_vectors<kF32>(a, s, row, col, x);
-    else if (s.base_dtype == kBF16) add_base_vectors<kBF16>(a, s, row, col, x);
-    else add_base_vectors<kF16>(a, s, row, col, x);
-  };
+    for (int i = 0; i < 8; i++)
+      for (int j = 0; j < 8; j++) x[i][j] = zero;
+  }
 
+  const int n_seeds = (int)a.n_seeds;
   Round round = {0, 0, 0, 0};
 #pragma unroll 1
-  do {
-    round.seeds = a.n_seeds - round.seed < a.per_round ? (int)(a.n_seeds - round.seed) : a.per_round;
+  do {  // all seeds but the last, then the last
+    const bool last = round.seed >= n_seeds - 1;
+    if (last && round.q == 0 && !early()) {
+      if (inside() && same_anchor()) {
+        load_base<true>(a, s, row(), col(), x);
+      } else {
+        for_each_row(s, row(), col(), x, [&](const Unit& unit, f32 v[8]) {
+          f32 b[8], anchor[8] = {};
+          load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
+          if (a.decay != 0) {
+            if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
+            decay_block(b, anchor, a.decay);
+          }
+          add_block(v, b);
+        });
+      }
+    }
+    const int seeds_left = n_seeds - round.seed - !last;
+    round.seeds = seeds_left < a.per_round ? seeds_left : a.per_round;
     round.ranks = a.rank - round.q < a.ranks ? a.rank - round.q : a.ranks;
+    if (n_seeds > kSeedsAtATime && round.q == 0 && round.seed % kSeedsAtATime == 0) fetch_seeds(a, round.seed, seeds);
     Factors& f = factors[turn];
     turn ^= 1;  // so that one barrier does: who draws into it next has seen all threads leave it
-    draw_factors(a, s.stream, tile, round, f);
+    draw_factors(a, tile, round, seeds, f);
     __syncthreads();
-    const bool last = round.seed + round.seeds == a.n_seeds;
-    const int terms = round.seeds * round.ranks, plain = last && terms ? terms - round.ranks : terms;
+    const int terms = round.seeds * round.ranks;
+    if (terms == kTerms) {
+#pragma unroll
+      for (int i = 0; i < kTerms; i++) add_term(f.of[i], x);
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < plain; i++) add_term(f.of[i], x);
-    if (last && round.q == 0) add_base();
-#pragma unroll 1
-    for (int i = plain; i < terms; i++) add_term(f.of[i], x);
+      for (int i = 0; i < terms; i++) add_term(f.of[i], x);
+    }
     round.q += round.ranks;
     if (round.q == a.rank) round.q = 0, round.seed += round.seeds;
-  } while (round.seed < a.n_seeds);
+  } while (round.seed < n_seeds);
 
-  if (!inside) {
-    for_each_row(s, row, col, x, [&](const Unit& unit, f32 v[8]) {
+  if (!inside()) {
+    for_each_row(s, row(), col(), x, [&](const Unit& unit, f32 v[8]) {
       u32 r[8];
       if (STOCHASTIC) thresholds_from(s.first + unit.row * s.index_stride + unit.col, s.stream, rounding_keys, r);
       store_unit<STOCHASTIC>(s, unit, v, r);
     });
-  } else if (s.out_dtype == kF32) store_vectors<STOCHASTIC, kF32>(s, row, col, rounding_keys, x);
-  else if (s.out_dtype == kBF16) store_vectors<STOCHASTIC, kBF16>(s, row, col, rounding_keys, x);
-  else store_vectors<STOCHASTIC, kF16>(s, row, col, rounding_keys, x);
+  } else if (s.out_dtype == kF32) store_vectors<STOCHASTIC, kF32>(s, row(), col(), rounding_keys, x);
+  else if (s.out_dtype == kBF16) store_vectors<STOCHASTIC, kBF16>(s, row(), col(), rounding_keys, x);
+  else store_vectors<STOCHASTIC, kF16>(s, row(), col(), rounding_keys, x);
 }
 
 template <bool STOCHASTIC>
@@ -775,7 +839,7 @@ __global__ void __launch_bounds__(kThreads, 2) low_rank(const __grid_constant__ 
   __shared__ Factors factors[2];
   __shared__ TileWalk walk;
   __shared__ Tile tiles[2];
-  const int n = fetch_seeds(a, 0, shared);
+  int n = fetch_seeds(a, 0, shared);
   const RoundKeys<10> rounding_keys = rounding_keys_of<STOCHASTIC>(a);
   int turn = 0, tile_turn = 0;
   for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
@@ -788,7 +852,7 @@ __global__ void __launch_bounds__(kThreads, 2) low_rank(const __grid_constant__ 
     for (int left = (int)(hi - lo); left > 0; left -= kTileUnits) {
       if (threadIdx.x == 0) walk.next(a.rank, a.ranks, tiles[tile_turn]);
       __syncthreads();
-      low_rank_tile<STOCHASTIC>(a, s, tiles[tile_turn], factors, turn, rounding_keys);
+      low_rank_tile<STOCHASTIC>(a, s, tiles[tile_turn], shared, factors, turn, rounding_keys);
       tile_turn ^= 1;  // some threads may still be at the tile
     }
   });
@@ -996,6 +1060,7 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   if (simple && !rounding_seed && n_seeds <= 2) kernel = few[n_seeds], blocks = perturb_blocks(n_seeds);
   if (simple && rounding_seed && n_seeds == 1) kernel = perturb<true, 1>, blocks = perturb_blocks(1);
   if (noise_rank) {
+    if (n_seeds > INT32_MAX) return refused("too many seeds");
     a.rank = noise_rank, a.scale = (float)(1 / std::sqrt((double)noise_rank));
     a.ranks = std::min(noise_rank, kTerms), a.per_round = kTerms / a.ranks;
     a.inverse = ((1 << 16) + a.ranks - 1) / a.ranks;

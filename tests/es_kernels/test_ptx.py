@@ -94,6 +94,10 @@ HARD = np.concatenate([HARD, HARD | np.uint32(1 << 31), np.random.default_rng(0)
         ("shf.l.wrap.b32 %r2, %r1, %r1, 37", lambda u: u << np.uint32(5) | u >> np.uint32(27)),
         ("shf.r.wrap.b32 %r2, %r1, 1, 1", lambda u: u >> np.uint32(1) | np.uint32(1 << 31)),
         ("bfe.u32 %r2, %r1, 3, 4", lambda u: u >> np.uint32(3) & np.uint32(15)),
+        (
+            "bfi.b32 %r2, %r1, 0x55555555, 4, 12",
+            lambda u: (u & np.uint32(0xFFF)) << np.uint32(4) | np.uint32(0x55550005),
+        ),
         ("lop3.b32 %r2, %r1, 0xFF00, %r0, 0xEA", lambda u: u & np.uint32(0xFF00) | np.arange(64, dtype=np.uint32)),
         ("lop3.b32 %r2, %r1, 0xFF00, %r0, 0x96", lambda u: u ^ np.uint32(0xFF00) ^ np.arange(64, dtype=np.uint32)),
         ("prmt.b32 %r2, %r1, 0x11223344, 0x5410U", lambda u: u & np.uint32(0xFFFF) | np.uint32(0x33440000)),

@@ -43,6 +43,8 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?"
 )
 
+_SHARED = re.compile(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?")
+
 
 class Kernel:
     """One .entry: its instructions, labels, parameters, registers and shared variables."""
@@ -63,9 +65,9 @@ class Kernel:
             if statement.startswith(".reg"):
                 self._registers(statement)
             elif statement.startswith(".shared"):
-                align, symbol, size = re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", statement).groups()
+                align, type, symbol, count = _SHARED.fullmatch(statement).groups()
                 self.shared[symbol] = -(-self.shared_bytes // int(align)) * int(align)
-                self.shared_bytes = self.shared[symbol] + int(size)
+                self.shared_bytes = self.shared[symbol] + _BITS[type] // 8 * int(count or 1)
             elif statement and not statement.startswith(".pragma"):
                 self.code.append(self._instruction(statement))
 
@@ -562,6 +564,9 @@ class Threads:
                 return self._compute(
                     operands[:2], type, [type], lambda a: a >> np.uint32(at) & np.uint32((1 << length) - 1)
                 )
+            case ("bfi", "b32"):
+                at, mask = np.uint32(int(operands[3])), np.uint32((1 << int(operands[4])) - 1)
+                return self._compute(operands[:3], type, [type] * 2, lambda a, b: b & ~(mask << at) | (a & mask) << at)
             case ("lop3", "b32"):
                 return self._compute(operands[:4], type, [type] * 3, partial(lop3, int(operands[4], 0)))
             case ("prmt", "b32"):
