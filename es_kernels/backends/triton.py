@@ -567,7 +567,8 @@ if triton is not None:
             _store(out, dtype, row * stride + col, inside, x, r, STOCHASTIC, False)
 
     @triton.jit
-    def _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+    def _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
+                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
                            SCALE: tl.constexpr, SIDE: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, whole tiles of one segment, in squares of SIDE rows and columns."""
         rows, cols, stream, units_per_row = (
@@ -731,15 +732,18 @@ if triton is not None:
                                minus_decay, STOCHASTIC, DECAY, UNITS, 0)  # fmt: skip
 
     @triton.jit
-    def _add_low_rank_noise(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+    def _add_low_rank_noise(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
+                            STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
                             SCALE: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, whole tiles of one segment."""
         _, _, _, vector_path = _dtypes(segment)
         strides = tl.load(segment + 5) | tl.load(segment + 6) | tl.load(segment + 7)
         if (vector_path != 0) & (strides < 1 << 30):  # _square_vectors
-            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, RANK, SCALE, _TILE, True)  # fmt: skip
+            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC,
+                               DECAY, RANK, SCALE, _TILE, True)  # fmt: skip
         else:
-            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, RANK, SCALE, 64, False)  # fmt: skip
+            _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC,
+                               DECAY, RANK, SCALE, 64, False)  # fmt: skip
 
     @triton.jit(
         do_not_specialize=[
@@ -767,7 +771,8 @@ if triton is not None:
             end = tl.minimum(tl.load(segment + 12), stop)
             if RANK > 0:
                 if tl.load(segment + 15) != 0:
-                    _add_low_rank_noise(segment, unit, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC, DECAY, RANK, SCALE)  # fmt: skip
+                    _add_low_rank_noise(segment, unit, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
+                                        STOCHASTIC, DECAY, RANK, SCALE)  # fmt: skip
                 else:
                     _add_full_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key,
                                     minus_decay, STOCHASTIC, DECAY, UNITS)  # fmt: skip
