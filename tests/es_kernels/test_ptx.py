@@ -7,6 +7,7 @@ planted in nvcc's PTX, which those calls must find. Marked slow, test_add_noise.
 test_cuda_on_cpu.py run on PTX too.
 """
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -459,6 +460,27 @@ def test_sizes(kernels, on_device, dtype, weights, twin, request):
             twin(
                 lambda t: add_noise_(t, SEEDS[0], 0.1, name="w", **(STOCHASTIC if n % 2 else {})), weights(n, dtype, n)
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, options", [(1, {}), (20, STOCHASTIC)], ids=["one", "twenty"])
+def test_low_rank_by_tritons_ptx(n, options, weights, bits, triton_ptx):
+    """A tile and a bit, by vectors and by elements, beside a tensor that is no matrix. Of twenty seeds sixteen are
+    drawn by eights."""
+    results = []
+    for use in (triton_ptx, None):
+        table = ParamTable(
+            [
+                ("vectors", weights(130 * 136, BF16, 1).reshape(130, 136)),
+                ("elements", weights(63, F16, 2).reshape(7, 9)),
+            ]
+            + [("f32", weights(24 * 64, F32, 3).reshape(24, 64)), ("bias", weights(33, F32, 4))]
+        )
+        with es_kernels.backend("cpu" if use else "reference"), use() if use else contextlib.nullcontext():
+            add_noise_(table, SEEDS[:n], COEFS[:n], noise_rank=1, **options)
+            drawn = es_kernels.factors({"a": (7, 300), "b": (40, 1)}, SEEDS[:n], 3, dtype=BF16)
+        results.append([*table.tensors, *drawn["a"], *drawn["b"]])
+    assert [(bits(a) != bits(b)).sum() for a, b in zip(*results, strict=True)] == [0] * 8
 
 
 @pytest.mark.slow

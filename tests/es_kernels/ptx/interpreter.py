@@ -190,10 +190,10 @@ class Space:
         at = self._at(address, type) + np.arange(len(values))[:, None]
         self.views[type][at] = values
         last = self.writer[places]
-        # Threads of one warp may write the same value to one place: Triton's reductions do.
-        if (last != own).any() and (
-            ((last - 1) // WARP != (own - 1) // WARP).any() or (self.views[type][at] != values).any()
-        ):
+        # Threads of one warp may write the same value to one place, in shared memory those of any: Triton's reductions
+        # do, and what it exchanges where several threads hold it.
+        apart = self.name != "shared" and ((last - 1) // WARP != (own - 1) // WARP).any()
+        if (last != own).any() and (apart or (self.views[type][at] != values).any()):
             raise Trap(f"race: threads write to one {self.name} address at once")
 
 
@@ -485,7 +485,7 @@ class Threads:
         registers = [[r for r in re.findall(r"%?[\w.]+", o) if r in self.kernel.widths] for o in operands]
         try:
             special = getattr(self, f"_{name}", None)
-            if name == "st":
+            if name in ("st", "stmatrix"):
                 return sum(registers, []), [], special(modifiers, operands), guard
             do = special(modifiers, operands) if special else self._plain(name, modifiers, operands)
             if do is None:
@@ -552,13 +552,18 @@ class Threads:
             case ("mul", "hi", "u32"):
                 return compute(type, [type] * 2, lambda a, b: a.astype(np.uint64) * b >> np.uint64(32))
             case ("div", "u32" | "s32" | "u64" | "s64"):
-                return self._divide(operands, type)
-            case ("shl", "b32" | "b64"):
+                return self._divide(operands, type, divide)
+            case ("rem", "u32" | "u64"):
+                return self._divide(operands, type, np.remainder)
+            case ("shl", "b16" | "b32" | "b64"):
                 return compute(type, [type, "u32"], np.left_shift)
-            case ("shr", "u32" | "s32" | "u64" | "s64" | "b32" | "b64"):
+            case ("shr", "u16" | "u32" | "s32" | "u64" | "s64" | "b32" | "b64"):
                 return compute(type, [type, "u32"], np.right_shift)
             case ("shf", "l" | "r" as way, "wrap", "b32"):
                 return compute(type, [type] * 3, partial(funnel, way == "l"))
+            case ("bfe", "s32"):
+                up, down = 32 - int(operands[2]) - int(operands[3]), 32 - int(operands[3])
+                return self._compute(operands[:2], type, [type], lambda a: a << np.int32(up) >> np.int32(down))
             case ("bfe", "u32"):
                 at, length = int(operands[2]), int(operands[3])
                 return self._compute(
@@ -582,7 +587,7 @@ class Threads:
             case ("cvta", "to", "global", "u64") | ("cvta", "global", "u64"):
                 return compute("b64", ["b64"], lambda a: a)
 
-    def _divide(self, operands, type):
+    def _divide(self, operands, type, function):
         divisor, write = self._operand(operands[2], type), self._target(operands[0], type)
         dividend = self._operand(operands[1], type)
 
@@ -590,7 +595,7 @@ class Threads:
             zero = divisor == 0
             if (zero & group.lanes).any():
                 raise Trap("division by zero")
-            write(divide(dividend, np.where(zero, divisor.dtype.type(1), divisor)), group)
+            write(function(dividend, np.where(zero, divisor.dtype.type(1), divisor)), group)
 
         return do
 
@@ -753,6 +758,50 @@ class Threads:
             write(source[self.number ^ with_ & np.uint32(31)], group)
             if write_inside:
                 write_inside(True, group)
+
+        return do
+
+    def _matrix_rows(self, modifiers, address):
+        """(group, k) -> where each lane's word of matrix k lies: 8 x 8 of 16 bits, whose rows are where 8 lanes say; a
+        lane has two of a row."""
+        match modifiers:
+            case ["sync", "aligned", "m8n8", "x1" | "x2" | "x4", "shared", "b16"]:
+                where = self._address(address)
+            case _:
+                raise Unknown("not known")
+        lane = np.arange(WARP)
+
+        def rows(group, k):
+            self._converged(group, np.uint32(0xFFFFFFFF))
+            at = where(group).reshape(-1, WARP)[:, 8 * k + lane // 4] + (lane % 4 * 4).astype(np.uint64)
+            return self._shared(group, at.ravel())
+
+        return rows
+
+    def _stmatrix(self, modifiers, operands):
+        rows = self._matrix_rows(modifiers, operands[0])
+        values = [self._operand(part, "b32") for part in operands[1].strip("{}").split(",")]
+
+        def do(group):
+            for k, value in enumerate(values):
+                words = np.broadcast_to(value, self.n)[group.index].astype(np.uint32)
+                self.shared_memory.store(rows(group, k), [words], self.owner[group.index])
+
+        return do
+
+    def _ldmatrix(self, modifiers, operands):
+        rows = self._matrix_rows(modifiers, operands[1])
+        parts = operands[0].strip("{}").split(",")
+        arrays = [self._register(part) for part in parts]
+
+        def do(group):
+            masks = np.zeros((len(parts), self.n), bool)
+            for k, array in enumerate(arrays):
+                at = rows(group, k)
+                array[group.index] = self.shared_memory.load(at, np.uint32, self.owner[group.index], 1)[0]
+                masks[k, group.index] = self.shared_memory.unwritten(at, np.uint32, 1)[0]
+            if masks.any():
+                return [(part, Group(mask).bits) for part, mask in zip(parts, masks, strict=True)]
 
         return do
 
