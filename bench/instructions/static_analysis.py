@@ -35,6 +35,8 @@ BUDGET = {
 # Over the rows of a shard: four more.
 BUDGET |= {"perturb rows bf16 <- bf16": 27, "perturb rows bf16 <- f32": 26}
 BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, "triton update": 28}
+BUDGET |= {"triton perturb rank 1 bf16 <- bf16": 13, "triton perturb rank 1 bf16 <- f32": 12}
+BUDGET |= {"triton update rank 1": 1.7}
 
 
 def cuda_kernels(arch, library=None):

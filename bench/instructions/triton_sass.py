@@ -9,6 +9,8 @@ from bench.instructions import sass
 from es_kernels.backends import triton as backend
 
 _VARIANTS = {"": {}, " stochastic": {"stochastic": True}, "update": {"n_seeds": None}}
+_VARIANTS |= {" rank 1": {"noise_rank": 1}, "update rank 1": {"noise_rank": 1, "n_seeds": None}}
+_TILE_VALUES = 64  # of a thread, in a tile of a matrix; an update draws for eight seeds at a time
 
 
 def rows(arch):
@@ -22,9 +24,9 @@ def rows(arch):
             (code,) = sass.functions(cubin, arch).values()
             (resources,) = sass.resources(cubin).values()
         for trip in _trips(code):
-            label = _label(trip, variant)
+            label, values = _label(trip, variant)
             if label:
-                row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip, sass.normals(trip)), **resources}
+                row = {"arch": arch, "kernel": f"triton {label}", **sass.cost(trip, values), **resources}
                 # The loop over several rows, which divides, has the same formats: the cheaper one is that of a
                 # contiguous tensor.
                 if label not in by_label or row["instructions_per_value"] < by_label[label]["instructions_per_value"]:
@@ -60,13 +62,20 @@ def _trips(code):
 
 
 def _label(trip, variant):
+    """What the loop does, and for how many values (of an update: for how many seeds, too); None, 0 for others."""
     text = [i.text for i in trip]
-    values = sass.normals(trip)
+    values, of_rank = sass.normals(trip), "rank" in variant
     stores = [t for t in text if t.startswith("STG")]
-    if variant == "update":
-        return "update" if not stores and values >= 16 and not any(".128" in t for t in text) else None
+    if of_rank:
+        products = sum(t.startswith("FFMA") for t in text)
+        values = _TILE_VALUES * (8 if variant.startswith("update") else 1)
+        if not values <= products < 2 * values or sass.normals(trip) >= 16:
+            return None, 0  # one seed at a time, or full noise
+    if variant.startswith("update"):
+        loop = not stores and values >= 16 and not any(".128" in t and t.startswith("LDG") for t in text)
+        return (variant, values) if loop else (None, 0)
     if values < 16 or len(stores) not in (values // 8, values // 4) or not all(".128" in t for t in stores):
-        return None  # not vectors, or the way around the last stores
+        return None, 0  # not vectors, or the way around the last stores
     unpacked = sum("0xffff0000" in t and t.startswith("LOP3") for t in text)
     base = (
         "f16"
@@ -77,4 +86,4 @@ def _label(trip, variant):
     )
     f16 = any(t.startswith("F2FP.F16") for t in text) or any("0x38800000" in t for t in text)
     out = "f32" if len(stores) == values // 4 else "f16" if f16 else "bf16"
-    return f"perturb{variant} {out} <- {base}"
+    return f"perturb{variant} {out} <- {base}", values

@@ -6,14 +6,19 @@ of the first by binary search and goes on through the next ones. Tensors are [UN
 nothing is exchanged between threads. Memory moves as 128-bit words, [UNITS, 4] int32, which hold 4 float32 or 8 values
 of 16 bits.
 
+Of noise of low rank a program takes whole tiles of a matrix, [128, 128], 64 values a thread of 256: each thread draws one
+element of L or R, which are then exchanged; of many seeds of rank 1 a noise block, of eight seeds at a time.
+
 Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to
 nearest by casts, which are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
 
 SASS a value, sm_90 (bench/instructions/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the
-update; `x != x` and what follows from it are 3 of them. Tried: multiplying by tl.umulhi and `*` (1.4 more: two
+update; `x != x` and what follows from it are 3 of them. Of rank 1: 12.6, 11.3 and 1.6 (3.2 a seed drawn by itself).
+Tried: multiplying by tl.umulhi and `*` (1.4 more: two
 instructions where a 64-bit product is one). ptxas moves the loads behind the noise, so other warps must hide their
 latency; a barrier moves along with them, and a branch around the noise keeps them in front for 2.5 more instructions
-and 16 registers.
+and 16 registers. Of rank 1: tiles loaded or stored in halves (fewer registers, but each half's L and R are exchanged
+and multiplied again), four seeds at a time (1.9, as many registers).
 """
 
 import contextlib
