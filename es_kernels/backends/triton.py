@@ -6,8 +6,8 @@ of the first by binary search and goes on through the next ones. Tensors are [UN
 nothing is exchanged between threads. Memory moves as 128-bit words, [UNITS, 4] int32, which hold 4 float32 or 8 values
 of 16 bits.
 
-Of noise of low rank a program takes whole tiles of a matrix, [128, 128], 64 values a thread of 256: each thread draws one
-element of L or R, which are then exchanged; of many seeds of rank 1 a noise block, of eight seeds at a time.
+Of noise of low rank a program takes whole tiles of a matrix, [128, 128], 64 values a thread of 256. A thread draws one
+element of L or R, of many seeds of rank 1 one noise block of eight seeds' factors, and these are then exchanged.
 
 Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to
 nearest by casts, which are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
