@@ -2,6 +2,7 @@
 
 import collections
 import heapq
+import itertools
 import pathlib
 import re
 import shutil
@@ -93,13 +94,33 @@ def loops(code):
 
 
 def branch_target(i):
-    """Address that an instruction branches to; None for others."""
-    m = re.match(r"BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)*`?\(?0x([0-9a-f]+)", i.text)
+    """Address that an instruction branches to; None for others. On sm_80 a call under a predicate leaves a loop."""
+    branch = r"(?:BRA|CALL\.REL\.NOINC)" if i.predicate else "BRA"
+    m = re.match(branch + r"(?:\.\w+)*\s+(?:!?U?P\w+,\s*)*`?\(?0x([0-9a-f]+)", i.text)
     return int(m[1], 16) if m else None
 
 
+def outer_loops(code):
+    """(first, last) of every loop, by the numbers of its instructions."""
+    index = {i.address: k for k, i in enumerate(code)}
+    return [(index[t], k) for k, i in enumerate(code) if (t := branch_target(i)) in index and index[t] < k]
+
+
+def path(code, *stops):
+    """The shortest way through the code that takes these instructions, given by their numbers, in this order; None if
+    there is none."""
+    index = {i.address: k for k, i in enumerate(code)}
+    taken = [code[stops[0]]]
+    for start, end in itertools.pairwise(stops):
+        trip = _shortest_trip(code, index, start, end)
+        if trip is None:
+            return None
+        taken += trip[1:]
+    return taken
+
+
 def _shortest_trip(code, index, start, end):
-    """Dijkstra over instructions from the loop's head to its back edge."""
+    """Dijkstra over instructions from one to another: from a loop's head to its back edge."""
     queue, best, came = [(1, start)], {start: 1}, {}
     while queue:
         length, k = heapq.heappop(queue)

@@ -18,7 +18,7 @@ import re
 
 from bench import RESULTS
 from bench.common import gpus
-from bench.instructions import sass
+from bench.instructions import low_rank_sass, sass
 from es_finetune.runs.files import write_atomically
 from es_kernels import native
 
@@ -34,6 +34,8 @@ BUDGET = {
 }
 # Over the rows of a shard: four more.
 BUDGET |= {"perturb rows bf16 <- bf16": 27, "perturb rows bf16 <- f32": 26}
+# Noise of low rank; an update for each value and seed
+BUDGET |= {"perturb rank 1 bf16 <- bf16": 7, "update rank 1": 1.6, "update stochastic rank 1": 1.6}
 BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, "triton update": 28}
 BUDGET |= {"triton perturb rank 1 bf16 <- bf16": 13, "triton perturb rank 1 bf16 <- f32": 12}
 BUDGET |= {"triton update rank 1": 1.7}
@@ -47,8 +49,15 @@ def cuda_kernels(arch, library=None):
     rows = {}
     for name, code in sass.functions(library, arch).items():
         kernel, stochastic, seeds = re.search(
-            r"(perturb|update|fingerprint)(?:<(true|false)(?:, (?:\(int\))?(\d))?>)?", name
+            r"(perturb|update|fingerprint|low_rank|write_factors)(?:<(true|false)(?:, (?:\(int\))?(\d))?>)?", name
         ).groups()
+        if kernel == "write_factors":  # 5 MB for a member of a 7B model
+            continue
+        if kernel == "low_rank":
+            counted = low_rank_sass.rows(code, " stochastic" * (stochastic == "true"))
+            for label, (trip, values) in counted.items():
+                rows[label] = {"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]}
+            continue
         kernel = {"0": "restore", "2": "swap"}.get(seeds, kernel) + " stochastic" * (stochastic == "true")
         for trip in sass.loops(code):
             label, values = _label(kernel, trip)
