@@ -209,8 +209,6 @@ constexpr int64_t kBand = 32;  // rows
 
 ES_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// a in every lane; f32{} + a would lose the sign of -0.
-ES_FN f32 splat(float a) { return a - f32{}; }
 ES_FN f32 load_lanes(const float* p) {
   f32 x;
   memcpy(&x, p, sizeof x);

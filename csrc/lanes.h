@@ -139,10 +139,12 @@ ES_FN f32 fma(f32 a, f32 b, f32 c) {
   return (f32)_mm_movelh_ps(_mm_cvtpd_ps(s.low), _mm_cvtpd_ps(s.high));
 }
 #endif
-ES_FN f32 fma(float a, f32 b, f32 c) { return fma(f32{} + a, b, c); }
-ES_FN f32 fma(f32 a, f32 b, float c) { return fma(a, b, f32{} + c); }
-ES_FN f32 fma(f32 a, float b, f32 c) { return fma(a, f32{} + b, c); }
-ES_FN f32 fma(float a, f32 b, float c) { return fma(f32{} + a, b, f32{} + c); }
+// a in every lane; f32{} + a would lose the sign of -0.
+ES_FN f32 splat(float a) { return a - f32{}; }
+ES_FN f32 fma(float a, f32 b, f32 c) { return fma(splat(a), b, c); }
+ES_FN f32 fma(f32 a, f32 b, float c) { return fma(a, b, splat(c)); }
+ES_FN f32 fma(f32 a, float b, f32 c) { return fma(a, splat(b), c); }
+ES_FN f32 fma(float a, f32 b, float c) { return fma(splat(a), b, splat(c)); }
 
 ES_FN u32 and_or(u32 w, uint32_t mask, uint32_t set) { return (w & mask) | set; }
 ES_FN u32 funnel_right_1(u32 high, u32 low) { return (high << 31) | (low >> 1); }

@@ -87,6 +87,14 @@ def test_number_of_seeds(isa, twin, weights, n_seeds, rounding):
         twin(lambda t: add_noise_(t, SEEDS[:n_seeds], COEFS[:n_seeds], name="w", **rounding), weights(201, dtype))
 
 
+@pytest.mark.parametrize("noise_rank", (0, 1))
+def test_signs_of_zeros(isa, twin, noise_rank):
+    """0 and -0 as coefficients of weights that are 0 and -0: a product that is no zero of its own sign would show."""
+    zeros = torch.tensor([0.0, -0.0]).repeat(4, 20)
+    for coefs in ([0.0], [-0.0], [-0.0, 0.0], [0.0, -0.0]):
+        twin(lambda t, coefs=coefs: add_noise_(t, SEEDS[: len(coefs)], coefs, name="w", noise_rank=noise_rank), zeros)
+
+
 @both_roundings
 @pytest.mark.parametrize("anchor", (None, *DTYPES))
 def test_decay_and_anchor(isa, twin, weights, anchor, rounding):
