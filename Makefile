@@ -85,6 +85,7 @@ wheel:
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.speed.kernels
 	$(BIN)/python -m pytest bench/speed/bench_calls.py --benchmark-columns=median --benchmark-json bench/results/calls-cpu.json
+	$(BIN)/python -m bench.speed.low_rank
 	$(BIN)/python -m bench.speed.generation
 	$(BIN)/python -m bench.instructions.static_analysis
 	$(BIN)/python -m bench.speed.tune --device none

@@ -19,6 +19,7 @@ class Shape(NamedTuple):
 
 MODELS = {
     "50M": Shape("llama", 512, 12, 1536, 8, 8, 16384, True),  # no published model: what a CPU can still generate with
+    "SmolLM2-135M": Shape("llama", 576, 30, 1536, 9, 3, 49152, True),
     "Qwen2.5-0.5B": Shape("qwen2", 896, 24, 4864, 14, 2, 151936, True),
     "Qwen2.5-1.5B": Shape("qwen2", 1536, 28, 8960, 12, 2, 151936, True),
     "Qwen2.5-7B": Shape("qwen2", 3584, 28, 18944, 28, 4, 152064, False),

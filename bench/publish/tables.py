@@ -79,6 +79,29 @@ def _ns(row):
     return row["seconds"] / row["elements"] / max(1, row.get("seeds", 1)) * 1e9
 
 
+def low_rank():
+    report = results("low_rank-cpu")
+    best = report["rows"][0]["isa"]
+    rows = [r for r in report["rows"] if r["isa"] == best and r["what"] != "restore"]
+    cells = {(r["on"], r["operation"], r["threads"]): r for r in rows}
+    threads = sorted({r["threads"] for r in rows})
+    header = [
+        "ns a value and seed",
+        *(f"{n} thread{'s' * (n > 1)}" for n in threads),
+        "",
+        f"{threads[-1]} threads to 1",
+    ]
+    body = []
+    for on, operation in dict.fromkeys((r["on"], r["operation"]) for r in rows):
+        of = [cells[on, operation, n] for n in threads]
+        beside = [f"{r['full_noise_takes']:.3g} x full" for r in of[:1] if "full_noise_takes" in r]
+        beside += [f"{r['times_restore']:.2f} x restore" for r in of[:1] if "times_restore" in r]
+        times = [f"{1e9 * r['seconds'] / r['elements'] / max(1, r['seeds']):.3g}" for r in of]
+        size = f"{on}, {of[0]['elements'] / 1e6:.3g} M"
+        body.append([f"{operation}; {size}", *times, ", ".join(beside), f"{of[-1].get('one_thread_takes', 1):.2f}"])
+    return f"{report['machine']['processor']}, {best}.\n\n" + table(header, body)
+
+
 def _gpu_row(r):
     normals = f"{r['normals_per_s']:.3g}" if "normals_per_s" in r else ""
     issue = f"{r['share_of_issue']:.0%}" if "share_of_issue" in r else ""
@@ -690,6 +713,7 @@ TABLES = {
     "countdown": countdown,
     "memory": memory,
     "host": host,
+    "low-rank": low_rank,
     "gpus": measured_gpus,
     "targets": unreached,
     "learning-runs": learning_runs,

@@ -2,21 +2,25 @@
 
     python -m bench.speed.low_rank [--device cpu|cuda] [--out bench/results]
 
-Writes low_rank-cpu.json or low_rank-GPU.json, in a few minutes. One square matrix; on a CPU every instruction set with
-one thread and with all. Perturbing is compared with restoring from the same base, which reads and writes as much and
-makes no noise; an update with that of full noise; all threads with one. What is compared is interleaved, figures are
-medians of rounds with 20th and 80th percentile. A kernel whose bits are not the reference's gets no row.
+Writes low_rank-cpu.json or low_rank-GPU.json, in a few minutes. One square matrix at every place (on a CPU every
+instruction set, with one thread and with all), and all parameters of a small model at the best. Perturbing is compared
+with restoring from the same base, which moves as many bytes and makes no noise; an update with that of full noise; all
+threads with one. What is compared is interleaved, figures are medians of rounds with 20th and 80th percentile. A kernel
+whose bits are not the reference's gets no row.
 """
 
 import argparse
 import json
+import os
 import pathlib
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in kernels.py
 
 import torch
 
 import es_kernels
 from bench import RESULTS
-from bench.common import environment
+from bench.common import environment, shapes
 from bench.common.operations import DTYPES, Operation, right, right_at_size
 from bench.common.timing import Variant, interleave
 from bench.speed.kernels import places
@@ -24,38 +28,50 @@ from es_finetune.runs.files import write_atomically
 from es_kernels import ParamTable
 
 RANKS = (0, 1, 4, 8)
-# Rows and columns of the matrix, by the number of seeds of the operations on it
-SIZES = {"cpu": {1: 4096, 30: 4096, 1024: 1024}, "cuda": {1: 16384, 30: 16384, 1024: 16384}}
+# Rows and columns of the square matrix, by the number of seeds
+SQUARES = {"cpu": {1: 4096, 30: 4096, 1024: 1024}, "cuda": {1: 16384, 30: 16384, 1024: 16384}}
+MODEL = {"cpu": "SmolLM2-135M", "cuda": "Qwen2.5-1.5B"}
 
 
-def groups(sizes):
-    """(rows and columns, operations that are compared with each other)."""
-    for out, base in (("f32", "f32"), ("bf16", "f32")):
-        perturb = [Operation("perturb", out, base, 1, noise_rank=rank) for rank in RANKS]
-        yield sizes[1], [Operation("restore", out, base, 0), *perturb]
-    for seeds in (30, 1024):
-        yield sizes[seeds], [Operation("update", "f32", None, seeds, noise_rank=rank) for rank in RANKS]
+def groups(device):
+    """(name of what is written, its shapes, operations that are compared with each other)."""
+    for name, size in (("square", SQUARES[device]), (MODEL[device], None)):
+        for out, seeds in (("f32", 1), ("bf16", 1), ("f32", 30), ("f32", 1024)):
+            ranks = RANKS if size else RANKS[:2]
+            if seeds == 1:
+                operations = [Operation("perturb", out, "f32", 1, noise_rank=rank) for rank in ranks]
+                operations = [Operation("restore", out, "f32", 0), *operations]
+            elif size or seeds == 30:  # full noise of 1024 members takes a CPU two minutes a model
+                operations = [Operation("update", out, None, seeds, noise_rank=rank) for rank in ranks]
+            else:
+                continue
+            yield name, {"w": (size[seeds],) * 2} if size else shapes.parameter_shapes(name), operations
 
 
-def measure(places, operations, n, device):
-    """Rows of one group of operations on an n x n matrix, at every place."""
-    out = torch.empty(n, n, dtype=DTYPES[operations[0].out], device=device).normal_(0, 0.02)
-    base = torch.empty(n, n, device=device).normal_(0, 0.02)
-    table, master = ParamTable({"w": out}), ParamTable({"w": base})
+def measure(where, name, tensors, operations, device):
+    """(rows, what is wrong) of operations on tensors of these shapes, {name: shape}, at every place of `where`."""
+    dtype = DTYPES[operations[0].out]
+    out, base = (
+        {name: torch.empty(shape, dtype=t, device=device).normal_(0, 0.02) for name, shape in tensors.items()}
+        for t in (dtype, torch.float32)
+    )
+    table, master = ParamTable(out), ParamTable(base)
     variants, wrong = {}, []
-    for place in places:
+    for place in where:
         place.enter()
         for operation in operations:
             with es_kernels.backend(place.backend):
                 call = operation.on(table, master, device)
-            if right(operation, device, place.backend) and right_at_size(
-                operation, out, base if operation.base else None, device, place.backend
+            whole = (out["w"], base["w"] if operation.base else None) if "w" in out else None
+            if right(operation, device, place.backend) and (
+                whole is None or right_at_size(operation, *whole, device, place.backend)
             ):
                 variants[place, operation] = Variant(lambda k, place=place, call=call: _at(place, call))
             else:
                 wrong.append(f"{' '.join(map(str, place))} {operation.label}")
-    timings = interleave(variants, device, rounds=7)
-    return [_row(place, operation, n, timings) for place, operation in timings], wrong
+    timings = interleave(variants, device, rounds=5)
+    elements = sum(t.numel() for t in out.values())
+    return [_row(place, operation, name, elements, timings) for place, operation in timings], wrong
 
 
 def _at(place, call):
@@ -64,19 +80,19 @@ def _at(place, call):
         call()
 
 
-def _row(place, operation, n, timings):
+def _row(place, operation, name, elements, timings):
     seconds = timings[place, operation]
-    row = {**place._asdict(), "operation": operation.label, **operation._asdict(), "elements": n * n}
+    row = {**place._asdict(), "on": name, "operation": operation.label, **operation._asdict(), "elements": elements}
     row |= {"seconds": seconds.median, "p20": seconds.p20, "p80": seconds.p80}
     beside = {
         "times_restore": (place, Operation("restore", operation.out, operation.base, 0)),
         "full_noise_takes": (place, operation._replace(noise_rank=0)) if operation.noise_rank else None,
         "one_thread_takes": (place._replace(threads=1), operation) if (place.threads or 1) > 1 else None,
     }
-    for name, other in beside.items():
+    for what, other in beside.items():
         if other in timings:
             ratio = seconds.median / timings[other].median
-            row[name] = ratio if name == "times_restore" else 1 / ratio
+            row[what] = ratio if what == "times_restore" else 1 / ratio
     return row
 
 
@@ -87,15 +103,19 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     facts = environment.describe(args.device)
-    every = [place for group in places(args.device) for place in group]
+    every = places(args.device)
+    best = [place for group in every for place in group if place.isa in (None, every[0][0].isa)]
     content = {"machine": facts, "rows": [], "wrong": []}
-    for n, operations in groups(SIZES[args.device]):
-        rows, wrong = measure(every, operations, n, args.device)
+    for name, tensors, operations in groups(args.device):
+        where = [place for group in every for place in group] if name == "square" else best
+        rows, wrong = measure(where, name, tensors, operations, args.device)
         content["rows"] += rows
         content["wrong"] += wrong
         for row in rows:
             print(
-                f"{row['backend']} {row['isa']} {row['threads']} {row['operation']:40} {row['seconds'] * 1e3:10.3f} ms"
+                f"{row['backend']} {row['isa']} {row['threads']} {name:14} {row['operation']:36} "
+                f"{row['seconds'] * 1e3:10.3f} ms",
+                flush=True,
             )
         write_atomically(args.out / f"low_rank-{environment.slug(facts)}.json", json.dumps(content, indent=1) + "\n")
     if content["wrong"]:
