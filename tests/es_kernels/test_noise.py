@@ -427,7 +427,7 @@ def test_seed_and_stream_are_not_interchangeable():
 def sides():
     """sides(seed, name) -> n values each of its full noise and of a left and a right factor of rank 8."""
 
-    def draw(seed, name, n=N // 8):
+    def draw(seed, name, n=N):
         with es_kernels.backend("cpu"):
             pair = es_kernels.factors({name: (n // 8, n // 8)}, seed, 8)[name]
         return [stretch(seed, name, 0, n), *(f.flatten().numpy().astype(np.float64) for f in pair)]

@@ -10,7 +10,7 @@ import torch
 
 from bench import RESULTS
 from bench.noise import noise_stats
-from es_kernels import noise
+from es_kernels import factors, noise
 
 SEQUENCES = noise_stats.SEQUENCES[:8]
 
@@ -47,6 +47,23 @@ def test_clean_noise_passes(law, normals):
     result = rows(law, normals)
     assert first_defect(result) is None
     assert min(r["p"] for r in result) * len(result) > 0.01
+
+
+@pytest.mark.parametrize("rank", (1, 3))
+def test_factors_of_low_rank_pass(law, normals, rank):
+    """Two members, two streams, L and R of each; then L of one, its neighbour in the list, and full noise of the same
+    streams, two members."""
+    n = normals.shape[1] // rank * rank
+    seeds = [noise.member_seed(noise_stats.RUN_SEED, 0, member) for member in range(2)]
+    names = noise_stats.NAMES[:2]
+    drawn = factors(dict.fromkeys(names, (n // rank, n // rank)), seeds, rank)
+    whole = n // 128 * 128  # two chunks of whole rows of 64
+    sides = [drawn[name][side][member].flatten()[:whole] for member in (0, 1) for name in names for side in (0, 1)]
+    assert first_defect(rows(law, torch.stack(sides))) is None
+    full = [normals[4 * member + k, :whole] for member in (0, 1) for k in (0, 1)]
+    assert (
+        first_defect(rows(law, torch.stack([t for pair in zip(sides[::2], full, strict=True) for t in pair]))) is None
+    )
 
 
 def test_a_shifted_mean_is_found(law, normals):
