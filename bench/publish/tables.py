@@ -99,7 +99,19 @@ def low_rank():
         times = [f"{1e9 * r['seconds'] / r['elements'] / max(1, r['seeds']):.3g}" for r in of]
         size = f"{on}, {of[0]['elements'] / 1e6:.3g} M"
         body.append([f"{operation}; {size}", *times, ", ".join(beside), f"{of[-1].get('one_thread_takes', 1):.2f}"])
-    return f"{report['machine']['processor']}, {best}.\n\n" + table(header, body)
+    model, members = "Qwen2.5-7B", 1024
+    seconds = {
+        r["kernel"]: sum(map(math.prod, shapes.parameter_shapes(model).values()))
+        * members
+        / r["predicted"]["normals_per_s"]
+        for r in results("static_analysis")["predictions"]
+        if r["gpu"] == "H200 SXM" and r["kernel"] in ("update", "update rank 1")
+    }
+    predicted = (
+        f"Predicted from instruction counts, not measured: an update of {members} members of {model} takes an H200 "
+        f"{seconds['update rank 1']:.2f} s at rank 1, {seconds['update']:.1f} s with full noise."
+    )
+    return f"{report['machine']['processor']}, {best}.\n\n" + table(header, body) + f"\n\n{predicted}"
 
 
 def _gpu_row(r):
@@ -520,6 +532,7 @@ def predicted():
         f"{triton}{kernel}"
         for triton in ("", "triton ")
         for kernel in ("perturb f32 <- f32", "perturb bf16 <- f32", "perturb bf16 <- bf16", "update")
+        + ("perturb rank 1 bf16 <- bf16", "update rank 1")
     ]
     kernels += ["swap bf16 <- bf16", "fingerprint bf16"]
     names = list(dict.fromkeys(r["gpu"] for r in rows))

@@ -10,6 +10,7 @@ import torch
 from bench.common import shapes
 from bench.speed import low_rank
 from es_kernels import backends
+from es_kernels.backends import cpu
 
 pytestmark = [
     pytest.mark.skipif(
@@ -22,7 +23,7 @@ pytestmark = [
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """main() on matrices of some thousand elements; returns a function that runs it and reads the file."""
-    monkeypatch.setattr(low_rank, "SQUARES", {"cpu": {1: 40, 30: 40, 1024: 24}})
+    monkeypatch.setattr(low_rank, "SQUARES", {"cpu": {1: 40, 3: 40, 5: 24}})
     monkeypatch.setattr(low_rank, "MODEL", {"cpu": "tiny"})
     monkeypatch.setitem(shapes.MODELS, "tiny", shapes.Shape("qwen2", 64, 2, 96, 4, 2, 128, True))
     threads = torch.get_num_threads()
@@ -56,6 +57,7 @@ def test_rows_are_whole(small):
             assert row["one_thread_takes"] == pytest.approx(found[isa, 1, on, operation]["seconds"] / row["seconds"])
     assert {row["noise_rank"] for row in content["rows"]} == set(low_rank.RANKS)
     assert {row["on"] for row in content["rows"]} == {"square", "tiny"}
+    assert {row["isa"] for row in content["rows"]} == set(cpu.isas())
 
 
 def test_wrong_bits_get_no_row(small, monkeypatch, tmp_path):
