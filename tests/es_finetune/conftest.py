@@ -111,10 +111,11 @@ def tiny_llama():
 def build_model():
     """build_model(kind, **config) -> a fresh model of some 10,000 parameters, the same at each call.
 
-    Kinds: llama; qwen2 (tied embeddings, biases); mixtral and qwen3_moe (experts fused in memory); gemma; mixed (gemma
-    in bfloat16 with norms in float32); gemma3_vision (with a tower that sees); rwkv (which does not ignore padding);
-    zamba and jamba (state spaces); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of
-    40 and special tokens fit the embedded model's tokenizer.
+    Kinds: llama; gpt2 (Conv1D, embedded positions); qwen2 (tied embeddings, biases); qwen3 (norms of q and k);
+    mixtral and qwen3_moe (experts fused in memory); gemma; gemma3 (scaled embeddings); mixed (gemma in bfloat16 with
+    norms in float32); gemma3_vision (with a tower that sees); rwkv (which does not ignore padding); zamba and jamba
+    (state spaces); lora (llama with a PEFT adapter on all linear layers, B not 0). Their vocabulary of 40 and special
+    tokens fit the embedded model's tokenizer.
     """
 
     def build(kind, **config):
@@ -155,6 +156,8 @@ def build_model():
             ).eval()
         family, options = {
             "llama": ("Llama", {}),
+            "gpt2": ("GPT2", {}),
+            "qwen3": ("Qwen3", {"head_dim": 8}),
             "rwkv": ("Rwkv", {"attention_hidden_size": 16, "context_length": 64}),
             "zamba": (
                 "Zamba",
@@ -185,7 +188,8 @@ def build_model():
         options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **config}
         torch.manual_seed(0)
         config = f"{family}TextConfig" if kind == "gemma3" else f"{family}Config"
-        return getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, config)(**options)).eval()
+        head = {"gpt2": "LMHeadModel"}.get(kind, "ForCausalLM")
+        return getattr(transformers, f"{family}{head}")(getattr(transformers, config)(**options)).eval()
 
     return build
 
