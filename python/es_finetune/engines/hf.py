@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from es_finetune.engines import DECODINGS, Answer
 from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
 from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
+from es_finetune.models.members import MemberNoise, Members
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class HFEngine:
         temperature: 0 is greedy. Above, answers are sampled from the whole vocabulary (no top_k, no top_p).
         seed: Of the samples. Each call starts from it and leaves torch's generators as they were: equal weights give
             equal answers, and the members of a generation share their random numbers.
+        members: Where members that share a batch add their noise. None: one member at a time, put in place by others.
+        most_members: How many may share a batch; 0: as many as `batch_size` holds with all their prompts.
 
     Raises:
         UserError: An option is none of these, the tokenizer has no pad token, the installed transformers lacks the
@@ -67,6 +71,8 @@ class HFEngine:
         decoding: str = "dynamic",
         temperature: float = 0.0,
         seed: int = 0,
+        members: Members | None = None,
+        most_members: int = 0,
     ):
         import transformers
         from transformers import GenerationConfig
@@ -95,14 +101,17 @@ class HFEngine:
         model.eval()  # dropout would be noise that no seed explains
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
         self.decoding, self.temperature, self.seed = decoding, temperature, seed
+        self.members, self.most_members = members, most_members
         eos = self.model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        # In batches the sampling is ours: _Sampler
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        sampled = temperature > 0 and decoding == "continuous"
         self.options = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            **sampling,
+            do_sample=sampled,
+            **(sampling if sampled else {}),
             eos_token_id=sorted(self.eos) or None,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -181,12 +190,13 @@ class HFEngine:
         }
 
     def encode(
-        self, prompts: Sequence[str | Sequence[dict]]
+        self, prompts: Sequence[str | Sequence[dict]], members: int = 1
     ) -> list[tuple[list[int], dict[str, torch.Tensor]]] | list[list[int]]:
         """What does not depend on the weights.
 
         Args:
             prompts: Texts, or chats as lists of messages.
+            members: How many will share a batch, which then holds so many times fewer prompts.
 
         Returns:
             Batches as (positions in `prompts`, inputs i64 [rows, longest prompt]), longest prompts first, so that the
@@ -202,8 +212,9 @@ class HFEngine:
             return tokens
         order = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))
         batches = []
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        size = max(1, self.batch_size // members)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
             batches.append((rows, self._padded([tokens[row] for row in rows])))
         return batches
 
@@ -217,7 +228,32 @@ class HFEngine:
             RunError: transformers' continuous batching gave up, as where memory runs out.
         """
         with self._only_our_options(), self._own_random_numbers():
-            tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)
+            tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)[0]
+        return self._answers(tokens)
+
+    def members_at_once(self, prompts: int) -> int:
+        """How many members may share a batch, where each is asked so many prompts."""
+        if self.members is None:
+            return 1
+        return self.most_members or max(1, self.batch_size // max(1, prompts))
+
+    def generate_members(self, encoded: list, noise: Sequence[MemberNoise]) -> list[list[Answer]]:
+        """Answer what `encode` gave for as many members or more, each with its own noise over the weights in place,
+        which stay as they are. Static caches are used without CUDA graphs, whose addresses a member's noise has not.
+
+        Args:
+            encoded: Batches.
+            noise: Of each param_group, of the same members.
+
+        Returns:
+            Of each member one answer per prompt, in the prompts' order.
+        """
+        assert self.members is not None
+        with self._only_our_options(), self._own_random_numbers(), self.members.added(noise) as begin:
+            tokens = self._in_batches(encoded, len(noise[0].seeds), begin)
+        return [self._answers(of_member) for of_member in tokens]
+
+    def _answers(self, tokens: list[list[int]]) -> list[Answer]:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
 
@@ -258,14 +294,33 @@ class HFEngine:
                 result[row] = log_p.gather(1, chosen[:, None]).squeeze(1).cpu()
         return result
 
-    def _in_batches(self, batches: list[tuple[list[int], dict[str, torch.Tensor]]]) -> list[list[int]]:
-        tokens: list[list[int]] = [[]] * sum(len(rows) for rows, _ in batches)
+    def _in_batches(
+        self,
+        batches: list[tuple[list[int], dict[str, torch.Tensor]]],
+        members: int = 1,
+        begin: Callable[[int], None] = lambda rows: None,
+    ) -> list[list[list[int]]]:
+        """Of each member the tokens of its answers. Its rows follow those of the member before; `begin` is called with
+        the rows of each batch before it."""
+        count = sum(len(rows) for rows, _ in batches)
+        tokens: list[list[list[int]]] = [[[]] * count for _ in range(members)]
         longest = max((inputs["input_ids"].shape[1] for _, inputs in batches), default=0)
         for rows, inputs in batches:
-            cache = {"past_key_values": self._empty_cache(len(rows), longest)} if self.decoding == "static" else {}
-            ids = self.model.generate(**inputs, **cache, generation_config=self.options)
-            for row, answer in zip(rows, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                tokens[row] = self._until_end(answer)
+            total = members * len(rows)
+            begin(total)
+            options: dict[str, Any] = {}
+            if self.decoding == "static":
+                options["past_key_values"] = self._empty_cache(total, longest)
+            if self.temperature:
+                options["logits_processor"] = [_Sampler(self.temperature, members)]
+            if members > 1:
+                inputs = {name: t.repeat(members, 1) for name, t in inputs.items()}
+                options["disable_compile"] = True
+            ids = self.model.generate(**inputs, **options, generation_config=self.options)
+            answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
+            for place, answer in enumerate(answers):
+                member, row = divmod(place, len(rows))
+                tokens[member][rows[row]] = self._until_end(answer)
         return tokens
 
     def _until_end(self, ids: list[int]) -> list[int]:
@@ -366,6 +421,23 @@ class HFEngine:
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             yield
+
+
+class _Sampler:
+    """A logits processor after which the largest score is a sample: argmax of logits / temperature - log E with E ~
+    Exp(1) is one of the softmax (Gumbel's trick). The members of a batch share their E, row by row.
+
+    Args:
+        temperature: Of the softmax, above 0.
+        members: Of the batch.
+    """
+
+    def __init__(self, temperature: float, members: int):
+        self.temperature, self.members = temperature, members
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shared = torch.empty(len(scores) // self.members, scores.shape[1], device=scores.device).exponential_().log_()
+        return scores.float() / self.temperature - shared.repeat(self.members, 1)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from es_finetune.engines import Answer, Engine
+from es_finetune.engines import Answer, Engine, MembersEngine
 from es_finetune.engines.prompts import PromptError
 from es_finetune.errors import UserError
 from es_finetune.evaluation.statistics import interval, mean_of_known
+from es_finetune.models.members import MemberNoise
 from es_finetune.tasks import Item, Score, Task
 from es_finetune.tasks.sandbox import finite_number
 
@@ -103,13 +104,39 @@ class Evaluator:
         self.encoded = encoded(items, engine.encode)
 
     def __call__(self) -> Evaluation:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # perturbing is queued, and no part of generating
-        start = time.perf_counter()
+        start = _now()
         answers = self.engine.generate(self.encoded)
-        generated = time.perf_counter()
-        scores = [_plain(self.task.score(item, answer.text)) for item, answer in zip(self.items, answers, strict=True)]
-        return Evaluation(answers, scores, generated - start, time.perf_counter() - generated)
+        return _scored(self.task, self.items, answers, time.perf_counter() - start)
+
+
+class MembersEvaluator:
+    """The same for members that share a batch; `members` says how many.
+
+    A call takes the noise of so many members or fewer, and returns an Evaluation of each, with an equal part of the
+    seconds."""
+
+    def __init__(self, engine: MembersEngine, task: Task, items: Sequence[Item]):
+        self.engine, self.task, self.items = engine, task, items
+        self.members = engine.members_at_once(len(items))
+        self.encoded = encoded(items, lambda prompts: engine.encode(prompts, self.members))
+
+    def __call__(self, noise: Sequence[MemberNoise]) -> list[Evaluation]:
+        start = _now()
+        answers = self.engine.generate_members(self.encoded, noise)
+        seconds = (time.perf_counter() - start) / len(answers)
+        return [_scored(self.task, self.items, of_member, seconds) for of_member in answers]
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # perturbing is queued, and no part of generating
+    return time.perf_counter()
+
+
+def _scored(task: Task, items: Sequence[Item], answers: list[Answer], seconds_generate: float) -> Evaluation:
+    start = time.perf_counter()
+    scores = [_plain(task.score(item, answer.text)) for item, answer in zip(items, answers, strict=True)]
+    return Evaluation(answers, scores, seconds_generate, time.perf_counter() - start)
 
 
 def encoded(items: Sequence[Item], encode: Callable[[list], Any]) -> Any:
