@@ -253,6 +253,11 @@ class TrainConfig(Setup):
         choices=("floor", "stop"),
         resumable=True,
     )
+    members_at_once: int | None = _flag(
+        "workers",
+        "members that share a batch, with noise_rank 1 or more; 1: one by one, the only way with engine vllm and "
+        "decoding continuous; 0: as many as batch_size holds with all their prompts; 0 where it can be, if not given",
+    )
     engine: str = _flag(
         "workers", "what generates; hf: transformers, in this process", "hf", choices=("hf", "vllm"), resumable=True
     )
@@ -305,6 +310,17 @@ class TrainConfig(Setup):
         )
         if self.prompts is not None:
             at_least(self, prompts=0)
+        alone = {
+            "noise_rank 0": not self.noise_rank,
+            "engine vllm": self.engine == "vllm",
+            "decoding continuous": self.decoding == "continuous",
+        }
+        if self.members_at_once is None:
+            self.members_at_once = int(any(alone.values()))
+        at_least(self, members_at_once=0)
+        for what, only_one in alone.items():
+            if only_one and self.members_at_once != 1:
+                raise UserError(f"members_at_once must be 1 with {what}, not {self.members_at_once}")
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise UserError("tensor_parallel goes with --engine vllm")
         if not 0 < self.final_scale <= 1:

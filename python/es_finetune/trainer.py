@@ -447,7 +447,11 @@ class Trainer:
             self._journal.append(line)
             place, new = places[line["member"]], new + 1
             elapsed = time.perf_counter() - begin
-            seconds = elapsed / max(place, min(workers.count, len(places))) * config.population
+            seconds = (
+                elapsed
+                / max(place, min(workers.count * workers.plan.group(workers.count), len(places)))
+                * config.population
+            )
             if new == 1 and not self.rows:
                 logger.info(f"estimate after the first member: {self._estimate(seconds)}")
             # Later ones are estimated by those before

@@ -38,13 +38,10 @@ class Engine(Protocol):
 class MembersEngine(Engine, Protocol):
     """An engine that also answers for several members in one batch, whose noise is of low rank.
 
-    `members_at_once` says for how many, where each is asked so many prompts. `generate_members` takes what `encode` made
-    for as many members or more, and the noise of each param_group (of the same members); theta is in place and stays
-    there. It returns the answers of each member as `generate` does.
+    `generate_members` takes what `encode` made for as many members or more, and the noise of each param_group (of the
+    same members); theta is in place and stays there. It returns the answers of each member as `generate` does.
     """
 
     def encode(self, prompts: Sequence[str | Sequence[dict]], members: int = 1) -> Any: ...
-
-    def members_at_once(self, prompts: int) -> int: ...
 
     def generate_members(self, encoded: Any, noise: Sequence[MemberNoise]) -> list[list[Answer]]: ...

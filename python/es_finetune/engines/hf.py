@@ -54,7 +54,6 @@ class HFEngine:
         seed: Of the samples. Each call starts from it and leaves torch's generators as they were: equal weights give
             equal answers, and the members of a generation share their random numbers.
         members: Where members that share a batch add their noise. None: one member at a time, put in place by others.
-        most_members: How many may share a batch; 0: as many as `batch_size` holds with all their prompts.
 
     Raises:
         UserError: An option is none of these, the tokenizer has no pad token, the installed transformers lacks the
@@ -72,7 +71,6 @@ class HFEngine:
         temperature: float = 0.0,
         seed: int = 0,
         members: Members | None = None,
-        most_members: int = 0,
     ):
         import transformers
         from transformers import GenerationConfig
@@ -101,7 +99,7 @@ class HFEngine:
         model.eval()  # dropout would be noise that no seed explains
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
         self.decoding, self.temperature, self.seed = decoding, temperature, seed
-        self.members, self.most_members = members, most_members
+        self.members = members
         eos = self.model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -231,12 +229,6 @@ class HFEngine:
             tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)[0]
         return self._answers(tokens)
 
-    def members_at_once(self, prompts: int) -> int:
-        """How many members may share a batch, where each is asked so many prompts."""
-        if self.members is None:
-            return 1
-        return self.most_members or max(1, self.batch_size // max(1, prompts))
-
     def generate_members(self, encoded: list, noise: Sequence[MemberNoise]) -> list[list[Answer]]:
         """Answer what `encode` gave for as many members or more, each with its own noise over the weights in place,
         which stay as they are. Static caches are used without CUDA graphs, whose addresses a member's noise has not.
@@ -305,18 +297,18 @@ class HFEngine:
         count = sum(len(rows) for rows, _ in batches)
         tokens: list[list[list[int]]] = [[[]] * count for _ in range(members)]
         longest = max((inputs["input_ids"].shape[1] for _, inputs in batches), default=0)
+        options = copy.deepcopy(self.options)
+        options.update(disable_compile=members > 1 or self.options.disable_compile)
         for rows, inputs in batches:
             total = members * len(rows)
             begin(total)
-            options: dict[str, Any] = {}
+            inputs = {name: t.repeat(members, 1) for name, t in inputs.items()}
+            others: dict[str, Any] = {}
             if self.decoding == "static":
-                options["past_key_values"] = self._empty_cache(total, longest)
+                others["past_key_values"] = self._empty_cache(total, longest)
             if self.temperature:
-                options["logits_processor"] = [_Sampler(self.temperature, members)]
-            if members > 1:
-                inputs = {name: t.repeat(members, 1) for name, t in inputs.items()}
-                options["disable_compile"] = True
-            ids = self.model.generate(**inputs, **options, generation_config=self.options)
+                others["logits_processor"] = [_Sampler(self.temperature, members)]
+            ids = self.model.generate(**inputs, **others, generation_config=options)
             answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
             for place, answer in enumerate(answers):
                 member, row = divmod(place, len(rows))

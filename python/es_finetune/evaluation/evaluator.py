@@ -110,15 +110,12 @@ class Evaluator:
 
 
 class MembersEvaluator:
-    """The same for members that share a batch; `members` says how many.
+    """The same for members that share a batch, so many or fewer. A call takes their noise and returns an Evaluation of
+    each, with an equal part of the seconds."""
 
-    A call takes the noise of so many members or fewer, and returns an Evaluation of each, with an equal part of the
-    seconds."""
-
-    def __init__(self, engine: MembersEngine, task: Task, items: Sequence[Item]):
+    def __init__(self, engine: MembersEngine, task: Task, items: Sequence[Item], members: int):
         self.engine, self.task, self.items = engine, task, items
-        self.members = engine.members_at_once(len(items))
-        self.encoded = encoded(items, lambda prompts: engine.encode(prompts, self.members))
+        self.encoded = encoded(items, lambda prompts: engine.encode(prompts, members))
 
     def __call__(self, noise: Sequence[MemberNoise]) -> list[Evaluation]:
         start = _now()

@@ -136,7 +136,8 @@ def _kind(module: torch.nn.Module, attribute: str) -> str | None:
         return {"weight": "conv1d", "bias": "bias"}.get(attribute)
     if attribute == "weight" and isinstance(module, torch.nn.Embedding) and module.max_norm is None:
         # Gemma 3's scales what it looks up.
-        return "embedding" if forward is torch.nn.Embedding.forward or hasattr(module, "embed_scale") else None
+        scaled = isinstance(getattr(module, "embed_scale", None), torch.Tensor)
+        return "embedding" if forward is torch.nn.Embedding.forward or scaled else None
     return None
 
 
@@ -188,8 +189,9 @@ def _embedding(batch: _Batch, left: torch.Tensor, right: torch.Tensor) -> Callab
         if tokens.shape[0] == 1 < batch.rows:  # positions, the same in every row
             tokens, out = tokens.expand(batch.rows, -1), out.expand(batch.rows, -1, -1).clone()
         looked_up = left[member, batch.grouped(tokens[..., None])[..., 0]]  # [members, of each, r]
-        if hasattr(module, "embed_scale"):
-            looked_up = looked_up * module.embed_scale.to(looked_up.dtype)
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, torch.Tensor):
+            looked_up = looked_up * scale.to(looked_up.dtype)
         _add_product(batch.grouped(out), looked_up, right)
         return out
 

@@ -13,6 +13,7 @@ import torch
 import es_kernels
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import has_plain_memory
+from es_finetune.models.members import MemberNoise
 from es_finetune.optim import dtensor
 from es_finetune.optim.options import as_f32, check_group, check_options
 from es_finetune.optim.update import Update, checked_reward, make_update
@@ -448,14 +449,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             UserError: There is no such member, or float32 does not hold a group's sigma.
             RuntimeError: Others wrote the weights.
         """
-        if member not in self.ask():
-            raise UserError(f"member must be in 0..{self.population - 1}, not {member}")
-        sign = -1.0 if self.antithetic and member % 2 else 1.0
-        for group in self.param_groups:
-            if not math.isfinite(as_f32(group["sigma"])):
-                raise UserError(f"sigma must be a number that float32 holds, not {group['sigma']}")
-        seed = self._noise_seed(self.generation, member)
-        wanted = [Inside(seed, sign * group["sigma"], group["noise_rank"]) for group in self.param_groups]
+        wanted = self._noise_of(member)
         self._refuse_changed()
         if wanted == [weights.inside for weights in self._weights]:
             return
@@ -471,6 +465,37 @@ class EvolutionStrategy(torch.optim.Optimizer):
             self._write_live(weights, [noise.seed], [noise.coef], noise_rank=noise.noise_rank, **source)
         for weights in self._weights:
             weights.count_writes()
+
+    def noise(self, members: Sequence[int]) -> list[MemberNoise]:
+        """What these members would add to theta, for an engine that answers for all of them in one batch. No weight is
+        changed; `tell` and `apply` update from their rewards as from any.
+
+        Args:
+            members: Their numbers, 0 .. N - 1.
+
+        Returns:
+            Of each param_group, in order.
+
+        Raises:
+            UserError: There is no such member, a group's noise is of full rank, or float32 does not hold its sigma.
+        """
+        if not all(group["noise_rank"] for group in self.param_groups):
+            raise UserError("members can share a batch only if their noise is of low rank: set noise_rank to 1 or more")
+        by_group = zip(*(self._noise_of(member) for member in members), strict=True)
+        return [
+            MemberNoise(weights.live.names, [n.seed for n in noise], [n.coef for n in noise], noise[0].noise_rank)
+            for weights, noise in zip(self._weights, by_group, strict=True)
+        ]
+
+    def _noise_of(self, member: int) -> list[Inside]:
+        """What this member adds to each group."""
+        if member not in self.ask():
+            raise UserError(f"member must be in 0..{self.population - 1}, not {member}")
+        for group in self.param_groups:
+            if not math.isfinite(as_f32(group["sigma"])):
+                raise UserError(f"sigma must be a number that float32 holds, not {group['sigma']}")
+        seed, sign = self._noise_seed(self.generation, member), -1.0 if self.antithetic and member % 2 else 1.0
+        return [Inside(seed, sign * group["sigma"], group["noise_rank"]) for group in self.param_groups]
 
     @torch.no_grad()
     def restore(self) -> None:

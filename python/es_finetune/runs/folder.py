@@ -97,6 +97,8 @@ def require_resumable(config: TrainConfig, begun: TrainConfig, done: int) -> Non
             continue
         if name == "generations" and now >= done and "constant" == config.lr_schedule == config.sigma_schedule:
             continue  # only then does the number of generations decide nothing before its end
+        if name == "members_at_once" and 1 not in (was, now):
+            continue  # whether members share a batch decides which parameters are tuned; how many do decides nothing
         raise UserError(
             f"the run was begun with {name} {was!r}, not {now!r}: resume it with that, or begin another run in another "
             "folder"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from es_finetune.errors import UserError
@@ -17,6 +17,7 @@ def param_groups(
     tune: Sequence[str] = (),
     freeze: Sequence[str] = (),
     sigma_for: Sequence[tuple[str, float]] = (),
+    shared: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """The parameters that require grad as groups for EvolutionStrategy, one for each sigma.
 
@@ -29,6 +30,8 @@ def param_groups(
         tune: Patterns of the parameters to tune; all, if there are none.
         freeze: Patterns of those to leave out.
         sigma_for: (pattern, another sigma); the first that fits counts.
+        shared: Names of the parameters that members can differ in who share a batch (`models.members`), where they do:
+            others are left out. None: there is no such limit.
 
     Returns:
         Groups with `params`, `sigma` and `initial_sigma`, from which `Schedules` takes its start.
@@ -61,9 +64,17 @@ def param_groups(
         # Every pattern is tried, though the first that fits decides: one that fits nothing must be seen.
         tuning = [pattern for pattern in tune if fits(pattern)]
         freezing = [pattern for pattern in freeze if fits(pattern)]
-        sigmas = [own for pattern, own in sigma_for if fits(pattern)]
+        sigmas = [(pattern, own) for pattern, own in sigma_for if fits(pattern)]
         if (tuning or not tune) and not freezing:
-            groups.setdefault(sigmas[0] if sigmas else sigma, []).append(entry)
+            if shared is not None and name not in shared:
+                asking = [*tuning, *(pattern for pattern, _ in sigmas)]
+                if asking:
+                    raise UserError(
+                        f"the pattern {asking[0]!r} asks for {name!r}, in which members that share a batch cannot "
+                        "differ: leave it out, or give --members_at_once 1"
+                    )
+                continue
+            groups.setdefault(sigmas[0][1] if sigmas else sigma, []).append(entry)
     if unused:
         raise UserError(
             f"the pattern {sorted(unused)[0]!r} fits no parameter that requires grad; names are like {name!r}"

@@ -16,7 +16,7 @@ from es_finetune.models.checkpoint_names import has_plain_memory, named_segments
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.log import Generation, read_log
-from es_finetune.runs.setup import make_optimizer
+from es_finetune.runs.setup import make_members, make_optimizer
 from es_finetune.runs.snapshot import load_snapshot
 from es_kernels.segment import DTYPES
 
@@ -59,9 +59,9 @@ def rebuild(
         raise UserError(f"{run} has {len(generations)} generations, not {generation}")
     config = config_of(header, run)
     loaded, tokenizer, entries = _load_start(header, model or config.model, device, config)
-    optimizer = make_optimizer(entries, config)
+    optimizer = make_optimizer(entries, config, make_members(loaded, entries, config))
     check_start(header, start_of(entries, optimizer), model or config.model)
-    fast_forward(optimizer, generations[:generation], on_generation)
+    fast_forward(optimizer, generations[:generation], on_generation, in_place=config.members_at_once == 1)
     return Rebuilt(config, header, generations, loaded, tokenizer, optimizer)
 
 
@@ -145,6 +145,7 @@ def fast_forward(
     generations: Sequence[Generation],
     on_generation: Callable[[int], None] | None = None,
     snapshots: Path | None = None,
+    in_place: bool = True,
 ) -> None:
     """Repeat logged generations.
 
@@ -153,6 +154,7 @@ def fast_forward(
         generations: Of the log.
         on_generation: Called after each with the number of updates done.
         snapshots: Of an optimizer at its start: a folder from which to take the newest snapshot that fits the log.
+        in_place: Whether the members were put in place one by one, and not in one batch.
 
     Raises:
         UserError: The weights after a generation have other fingerprints than the log says.
@@ -161,7 +163,7 @@ def fast_forward(
     for generation in generations[done:]:
         for group, lr, sigma in zip(optimizer.param_groups, generation.lr, generation.sigma, strict=True):
             group["lr"], group["sigma"] = lr, sigma
-        optimizer.replay(generation.update)
+        (optimizer.replay if in_place else optimizer.apply)(generation.update)
         result = (optimizer.fingerprint("theta"), optimizer.fingerprint("live"))
         if result != (generation.theta, generation.live):
             raise UserError(

@@ -11,6 +11,8 @@ import torch
 from es_finetune.config import CUSTOM_PROMPTS, Setup, TrainConfig, optimizer_options, own_sigmas
 from es_finetune.engines.hf import HFEngine
 from es_finetune.errors import UserError
+from es_finetune.models.checkpoint_names import base_of
+from es_finetune.models.members import Members
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.groups import param_groups
 from es_finetune.runs.schedules import Schedules
@@ -75,10 +77,10 @@ def check_task(task: Task, config: TrainConfig) -> Task:
     return task
 
 
-def make_engine(config: Setup, task: Task, model: torch.nn.Module, tokenizer: Any, **sampling: Any) -> HFEngine:
+def make_engine(config: Setup, task: Task, model: torch.nn.Module, tokenizer: Any, **options: Any) -> HFEngine:
     """The engine over a loaded model, proven to generate, and from here on the config's number of threads.
 
-    `sampling`: HFEngine's temperature and seed, greedy if left out.
+    `options`: HFEngine's others: temperature and seed, greedy if left out; who shares a batch, nobody if left out.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -88,23 +90,51 @@ def make_engine(config: Setup, task: Task, model: torch.nn.Module, tokenizer: An
         config.max_new_tokens or task.max_new_tokens,
         config.batch_size,
         decoding=config.decoding,
-        **sampling,
+        **options,
     )
     engine.prove()
     return engine
 
 
-def make_optimizer(entries: Iterable[NamedTensor], config: TrainConfig) -> EvolutionStrategy:
+def make_members(model: torch.nn.Module, entries: Iterable[NamedTensor], config: TrainConfig) -> Members | None:
+    """Where members of a run of this config add their noise in one batch; None where they are put in place one by one.
+
+    Args:
+        model: What is tuned.
+        entries: Its parameters, as `checkpoint_names.named_segments` gives them.
+        config: Its `members_at_once`.
+
+    Raises:
+        UserError: There is no parameter in which members of a batch could differ.
+    """
+    if config.members_at_once == 1:
+        return None
+    members = Members(model, [entry for entry in entries if entry.tensor.requires_grad])
+    if not members.names:
+        kind = type(base_of(model)).__name__
+        raise UserError(f"{kind} has no layer to which members of one batch can add noise: give --members_at_once 1")
+    return members
+
+
+def make_optimizer(entries: Iterable[NamedTensor], config: TrainConfig, members: Members | None) -> EvolutionStrategy:
     """The optimizer of a config.
 
     Args:
         entries: All parameters, as `checkpoint_names.named_segments` gives them; those that require grad are tuned.
         config: Its options of the optimizer, and which parameters it tunes.
+        members: As `make_members` gives them: of the parameters those are tuned in which members can differ.
 
     Raises:
         UserError: The names do not fit the config's patterns (`groups.param_groups`), or the optimizer refuses.
     """
-    groups = param_groups(entries, config.sigma, tune=config.tune, freeze=config.freeze, sigma_for=own_sigmas(config))
+    groups = param_groups(
+        entries,
+        config.sigma,
+        tune=config.tune,
+        freeze=config.freeze,
+        sigma_for=own_sigmas(config),
+        shared=None if members is None else members.names,
+    )
     return EvolutionStrategy(groups, **optimizer_options(config))
 
 

@@ -30,6 +30,7 @@ class Plan:
         stop_on_reward_error: Whether a reward that fails ends the run, or counts as the lowest.
         every_member: Put each member in place, though its rewards be known: without a master each leaves its
             rounding behind, which is part of what the next one starts from.
+        at_once: Members that a worker is given, and answers for, together, at most.
     """
 
     task: Task
@@ -41,6 +42,7 @@ class Plan:
     antithetic: bool
     stop_on_reward_error: bool
     every_member: bool
+    at_once: int = 1
 
     @property
     def held_out(self) -> Sequence[Item]:
@@ -66,6 +68,10 @@ class Plan:
     def left(self, known: Container[int]) -> list[int]:
         """The members that are not known yet, in the order in which they are handed out."""
         return [member for member in range(self.population) if member not in known]
+
+    def group(self, workers: int) -> int:
+        """Members to give together to one of so many workers: not so many that another has none."""
+        return min(self.at_once, -(-self.population // workers))
 
     def update(
         self, generation: int, lines: Sequence[Row], dropped: Sequence[int] = ()

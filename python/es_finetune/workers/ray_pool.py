@@ -52,9 +52,8 @@ class Actor:
     def fast_forward(self, generations: Sequence[Row], snapshots: Path | None) -> None:
         self.worker.fast_forward(generations, snapshots)
 
-    def member(self, generation: int, member: int, with_health: bool) -> Row:
-        (line,) = self.worker.run(generation, [member], lambda line: None, with_health)
-        return line
+    def members(self, generation: int, members: Sequence[int], with_health: bool) -> list[Row]:
+        return self.worker.run(generation, members, lambda line: None, with_health)
 
     def update(self, update: Update, with_health: bool) -> dict[str, Any]:
         return self.worker.update(update, with_health)
@@ -192,19 +191,25 @@ class RayPool:
         lines = dict(known)
         self._health_actor = None
 
-        def ask(slot: Slot, member: int) -> Any:
+        left = self.plan.left(known)
+        size = self.plan.group(self.count)
+        groups = [left[start : start + size] for start in range(0, len(left), size)]
+
+        def ask(slot: Slot, group: int) -> Any:
             measures = with_health and self._health_actor is None
             if measures:
                 self._health_actor = slot.actor
-            return slot.actor.member.remote(generation, member, measures)
+            return slot.actor.members.remote(generation, groups[group], measures)
 
-        def take(member: int, line: Row) -> None:
-            keep(line)
-            lines[member] = line
+        def take(group: int, new: list[Row]) -> None:
+            for line in new:
+                keep(line)
+                lines[line["member"]] = line
 
-        dispatch = Dispatch(self.plan.left(known), self._limit, self._drop)
+        dispatch = Dispatch(range(len(groups)), self._limit, self._drop)
         self._spread(dispatch, ask, take)
-        return [lines[member] for member in sorted(lines)], sorted(dispatch.dropped)
+        dropped = [member for group in dispatch.dropped for member in groups[group]]
+        return [lines[member] for member in sorted(lines)], sorted(dropped)
 
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         """All actors that are free do it now, at the same time. One that is late with a member, or new, repeats it from

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,17 @@ from es_finetune.errors import UserError, require
 from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
 from es_finetune.models.dtypes import dtype_of
 from es_finetune.models.load import load_model, pick_device
+from es_finetune.models.members import Members
 from es_finetune.models.save import save_model
 from es_finetune.models.towers import freeze_towers
-from es_finetune.runs.setup import check_task, make_engine, make_optimizer, make_schedules, make_task
+from es_finetune.runs.setup import (
+    check_task,
+    make_engine,
+    make_members,
+    make_optimizer,
+    make_schedules,
+    make_task,
+)
 from es_finetune.tasks import Task
 from es_finetune.workers import torchrun
 from es_finetune.workers.plan import Plan
@@ -25,9 +35,12 @@ from es_finetune.workers.protocol import Workers, require_shared_master
 from es_finetune.workers.replica import Replica
 from es_finetune.workers.weights import Weights
 from es_finetune.workers.worker import Worker
+from es_kernels import NamedTensor
 
 if TYPE_CHECKING:
     from es_finetune.workers.ray_pool import RayPool
+
+logger = logging.getLogger(__name__)
 
 
 def make_workers(
@@ -88,6 +101,7 @@ def make_worker(
 def make_plan(config: TrainConfig, task: Task) -> Plan:
     """What a generation of this config asks of every worker. The task: as `check_task` has proven it."""
     assert config.prompts is not None
+    asked = config.prompts or len(task.train)
     return Plan(
         task,
         population=config.population,
@@ -97,7 +111,8 @@ def make_plan(config: TrainConfig, task: Task) -> Plan:
         shaping=config.shaping,
         antithetic=config.antithetic,
         stop_on_reward_error=config.on_reward_error == "stop",
-        every_member=config.master == "none",
+        every_member=config.master == "none" and config.members_at_once == 1,
+        at_once=config.members_at_once or max(1, config.batch_size // asked),
     )
 
 
@@ -128,14 +143,39 @@ def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None,
             "dtype": dtype_of(model),
             "in_memory": True,
         }
-    engine = make_engine(config, task, model, tokenizer)
     entries = list(named_segments(model))
-    weights = Weights(entries, make_optimizer(entries, config), make_schedules(config), bool(config.health_every))
-    parameters = sum(p.numel() for p in model.parameters())
-    backend = es_kernels.active_backend(base_of(model).device)
-    return Replica(
-        weights, engine, identity, parameters, backend, lambda folder: save_model(model, tokenizer, folder), model
+    members = make_members(model, entries, config)
+    engine = make_engine(config, task, model, tokenizer, members=members)
+    weights = Weights(
+        entries,
+        make_optimizer(entries, config, members),
+        make_schedules(config),
+        with_health=bool(config.health_every),
+        in_place=members is None,
     )
+    if members is not None:
+        _tell_what_is_left_out(entries, members)
+    return Replica(
+        weights,
+        engine,
+        identity,
+        sum(p.numel() for p in model.parameters()),
+        es_kernels.active_backend(base_of(model).device),
+        lambda folder: save_model(model, tokenizer, folder),
+        model,
+        together=None if members is None else engine,
+    )
+
+
+def _tell_what_is_left_out(entries: Iterable[NamedTensor], members: Members) -> None:
+    tunable = [entry for entry in entries if entry.tensor.requires_grad]
+    left_out = [entry for entry in tunable if entry.name not in members.names]
+    if left_out:
+        count, all_of_them = (sum(entry.tensor.numel() for entry in part) for part in (left_out, tunable))
+        logger.info(
+            f"members share a batch, so {len(left_out)} parameters are not tuned, {100 * count / all_of_them:.2g} % of "
+            f"the weights, such as {left_out[0].name}; --members_at_once 1 tunes all"
+        )
 
 
 def _for_an_actor(config: TrainConfig) -> TrainConfig:

@@ -101,6 +101,7 @@ class Ranks:
         self.backend, self.parameters = worker.backend, worker.parameters
         self._store = dist.PrefixStore(f"run{next(_runs)}", _meet())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        worker.group = self.plan.group(self.count)
 
     def start(self) -> dict[str, Any]:
         """As of one worker.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from es_finetune.models.members import MemberNoise
 from es_finetune.monitor.health import Health
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.optim.update import Update
@@ -28,6 +29,7 @@ class Weights:
         optimizer: Over those that are tuned.
         schedules: lr and sigma of each generation.
         with_health: Whether health will be measured: of the changes since now, for which it keeps samples.
+        in_place: Whether members are put in place one by one, and not answered for in one batch.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class Weights:
         optimizer: EvolutionStrategy,
         schedules: Schedules,
         with_health: bool = False,
+        in_place: bool = True,
     ):
+        self.in_place = in_place
         self.entries, self.optimizer, self.schedules = entries, optimizer, schedules
         self.health = Health(optimizer) if with_health else None
         self._kernels = 0.0
@@ -62,12 +66,19 @@ class Weights:
             self.optimizer,
             [Generation.from_json(line) for line in generations],
             snapshots=None if snapshots is None else Path(snapshots),
+            in_place=self.in_place,
         )
 
     def perturb(self, member: int) -> None:
         """Put this member of the present generation in place."""
         self.schedules.set(self.optimizer)
         self.optimizer.perturb(member)
+
+    def noise(self, members: Sequence[int]) -> list[MemberNoise]:
+        """What these members of the present generation add to theta, which stays in place. For an engine in this
+        process."""
+        self.schedules.set(self.optimizer)
+        return self.optimizer.noise(members)
 
     def restore(self) -> None:
         """Put theta in place."""

@@ -3,15 +3,17 @@ is all that a run needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from es_finetune.errors import RewardFailed
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, in_parts
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, MembersEvaluator, in_parts
 from es_finetune.monitor.rows import Row, member_line
 from es_finetune.optim.update import Update
 from es_finetune.runs.identity import task_identity
+from es_finetune.tasks import Item
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.replica import Replica
 
@@ -24,6 +26,9 @@ class Worker:
         replica: The model with the run's weights.
         plan: What a generation asks.
 
+    Attributes:
+        group: How many members to answer for together, at most.
+
     Raises:
         Unaskable: A question that the model cannot be asked, whether it would be drawn or not.
     """
@@ -32,11 +37,12 @@ class Worker:
 
     def __init__(self, replica: Replica, plan: Plan):
         self.replica, self.plan, self.task = replica, plan, plan.task
+        self.group = plan.at_once
         self.weights, self.model = replica.weights, replica.model
         self.backend, self.parameters = replica.backend, replica.parameters
         self._held_out = Evaluator(replica.engine, plan.task, plan.held_out)
         # Of all, so that one that cannot be asked is known now, and not when it is drawn
-        every = Evaluator(replica.engine, plan.task, plan.task.train)
+        every = self._evaluator(plan.task.train)
         self._training = None if plan.prompts else every
 
     def start(self) -> dict[str, Any]:
@@ -89,22 +95,23 @@ class Worker:
         with_health: bool = False,
         known: dict[int, Row] | None = None,
     ) -> list[Row]:
-        """Score these members, which are drawn one at a time. Arguments and errors as for `evaluate`.
+        """Score these members, which are drawn as they are needed. Arguments and errors as for `evaluate`.
 
         Returns:
             Their lines, in the order of `members`.
         """
-        training = self._training or Evaluator(self.replica.engine, self.task, self.plan.training(generation))
         lines = []
         try:
             if with_health:
                 self.weights.perturb(0)
                 self.weights.measure_member()
-            for member in members:
-                self.weights.perturb(member)
-                line = (known or {}).get(member)
-                if line is None:
-                    line = member_line(generation, member, training())
+                if self.replica.together:
+                    self.weights.restore()
+            for member, evaluation in self._answered(generation, members, known or {}):
+                if evaluation is None:
+                    line = (known or {})[member]
+                else:
+                    line = member_line(generation, member, evaluation)
                     if self.plan.stop_on_reward_error and None in line["rewards"]:
                         raise RewardFailed(f"generation {generation + 1}, member {member}: {line['error']}")
                     keep(line)
@@ -112,6 +119,26 @@ class Worker:
         finally:
             self.weights.restore()
         return lines
+
+    def _answered(
+        self, generation: int, members: Iterable[int], known: Container[int]
+    ) -> Iterator[tuple[int, Evaluation | None]]:
+        """Members and what their answers are worth; None for a known one, which is only put in place."""
+        training = self._training or self._evaluator(self.plan.training(generation))
+        if isinstance(training, MembersEvaluator):
+            drawn = iter(members)
+            while group := list(itertools.islice(drawn, self.group)):
+                yield from zip(group, training(self.weights.noise(group)), strict=True)
+        else:
+            for member in members:
+                self.weights.perturb(member)
+                yield member, None if member in known else training()
+
+    def _evaluator(self, items: Sequence[Item]) -> Evaluator | MembersEvaluator:
+        together = self.replica.together
+        if together is not None:
+            return MembersEvaluator(together, self.task, items, self.plan.at_once)
+        return Evaluator(self.replica.engine, self.task, items)
 
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         """Do the update; what Weights.apply returns."""

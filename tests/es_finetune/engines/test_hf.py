@@ -10,6 +10,8 @@
   asked is refused before any work.
 - A model that cannot generate, or not by the decoding asked for, is refused before any work, in one line; no error and
   a wrong answer is worse.
+- Members in one batch get the answers that each would get with its noise in the weights, sampled ones too, whatever
+  shares the batch; theta stays as it is.
 - log_probs are those of the model at temperature 1, whatever the batches.
 """
 
@@ -32,12 +34,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import es_kernels
 from es_finetune import EvolutionStrategy
 from es_finetune.engines import DECODINGS, Answer, hf
 from es_finetune.engines.hf import HFEngine
 from es_finetune.engines.prompts import tokenize
 from es_finetune.errors import RunError
+from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import EMBEDDED_MODEL
+from es_finetune.models.members import Members
 from es_finetune.tasks import load_task
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -262,6 +267,55 @@ def test_samples_come_from_a_large_vocabulary_too(tokenizer):
     engine = HFEngine(model, tokenizer, 1, 4000, temperature=1.0)
     sampled = {answer.ids for answer in engine.generate(engine.encode(PROMPTS[:1] * 4000))}
     assert len(sampled) > 190
+
+
+# --- members in one batch ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def members_engine(model, tokenizer):
+    """members_engine(batch_size, **options) -> (engine, optimizer with 6 members) over one model."""
+
+    def make(batch_size, **options):
+        entries = list(named_segments(model))
+        members = Members(model, entries)
+        engine = HFEngine(model, tokenizer, 12, batch_size, members=members, **options)
+        tuned = [entry for entry in entries if entry.name in members.names]
+        return engine, EvolutionStrategy(tuned, sigma=0.02, population=6, noise_rank=2, antithetic=True)
+
+    return make
+
+
+@pytest.mark.parametrize("options", ({}, {"decoding": "static"}, {"temperature": 1.0, "seed": 5}), ids=str)
+def test_members_in_one_batch_answer_as_one_by_one(members_engine, options):
+    """In float32 99 % of the tokens: a batch rounds otherwise than weights in memory."""
+    engine, optimizer = members_engine(40, **options)
+    prompts = PROMPTS[:10]
+    theta = es_kernels.fingerprint(optimizer.tables[0].live)
+    encoded = engine.encode(prompts, 4)
+    together = engine.generate_members(encoded, optimizer.noise(range(4)))
+    together += engine.generate_members(encoded, optimizer.noise([4, 5]))
+    assert es_kernels.fingerprint(optimizer.tables[0].live) == theta
+    plain = engine.generate(encoded)
+    alone = optimizer.evaluate(lambda member: engine.generate(encoded))
+    assert [len(answers) for answers in together] == [len(prompts)] * 6
+    pairs = [(a, b) for ours, theirs in zip(together, alone, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    same = sum(x == y for a, b in pairs for x, y in zip(a.ids, b.ids, strict=False))
+    assert same >= 0.99 * sum(max(len(a.ids), len(b.ids)) for a, b in pairs)
+    assert len({tuple(answers) for answers in (plain, *together)}) == 7
+
+
+def test_members_without_noise_share_the_random_numbers(members_engine):
+    engine, optimizer = members_engine(40, temperature=2.0, seed=3)
+    encoded = engine.encode(PROMPTS[:10], 4)
+    noise = [group._replace(coefs=[0.0] * 4) for group in optimizer.noise(range(4))]
+    assert engine.generate_members(encoded, noise) == [engine.generate(encoded)] * 4
+
+
+def test_batches_hold_fewer_prompts_where_members_share_them(members_engine):
+    engine, _ = members_engine(12)
+    assert [len(rows) for rows, _ in engine.encode(PROMPTS[:8], 4)] == [3, 3, 2]
+    assert [len(rows) for rows, _ in engine.encode(PROMPTS[:8], 100)] == [1] * 8
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class Extension:
             options = TrainConfig(**config)
             self.es_weights = _Sharded(
                 entries,
-                make_optimizer(entries, options),
+                make_optimizer(entries, options, None),
                 make_schedules(options),
                 bool(options.health_every),
                 counted=[part.counted for part in self.es_parts],

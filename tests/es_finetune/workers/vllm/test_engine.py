@@ -64,7 +64,7 @@ def test_what_crosses_to_vllm_is_json_and_comes_to_the_same_weights(wire, build_
     config = TrainConfig(**options, noise_rank=2)
     there, here = build_model("llama"), build_model("llama")
     entries = list(named_segments(here))
-    weights = Weights(entries, make_optimizer(entries, config), make_schedules(config), with_health=True)
+    weights = Weights(entries, make_optimizer(entries, config, None), make_schedules(config), with_health=True)
     worker = extension.Extension()
     worker.rank, worker.get_model = 0, lambda: there
     llm = LLM(worker)
@@ -106,7 +106,7 @@ def test_fingerprints_of_what_each_process_counts_add_up_to_the_models(wire, wei
 
     def start(*counted):
         entries = [NamedTensor(name, tensor) for name, tensor in weights(torch.bfloat16)]
-        optimizer = make_optimizer(entries, config)
+        optimizer = make_optimizer(entries, config, None)
         return extension._Sharded(entries, optimizer, make_schedules(config), counted=list(counted)).start()
 
     whole, one, other = start(True, True, True, True), start(True, False, False, True), start(False, True, True, False)
