@@ -11,7 +11,7 @@ from es_finetune.errors import UserError
 # What decides the log of a run: with any of these changed, it would be another run.
 DECIDED = """task max_new_tokens dtype lora_rank pad_token generations population sigma lr sigma_schedule lr_schedule
 final_scale shaping antithetic noise_rank momentum momentum_window weight_decay anchored master perturb_rounding
-update_rounding tune freeze sigma_for prompts seed""".split()
+update_rounding tune freeze sigma_for prompts seed members_at_once""".split()
 
 
 def test_an_option_is_resumable_or_decides_the_log():
@@ -45,3 +45,21 @@ def test_every_choice_can_be_made(option):
     for choice in option.metadata["choices"]:
         config = TrainConfig(**{option.name: [choice] if option.name == "report_to" else choice})
         assert getattr(config, option.name) in (choice, [choice])
+
+
+def test_members_share_a_batch_where_they_can():
+    def chosen(**options):
+        return TrainConfig(task="countdown-char", **options).members_at_once
+
+    assert chosen() == chosen(noise_rank=1, engine="vllm") == chosen(noise_rank=1, decoding="continuous") == 1
+    assert chosen(noise_rank=1) == 0 and chosen(noise_rank=64, members_at_once=7) == 7
+    assert chosen(noise_rank=1, members_at_once=1) == 1
+    for options, words in (
+        ({}, "1 with noise_rank 0, not 4"),
+        ({"noise_rank": 1, "engine": "vllm"}, "1 with engine vllm, not 4"),
+        ({"noise_rank": 1, "decoding": "continuous"}, "1 with decoding continuous, not 4"),
+    ):
+        with pytest.raises(UserError, match=f"members_at_once must be {words}"):
+            chosen(members_at_once=4, **options)
+    with pytest.raises(UserError, match="at least 0, not -1"):
+        chosen(noise_rank=1, members_at_once=-1)

@@ -89,6 +89,7 @@ CONFIGS = [
         "sigma_schedule": "cosine",
     },
     {"shaping": "per_prompt", "lr_schedule": "linear", "sigma_for": ["*norm*=0.02"]},
+    {"noise_rank": 1, "members_at_once": 3, "master": "none", "antithetic": True},
 ]
 
 

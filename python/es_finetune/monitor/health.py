@@ -55,6 +55,8 @@ class _Chunk(NamedTuple):
         *row, first = np.unravel_index(part.first, tensor.shape)
         return tensor[tuple(row)][first : first + part.cols]
 
+_NOT_MEASURED: dict[str, Any] = {"correlation": {}, "correlation_min": None, "rms_ratio_min": None}
+
 
 class Health:
     """Looks at an optimizer's weights, in this order: `measure_member` while a member is in place,
@@ -85,7 +87,7 @@ class Health:
         self._scratch, self._tables = self._buffer()
         self._theta0 = self._read("theta")
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._noise: dict[str, Any] = {}
+        self._noise = _NOT_MEASURED
 
     # --- three measurements -------------------------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class Health:
         n, sx, sy, xx, yy, xy = self._by_name(self._sums(live, self._scratch))
         large = n >= _LEAST
         if not large.any():
-            self._noise = {"correlation": {}, "correlation_min": None, "rms_ratio_min": None}
+            self._noise = _NOT_MEASURED
             return self._noise
         correlation = _correlation(n, sx, sy, xx, yy, xy)
         ratio = np.sqrt(xx / yy)
@@ -177,7 +179,7 @@ class Health:
             "drift": math.sqrt(moved[3] / n),
             "drift_relative": math.sqrt(moved[3] / moved[4]) if moved[4] else None,
         }
-        self._noise = {}
+        self._noise = _NOT_MEASURED
         return result
 
     # --- the sample ---------------------------------------------------------------------------------------------------

@@ -102,11 +102,9 @@ class Worker:
         """
         lines = []
         try:
-            if with_health:
+            if with_health and not self.replica.together:  # whose noise is never rounded to the weights' dtype
                 self.weights.perturb(0)
                 self.weights.measure_member()
-                if self.replica.together:
-                    self.weights.restore()
             for member, evaluation in self._answered(generation, members, known or {}):
                 if evaluation is None:
                     line = (known or {})[member]

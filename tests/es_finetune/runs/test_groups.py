@@ -35,6 +35,8 @@ def entries():
         ({"freeze": ["[ud]*"]}, {0.1: ["embed", "norm"]}),
         # "norm" and "embed" are never the first to fit, and used all the same
         ({"tune": ["*", "norm"], "freeze": ["e*", "embed"]}, {0.1: ["norm"]}),
+        ({"shared": {"embed", "other"}}, {0.1: ["embed"]}),
+        ({"shared": {"embed"}, "tune": ["e*"], "freeze": ["experts"]}, {0.1: ["embed"]}),
     ],
     ids=str,
 )
@@ -47,6 +49,12 @@ def test_patterns_make_groups(entries, options, expected):
 @pytest.mark.parametrize(
     "options, words",
     [
+        (
+            {"shared": {"embed"}, "tune": ["embed", "n*"]},
+            "'n\\*' asks for 'norm', in which members that share a batch .* --members_at_once 1",
+        ),
+        ({"shared": {"embed"}, "sigma_for": [("norm", 0.5)]}, "'norm' asks for 'norm'"),
+        ({"shared": set()}, "leave no parameter to tune"),
         ({"freeze": ["nothing*"]}, "'nothing\\*' fits no parameter that requires grad; names are like 'experts'"),
         ({"tune": ["embed", "nor"]}, "'nor' fits no parameter"),
         ({"tune": ["tower"]}, "'tower' fits no parameter that requires grad"),
