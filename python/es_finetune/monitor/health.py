@@ -55,6 +55,7 @@ class _Chunk(NamedTuple):
         *row, first = np.unravel_index(part.first, tensor.shape)
         return tensor[tuple(row)][first : first + part.cols]
 
+
 _NOT_MEASURED: dict[str, Any] = {"correlation": {}, "correlation_min": None, "rms_ratio_min": None}
 
 

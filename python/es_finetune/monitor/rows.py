@@ -22,7 +22,8 @@ class Health(TypedDict):
         "by tensor [correlation, rms realised / rms intended] of the noise, where the correlation is under 0.9",
     ]
     correlation_min: Annotated[
-        list[Any] | None, "[tensor, correlation] of realised and intended noise, where lowest; null for tiny tensors and "
+        list[Any] | None,
+        "[tensor, correlation] of realised and intended noise, where lowest; null for tiny tensors and "
         "for members in one batch, whose noise no dtype of weights rounds",
     ]
     rms_ratio_min: Annotated[list[Any] | None, "[tensor, rms realised / rms intended] of the noise, where smallest"]
