@@ -376,9 +376,8 @@ def ended(arguments):
 SETUP = """attn_implementation batch_size config data debug decoding device dtype lora_rank max_new_tokens model
 pad_token quiet reward task test_data threads time_limit"""
 TRAIN = """anchored antithetic engine eval_every eval_items final_scale freeze generations health_every lr lr_schedule
-master momentum momentum_window no_save_model noise_rank on_reward_error on_straggler output overwrite perturb_rounding
-population prompts
-ray_workers report_to resume save_model seed shaping sigma sigma_for sigma_schedule snapshot_every straggler_limit
+master members_at_once momentum momentum_window no_save_model noise_rank on_reward_error on_straggler output overwrite
+perturb_rounding population prompts ray_workers report_to resume save_model seed shaping sigma sigma_for sigma_schedule snapshot_every straggler_limit
 tensor_parallel tune update_rounding weight_decay workers"""
 FLAGS = {
     "train": f"{SETUP} {TRAIN}",

@@ -4,9 +4,10 @@ knows of one."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from es_finetune.models.members import MemberNoise
+if TYPE_CHECKING:  # a check of options imports this module, and no torch
+    from es_finetune.models.members import MemberNoise
 
 DECODINGS = ("dynamic", "static", "continuous")  # of hf.HFEngine; here, for a check of options loads no engine
 
