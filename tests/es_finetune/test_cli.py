@@ -377,8 +377,8 @@ SETUP = """attn_implementation batch_size config data debug decoding device dtyp
 pad_token quiet reward task test_data threads time_limit"""
 TRAIN = """anchored antithetic engine eval_every eval_items final_scale freeze generations health_every lr lr_schedule
 master members_at_once momentum momentum_window no_save_model noise_rank on_reward_error on_straggler output overwrite
-perturb_rounding population prompts ray_workers report_to resume save_model seed shaping sigma sigma_for sigma_schedule snapshot_every straggler_limit
-tensor_parallel tune update_rounding weight_decay workers"""
+perturb_rounding population prompts ray_workers report_to resume save_model seed shaping sigma sigma_for
+sigma_schedule snapshot_every straggler_limit tensor_parallel tune update_rounding weight_decay workers"""
 FLAGS = {
     "train": f"{SETUP} {TRAIN}",
     "eval": SETUP.replace("config ", "") + " generation items kl kl_model output run samples seed split",
