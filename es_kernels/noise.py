@@ -23,7 +23,7 @@ VERSION = 1
 # Domains: what a Philox call is for. They occupy the three bits above the 61 bits of the block number.
 DOMAIN_NOISE, DOMAIN_SEED, DOMAIN_FINGERPRINT, DOMAIN_LEFT, DOMAIN_ROUNDING, DOMAIN_RIGHT = range(6)
 # Purposes of a member's seed words.
-MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING = 0, 1, 2, 3
+MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING, SAMPLING = range(5)
 
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -91,7 +91,8 @@ def member_seed(run_seed: int, generation: int, member: int, purpose: int = MEMB
         run_seed: 64 bits, signed or unsigned.
         generation: Number of the generation, u32.
         member: Number of the member, u32.
-        purpose: What the seed is for: MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE or UPDATE_ROUNDING.
+        purpose: What the seed is for: MEMBER_NOISE, MEMBER_ROUNDING, PROMPT_CHOICE, UPDATE_ROUNDING or
+            SAMPLING.
 
     Returns:
         A u64.

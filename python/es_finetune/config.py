@@ -41,6 +41,7 @@ CUSTOM_PROMPTS = 128
 
 NOISE_RANK = "rank of the noise of each matrix, 1 to 64; 0: full noise"
 SCHEDULES = ("constant", "linear", "cosine")
+OBJECTIVES = ("mean", "best")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -96,8 +97,13 @@ class TaskConfig:
     )
     reward: str | None = _flag(
         "task",
-        "your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own",
+        "your reward, FILE.py:FUNCTION or MODULE:FUNCTION, called as reward(completion, item) in a process of its own; "
+        "logprob: the log-probability of the item's answer, minus that of its rejected one, if it has one; nothing is "
+        "generated in training",
         resumable=True,
+    )
+    logprob_per_token: bool = _flag(
+        "task", "with reward logprob the mean over an answer's tokens instead of their sum", False
     )
     time_limit: float = _flag(
         "task",
@@ -223,6 +229,15 @@ class TrainConfig(Setup):
         f"{DEMO['prompts']} with the embedded model, {CUSTOM_PROMPTS} with a custom task (all, if it has fewer), else "
         f"{PAPER['prompts']}",
     )
+    temperature: float = _flag(
+        "task",
+        "of training answers, with the same random numbers for all members; 0: greedy, as held-out answers are",
+        0.0,
+    )
+    samples: int = _flag("task", "training answers to each prompt, with a temperature above 0", 1)
+    objective: str = _flag(
+        "task", "the reward of a prompt: of its samples the mean, or the best", "mean", choices=OBJECTIVES
+    )
     seed: int = _flag("noise and update", "of the whole run", 0)
     eval_every: int = _preset(
         "evaluation",
@@ -299,6 +314,8 @@ class TrainConfig(Setup):
         at_most(self, generations=COUNT)
         at_least(
             self,
+            temperature=0,
+            samples=1,
             tensor_parallel=1,
             ray_workers=0,
             straggler_limit=0,
@@ -321,6 +338,14 @@ class TrainConfig(Setup):
         for what, only_one in alone.items():
             if only_one and self.members_at_once != 1:
                 raise UserError(f"members_at_once must be 1 with {what}, not {self.members_at_once}")
+        if self.samples > 1 and not self.temperature:
+            raise UserError(f"{self.samples} greedy samples are all the same: give a temperature above 0, or samples 1")
+        if self.objective == "best" and self.samples == 1:
+            raise UserError("objective best is of several samples: give samples above 1, or leave it out")
+        if self.temperature and self.decoding == "continuous":
+            raise UserError(
+                "with decoding continuous members would not share their random numbers: use another decoding"
+            )
         if self.engine == "hf" and self.tensor_parallel > 1:
             raise UserError("tensor_parallel goes with --engine vllm")
         if not 0 < self.final_scale <= 1:

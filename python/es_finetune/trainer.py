@@ -402,7 +402,8 @@ class Trainer:
                 "--prompts 0 takes all"
             )
         logger.info(
-            f"{config.population * prompts:,} answers a generation: {config.population} members x {prompts:,} prompts"
+            f"{config.population * prompts * config.samples:,} answers a generation: {config.population} members x "
+            f"{prompts:,} prompts" + (f" x {config.samples} samples" if config.samples > 1 else "")
         )
         self._first = self.generation  # here
         while self.generation < config.generations and not self._stopped:

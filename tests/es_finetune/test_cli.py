@@ -61,6 +61,8 @@ def train(output, *flags):
         (["--freeze", "*nothing*"], "'*nothing*' fits no parameter"),
         (["--freeze", "*"], "leave no parameter"),
         (["--noise_rank", "65"], "noise_rank must be at most 64"),
+        (["--samples", "2"], "2 greedy samples are all the same"),
+        (["--logprob_per_token"], "logprob_per_token goes with reward logprob"),
         (["--sigma_for", "*norm*"], "PATTERN=SIGMA"),
         (["--sigma_for", "*norm*=0"], "PATTERN=SIGMA"),
         (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
@@ -373,12 +375,13 @@ def ended(arguments):
     return raised.value.code
 
 
-SETUP = """attn_implementation batch_size config data debug decoding device dtype lora_rank max_new_tokens model
-pad_token quiet reward task test_data threads time_limit"""
+SETUP = """attn_implementation batch_size config data debug decoding device dtype logprob_per_token lora_rank
+max_new_tokens model pad_token quiet reward task test_data threads time_limit"""
 TRAIN = """anchored antithetic engine eval_every eval_items final_scale freeze generations health_every lr lr_schedule
-master members_at_once momentum momentum_window no_save_model noise_rank on_reward_error on_straggler output overwrite
-perturb_rounding population prompts ray_workers report_to resume save_model seed shaping sigma sigma_for
-sigma_schedule snapshot_every straggler_limit tensor_parallel tune update_rounding weight_decay workers"""
+master members_at_once momentum momentum_window no_save_model noise_rank objective on_reward_error on_straggler output
+overwrite perturb_rounding population prompts ray_workers report_to resume samples save_model seed shaping sigma
+sigma_for sigma_schedule snapshot_every straggler_limit temperature tensor_parallel tune update_rounding weight_decay
+workers"""
 FLAGS = {
     "train": f"{SETUP} {TRAIN}",
     "eval": SETUP.replace("config ", "") + " generation items kl kl_model output run samples seed split",
@@ -620,7 +623,7 @@ def test_how_to_go_on_names_what_was_changed(tmp_path, capsys, monkeypatch):
 def test_what_nobody_foresaw_also_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     from es_finetune.engines.hf import HFEngine
 
-    def out_of_memory(self, encoded):
+    def out_of_memory(self, encoded, sampling):
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(HFEngine, "generate", out_of_memory)

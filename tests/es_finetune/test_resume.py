@@ -28,6 +28,7 @@ from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.folder import ASIDE
 from es_finetune.runs.log import SealedLines, read_log
+from es_finetune.runs.replay import rebuild
 from es_finetune.tasks.countdown_char import CountdownChar
 from es_finetune.workers.worker import Worker
 
@@ -90,6 +91,7 @@ CONFIGS = [
     },
     {"shaping": "per_prompt", "lr_schedule": "linear", "sigma_for": ["*norm*=0.02"]},
     {"noise_rank": 1, "members_at_once": 3, "master": "none", "antithetic": True},
+    {"prompts": 12, "temperature": 0.7, "samples": 2, "objective": "best"},
 ]
 
 
@@ -174,6 +176,38 @@ def test_scores_in_the_journal_are_used_and_not_computed_again(interrupted):
     journal.close()
     run(interrupted, resume=True)
     assert read_rows(interrupted / "metrics.jsonl")[2]["reward_max"] == 6.0
+
+
+def test_a_run_on_log_probabilities_goes_on_too(tmp_path, monkeypatch):
+    data = [{"prompt": f"^{a},{b}:", "answer": f"{a}+{b}"} for a in range(9) for b in range(4)]
+
+    def trainer(folder, **options):
+        config = {"model": "embedded", "task": "custom", "max_new_tokens": 6, **OPTIONS, "generations": 3, **options}
+        config = TrainConfig(output=str(folder), **config)
+        return Trainer(config, data=data, reward="logprob")
+
+    whole = trainer(tmp_path / "whole").train()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 1, 2)
+        trainer(tmp_path / "run").train()
+    kept = [json.loads(line)["rewards"] for line in (tmp_path / "run" / "journal").read_text().splitlines()]
+    assert [len(rewards) for rewards in kept] == [24] * 3 and len(set(map(str, kept))) == 3
+    for options, words in (
+        ({"logprob_per_token": True}, "logprob_per_token"),
+        ({"reward": right}, "the reward .* is not the one that the run .* began with"),
+        ({"data": [row | {"answer": "7"} for row in data]}, "what the train items .* give the reward"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer.resume(tmp_path / "run", **{"data": data, **options})
+    again = Trainer.resume(tmp_path / "run", data=data).train()
+    assert (again["fingerprint"], again["final"]) == (whole["fingerprint"], whole["final"])
+    assert read_log(tmp_path / "run" / "run.log") == read_log(tmp_path / "whole" / "run.log")
+    rebuilt = rebuild(tmp_path / "run")
+    assert f"{rebuilt.optimizer.fingerprint('theta'):016x}" == whole["fingerprint"]
+
+
+def right(completion, item):
+    return float(completion == item["answer"])
 
 
 def test_a_snapshot_changes_no_bit_and_a_damaged_one_is_refused(tmp_path):

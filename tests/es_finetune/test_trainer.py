@@ -3,6 +3,8 @@
 A run leaves what README promises, and a model that transformers loads, whose weights have the fingerprint of the log;
 one seed gives one fingerprint. Every option changes what it should. Any model of transformers with noise-capable
 weights is tuned: tied embeddings, fused experts, adapters. A reward that raises or hangs costs its answer, not the run.
+Sampled answers have the same random numbers for all members, in one batch and one by one. Trained on log-probabilities,
+a model gives held-out answers larger ones.
 """
 
 import json
@@ -19,6 +21,7 @@ import es_kernels
 from es_finetune import TrainConfig, Trainer, evaluate
 from es_finetune.config import recorded_options
 from es_finetune.errors import RewardFailed, UserError
+from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, MemberLine, Summary
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import read_journals, read_log
@@ -251,6 +254,7 @@ CHANGES = [
     ({"freeze": ["*embed*"]}, "rewards z 1 2"),
     ({"tune": ["*layers.0*"]}, "rewards z 1 2"),
     ({"prompts": 8}, "rewards z 1 2"),
+    ({"temperature": 0.5}, "rewards z 1 2"),
     ({"master": "host"}, ""),
     ({"master": "copy"}, ""),  # of f32 weights
     ({"seed": 1}, "rewards z 1 2"),
@@ -438,6 +442,149 @@ def test_a_held_out_answer_that_fails_counts_as_the_floor(tmp_path):
     train(tmp_path / "run", Half(), model="embedded", prompts=0)
     row = read_rows(tmp_path / "run" / "evals.jsonl")[0]
     assert row["reward"] == -4.0 == summary(tmp_path / "run")["base"] and row["low"] < -4 < row["high"]
+
+
+# --- samples, and answers that are read -------------------------------------------------------------------------------
+
+
+def rewards_of_last(folder):
+    return [line["rewards"] for line in sorted(read_journals(folder), key=lambda line: line["member"])]
+
+
+def test_members_share_random_numbers_in_one_batch_and_one_by_one(tmp_path):
+    """A generation draws its own. Rewards are equal but for greedy ties that rounding breaks otherwise."""
+    options = {"model": "embedded", "prompts": 0, "temperature": 2.0, "samples": 3, "noise_rank": 1, "sigma": 5e-3}
+    options |= {"freeze": ["*norm*"], "generations": 1, "batch_size": 20}
+    for name, more in (("together", {}), ("one", {"members_at_once": 1}), ("seed", {"seed": 1})):
+        train(tmp_path / name, Letters(), **options, **more)
+    together, one, seed = (rewards_of_last(tmp_path / name) for name in ("together", "one", "seed"))
+    assert [len(rewards) for rewards in together] == [16] * 4  # one for each prompt
+    pairs = [pair for ours, theirs in zip(together, one, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert sum(ours == theirs for ours, theirs in pairs) > 0.9 * len(pairs)
+    # Noise this small changes few tokens, other random numbers most
+    members = [pair for rewards in together[1:] for pair in zip(together[0], rewards, strict=True)]
+    others = [pair for ours, theirs in zip(together, seed, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert sum(a == b for a, b in members) > 0.7 * len(members)
+    assert sum(a == b for a, b in others) < 0.2 * len(others)
+
+
+def test_a_prompt_is_worth_the_mean_of_its_samples_or_the_best_and_held_out_answers_are_greedy(tmp_path):
+    drawn = {}
+
+    class Watched(Letters):
+        def score(self, item, completion):
+            score = super().score(item, completion)
+            drawn.setdefault(item.key, []).append(score.reward)
+            return score
+
+    options = {"model": "embedded", "prompts": 0, "generations": 1, "population": 2}
+    train(tmp_path / "greedy", Letters(), **options)
+    for objective, worth in (("mean", lambda rewards: sum(rewards) / 4), ("best", max)):
+        drawn.clear()
+        more = {"temperature": 2.0, "samples": 4, "objective": objective}
+        trainer = train(tmp_path / objective, Watched(), **options, **more)
+        lines = rewards_of_last(tmp_path / objective)
+        for place, item in enumerate(Letters.train):
+            expected = [worth(drawn[item.key][4 * member : 4 * member + 4]) for member in range(2)]
+            assert [line[place] for line in lines] == pytest.approx(expected)
+        assert max(len(set(rewards[:4])) for rewards in drawn.values()) > 2
+        assert all(line["tokens"] > 4 * 16 for line in read_journals(tmp_path / objective))
+        greedy, row = (read_rows(tmp_path / name / "evals.jsonl")[0] for name in ("greedy", objective))
+        assert row["reward"] == greedy["reward"]
+        logged = read_log(tmp_path / objective / "run.log")[0]["config"]
+        assert {name: logged[name] for name in more} == more and trainer.rows[0]["reward_mean"] == pytest.approx(
+            sum(map(sum, lines)) / 32
+        )
+
+
+def test_a_failed_sample_stops_a_run_that_is_asked_to_stop(tmp_path):
+    class Sometimes(Letters):
+        def score(self, item, completion):
+            return Score(None, error="odd") if item.key == (1, 5) and len(completion) > 3 else Score(1.0)
+
+    options = {"model": "embedded", "prompts": 0, "temperature": 2.0, "samples": 8}
+    train(tmp_path / "floor", Sometimes(), **options)
+    row = read_rows(tmp_path / "floor" / "metrics.jsonl")[0]
+    assert 0 < row["failed"] < 8 * 4 and row["reward_min"] == 1.0
+    with pytest.raises(RewardFailed, match="generation 1, member 0: prompt 0: odd"):
+        train(tmp_path / "stop", Sometimes(), on_reward_error="stop", **options)
+
+
+READ = [{"prompt": f"^{a},{b}:", "answer": f"{a}*{b}", "rejected": f"{a}-{b}"} for a in range(9) for b in range(4)]
+
+
+def on_log_probs(folder, data=READ, **options):
+    options = {"model": "embedded", "prompts": 0, "generations": 6, "population": 8, "max_new_tokens": 6, **options}
+    config = TrainConfig(output=str(folder), task="custom", report_to=["none"], **options)
+    trainer = Trainer(config, data=data, reward="logprob")
+    trainer.train()
+    return trainer
+
+
+def held_out_log_p(trainer, model, field="answer"):
+    """The mean of the sums over an answer and its end, by one forward pass over each text."""
+    sums = []
+    for item in trainer.task.test:
+        ids = tokens(item.prompt + item.data[field]) + [2]
+        log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+        sums.append(sum(log_p[place - 1, ids[place]].item() for place in range(len(tokens(item.prompt)), len(ids))))
+    return sum(sums) / len(sums)
+
+
+def tokens(text):
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("rejected", [False, True])
+@pytest.mark.parametrize("options", [{}, {"noise_rank": 1}], ids=("one by one", "one batch"))
+def test_log_probabilities_of_held_out_answers_rise(tmp_path, options, rejected):
+    """In a few generations, and without a token generated in training."""
+    data = READ if rejected else [{name: row[name] for name in ("prompt", "answer")} for row in READ]
+    trainer = on_log_probs(tmp_path / "run", data, **options)
+    rows, evals = trainer.rows, read_rows(tmp_path / "run" / "evals.jsonl")
+    assert rows[-1]["reward_mean"] > rows[0]["reward_mean"] + 1 and all(row["tokens"] == 0 for row in rows)
+    assert evals[-1]["reward"] > evals[0]["reward"] + 1
+    assert all(row["identical"] == 0 for row in rows)
+    for row, name in ((evals[0], EMBEDDED_MODEL), (evals[-1], tmp_path / "run" / "model")):
+        model = AutoModelForCausalLM.from_pretrained(name)
+        with torch.no_grad():
+            expected = held_out_log_p(trainer, model)
+            expected -= held_out_log_p(trainer, model, "rejected") if rejected else 0
+        assert row["reward"] == pytest.approx(expected, abs=1e-4)
+    assert summary(tmp_path / "run")["metric"] == "exact" and 0 <= evals[-1]["exact"] <= 1
+    for split in ("base", "tuned"):
+        for row in read_rows(tmp_path / "run" / "answers" / f"{split}.jsonl"):
+            assert row["exact"] == (row["completion"].strip() == dict(by_prompt(data))[row["prompt"]])
+    result = evaluate(run=tmp_path / "run", data=data)
+    assert (result["metric"], result["value"]) == ("exact", evals[-1]["exact"])
+    assert result["reward"] == pytest.approx(evals[-1]["reward"], abs=1e-4)
+
+
+def by_prompt(data):
+    return [(row["prompt"], row["answer"]) for row in data]
+
+
+def test_members_are_worth_the_same_log_probabilities_in_one_batch_and_one_by_one(tmp_path):
+    options = {"noise_rank": 1, "freeze": ["*norm*"], "generations": 1, "population": 6, "batch_size": 100}
+    for name, more in (("together", {"members_at_once": 4}), ("one", {"members_at_once": 1})):
+        on_log_probs(tmp_path / name, **options, **more)
+    together, one = (rewards_of_last(tmp_path / name) for name in ("together", "one"))
+    assert [len(rewards) for rewards in together] == [29] * 6
+    np.testing.assert_allclose(together, one, rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_read_is_refused_before_the_run(tmp_path):
+    file, output = tmp_path / "data.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*READ[:9], {"prompt": "^1:", "answer": "7" * 80}]))
+    with pytest.raises(UserError, match="data.jsonl, line 10: the answer has 81 tokens, too many after 3 of"):
+        on_log_probs(output, str(file))
+    for options, words in (
+        ({"temperature": 1.0}, "temperature is for written answers, and reward logprob reads given ones"),
+        ({"temperature": 1.0, "samples": 2}, "temperature is for written answers"),
+    ):
+        with pytest.raises(UserError, match=words):
+            on_log_probs(output, **options)
+    assert not output.exists()
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------

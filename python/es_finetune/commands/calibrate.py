@@ -14,7 +14,7 @@ from typing import Any
 from es_finetune.commands import takes_options_of
 from es_finetune.config import CalibrateConfig, model_options
 from es_finetune.errors import UserError
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, rewards_of
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, LogProbEvaluator, rewards_of
 from es_finetune.evaluation.statistics import share_identical
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import load_model, pick_device
@@ -22,7 +22,7 @@ from es_finetune.monitor.advice import is_norm
 from es_finetune.monitor.health import Health
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.setup import given_task, make_engine, make_task
-from es_finetune.tasks import Data, Reward
+from es_finetune.tasks import Data, Reward, reads
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,9 @@ def calibrate(
     if count > len(items):
         raise UserError(f"prompts must be at most {len(items)}, the training prompts of {config.task}, not {count}")
     model, tokenizer, _ = load_model(config.model, device=pick_device(config.device), **model_options(config))
-    evaluator = Evaluator(
-        make_engine(config, task, model, tokenizer), task, random.Random(config.seed).sample(items, count)
-    )
+    asked = random.Random(config.seed).sample(items, count)
+    kind = LogProbEvaluator if reads(task) else Evaluator
+    evaluator = kind(make_engine(config, task, model, tokenizer), task, asked)
     # theta is never updated, so a copy in storage precision is exact.
     optimizer = EvolutionStrategy(
         named_segments(model),

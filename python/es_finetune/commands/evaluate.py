@@ -10,6 +10,7 @@ from typing import Any
 from es_finetune.commands import takes_options_of
 from es_finetune.commands.replay import rebuild_run
 from es_finetune.config import EvalConfig, model_options
+from es_finetune.engines import Sampling
 from es_finetune.errors import UserError
 from es_finetune.evaluation.evaluator import measure, rewards_of
 from es_finetune.evaluation.statistics import kl_to_base
@@ -25,7 +26,7 @@ def _options_of_run(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("run") is None:
         return options
     logged = read_log(Path(options["run"]) / "run.log")[0]["config"]
-    names = EvalConfig.__dataclass_fields__.keys() - {"output", "seed", "device"}
+    names = EvalConfig.__dataclass_fields__.keys() - {"output", "seed", "samples", "device"}
     run = {name: value for name, value in logged.items() if name in names}
     return run | {name: value for name, value in options.items() if value is not None}
 
@@ -78,9 +79,9 @@ def evaluate(
         model, tokenizer, _ = load_model(config.model, device=device, **model_options(config))
     samples = config.samples or task.eval_samples
     # The divergence is estimated from answers that the model itself drew.
-    temperature = 1.0 if samples > 1 or config.kl else 0.0
-    engine = make_engine(config, task, model, tokenizer, temperature=temperature, seed=config.seed)
-    measured = measure(engine, task, items, samples)
+    sampling = Sampling(1.0, config.seed) if samples > 1 or config.kl else None
+    engine = make_engine(config, task, model, tokenizer)
+    measured = measure(engine, task, items, samples, sampling)
     rewards = rewards_of(task, measured.evaluation.scores)
     result = {
         "task": task.name,
@@ -90,7 +91,7 @@ def evaluate(
         "split": config.split,
         "questions": len(items),
         "samples": samples,
-        "decoding": "greedy" if temperature == 0 else f"temperature {temperature}, seed {config.seed}",
+        "decoding": "greedy" if sampling is None else f"temperature {sampling.temperature}, seed {config.seed}",
         "metric": measured.metric,
         "value": measured.value,
         "interval_95": [measured.low, measured.high],
@@ -103,14 +104,11 @@ def evaluate(
         "seconds_score": measured.evaluation.seconds_score,
     }
     if config.kl:
-        prompts = [item.prompt for item in measured.items]
-        tuned = engine.log_probs(prompts, measured.evaluation.answers)
+        prompts, answers = [item.prompt for item in measured.items], measured.evaluation.answers
+        tuned = engine.log_probs(engine.encode_answers(prompts, answers))
         base, base_tokenizer, _ = load_model(config.kl_model or config.model, device=device, **model_options(config))
-        kl = kl_to_base(
-            measured.evaluation.answers,
-            tuned,
-            make_engine(config, task, base, base_tokenizer).log_probs(prompts, measured.evaluation.answers),
-        )
+        engine = make_engine(config, task, base, base_tokenizer)
+        kl = kl_to_base(answers, tuned, engine.log_probs(engine.encode_answers(prompts, answers)))
         result |= {"kl": kl.value, "kl_standard_error": kl.standard_error, "kl_tokens": kl.tokens}
     output.mkdir(parents=True, exist_ok=True)
     save_answers(output / "answers.jsonl", measured.items, measured.evaluation.answers, measured.evaluation.scores)

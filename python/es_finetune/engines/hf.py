@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from es_finetune.engines import DECODINGS, Answer
-from es_finetune.engines.prompts import positions_of, refuse_unanswerable, tokenize, vocabulary_of
+from es_finetune.engines import DECODINGS, Answer, Sampling
+from es_finetune.engines.prompts import (
+    Prompt,
+    continuations,
+    end_token,
+    positions_of,
+    refuse_unanswerable,
+    refuse_unreadable,
+    tokenize,
+    vocabulary_of,
+)
 from es_finetune.errors import RunError, UserError, first_line
 from es_finetune.models.checkpoint_names import base_of, refuse_prompt_learning
 from es_finetune.models.members import MemberNoise, Members
+from es_kernels.noise import SAMPLING, member_seed
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +61,6 @@ class HFEngine:
         max_new_tokens: How many tokens an answer may have.
         batch_size: How many prompts are answered at a time.
         decoding: One of `engines.DECODINGS`.
-        temperature: 0 is greedy. Above, answers are sampled from the whole vocabulary (no top_k, no top_p).
-        seed: Of the samples. Each call starts from it and leaves torch's generators as they were: equal weights give
-            equal answers, and the members of a generation share their random numbers.
         members: Where members that share a batch add their noise. None: one member at a time, put in place by others.
 
     Raises:
@@ -68,8 +76,6 @@ class HFEngine:
         batch_size: int,
         *,
         decoding: str = "dynamic",
-        temperature: float = 0.0,
-        seed: int = 0,
         members: Members | None = None,
     ):
         import transformers
@@ -85,8 +91,6 @@ class HFEngine:
                     f"decoding 'continuous' needs a newer transformers than {transformers.__version__}: pip install -U "
                     "transformers"
                 ) from None
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
         if tokenizer.pad_token_id is None:
             raise UserError(
                 "the tokenizer has no pad token, which batches need: set tokenizer.pad_token (eos_token serves) and "
@@ -98,18 +102,15 @@ class HFEngine:
         self.model = base_of(model)
         model.eval()  # dropout would be noise that no seed explains
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
-        self.decoding, self.temperature, self.seed = decoding, temperature, seed
-        self.members = members
+        self.decoding, self.members = decoding, members
         eos = self.model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        # In batches the sampling is ours: _Sampler
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        sampled = temperature > 0 and decoding == "continuous"
+        self.end = end_token(tokenizer, self.eos)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.options = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=sampled,
-            **(sampling if sampled else {}),
+            do_sample=False,
             eos_token_id=sorted(self.eos) or None,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -135,12 +136,13 @@ class HFEngine:
         # A compiled step for a batch that never comes again would cost half a minute.
         self.options.update(max_new_tokens=2, disable_compile=True)
         try:
-            with _silent("ContinuousBatchingLogger"), self._only_our_options(), self._own_random_numbers():
+            with _silent("ContinuousBatchingLogger"), self._only_our_options():
                 if self.decoding == "continuous":
-                    self._in_places([[token]])
+                    with self._own_random_numbers(None):
+                        self._in_places([[token]], None)
                 else:
                     inputs = torch.full((1, 1), token, device=self.model.device)
-                    self._in_batches([([0], {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})])
+                    self._in_batches([([0], {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)})], None)
                     if self.batch_size > 1 and self._neighbours_show():
                         self.batch_size = 1
                         logger.warning(
@@ -216,8 +218,12 @@ class HFEngine:
             batches.append((rows, self._padded([tokens[row] for row in rows])))
         return batches
 
-    def generate(self, encoded: list) -> list[Answer]:
-        """Answer what `encode` gave.
+    def generate(self, encoded: list, sampling: Sampling | None = None) -> list[Answer]:
+        """Answer what `encode` gave. torch's generators stay as they were.
+
+        Args:
+            encoded: Batches, or for "continuous" ids.
+            sampling: None: greedy. With "continuous" a prompt's random numbers depend on the others' answers too.
 
         Returns:
             One answer per prompt, in the prompts' order.
@@ -225,70 +231,131 @@ class HFEngine:
         Raises:
             RunError: transformers' continuous batching gave up, as where memory runs out.
         """
-        with self._only_our_options(), self._own_random_numbers():
-            tokens = self._in_places(encoded) if self.decoding == "continuous" else self._in_batches(encoded)[0]
-        return self._answers(tokens)
+        with self._only_our_options():
+            if self.decoding == "continuous":
+                with self._own_random_numbers(sampling):
+                    return self._answers(self._in_places(encoded, sampling))
+            return self._answers(self._in_batches(encoded, sampling)[0])
 
-    def generate_members(self, encoded: list, noise: Sequence[MemberNoise]) -> list[list[Answer]]:
+    def generate_members(
+        self, encoded: list, noise: Sequence[MemberNoise], sampling: Sampling | None = None
+    ) -> list[list[Answer]]:
         """Answer what `encode` gave for as many members or more, each with its own noise over the weights in place,
         which stay as they are. Static caches are used without CUDA graphs, whose addresses a member's noise has not.
 
         Args:
             encoded: Batches.
             noise: Of each param_group, of the same members.
+            sampling: As for `generate`.
 
         Returns:
             Of each member one answer per prompt, in the prompts' order.
         """
         assert self.members is not None
-        with self._only_our_options(), self._own_random_numbers(), self.members.added(noise) as begin:
-            tokens = self._in_batches(encoded, len(noise[0].seeds), begin)
+        with self._only_our_options(), self.members.added(noise) as begin:
+            tokens = self._in_batches(encoded, sampling, len(noise[0].seeds), begin)
         return [self._answers(of_member) for of_member in tokens]
 
     def _answers(self, tokens: list[list[int]]) -> list[Answer]:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
 
-    @torch.no_grad()
-    def log_probs(self, prompts: Sequence[str | Sequence[dict]], answers: Sequence[Answer]) -> list[torch.Tensor]:
-        """Log-probabilities of answers under the weights of this moment, at temperature 1.
+    def encode_answers(
+        self, prompts: Sequence[Prompt], answers: Sequence[str | Answer], members: int = 1
+    ) -> list[_Reading]:
+        """What of reading answers does not depend on the weights.
 
         Args:
             prompts: As for `encode`.
-            answers: One per prompt; any tokens will do.
+            answers: One for each: text, which the end token follows (`prompts.continuations`), or ids as they are.
+            members: How many will share a batch, which then holds so many times fewer answers.
 
         Returns:
-            Per answer, in their order, one f32 tensor [len(answer.ids)] on the CPU: the natural log of the probability
-            of each of its tokens after the prompt and the tokens before it.
+            Batches, longest rows first.
+
+        Raises:
+            PromptError: As for `encode`; or an answer has no tokens, or does not fit behind its prompt.
         """
-        encoded = tokenize(self.tokenizer, prompts)
-        whole = [ids + list(answer.ids) for ids, answer in zip(encoded, answers, strict=True)]
+        before, after = continuations(self.tokenizer, prompts, answers, self.end)
+        refuse_unreadable(before, after, positions_of(self.model), vocabulary_of(self.model))
+        whole = [ids + more for ids, more in zip(before, after, strict=True)]
         order = sorted(range(len(whole)), key=lambda i: (-len(whole[i]), i))
-        result: list[torch.Tensor] = [torch.empty(0)] * len(whole)
         vocabulary = self.model.config.get_text_config().vocab_size
+        batches = []
         while order:
-            longest = len(whole[order[0]])
-            rows = order[: max(1, min(self.batch_size, _LOGITS_AT_ONCE // (longest * vocabulary)))]
+            rows = order[: max(1, self.batch_size // members)]
+            logits = len(self._window(before, after, rows)) * vocabulary
+            rows = rows[: max(1, _LOGITS_AT_ONCE // (logits * members))]
             order = order[len(rows) :]
+            longest = len(whole[rows[0]])
             # Padded on the right: no real token sees what comes after it, and positions count from 0 without a word
             # from us.
-            ids = torch.tensor(
-                [whole[row] + [self.tokenizer.pad_token_id] * (longest - len(whole[row])) for row in rows]
+            ids = [whole[row] + [self.tokenizer.pad_token_id] * (longest - len(whole[row])) for row in rows]
+            mask = [[1] * len(whole[row]) + [0] * (longest - len(whole[row])) for row in rows]
+            window = self._window(before, after, rows)
+            inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+            if self._keeps_logits:
+                inputs["logits_to_keep"] = torch.arange(window.start, window.stop)
+            # The logits of a token are at the place before it
+            places = [(at, len(before[row]) + k) for at, row in enumerate(rows) for k in range(len(after[row]))]
+            batches.append(
+                _Reading(
+                    rows,
+                    {name: t.to(self.model.device) for name, t in inputs.items()},
+                    torch.tensor([at for at, _ in places], dtype=torch.int64, device=self.model.device),
+                    torch.tensor(
+                        [k - 1 - window.start for _, k in places], dtype=torch.int64, device=self.model.device
+                    ),
+                    torch.tensor([ids[at][k] for at, k in places], dtype=torch.int64, device=self.model.device),
+                    [len(after[row]) for row in rows],
+                )
             )
-            mask = torch.tensor([[1] * len(whole[row]) + [0] * (longest - len(whole[row])) for row in rows])
-            logits = self.model(
-                input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False
-            ).logits
-            for row, scores in zip(rows, logits, strict=True):
-                begin, end = len(encoded[row]), len(whole[row])
-                chosen = torch.tensor(whole[row][begin:end], device=logits.device)
-                log_p = torch.log_softmax(scores[begin - 1 : end - 1].float(), dim=-1)
-                result[row] = log_p.gather(1, chosen[:, None]).squeeze(1).cpu()
+        return batches
+
+    def _window(self, before: Sequence[list[int]], after: Sequence[list[int]], rows: Sequence[int]) -> range:
+        """Places whose logits are computed for these rows: from the first to the last that is asked for, or all where
+        the model knows no such option."""
+        first = min(len(before[row]) for row in rows) - 1 if self._keeps_logits else 0
+        return range(first, max(first + 1, *(len(before[row]) + len(after[row]) - 1 for row in rows)))
+
+    def log_probs(self, encoded: list[_Reading]) -> list[torch.Tensor]:
+        """Log-probabilities of the answers that `encode_answers` was given, under the weights of this moment, at
+        temperature 1.
+
+        Returns:
+            Per answer, in their order, one f32 tensor [its tokens] on the CPU: the natural log of the probability of
+            each of them after the prompt and the tokens before it.
+        """
+        return self._read(encoded)[0]
+
+    def log_probs_members(self, encoded: list[_Reading], noise: Sequence[MemberNoise]) -> list[list[torch.Tensor]]:
+        """The same for as many members as `encode_answers` was told or fewer, each with its own noise over the weights
+        in place, which stay as they are."""
+        assert self.members is not None
+        with self.members.added(noise) as begin:
+            return self._read(encoded, len(noise[0].seeds), begin)
+
+    @torch.no_grad()
+    def _read(
+        self, batches: list[_Reading], members: int = 1, begin: Callable[[int], None] = lambda rows: None
+    ) -> list[list[torch.Tensor]]:
+        """Of each member the log-probabilities of the answers' tokens. Rows and `begin` as for `_in_batches`."""
+        count = sum(len(rows) for rows, *_ in batches)
+        result: list[list[torch.Tensor]] = [[torch.empty(0)] * count for _ in range(members)]
+        for rows, inputs, at, place, token, lengths in batches:
+            begin(members * len(rows))
+            inputs = {name: t if t.dim() == 1 else t.repeat(members, 1) for name, t in inputs.items()}
+            logits = self.model(**inputs, use_cache=False).logits.unflatten(0, (members, len(rows)))[:, at, place]
+            log_p = torch.log_softmax(logits.float(), dim=-1).gather(2, token.expand(members, -1)[..., None])[..., 0]
+            for member, of_member in enumerate(log_p.cpu()):
+                for row, of_answer in zip(rows, of_member.split(lengths), strict=True):
+                    result[member][row] = of_answer
         return result
 
     def _in_batches(
         self,
         batches: list[tuple[list[int], dict[str, torch.Tensor]]],
+        sampling: Sampling | None,
         members: int = 1,
         begin: Callable[[int], None] = lambda rows: None,
     ) -> list[list[list[int]]]:
@@ -306,8 +373,8 @@ class HFEngine:
             others: dict[str, Any] = {}
             if self.decoding == "static":
                 others["past_key_values"] = self._empty_cache(total, longest)
-            if self.temperature:
-                others["logits_processor"] = [_Sampler(self.temperature, members)]
+            if sampling is not None:  # ours: generate()'s own draws row after row
+                others["logits_processor"] = [_Sampler(sampling, rows, members)]
             ids = self.model.generate(**inputs, **others, generation_config=options)
             answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
             for place, answer in enumerate(answers):
@@ -333,7 +400,7 @@ class HFEngine:
         return cache
 
     @torch.no_grad()
-    def _in_places(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _in_places(self, prompts: list[list[int]], sampling: Sampling | None) -> list[list[int]]:
         """transformers' continuous batching. As its generate_batch, but each prompt is in the queue before the loop
         starts, so that which prompts share a step (and the order of random numbers) does not depend on the speed of a
         thread, and failures are raised."""
@@ -359,12 +426,15 @@ class HFEngine:
             auto_switch_to_flash=model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16),
         )
         attention = model.config._attn_implementation
+        options = copy.deepcopy(self.options)
+        if sampling is not None:
+            options.update(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0)
         manager = None
         try:
             hints = WorkloadHints(
                 max_prompt_length=longest, max_generated_length=self.max_new_tokens, num_requests=len(prompts)
             )
-            manager = model.init_continuous_batching(self.options, config, hints)
+            manager = model.init_continuous_batching(options, config, hints)
             manager.warmup()
             names = manager.add_requests(prompts, max_new_tokens=self.max_new_tokens)
             manager.start()
@@ -405,31 +475,48 @@ class HFEngine:
             self.model.generation_config = checkpoints_own
 
     @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        # Which draws a seed for torch's generators even where it is greedy
-        if not self.temperature and self.decoding != "continuous":
-            yield
-            return
+    def _own_random_numbers(self, sampling: Sampling | None) -> Iterator[None]:
+        """For continuous batching, which draws from torch's generators even where it is greedy."""
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(0 if sampling is None else sampling.seed)
             yield
+
+
+class _Reading(NamedTuple):
+    """A batch of prompts with answers. Of each token of an answer, i64 [tokens]: its row, its place among the logits,
+    and itself."""
+
+    rows: list[int]  # by their places among all
+    inputs: dict[str, torch.Tensor]  # of the model, i64 [rows, longest]
+    at: torch.Tensor
+    place: torch.Tensor
+    token: torch.Tensor
+    lengths: list[int]  # of the answers
 
 
 class _Sampler:
     """A logits processor after which the largest score is a sample: argmax of logits / temperature - log E with E ~
-    Exp(1) is one of the softmax (Gumbel's trick). The members of a batch share their E, row by row.
+    Exp(1) is one of the softmax (Gumbel's trick). Each prompt draws its E from a generator of its own, so that they
+    depend on the seed, the prompt's place and the token's alone; the members of a batch share them.
 
     Args:
-        temperature: Of the softmax, above 0.
+        sampling: Temperature and seed.
+        prompts: Of the batch, by their places among all.
         members: Of the batch.
     """
 
-    def __init__(self, temperature: float, members: int):
-        self.temperature, self.members = temperature, members
+    def __init__(self, sampling: Sampling, prompts: Sequence[int], members: int):
+        self.temperature, self.members = sampling.temperature, members
+        self.seeds = [member_seed(sampling.seed, 0, prompt, SAMPLING) for prompt in prompts]
+        self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        shared = torch.empty(len(scores) // self.members, scores.shape[1], device=scores.device).exponential_().log_()
-        return scores.float() / self.temperature - shared.repeat(self.members, 1)
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        shared = torch.empty(len(self.generators), scores.shape[1], device=scores.device)
+        for row, generator in zip(shared, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - shared.log_().repeat(self.members, 1)
 
 
 @contextmanager

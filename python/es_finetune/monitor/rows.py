@@ -120,14 +120,18 @@ class MemberLine(TypedDict):
 
     generation: Annotated[int, "from 0"]
     member: Annotated[int, "from 0"]
-    rewards: Annotated[list[float | None], "of each training prompt; null where scoring failed"]
+    rewards: Annotated[
+        list[float | None], "of each training prompt, of several samples the mean or best; null where scoring failed"
+    ]
     exact: Annotated[float | None, "share of right answers; null where the task knows none"]
     format: Annotated[float | None, "mean of the reward's part for format; null where there is none"]
-    digest: Annotated[str, "of all answers: equal where all are identical, 16 hex digits"]
-    tokens: Annotated[int, "generated"]
+    digest: Annotated[
+        str, "of all answers, of log-probabilities of all rewards: equal where all are identical, 16 hex digits"
+    ]
+    tokens: Annotated[int, "generated; none for log-probabilities"]
     failed: Annotated[int, "answers whose scoring failed"]
     error: Annotated[str | None, "the first of them, and why"]
-    seconds_generate: Annotated[float, "in generating"]
+    seconds_generate: Annotated[float, "in generating, or in reading answers for log-probabilities"]
     seconds_score: Annotated[float, "in scoring"]
 
 
@@ -140,7 +144,7 @@ def member_line(generation: int, member: int, evaluation: Evaluation) -> Row:
     return {
         "generation": generation,
         "member": member,
-        "rewards": [score.reward for score in evaluation.scores],
+        "rewards": evaluation.rewards,
         "exact": evaluation.mean("exact"),
         "format": evaluation.mean("format"),
         "digest": evaluation.digest,

@@ -16,14 +16,19 @@ from es_finetune.models.members import Members
 from es_finetune.optim.evolution_strategy import EvolutionStrategy
 from es_finetune.runs.groups import param_groups
 from es_finetune.runs.schedules import Schedules
-from es_finetune.tasks import Data, Reward, Task, load_task
+from es_finetune.tasks import Data, Reward, Task, load_task, reads
 from es_kernels import NamedTensor
 
 
 def make_task(config: Setup) -> Task:
     """The config's task. UserError for one that cannot be had."""
     return load_task(
-        config.task, data=config.data, test_data=config.test_data, reward=config.reward, time_limit=config.time_limit
+        config.task,
+        data=config.data,
+        test_data=config.test_data,
+        reward=config.reward,
+        time_limit=config.time_limit,
+        logprob_per_token=config.logprob_per_token,
     )
 
 
@@ -56,15 +61,19 @@ def given_task(config: Setup, task: Task | None = None, **supplied: Data | Rewar
     if all(isinstance(value, (str, Path)) for value in supplied.values()):
         return task
     made_of: dict[str, Any] = {"data": config.data, "test_data": config.test_data, "reward": config.reward} | supplied
-    return load_task("custom", **made_of, time_limit=config.time_limit)
+    return load_task("custom", **made_of, time_limit=config.time_limit, logprob_per_token=config.logprob_per_token)
 
 
 def check_task(task: Task, config: TrainConfig) -> Task:
     """The task, proven to have what the config asks for. A number of prompts that the config left open is settled here.
 
     Raises:
-        UserError: It has no questions for training or none that are held out, or fewer than `config.prompts`.
+        UserError: It has no questions for training or none that are held out, or fewer than `config.prompts`; or there
+            is nothing to sample, for its answers are read.
     """
+    if reads(task) and config.temperature:
+        raise UserError("temperature is for written answers, and reward logprob reads given ones: leave it out")
+
     for split in ("train", "test"):
         if not getattr(task, split):
             raise UserError(f"task {config.task} has no {split} items")
@@ -80,7 +89,7 @@ def check_task(task: Task, config: TrainConfig) -> Task:
 def make_engine(config: Setup, task: Task, model: torch.nn.Module, tokenizer: Any, **options: Any) -> HFEngine:
     """The engine over a loaded model, proven to generate, and from here on the config's number of threads.
 
-    `options`: HFEngine's others: temperature and seed, greedy if left out; who shares a batch, nobody if left out.
+    `options`: HFEngine's others: who shares a batch, nobody if left out.
     """
     if config.threads:
         torch.set_num_threads(config.threads)

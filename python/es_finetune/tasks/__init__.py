@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from es_finetune.errors import UserError, did_you_mean
 
@@ -84,6 +84,31 @@ class Task(Protocol):
         """A pure function of its arguments, which never raises, whatever the text."""
 
 
+class ReadingTask(Task, Protocol):
+    """A task that is trained on the log-probabilities of given answers, which the model reads and does not write.
+
+    Held-out questions are asked as of any other task: `score` gives their answers' `exact` and `format`, and the reward
+    is that of training.
+    """
+
+    def answers(self, item: Item) -> Sequence[str]:
+        """One or more texts to read, none of them empty."""
+
+    def score_log_probs(self, item: Item, log_probs: Sequence[Sequence[float]]) -> Score:
+        """What they are worth.
+
+        Args:
+            item: The question.
+            log_probs: Of each of the `answers` the natural log of the probability of each of its tokens, of the end
+                token too.
+        """
+
+
+def reads(task: Task) -> TypeGuard[ReadingTask]:
+    """Whether it is trained on log-probabilities."""
+    return hasattr(task, "score_log_probs")
+
+
 NAMES = ("countdown", "countdown-char", "conciseness", "math", "reasoning-gym:<name>", "custom")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
@@ -99,6 +124,7 @@ def load_task(
     seed: int = 0,
     time_limit: float = 5.0,
     test_share: float = 0.2,
+    logprob_per_token: bool = False,
 ) -> Task:
     """The task of this name, its splits checked to be disjoint.
 
@@ -115,10 +141,11 @@ def load_task(
         data: Of custom: a JSON lines file or dicts, each with a "prompt".
         test_data: As `data`, to hold out.
         reward: "module:function" or "file.py:function", run in a process of its own, or a callable, run in this one
-            without a time limit.
+            without a time limit; or "logprob" (`custom.LogProb`).
         seed: Of the questions.
         time_limit: Seconds that scoring one answer may take where it runs in a process of its own.
         test_share: The share of custom's prompts that is held out without `test_data`.
+        logprob_per_token: Of the reward "logprob": the mean over an answer's tokens instead of the sum.
 
     Raises:
         UserError: An unknown name, an argument that the task does not take, bad data, a reward that is none, a package
@@ -134,6 +161,9 @@ def load_task(
         raise UserError(
             f"task {name!r} makes its own questions; data and test_data are for the tasks 'math' and 'custom'"
         )
+
+    if logprob_per_token and reward != "logprob":
+        raise UserError("logprob_per_token goes with reward logprob")
 
     task: Task
     if name == "countdown":
@@ -157,9 +187,12 @@ def load_task(
 
         task = Reasoning(name.removeprefix("reasoning-gym:"), seed, time_limit)
     elif name == "custom":
-        from es_finetune.tasks.custom import Custom
+        from es_finetune.tasks.custom import Custom, LogProb
 
-        task = Custom(data, reward, test_data, time_limit, test_share)
+        if reward == "logprob":
+            task = LogProb(data, test_data, test_share, logprob_per_token)
+        else:
+            task = Custom(data, reward, test_data, time_limit, test_share)
     else:
         raise UserError(
             "unknown task "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ class Custom:
     ):
         if data is None or reward is None:
             raise UserError(
-                "the task 'custom' needs data (a .jsonl file or dicts) and a reward (module:function, file.py:function "
-                "or a callable)"
+                "the task 'custom' needs data (a .jsonl file or dicts) and a reward (module:function, "
+                "file.py:function, logprob or a callable)"
             )
         self.notes: list[str] = []
         in_process = callable(reward)
@@ -150,6 +151,46 @@ class Custom:
         )
 
 
+class LogProb(Custom):
+    """A record is a dict with a "prompt" and the text of its "answer": log p(answer | prompt) is made large, with the
+    end token behind it. With a text "rejected" too the reward is log p(answer) - log p(rejected).
+
+    log p is the sum over the tokens, or with `per_token` their mean. Held-out questions are answered, and an answer is
+    exact where it is the record's, but for white space around it.
+    """
+
+    metric = "exact"
+
+    def __init__(self, data: Data | None, test_data: Data | None, share: float, per_token: bool):
+        super().__init__(data, _same_text, test_data, 1.0, share)
+        self.code_digest = "logprob"
+        self.per_token = per_token
+        for item in [*self.train, *self.test]:
+            if "answer" not in item.data:
+                fields = ", ".join(item.data)
+                raise UserError(
+                    f"{item.source}: no field 'answer', which reward logprob needs; its fields are {fields}"
+                )
+            for field in item.data.keys() & {"answer", "rejected"}:
+                text = item.data[field]
+                if not isinstance(text, str) or not text:
+                    raise UserError(f"{item.source}: '{field}' is {text!r:.40}; it must be text that is not empty")
+                if _has_half_of_a_pair(text):
+                    raise UserError(f"{item.source}: '{field}' holds half of a surrogate pair, which is no text")
+
+    def answers(self, item: Item) -> Sequence[str]:
+        return [item.data[field] for field in ("answer", "rejected") if field in item.data]
+
+    def score_log_probs(self, item: Item, log_probs: Sequence[Sequence[float]]) -> Score:
+        answer, *rejected = (math.fsum(of) / (len(of) if self.per_token else 1) for of in log_probs)
+        return Score(answer - math.fsum(rejected))
+
+
+def _same_text(completion: str, record: dict) -> dict[str, float]:
+    same = float(completion.strip() == record["answer"].strip())
+    return {"reward": same, "exact": same}
+
+
 def _load(reward: Any, seconds: float) -> tuple[Callable[[str, dict], Any], Any, str, str | None]:
     """The function to call, its declared floor, what to call it in a message, and the digest of its code where that is
     known."""
@@ -214,9 +255,13 @@ def _prompt(record: dict[str, Any], where: str) -> str | tuple[dict, ...]:
         raise UserError(
             f"{where}: the prompt is {prompt!r:.40}; it must be text that is not empty, or a list of chat messages"
         )
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+    if any(map(_has_half_of_a_pair, texts)):
         raise UserError(f"{where}: the prompt holds half of a surrogate pair, which is no text")
     return prompt
+
+
+def _has_half_of_a_pair(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shortened(prompt: str | tuple[dict, ...]) -> str:

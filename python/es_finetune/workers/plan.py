@@ -8,11 +8,12 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from es_finetune.engines import Sampling
 from es_finetune.evaluation.evaluator import floor_of
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.update import Update, make_update
 from es_finetune.tasks import Item, Task
-from es_kernels.noise import PROMPT_CHOICE, member_seed
+from es_kernels.noise import PROMPT_CHOICE, SAMPLING, member_seed
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Plan:
         every_member: Put each member in place, though its rewards be known: without a master each leaves its
             rounding behind, which is part of what the next one starts from.
         at_once: Members that a worker is given, and answers for, together, at most.
+        temperature: Of training answers; 0: greedy.
+        samples: Of them for each prompt.
+        objective: A prompt's reward is that of its "best" sample, or their "mean".
     """
 
     task: Task
@@ -43,6 +47,9 @@ class Plan:
     stop_on_reward_error: bool
     every_member: bool
     at_once: int = 1
+    temperature: float = 0.0
+    samples: int = 1
+    objective: str = "mean"
 
     @property
     def held_out(self) -> Sequence[Item]:
@@ -55,6 +62,13 @@ class Plan:
             return self.task.train
         draws = random.Random(member_seed(self.seed, generation, 0, PROMPT_CHOICE))
         return draws.sample(list(self.task.train), self.prompts)
+
+    def sampling(self, generation: int) -> Sampling | None:
+        """How the generation's training answers are drawn, with the same random numbers for all its members; None:
+        greedy."""
+        if not self.temperature:
+            return None
+        return Sampling(self.temperature, member_seed(self.seed, generation, 0, SAMPLING))
 
     def known(self, lines: Sequence[Row], generation: int) -> dict[int, Row]:
         """The members of a generation that the lines of journals hold, by number. Without those whose failure will stop

@@ -22,6 +22,7 @@ from es_finetune.evaluation.evaluator import Evaluation
 from es_finetune.monitor.rows import Row
 from es_finetune.optim.update import Update
 from es_finetune.runs.log import Generation
+from es_finetune.tasks import reads
 from es_finetune.workers.dispatch import Dispatch
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.protocol import require_agreement, require_same_run
@@ -249,7 +250,8 @@ class RayPool:
         parts = min(self.count, questions)
         # The limit is one of a member; a part has more questions, or fewer.
         longer = max(1.0, questions / parts / (self.plan.prompts or len(self.task.train)))
-        dispatch = Dispatch(range(parts), self._limit and self._limit * longer)
+        limit = None if reads(self.task) else self._limit  # whose members write nothing
+        dispatch = Dispatch(range(parts), limit and limit * longer)
         self._spread(dispatch, lambda slot, part: slot.actor.answer_held_out.remote(part, parts), answered.__setitem__)
         return Evaluation.joined([answered[part] for part in range(parts)])
 

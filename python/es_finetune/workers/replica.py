@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from es_finetune.engines import Engine, MembersEngine
+from es_finetune.engines import Engine
 
 
 class Replica(NamedTuple):
@@ -21,7 +21,7 @@ class Replica(NamedTuple):
         save_model: Writes the live weights into a folder, as transformers loads them.
         model: The torch module, where it is in this process.
         close: Lets go of the engine.
-        together: The engine, where members share a batch.
+        together: Whether members share a batch; the engine is then a MembersEngine.
     """
 
     weights: Any
@@ -32,4 +32,4 @@ class Replica(NamedTuple):
     save_model: Callable[[Path], None]
     model: Any = None
     close: Callable[[], None] = lambda: None
-    together: MembersEngine | None = None
+    together: bool = False

@@ -28,7 +28,7 @@ from es_finetune.runs.setup import (
     make_schedules,
     make_task,
 )
-from es_finetune.tasks import Task
+from es_finetune.tasks import Task, reads
 from es_finetune.workers import torchrun
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.protocol import Workers, require_shared_master
@@ -101,7 +101,9 @@ def make_worker(
 def make_plan(config: TrainConfig, task: Task) -> Plan:
     """What a generation of this config asks of every worker. The task: as `check_task` has proven it."""
     assert config.prompts is not None
-    asked = config.prompts or len(task.train)
+    asked = (config.prompts or len(task.train)) * config.samples
+    if reads(task):
+        asked *= max(len(task.answers(item)) for item in task.train)
     return Plan(
         task,
         population=config.population,
@@ -113,6 +115,9 @@ def make_plan(config: TrainConfig, task: Task) -> Plan:
         stop_on_reward_error=config.on_reward_error == "stop",
         every_member=config.master == "none" and config.members_at_once == 1,
         at_once=config.members_at_once or max(1, config.batch_size // asked),
+        temperature=config.temperature,
+        samples=config.samples,
+        objective=config.objective,
     )
 
 
@@ -163,7 +168,7 @@ def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None,
         es_kernels.active_backend(base_of(model).device),
         lambda folder: save_model(model, tokenizer, folder),
         model,
-        together=None if members is None else engine,
+        together=members is not None,
     )
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.errors import RewardFailed
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, MembersEvaluator, in_parts
+from es_finetune.evaluation.evaluator import Evaluation, Evaluator, HeldOut, LogProbEvaluator, in_parts
 from es_finetune.monitor.rows import Row, member_line
 from es_finetune.optim.update import Update
 from es_finetune.runs.identity import task_identity
-from es_finetune.tasks import Item
+from es_finetune.tasks import Item, reads
 from es_finetune.workers.plan import Plan
 from es_finetune.workers.replica import Replica
 
@@ -40,7 +40,7 @@ class Worker:
         self.group = plan.at_once
         self.weights, self.model = replica.weights, replica.model
         self.backend, self.parameters = replica.backend, replica.parameters
-        self._held_out = Evaluator(replica.engine, plan.task, plan.held_out)
+        self._held_out = HeldOut(replica.engine, plan.task, plan.held_out)
         # Of all, so that one that cannot be asked is known now, and not when it is drawn
         every = self._evaluator(plan.task.train)
         self._training = None if plan.prompts else every
@@ -110,7 +110,8 @@ class Worker:
                     line = (known or {})[member]
                 else:
                     line = member_line(generation, member, evaluation)
-                    if self.plan.stop_on_reward_error and None in line["rewards"]:
+                    failed = any(score.reward is None for score in evaluation.scores)
+                    if self.plan.stop_on_reward_error and failed:
                         raise RewardFailed(f"generation {generation + 1}, member {member}: {line['error']}")
                     keep(line)
                 lines.append(line)
@@ -123,20 +124,26 @@ class Worker:
     ) -> Iterator[tuple[int, Evaluation | None]]:
         """Members and what their answers are worth; None for a known one, which is only put in place."""
         training = self._training or self._evaluator(self.plan.training(generation))
-        if isinstance(training, MembersEvaluator):
+        sampling = self.plan.sampling(generation)
+        if self.replica.together:
             drawn = iter(members)
             while group := list(itertools.islice(drawn, self.group)):
-                yield from zip(group, training(self.weights.noise(group)), strict=True)
+                yield from zip(group, training.together(self.weights.noise(group), sampling), strict=True)
         else:
             for member in members:
                 self.weights.perturb(member)
-                yield member, None if member in known else training()
+                yield member, None if member in known else training(sampling)
 
-    def _evaluator(self, items: Sequence[Item]) -> Evaluator | MembersEvaluator:
-        together = self.replica.together
-        if together is not None:
-            return MembersEvaluator(together, self.task, items, self.plan.at_once)
-        return Evaluator(self.replica.engine, self.task, items)
+    def _evaluator(self, items: Sequence[Item]) -> Evaluator:
+        kind = LogProbEvaluator if reads(self.task) else Evaluator
+        return kind(
+            self.replica.engine,
+            self.task,
+            items,
+            samples=self.plan.samples,
+            objective=self.plan.objective,
+            members=self.plan.at_once if self.replica.together else 1,
+        )
 
     def update(self, update: Update, with_health: bool = False) -> dict[str, Any]:
         """Do the update; what Weights.apply returns."""
@@ -146,7 +153,7 @@ class Worker:
         """Answers of theta to the held-out questions, or to the one of `parts` nearly equal parts of them."""
         if parts == 1:
             return self._held_out()
-        return Evaluator(self.replica.engine, self.task, in_parts(self.plan.held_out, parts)[part])()
+        return HeldOut(self.replica.engine, self.task, in_parts(self.plan.held_out, parts)[part])()
 
     def stop(self) -> None:
         """No generation follows, though the config asks for more. Who only does what it is told has nothing to do."""

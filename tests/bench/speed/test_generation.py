@@ -161,9 +161,11 @@ def test_what_fails_is_an_error_row_and_costs_its_own_workload(run, monkeypatch)
 
 def test_answers_of_another_length_are_an_error(run, monkeypatch):
     right = generation_cost.HFEngine._in_batches
-    monkeypatch.setattr(
-        generation_cost.HFEngine, "_in_batches", lambda self, batches: [ids[:-1] for ids in right(self, batches)]
-    )
+
+    def shorter(self, batches, *sampling):
+        return [[ids[:-1] for ids in of_member] for of_member in right(self, batches, *sampling)]
+
+    monkeypatch.setattr(generation_cost.HFEngine, "_in_batches", shorter)
     report = run()
     assert {row["workload"] for row in report["errors"]} == {"one token", "large", "long"}
 

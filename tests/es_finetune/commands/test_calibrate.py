@@ -185,7 +185,7 @@ class Thermometer:
     def encode(self, prompts):
         return prompts
 
-    def generate(self, encoded):
+    def generate(self, encoded, sampling=None):
         return [Answer(str(self.weight.item()), ()) for _ in encoded]
 
     def score(self, item, completion):
@@ -236,7 +236,7 @@ class Lottery:
     def encode(self, prompts):
         return prompts
 
-    def generate(self, encoded):
+    def generate(self, encoded, sampling=None):
         moved = abs(self.weight.item() - 0.5)
         gets = range(bool(moved), self.right // 2 if moved > 0.1 else self.right)
         return [Answer(str(float(n in gets)), ()) for n in range(29)]
@@ -364,3 +364,12 @@ def test_a_reward_that_always_fails_is_named(tmp_path):
     own = {"data": tmp_path / "data.jsonl", "reward": f"{tmp_path}/r.py:reward", "model": "embedded"}
     with pytest.raises(UserError, match="no answer could be scored; .*ZeroDivisionError"):
         calibrate(**own, max_new_tokens=4, members=4)
+
+
+def test_a_task_whose_answers_are_read_is_measured_by_log_probabilities():
+    data = [{"prompt": f"^{a},{b}:", "answer": f"{a}+{b}"} for a in range(9) for b in range(3)]
+    options = {"task": "custom", "model": "embedded", "members": 4, "max_new_tokens": 6, "sigmas": [1e-3, 0.01, 0.1]}
+    result = calibrate(**options, data=data, reward="logprob")
+    mean = calibrate(**{**options, "sigmas": [1e-3]}, data=data, reward="logprob", logprob_per_token=True)
+    assert result["base_reward"] == pytest.approx(4 * mean["base_reward"])  # three tokens and the end
+    assert all(row["identical"] == 0 < row["spread"] for row in result["sigmas"]) and result["sigma"] is not None

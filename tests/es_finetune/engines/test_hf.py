@@ -11,8 +11,9 @@
 - A model that cannot generate, or not by the decoding asked for, is refused before any work, in one line; no error and
   a wrong answer is worse.
 - Members in one batch get the answers that each would get with its noise in the weights, sampled ones too, whatever
-  shares the batch; theta stays as it is.
-- log_probs are those of the model at temperature 1, whatever the batches.
+  shares the batch; theta stays as it is. Random numbers are a prompt's own, the same for all members.
+- log_probs are those of the model at temperature 1, whatever the batches, in one batch of members those of each. An
+  answer is read as the tokens that follow its prompt's, with the end token.
 """
 
 import copy
@@ -23,7 +24,7 @@ import types
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
@@ -36,9 +37,9 @@ from transformers import (
 
 import es_kernels
 from es_finetune import EvolutionStrategy
-from es_finetune.engines import DECODINGS, Answer, hf
+from es_finetune.engines import DECODINGS, Answer, Sampling, hf
 from es_finetune.engines.hf import HFEngine
-from es_finetune.engines.prompts import tokenize
+from es_finetune.engines.prompts import PromptError, continuations, tokenize
 from es_finetune.errors import RunError
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import EMBEDDED_MODEL
@@ -90,9 +91,9 @@ def chat_tokenizer():
     return made
 
 
-def generate(model, tokenizer, prompts=PROMPTS, batch_size=16, new=12, **options):
+def generate(model, tokenizer, prompts=PROMPTS, batch_size=16, new=12, sampling=None, **options):
     engine = HFEngine(model, tokenizer, new, batch_size, **options)
-    return engine.generate(engine.encode(prompts))
+    return engine.generate(engine.encode(prompts), sampling)
 
 
 # --- what an answer depends on ----------------------------------------------------------------------------------------
@@ -239,19 +240,33 @@ def test_sampling_options_of_the_checkpoint_do_not_matter(model, tokenizer, deco
 
 @all_decodings
 def test_sampled_answers_repeat_and_follow_the_seed(model, tokenizer, decoding):
-    engine = HFEngine(model, tokenizer, 12, 16, decoding=decoding, temperature=1.5, seed=3)
+    engine = HFEngine(model, tokenizer, 12, 16, decoding=decoding)
     encoded, state = engine.encode(PROMPTS[:8]), torch.get_rng_state()
-    first = engine.generate(encoded)
+    first = engine.generate(encoded, Sampling(1.5, 3))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1)
-    assert engine.generate(encoded) == first
-    assert generate(model, tokenizer, PROMPTS[:8], decoding=decoding, temperature=1.5, seed=4) != first
-    assert first != generate(model, tokenizer, PROMPTS[:8])
+    assert engine.generate(encoded, Sampling(1.5, 3)) == first
+    assert engine.generate(encoded, Sampling(1.5, 4)) != first
+    assert first != engine.generate(encoded) == generate(model, tokenizer, PROMPTS[:8])
+
+
+@pytest.mark.parametrize("decoding", ["dynamic", "static"])
+def test_a_prompts_random_numbers_depend_on_its_place_alone(model, tokenizer, decoding):
+    """Not on batches, nor on how long the answers beside it or before it are."""
+    prompts, sampling = PROMPTS[:1] * 12, Sampling(2.0, 2**64 - 1)
+    answers = generate(model, tokenizer, prompts, 12, sampling=sampling, decoding=decoding)
+    assert len(set(answers)) > 6  # though the prompt is the same
+    for size in (1, 5):
+        assert generate(model, tokenizer, prompts, size, sampling=sampling, decoding=decoding) == answers
+    mixed = generate(model, tokenizer, [*PROMPTS[1:6], *prompts[5:]], sampling=sampling, decoding=decoding)
+    assert mixed[5:] == answers[5:]
+    shorter = generate(model, tokenizer, prompts, 5, new=3, sampling=sampling, decoding=decoding)
+    assert [answer.ids for answer in shorter] == [answer.ids[:3] for answer in answers]
 
 
 def test_samples_come_from_the_whole_distribution_at_the_temperature(model, tokenizer):
     model.generation_config.update(do_sample=True, top_k=3, top_p=0.5)
-    answers = generate(model, tokenizer, PROMPTS[:1] * 4000, batch_size=4000, new=1, temperature=2.0)
+    answers = generate(model, tokenizer, PROMPTS[:1] * 4000, 4000, new=1, sampling=Sampling(2.0, 0))
     shares = torch.bincount(torch.tensor([answer.ids[0] for answer in answers]), minlength=22) / 4000
     logits = model(tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]).logits[0, -1]
     expected = torch.softmax(logits / 2.0, dim=-1)
@@ -264,8 +279,9 @@ def test_samples_come_from_a_large_vocabulary_too(tokenizer):
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=200, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).eval()
-    engine = HFEngine(model, tokenizer, 1, 4000, temperature=1.0)
-    sampled = {answer.ids for answer in engine.generate(engine.encode(PROMPTS[:1] * 4000))}
+    sampled = {
+        answer.ids for answer in generate(model, tokenizer, PROMPTS[:1] * 4000, 4000, new=1, sampling=Sampling(1.0, 0))
+    }
     assert len(sampled) > 190
 
 
@@ -286,18 +302,22 @@ def members_engine(model, tokenizer):
     return make
 
 
-@pytest.mark.parametrize("options", ({}, {"decoding": "static"}, {"temperature": 1.0, "seed": 5}), ids=str)
-def test_members_in_one_batch_answer_as_one_by_one(members_engine, options):
+@pytest.mark.parametrize(
+    "decoding, sampling",
+    [("dynamic", None), ("static", None), ("dynamic", Sampling(1.0, 5)), ("static", Sampling(1.0, 5))],
+)
+def test_members_in_one_batch_answer_as_one_by_one(members_engine, decoding, sampling):
     """In float32 99 % of the tokens: a batch rounds otherwise than weights in memory."""
-    engine, optimizer = members_engine(40, **options)
+    engine, optimizer = members_engine(12, decoding=decoding)
     prompts = PROMPTS[:10]
     theta = es_kernels.fingerprint(optimizer.tables[0].live)
     encoded = engine.encode(prompts, 4)
-    together = engine.generate_members(encoded, optimizer.noise(range(4)))
-    together += engine.generate_members(encoded, optimizer.noise([4, 5]))
+    together = engine.generate_members(encoded, optimizer.noise(range(4)), sampling)
+    together += engine.generate_members(encoded, optimizer.noise([4, 5]), sampling)
     assert es_kernels.fingerprint(optimizer.tables[0].live) == theta
-    plain = engine.generate(encoded)
-    alone = optimizer.evaluate(lambda member: engine.generate(encoded))
+    encoded = engine.encode(prompts)  # other batches
+    plain = engine.generate(encoded, sampling)
+    alone = optimizer.evaluate(lambda member: engine.generate(encoded, sampling))
     assert [len(answers) for answers in together] == [len(prompts)] * 6
     pairs = [(a, b) for ours, theirs in zip(together, alone, strict=True) for a, b in zip(ours, theirs, strict=True)]
     same = sum(x == y for a, b in pairs for x, y in zip(a.ids, b.ids, strict=False))
@@ -306,10 +326,10 @@ def test_members_in_one_batch_answer_as_one_by_one(members_engine, options):
 
 
 def test_members_without_noise_share_the_random_numbers(members_engine):
-    engine, optimizer = members_engine(40, temperature=2.0, seed=3)
-    encoded = engine.encode(PROMPTS[:10], 4)
+    engine, optimizer = members_engine(40)
+    encoded, sampling = engine.encode(PROMPTS[:10], 4), Sampling(2.0, 3)
     noise = [group._replace(coefs=[0.0] * 4) for group in optimizer.noise(range(4))]
-    assert engine.generate_members(encoded, noise) == [engine.generate(encoded)] * 4
+    assert engine.generate_members(encoded, noise, sampling) == [engine.generate(encoded, sampling)] * 4
 
 
 def test_batches_hold_fewer_prompts_where_members_share_them(members_engine):
@@ -369,8 +389,6 @@ def test_options_that_cannot_be_are_refused(model):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     with pytest.raises(ValueError, match="decoding must be one of dynamic, static, continuous, not 'paged'"):
         HFEngine(model, tokenizer, 12, 16, decoding="paged")
-    with pytest.raises(ValueError, match="temperature must be 0"):
-        HFEngine(model, tokenizer, 12, 16, temperature=-1.0)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
         HFEngine(model, tokenizer, 12, 16)
@@ -450,10 +468,10 @@ def test_a_model_that_cannot_generate_at_all_is_refused_in_one_line(model, token
 @pytest.mark.parametrize("at_once", [2**28, 1000])
 def test_log_probs_are_those_of_each_token_at_temperature_1(model, tokenizer, monkeypatch, at_once):
     monkeypatch.setattr(hf, "_LOGITS_AT_ONCE", at_once)
-    engine = HFEngine(model, tokenizer, 12, 16, temperature=2.0)
-    answers = engine.generate(engine.encode(PROMPTS))
+    engine = HFEngine(model, tokenizer, 12, 16)
+    answers = engine.generate(engine.encode(PROMPTS), Sampling(2.0, 0))
     answers[3] = Answer("", ())
-    rows = engine.log_probs(PROMPTS, answers)
+    rows = engine.log_probs(engine.encode_answers(PROMPTS, answers))
     assert len({len(row) for row in rows}) > 3
     for prompt, answer, log_p in zip(PROMPTS, answers, rows, strict=True):
         ids = tokenizer(prompt)["input_ids"] + list(answer.ids)
@@ -467,6 +485,88 @@ def test_log_probs_are_those_of_each_token_at_temperature_1(model, tokenizer, mo
         )
         assert log_p.dtype == torch.float32 and not log_p.requires_grad
         torch.testing.assert_close(log_p, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma3", "lora"])
+@pytest.mark.parametrize("at_once", [2**28, 4000])
+def test_log_probs_of_members_in_one_batch_are_those_of_each(build_model, tokenizer, monkeypatch, kind, at_once):
+    """To 1e-5, whatever the batches and however many logits are computed: the model's own log_softmax with the member's
+    noise in the weights."""
+    monkeypatch.setattr(hf, "_LOGITS_AT_ONCE", at_once)
+    model = build_model(kind)
+    entries = [entry for entry in named_segments(model) if entry.tensor.requires_grad]
+    members = Members(model, entries)
+    engine = HFEngine(model, tokenizer, 4, 12, members=members)
+    tuned = [entry for entry in entries if entry.name in members.names]
+    optimizer = EvolutionStrategy(tuned, sigma=0.02, population=4, noise_rank=2)
+    prompts = [prompt[:length] for length, prompt in enumerate(PROMPTS[:7], 3)]
+    answers = ["3+4+7", "1", "9-8", "12*2-1*1", "7", "1+1", "0"]
+    theta = es_kernels.fingerprint(optimizer.tables[0].live)
+    together = engine.log_probs_members(engine.encode_answers(prompts, answers, 3), optimizer.noise(range(3)))
+    together += engine.log_probs_members(engine.encode_answers(prompts, answers, 3), optimizer.noise([3]))
+    assert es_kernels.fingerprint(optimizer.tables[0].live) == theta
+    one_by_one = optimizer.evaluate(lambda member: engine.log_probs(engine.encode_answers(prompts, answers)))
+    alone = optimizer.evaluate(
+        lambda member: [own_log_probs(model, tokenizer, *pair) for pair in zip(prompts, answers, strict=True)]
+    )
+    for rows, others, expected in zip(together, one_by_one, alone, strict=True):
+        torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(others, expected, rtol=0, atol=1e-5)
+    assert max(abs(a - b).max() for a, b in zip(together[0], together[1], strict=True)) > 1e-2
+
+
+@torch.no_grad()
+def own_log_probs(model, tokenizer, prompt, answer):
+    """Of the answer's tokens and the end token, by one forward pass over this text alone."""
+    before = tokenizer(prompt)["input_ids"]
+    ids = [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
+    assert ids[: len(before)] == before
+    log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+    return torch.stack([log_p[place - 1, ids[place]] for place in range(len(before), len(ids))])
+
+
+def test_an_answer_follows_a_text_at_once_and_a_chat_after_the_generation_prompt(tiny_llama, chat_tokenizer):
+    """With <s> put in front of each text by the tokenizer, and </s> at the end."""
+    chat = ({"role": "user", "content": "ab"},)
+    read = continuations(chat_tokenizer, ["ab", chat, "c", chat], ["cd", "cd", Answer("", (9,)), Answer("", ())], 2)
+    assert read == ([[1, 5, 6], [1, 3, 5, 6, 4], [1, 7], [1, 3, 5, 6, 4]], [[7, 8, 2], [7, 8, 2], [9], []])
+    assert continuations(chat_tokenizer, ["ab"], ["cd"], None)[1] == [[7, 8]]
+
+
+def test_an_answers_tokens_are_those_behind_the_prompts_own(tokenizer):
+    """A model that answers has the prompt's tokens before it: none may reach across the border. And a space that a
+    tokenizer puts in front of each text is not in front of an answer."""
+    names = {name: i for i, name in enumerate(["<pad>", "</s>", "_", "a", "b", "c", "ab", "bc"])}
+    inner = Tokenizer(models.BPE(names, [("a", "b"), ("b", "c")]))
+    inner.normalizer = normalizers.Prepend("_")
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    assert continuations(made, ["ca"], ["bc"], 1) == ([[2, 5, 3]], [[2, 7, 1]])  # not [6] across the border
+    assert continuations(made, ["aa"], ["cb"], 1) == ([[2, 3, 3]], [[5, 4, 1]])
+    with pytest.raises(PromptError, match="answer 1 'zz' has no tokens"):
+        continuations(made, ["a", "a"], ["b", "zz"], 1)
+
+
+def test_the_end_of_an_answer_is_the_tokenizers_own_end_token_where_the_model_stops_at_several(model, tokenizer):
+    model.generation_config.eos_token_id = [3, tokenizer.eos_token_id]
+    assert HFEngine(model, tokenizer, 4, 4).end == tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [7, 3]
+    assert HFEngine(model, tokenizer, 4, 4).end == 3
+    model.generation_config.eos_token_id, tokenizer = None, copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
+    assert HFEngine(model, tokenizer, 4, 4).end is None
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, words",
+    [
+        ("1", "3" * 63, "answer 1 has 64 tokens, too many after 1 of the prompt within the model's 64 positions"),
+        ("3" * 99, "1", "answer 1 has 2 tokens, too many after 99 of the prompt"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_refused(build_model, tokenizer, prompt, answer, words):
+    engine = HFEngine(build_model("llama"), tokenizer, 4, 4)
+    with pytest.raises(PromptError, match=words):
+        engine.encode_answers(["1", prompt], ["2", answer])
 
 
 def test_a_peft_model_generates_with_its_adapter_and_keeps_its_own_options(model, tokenizer):

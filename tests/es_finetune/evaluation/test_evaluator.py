@@ -1,8 +1,9 @@
 """Contract under test: an evaluation.
 
 Each item is scored by its own answer. Means leave out what a score does not have and do not depend on order; digests
-are equal where all answers are identical, and only there; failures are counted and the first is told. The headline is
-the task's metric over all answers, failures included; its interval takes the question, not the answer, as what varies.
+are equal where all answers are identical, and only there; failures are counted and the first is told. Of several
+samples the mean or the best counts; of answers that are read, their log-probability. The headline is the task's
+metric over all answers, failures included; its interval takes the question, not the answer, as what varies.
 """
 
 import json
@@ -13,12 +14,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import es_finetune.models
-from es_finetune.engines import Answer
+from es_finetune.engines import Answer, Sampling
 from es_finetune.engines.hf import HFEngine
-from es_finetune.evaluation.evaluator import Evaluation, Evaluator, Unaskable, headline, in_parts, measure
+from es_finetune.evaluation.evaluator import (
+    Evaluation,
+    Evaluator,
+    HeldOut,
+    LogProbEvaluator,
+    Unaskable,
+    headline,
+    in_parts,
+    measure,
+)
 from es_finetune.evaluation.statistics import interval
 from es_finetune.tasks import Item, Score, load_task
 
@@ -72,7 +83,7 @@ def test_a_tasks_reward_that_is_no_finite_number_is_one_that_failed(reward, prob
         def encode(self, prompts):
             return prompts
 
-        def generate(self, prompts):
+        def generate(self, prompts, sampling):
             return [Answer("a", (1,)) for _ in prompts]
 
         def score(self, item, completion):
@@ -121,13 +132,13 @@ def test_tokens_are_counted():
 class Echo:
     """An engine whose answers count how often it wrote one."""
 
-    def __init__(self, temperature=0.0):
-        self.temperature, self.written = temperature, 0
+    def __init__(self):
+        self.written = 0
 
     def encode(self, prompts):
         return list(prompts)
 
-    def generate(self, encoded):
+    def generate(self, encoded, sampling):
         answers = []
         for prompt in encoded:
             answers.append(Answer(f"{prompt}{self.written}", (self.written,)))
@@ -139,6 +150,7 @@ def make_task(score, metric="exact", floor=None):
     return SimpleNamespace(name="fake", metric=metric, floor=floor, score=score)
 
 
+SAMPLING = Sampling(1.0, 0)
 ITEMS = [Item(prompt, prompt) for prompt in "abcd"]
 
 
@@ -153,7 +165,7 @@ def test_greedy_right_or_wrong_gives_a_share_and_its_wilson_interval():
 
 def test_several_samples_are_clustered_by_question():
     task = make_task(lambda item, text: Score(float(text[1:]), 1.0), metric="reward")
-    measured = measure(Echo(temperature=1.0), task, ITEMS[:2], samples=3)
+    measured = measure(Echo(), task, ITEMS[:2], 3, SAMPLING)
     assert [item.key for item in measured.items] == list("aaabbb")
     assert measured.values == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and measured.value == 2.5
     assert (measured.low, measured.high) == interval([1.0, 4.0])
@@ -161,7 +173,7 @@ def test_several_samples_are_clustered_by_question():
 
 def test_several_samples_of_right_or_wrong_are_not_so_many_questions():
     task = make_task(lambda item, text: Score(1.0, float(item.key in "ab")))
-    measured = measure(Echo(temperature=1.0), task, ITEMS, samples=100)
+    measured = measure(Echo(), task, ITEMS, 100, SAMPLING)
     assert (measured.low, measured.high) == interval([1.0, 1.0, 0.0, 0.0])
 
 
@@ -188,3 +200,62 @@ def test_parts_differ_in_length_by_at_most_one_and_are_all_of_it():
         runs = in_parts(items, parts)
         assert [item for run in runs for item in run] == items
         assert len(runs) == parts and max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+# --- several samples, and answers that are read -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floor, mean, best", [(None, 1.5, 2.0), (-6.0, -2.0, 2.0)])
+def test_a_question_is_worth_the_mean_of_its_samples_or_the_best(floor, mean, best):
+    """A sample whose scoring failed is worth the floor, or the lowest of all."""
+    worth = {"a": [1.0, 2.0], "b": [2.0, None], "c": [None, None], "d": [1.0, 4.0]}
+    task = make_task(lambda item, text: Score(worth[item.key][int(text[1:]) % 2]), floor=floor)
+    for objective, expected in (("mean", [1.5, mean, None, 2.5]), ("best", [2.0, best, None, 4.0])):
+        result = Evaluator(Echo(), task, ITEMS, samples=2, objective=objective)(SAMPLING)
+        assert result.rewards == expected
+        assert [answer.text for answer in result.answers] == ["a0", "a1", "b2", "b3", "c4", "c5", "d6", "d7"]
+        assert result.failed == 3 and result.error[0] == 1 and result.tokens == 8
+
+
+class Reader(Echo):
+    """Of each token of an answer log p is minus its letter's number."""
+
+    def encode_answers(self, prompts, answers):
+        return list(zip(prompts, answers, strict=True))
+
+    def log_probs(self, encoded):
+        return [torch.tensor([-float(ord(letter) - 96) for letter in answer]) for _, answer in encoded]
+
+
+READING = [
+    {"prompt": "a", "answer": "abc"},
+    {"prompt": "b", "answer": " b3 ", "rejected": "ab"},
+    *({"prompt": p, "answer": "z"} for p in "cdef"),
+]
+
+
+@pytest.mark.parametrize("per_token, rewards", [(False, [-6.0, 174.0]), (True, [-2.0, 44.25])])
+def test_answers_that_are_read_are_worth_their_log_probability(per_token, rewards):
+    held_out, options = [{"prompt": "t", "answer": "t0"}], {"reward": "logprob", "logprob_per_token": per_token}
+    task = load_task("custom", data=READING, test_data=held_out, **options)
+
+    def read(items, engine=None):
+        return LogProbEvaluator(engine or Reader(), task, items)()
+
+    result = read(task.train[:2])
+    assert result.rewards == rewards and result.scores == [Score(reward) for reward in rewards]
+    assert (result.answers, result.tokens, result.failed) == ([], 0, 0)
+    assert result.digest == read(task.train[:2]).digest != read(task.train[1:3]).digest
+    broken = SimpleNamespace(encode_answers=zip, log_probs=lambda _: [torch.tensor([-math.inf])])
+    (score,) = read(task.train[:1], broken).scores
+    assert score.reward is None and "-inf" in score.error
+
+
+def test_held_out_questions_of_a_task_that_reads_are_answered_too():
+    held_out = [{"prompt": "t", "answer": "ab"}, {"prompt": "u", "answer": " u1\n"}]
+    task = load_task("custom", data=READING, test_data=held_out, reward="logprob")
+    result = HeldOut(Reader(), task, task.test)()
+    assert [answer.text for answer in result.answers] == ["t0", "u1"]
+    assert [(score.reward, score.exact) for score in result.scores] == [(-3.0, 0.0), (-(21 - 47 - 86 - 64.0), 1.0)]
+    measured = measure(Reader(), task, task.test)
+    assert (measured.metric, measured.values, measured.evaluation.rewards[0]) == ("exact", [0.0, 1.0], -3.0)

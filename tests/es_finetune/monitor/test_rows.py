@@ -20,4 +20,4 @@ def test_the_committed_page_is_the_one_that_is_made():
 def test_the_page_says_type_and_meaning_of_a_field():
     lines = fields_page().splitlines()
     assert "| `failed_example` | text or null | the first of them, and why |" in lines
-    assert "| `rewards` | list of number or null | of each training prompt; null where scoring failed |" in lines
+    assert "| `exact` | number or null | share of right answers; null where the task knows none |" in lines

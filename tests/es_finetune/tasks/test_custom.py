@@ -3,6 +3,7 @@
 - Every mistake in the data or the reward is one sentence that names the line or the function, before any long work.
 - Records keep their order; equal ones are dropped and counted. Held-out prompts depend on nothing but the prompts, and
   no prompt is on both sides.
+- Of the reward "logprob" an answer's log-probability counts, which the model reads; records without one are named.
 - A reward that fails, hangs or returns what is no number scores None and says why; it never raises and never ends the
   run.
 """
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from es_finetune.errors import RewardFailed
-from es_finetune.tasks import load_task
+from es_finetune.tasks import Score, load_task, reads
 
 REWARDS = """
 import os, time
@@ -341,6 +342,67 @@ def test_a_reward_may_fail_on_an_empty_completion(rewards):
     assert task.score(task.train[0], "ab").reward == 0.5
     task = load_task("custom", data=records(), reward=lambda completion, item: float(completion or "nan"))
     assert task.score(task.train[0], "").error.startswith("<lambda>(): the reward is nan")
+
+
+# --- answers that are read --------------------------------------------------------------------------------------------
+
+
+def pairs(n=20):
+    return [{"prompt": f"question {i}", "answer": f"answer {i}", "rejected": f"no {i}"} for i in range(n)]
+
+
+def test_log_probabilities_are_summed_or_averaged_and_those_of_the_rejected_subtracted(jsonl):
+    task = load_task("custom", data=jsonl(pairs()), reward="logprob")
+    per_token = load_task("custom", data=pairs(), reward="logprob", logprob_per_token=True)
+    assert [item.prompt for item in task.test] == HELD_OUT and reads(task)
+    assert (task.metric, task.floor, task.code_digest) == ("exact", None, "logprob") and task.notes == []
+    item = task.train[0]
+    assert task.answers(item) == ["answer 1", "no 1"]
+    assert task.score_log_probs(item, [[-1.0, -2.0], [-6.0]]) == Score(3.0)
+    assert per_token.score_log_probs(item, [[-1.0, -2.0], [-6.0]]) == Score(4.5)
+    one = load_task(
+        "custom",
+        data=[
+            record | {"rejected": "x"} if i < 9 else {"prompt": str(i), "answer": "a"}
+            for i, record in enumerate(pairs())
+        ],
+        reward="logprob",
+    ).train[-1]
+    assert task.answers(one) == ["a"] and task.score_log_probs(one, [[-1.0, -2.0]]) == Score(-3.0)
+    assert not reads(load_task("custom", data=pairs(), reward=length))
+
+
+def test_a_held_out_answer_is_exact_where_it_is_the_records_but_for_white_space():
+    task = load_task("custom", data=[record | {"answer": " a b\n"} for record in pairs()], reward="logprob")
+    texts = ("a b", "\n a b ", "a  b", "A b", "", "a b.")
+    assert [task.score(task.test[0], text).exact for text in texts] == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"answer": None}, "line 3: 'answer' is None; it must be text that is not empty"),
+        ({"answer": ""}, "line 3: 'answer' is ''; it must be text"),
+        ({"answer": 42}, "line 3: 'answer' is 42; it must be text"),
+        ({"rejected": [""]}, r"line 3: 'rejected' is \[''\]; it must be text"),
+        ({"rejected": "\ud800"}, "line 3: 'rejected' holds half of a surrogate pair"),
+        ({"prompt": "", "answer": "a"}, "line 3: the prompt is ''"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named(jsonl, change, problem):
+    with pytest.raises(ValueError, match=problem):
+        load_task("custom", data=jsonl([*pairs(2), pairs(3)[2] | change, *pairs(9)]), reward="logprob")
+
+
+def test_a_record_without_an_answer_is_named(jsonl):
+    data, held_out = jsonl(pairs()), jsonl([{"prompt": "a", "n": 1}], "test.jsonl")
+    with pytest.raises(ValueError, match="test.jsonl, line 1: no field 'answer', .* its fields are prompt, n"):
+        load_task("custom", data=data, test_data=held_out, reward="logprob")
+    with pytest.raises(ValueError, match=r"data\[0\]: no field 'answer'"):
+        load_task("custom", data=records(), test_data=pairs(30)[20:], reward="logprob")
+    for reward in (length, None):
+        with pytest.raises(ValueError, match="logprob_per_token goes with reward logprob"):
+            load_task("custom", data=pairs(), reward=reward, logprob_per_token=True)
 
 
 def test_arguments_of_another_task_are_refused():

@@ -38,6 +38,15 @@ def test_the_questions_of_a_generation_are_drawn_by_seed_and_number_alone():
     assert dataclasses.replace(PLAN, prompts=0).training(3) == TASK.train
 
 
+def test_random_numbers_are_a_generations_own():
+    assert PLAN.sampling(3) is None
+    plan = dataclasses.replace(PLAN, temperature=0.5)
+    drawn = [plan.sampling(generation) for generation in range(50)]
+    assert drawn == [dataclasses.replace(plan, population=6).sampling(generation) for generation in range(50)]
+    assert {one.temperature for one in drawn} == {0.5} and len({one.seed for one in drawn}) == 50
+    assert dataclasses.replace(plan, seed=8).sampling(0) != drawn[0]
+
+
 def test_held_out_questions_are_the_first_or_all():
     assert PLAN.held_out == TASK.test[:3] and dataclasses.replace(PLAN, eval_items=0).held_out == TASK.test
 

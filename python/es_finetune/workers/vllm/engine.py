@@ -4,6 +4,7 @@ is numbers."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -15,14 +16,23 @@ from typing import Any
 import torch
 
 from es_finetune.config import TrainConfig
-from es_finetune.engines import Answer
-from es_finetune.engines.prompts import Prompt, positions_of, refuse_unanswerable, tokenize, vocabulary_of
+from es_finetune.engines import Answer, Sampling
+from es_finetune.engines.prompts import (
+    Prompt,
+    continuations,
+    positions_of,
+    refuse_unanswerable,
+    refuse_unreadable,
+    tokenize,
+    vocabulary_of,
+)
 from es_finetune.errors import UserError, first_line
 from es_finetune.evaluation.evaluator import encoded
 from es_finetune.models.load import empty_model, path_of
 from es_finetune.models.save import save_model
-from es_finetune.tasks import Task
+from es_finetune.tasks import Task, reads
 from es_finetune.workers.replica import Replica
+from es_kernels.noise import SAMPLING, member_seed
 
 _UTILISATION = 0.9  # of a GPU's memory: vLLM's default
 _BLOCK = 128  # lengths are rounded up to so many tokens
@@ -73,8 +83,9 @@ def load(config: TrainConfig, task: Task) -> Replica:
 
 
 class VllmEngine:
-    """Greedy answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has
-    them. Its memory for the KV cache is what theta leaves: theta is allocated after it.
+    """Answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has them;
+    log-probabilities by `prompt_logprobs`. Its memory for the KV cache is what theta leaves: theta is allocated after
+    it.
 
     Args:
         vllm: The module.
@@ -85,15 +96,13 @@ class VllmEngine:
         task: Its longest question decides the length of a sequence.
         max_new_tokens: Of an answer.
         batch_size: Answers at a time.
-        seed: Of the run; greedy answers need none.
+        seed: Of the run; each call of `generate` has its own.
         tensor_parallel: GPUs over which the model is cut.
         master: Where the exact weights will live, "fp32", "copy" or "host": memory for them is left free.
 
     Raises:
         UserError: The exact weights do not fit beside the model, or vLLM cannot load it.
     """
-
-    temperature = 0.0
 
     def __init__(
         self,
@@ -115,7 +124,13 @@ class VllmEngine:
         longest = max(
             map(len, encoded([*task.train, *task.test], lambda prompts: tokenize(tokenizer, prompts))), default=0
         )
-        self.length = min(positions_of(model), -(-(longest + self.max_new_tokens) // _BLOCK) * _BLOCK)
+        longest += self.max_new_tokens
+        if reads(task):
+            items = [item for item in [*task.train, *task.test] for _ in task.answers(item)]
+            texts = [text for item in [*task.train, *task.test] for text in task.answers(item)]
+            pairs = encoded(items, lambda prompts: self._continuations(prompts, texts))
+            longest = max(longest, 1 + max(len(before) + len(after) for before, after in zip(*pairs, strict=True)))
+        self.length = min(positions_of(model), -(-longest // _BLOCK) * _BLOCK)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options: dict[str, Any] = {"tensor_parallel_size": tensor_parallel}
         if tensor_parallel > 1:
@@ -133,7 +148,7 @@ class VllmEngine:
                     "copy or host, or more --tensor_parallel"
                 )
             options["gpu_memory_utilization"] = _UTILISATION * (1 - theta / free)
-        self.params = vllm.SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens, detokenize=False)
+        self.sampling_params = functools.partial(vllm.SamplingParams, detokenize=False)
         try:
             self.llm = vllm.LLM(
                 model=path_of(name),
@@ -152,10 +167,45 @@ class VllmEngine:
         refuse_unanswerable(tokens, self.max_new_tokens, self.length, self.vocabulary)
         return [{"prompt_token_ids": ids} for ids in tokens]
 
-    def generate(self, encoded: list[dict[str, list[int]]]) -> list[Answer]:
-        tokens = [list(one.outputs[0].token_ids) for one in self.llm.generate(encoded, self.params, use_tqdm=False)]
+    def generate(self, encoded: list[dict[str, list[int]]], sampling: Sampling | None = None) -> list[Answer]:
+        params = [self.sampling_params(temperature=0.0, max_tokens=self.max_new_tokens)] * len(encoded)
+        if sampling is not None:
+            params = [
+                self.sampling_params(
+                    temperature=sampling.temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    max_tokens=self.max_new_tokens,
+                    seed=member_seed(sampling.seed, 0, prompt, SAMPLING) % 2**63,  # vLLM's are signed
+                )
+                for prompt in range(len(encoded))
+            ]
+        tokens = [list(one.outputs[0].token_ids) for one in self.llm.generate(encoded, params, use_tqdm=False)]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
+
+    def encode_answers(
+        self, prompts: Sequence[Prompt], answers: Sequence[str | Answer]
+    ) -> list[tuple[list[int], list[int]]]:
+        before, after = self._continuations(prompts, answers)
+        refuse_unreadable(before, after, self.length - 1, self.vocabulary)  # vLLM generates a token in any case
+        return list(zip(before, after, strict=True))
+
+    def log_probs(self, encoded: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+        params = self.sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        asked = [{"prompt_token_ids": before + after} for before, after in encoded]
+        read = self.llm.generate(asked, params, use_tqdm=False)
+        return [
+            torch.tensor(
+                [of[token].logprob for of, token in zip(one.prompt_logprobs[len(before) :], after, strict=True)]
+            )
+            for one, (before, after) in zip(read, encoded, strict=True)
+        ]
+
+    def _continuations(
+        self, prompts: Sequence[Prompt], answers: Sequence[str | Answer]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        return continuations(self.tokenizer, prompts, answers, self.tokenizer.eos_token_id)
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

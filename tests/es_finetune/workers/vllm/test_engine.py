@@ -1,4 +1,5 @@
-"""Contract under test: weights in vLLM's workers do what weights here do, and all that crosses to them is JSON.
+"""Contract under test: weights in vLLM's workers do what weights here do, and all that crosses to them is JSON. Answers
+are sampled with random numbers of each prompt's own; given ones are read as by transformers.
 
 Without vLLM: its modules are empty, and its worker is this process with a model of transformers. tests/vllm has the
 real one, in an environment of its own.
@@ -11,11 +12,17 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from es_finetune.config import TrainConfig
+from es_finetune.engines import Answer, Sampling
+from es_finetune.engines.hf import HFEngine
+from es_finetune.engines.prompts import PromptError
 from es_finetune.models.checkpoint_names import named_segments
+from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.optim.update import Update
 from es_finetune.runs.setup import make_optimizer, make_schedules
+from es_finetune.tasks import load_task
 from es_finetune.workers.weights import Weights
 from es_kernels import NamedTensor
 
@@ -112,3 +119,71 @@ def test_fingerprints_of_what_each_process_counts_add_up_to_the_models(wire, wei
     whole, one, other = start(True, True, True, True), start(True, False, False, True), start(False, True, True, False)
     for key in ("theta", "live", "base_fingerprint"):
         assert int(whole[key], 16) == (int(one[key], 16) + int(other[key], 16)) % 2**64
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+class Generating:
+    """vllm.LLM over a model of transformers: the log-probabilities of prompts, and of each answer one token."""
+
+    def __init__(self, model, max_model_len):
+        self.model, self.max_model_len, self.asked = model, max_model_len, []
+
+    @torch.no_grad()
+    def generate(self, prompts, params, use_tqdm):
+        self.asked = params = params if isinstance(params, list) else [params] * len(prompts)
+        outputs = []
+        for prompt, one in zip(prompts, params, strict=True):
+            ids = prompt["prompt_token_ids"]
+            assert len(ids) + one.max_tokens <= self.max_model_len
+            log_p = torch.log_softmax(self.model(torch.tensor([ids])).logits[0], dim=-1)
+            of = [
+                {token: SimpleNamespace(logprob=row[token].item())} for token, row in zip(ids[1:], log_p, strict=False)
+            ]
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=(5,))], prompt_logprobs=[None, *of]))
+        return outputs
+
+
+@pytest.fixture
+def engine_of(wire, build_model):
+    """engine_of(task) -> (VllmEngine over a model of 64 positions, HFEngine over the same)."""
+    engine, _ = wire
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = build_model("llama")
+
+    def make(task):
+        vllm = SimpleNamespace(
+            SamplingParams=lambda **options: SimpleNamespace(**options),
+            LLM=lambda max_model_len, **options: Generating(model, max_model_len),
+        )
+        options = {"batch_size": 4, "seed": 0, "tensor_parallel": 1, "master": "fp32"}
+        made = engine.VllmEngine(vllm, "x", model, tokenizer, torch.float32, task, max_new_tokens=4, **options)
+        return made, HFEngine(model, tokenizer, 4, 4)
+
+    return make
+
+
+def test_answers_are_read_as_by_transformers(engine_of):
+    data = [{"prompt": f"^{a}:", "answer": f"{a}+" * a, "rejected": "7"} for a in range(1, 9)]
+    task = load_task("custom", data=data, reward="logprob")
+    engine, other = engine_of(task)
+    prompts, answers = ["^1:", "^2,3:", "4"], ["1+1", "7", Answer("", (5, 6))]
+    read, expected = (each.log_probs(each.encode_answers(prompts, answers)) for each in (engine, other))
+    assert [len(row) for row in read] == [4, 2, 2]
+    torch.testing.assert_close(read, expected, rtol=0, atol=1e-5)
+    with pytest.raises(PromptError, match="answer 0 has 61 tokens, too many after 3 of the prompt"):
+        engine.encode_answers(["^1:"], ["7" * 60])  # 64 positions, and vLLM generates one
+
+
+def test_each_prompt_has_random_numbers_of_its_own(engine_of):
+    engine, _ = engine_of(load_task("countdown-char"))
+    encoded = engine.encode(["1", "2", "2"])
+    assert engine.generate(encoded) == [Answer("1", (5,))] * 3
+    assert [params.temperature for params in engine.llm.asked] == [0.0] * 3
+    engine.generate(encoded, Sampling(0.5, 2**64 - 1))
+    first = engine.llm.asked
+    assert {params.temperature for params in first} == {0.5} and len({params.seed for params in first}) == 3
+    assert all(0 <= params.seed < 2**63 and params.top_k == 0 and params.max_tokens == 4 for params in first)
+    engine.generate(encoded[:2], Sampling(0.5, 2**64 - 1))
+    assert engine.llm.asked == first[:2]
