@@ -13,6 +13,7 @@ import torch
 
 import es_kernels
 from es_finetune import TrainConfig, Trainer
+from es_finetune.engines import Sampling
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.optim.update import Update
 from es_finetune.runs.log import read_log
@@ -112,6 +113,31 @@ def test_answers_are_those_of_transformers_before_and_after_every_change(pair):
             assert proofs[0]["theta"] == proofs[1]["theta"] and proofs[0]["live"] == proofs[1]["live"]
             generation += 1
         assert evals[0].digest != ours.answer_held_out().digest
+
+
+READ = [{"prompt": ("12+" * LONG)[:LONG] + f"{k}=", "answer": f"{k}" * k, "rejected": "7"} for k in range(1, 10)]
+
+
+def test_answers_are_read_as_by_transformers_and_sampled_with_the_same_random_numbers(saved, tmp_path):
+    """Log-probabilities are those of each member's weights, behind a prompt of several blocks of the cache."""
+    config = {**OPTIONS, "model": str(saved("Llama")), "output": str(tmp_path / "run"), "prompts": 0}
+    config |= {"task": "custom", "reward": "logprob"}
+    task = load_task("custom", data=READ, reward="logprob", test_share=0.4)
+    ours, theirs = (make_worker(TrainConfig(**config, engine=engine), task=task) for engine in ("vllm", "hf"))
+    lines, expected = (worker.evaluate(0, {}, lambda line: None)[0] for worker in (ours, theirs))
+    assert len({line["digest"] for line in lines}) == 4
+    for line, other in zip(lines, expected, strict=True):
+        assert line["rewards"] == pytest.approx(other["rewards"], abs=1e-3)
+    evals = [worker.answer_held_out() for worker in (ours, theirs)]
+    assert evals[0].digest == evals[1].digest
+    assert evals[0].rewards == pytest.approx(evals[1].rewards, abs=1e-3)
+
+    engine, sampling = ours.replica.engine, Sampling(1.0, 5)
+    encoded = engine.encode([READ[0]["prompt"]] * 6)
+    drawn = engine.generate(encoded, sampling)
+    assert len(set(drawn)) > 3 and engine.generate(encoded, sampling) == drawn
+    assert engine.generate(encoded[:3], sampling) == drawn[:3] != engine.generate(encoded[:3], Sampling(1.0, 6))
+    ours.close()
 
 
 def test_a_run_is_replayed_and_its_model_loads(saved, tmp_path):
