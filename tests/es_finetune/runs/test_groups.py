@@ -35,7 +35,7 @@ def entries():
         ({"freeze": ["[ud]*"]}, {0.1: ["embed", "norm"]}),
         # "norm" and "embed" are never the first to fit, and used all the same
         ({"tune": ["*", "norm"], "freeze": ["e*", "embed"]}, {0.1: ["norm"]}),
-        ({"shared": {"embed", "other"}}, {0.1: ["embed"]}),
+        ({"shared": ["embed", "other"]}, {0.1: ["embed"]}),
         ({"shared": {"embed"}, "tune": ["e*"], "freeze": ["experts"]}, {0.1: ["embed"]}),
     ],
     ids=str,
