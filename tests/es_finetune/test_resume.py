@@ -78,7 +78,7 @@ def server():
 CONFIGS = [
     {},
     {"dtype": "bfloat16", "master": "copy", "perturb_rounding": "stochastic", "snapshot_every": 1},
-    {"dtype": "bfloat16", "master": "none", "noise_rank": 1},
+    {"dtype": "bfloat16", "master": "none", "noise_rank": 1, "members_at_once": 1},
     {
         "dtype": "bfloat16",
         "momentum": 0.5,
