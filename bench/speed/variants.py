@@ -96,10 +96,12 @@ CUDA = {
     "a tile of 2048 units": Variant(
         "four times the walks over segments; a shorter tail, so faster below 2^24 values only",
         EVERY,
-        (("cuda.cu", "kTile = 8192", "kTile = 2048"),),
+        (("cuda.cu", "kLargestTile = 8192", "kLargestTile = 2048"),),
     ),
     "a tile of 32768 units": Variant(
-        "fewer walks, a longer tail: slower below 2^27 values", EVERY, (("cuda.cu", "kTile = 8192", "kTile = 32768"),)
+        "fewer walks, a longer tail: slower below 2^27 values",
+        EVERY,
+        (("cuda.cu", "kLargestTile = 8192", "kLargestTile = 32768"),),
     ),
     "no persistent grid": Variant(
         "each block of threads searches its segment once: 2 % slower on tables, no tail of unequal rounds",

@@ -218,7 +218,7 @@ def test_fake_tensors_take_no_work():
     with FakeTensorMode():
         a = torch.empty(100)
         torch.ops.es_kernels.add_noise_(
-            [a], [], [], torch.empty(1, dtype=torch.int64), torch.empty(1), None, 0.0, Layout.intern(("a",)).key
+            [a], [], [], torch.empty(1, dtype=torch.int64), torch.empty(1), None, 0.0, Layout.intern(("a",)).key, 0
         )
         assert torch.ops.es_kernels.fingerprint([a], Layout.intern(("a",)).key).dtype == torch.int64
 

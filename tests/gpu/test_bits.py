@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import es_kernels
-from es_kernels import ParamTable, Segment, add_noise_, fingerprint
+from es_kernels import ParamTable, Segment, add_noise_, factors, fingerprint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cuda", "triton")
@@ -101,6 +101,36 @@ def test_decay_and_anchor(gpu, anchor_dtype, n_seeds):
     )
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (7, 9), (129, 257), (300, 64)])
+def test_low_rank(gpu, rank, shape):
+    """As a run of a matrix whose rows it crosses: the end of a row, whole rows and a beginning."""
+    rows, cols = shape
+    n, stochastic = rows * cols, {"rounding": "stochastic", "rounding_seed": 7}
+    for dtype, n_seeds, extra in itertools.product(DTYPES, (0, 1, 2, 30, 300), ({}, stochastic, {"decay": 0.01})):
+        out, base = weights(n, dtype), weights(n, torch.float32, seed=1)
+        storage, on_device = on_gpu(out)
+        segment = [Segment("w", 1, n, first=3 * cols - 1, width=cols)]
+        seeds, coefs = list(range(n_seeds)), [0.01] * n_seeds
+        options = {"noise_rank": rank, **extra}
+        add_noise_(ParamTable([("w", on_device, segment)]), seeds, coefs, {"w": base.cuda()}, **options)
+        with es_kernels.backend("cpu"):
+            add_noise_(ParamTable([("w", out, segment)]), seeds, coefs, {"w": base}, **options)
+        assert torch.equal(bits(on_device), bits(out)) and (storage[n:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors(gpu, dtype):
+    shapes = {"a": (40, 8), "b": (1, 3), "c": (7, 1300), "empty": (0, 4)}
+    for rank, seeds in ((1, [3]), (3, [1, 2, -5]), (64, list(range(200))), (2, torch.arange(5, device="cuda"))):
+        ours = factors(shapes, seeds, rank, dtype=dtype, device="cuda")
+        with es_kernels.backend("cpu"):
+            theirs = factors(shapes, seeds if isinstance(seeds, list) else seeds.cpu(), rank, dtype=dtype)
+        for name in shapes:
+            for a, b in zip(ours[name], theirs[name], strict=True):
+                assert torch.equal(bits(a.contiguous()), bits(b.contiguous()))
+
+
 @pytest.mark.parametrize("first", [0, 3, 2**32 - 40, 2**35 - 40, 2**35 - 43, 2**63])
 def test_segments_and_far_indices(gpu, first):
     for rows, cols, row_stride, index_stride in [
@@ -168,14 +198,16 @@ def test_runs_on_the_current_stream(gpu):
 
 
 @pytest.mark.parametrize("n_seeds", [1, 2, 200])
-def test_captured_graph_replays_new_members(gpu, n_seeds):
-    base = torch.randn(50_001)
-    live, gpu_base = torch.zeros(50_001, dtype=torch.bfloat16, device="cuda"), base.cuda()
+@pytest.mark.parametrize("noise_rank", [0, 1, 5])
+def test_captured_graph_replays_new_members(gpu, n_seeds, noise_rank):
+    base = torch.randn(21, 2381)
+    live, gpu_base = torch.zeros_like(base, dtype=torch.bfloat16, device="cuda"), base.cuda()
+    options = {"name": "w", "rounding": "stochastic", "noise_rank": noise_rank}
     seeds, coefs = torch.zeros(n_seeds, dtype=torch.int64, device="cuda"), torch.zeros(n_seeds, device="cuda")
     rounding_seed = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def call():
-        add_noise_(live, seeds, coefs, gpu_base, name="w", rounding="stochastic", rounding_seed=rounding_seed)
+        add_noise_(live, seeds, coefs, gpu_base, rounding_seed=rounding_seed, **options)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -192,9 +224,9 @@ def test_captured_graph_replays_new_members(gpu, n_seeds):
             coefs.copy_(torch.full((n_seeds,), 0.01 * (generation + 1))),
         )
         graph.replay()
-        expected = torch.zeros(50_001, dtype=torch.bfloat16)
+        expected = torch.zeros_like(base, dtype=torch.bfloat16)
         with es_kernels.backend("cpu"):
-            add_noise_(expected, new[:-1], coefs.cpu(), base, name="w", rounding="stochastic", rounding_seed=new[-1:])
+            add_noise_(expected, new[:-1], coefs.cpu(), base, rounding_seed=new[-1:], **options)
         assert torch.equal(bits(live), bits(expected))
 
 

@@ -12,7 +12,7 @@ CHECKS = ("memcheck", "racecheck", "initcheck")
 PROGRAM = """
 import torch
 import es_kernels
-from es_kernels import ParamTable, Segment, add_noise_, fingerprint
+from es_kernels import ParamTable, Segment, add_noise_, factors, fingerprint
 with es_kernels.backend("cuda"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for n in (1, 9, 20_011):
@@ -27,13 +27,22 @@ with es_kernels.backend("cuda"):
                 for extra in ({}, dict(base=base), stochastic, anchored):
                     add_noise_(table, seeds, [0.1] * len(seeds), **extra)
             fingerprint(table)
+        matrices = {"m": torch.zeros(130, 264, dtype=dtype, device="cuda"), "v": aligned}
+        matrices["odd"] = torch.zeros(129, 257, dtype=dtype, device="cuda")[:, 3:]
+        for rank in (1, 3, 20):
+            for seeds in ([], [1], list(range(200))):
+                for extra in ({}, stochastic, dict(decay=0.1)):
+                    add_noise_(matrices, seeds, [0.1] * len(seeds), noise_rank=rank, **extra)
+            factors({"a": (40, 8), "b": (7, 3)}, [1, 2, 3], rank, dtype=dtype, device="cuda")
 torch.cuda.synchronize()
 """
 
 
 def command(sanitizer, check):
     """initcheck sees every kernel: what one that is filtered out has written it would take for uninitialised."""
-    only_ours = [] if check == "initcheck" else ["--kernel-name", "regex=perturb|update|fingerprint"]
+    only_ours = (
+        [] if check == "initcheck" else ["--kernel-name", "regex=perturb|update|low_rank|write_factors|fingerprint"]
+    )
     options = ["--tool", check, "--error-exitcode", "9", "--report-api-errors", "no", "--print-limit", "20", *only_ours]
     return [sanitizer, *options, sys.executable, "-c", PROGRAM]
 

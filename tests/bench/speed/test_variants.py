@@ -25,7 +25,7 @@ def test_a_variant_changes_the_sources_in_its_places(name, tmp_path):
 def test_variants_apply_together_or_say_why_not(tmp_path):
     variants.sources("evict-first stores + a tile of 2048 units", tmp_path / "both")
     text = (tmp_path / "both/cuda.cu").read_text()
-    assert "st.global.cs.v4" in text and "kTile = 2048" in text
+    assert "st.global.cs.v4" in text and "kLargestTile = 2048" in text
     with pytest.raises(ValueError, match="stands 0 times in cuda.cu"):
         variants.sources("a tile of 2048 units + a tile of 32768 units", tmp_path / "clash")
     with pytest.raises(SystemExit, match="there is no variant 'a tile of wood'"):
