@@ -270,8 +270,8 @@ class TrainConfig(Setup):
     )
     members_at_once: int | None = _flag(
         "workers",
-        "members that share a batch, with noise_rank 1 or more; 1: one by one, the only way with engine vllm and "
-        "decoding continuous; 0: as many as batch_size holds with all their prompts; 0 where it can be, if not given",
+        "members that share a batch, with noise_rank 1 or more; 1: one by one, the only way with decoding continuous; "
+        "0: as many as batch_size holds with all their prompts; 0 where it can be, if not given",
     )
     engine: str = _flag(
         "workers", "what generates; hf: transformers, in this process", "hf", choices=("hf", "vllm"), resumable=True
@@ -329,7 +329,6 @@ class TrainConfig(Setup):
             at_least(self, prompts=0)
         alone = {
             "noise_rank 0": not self.noise_rank,
-            "engine vllm": self.engine == "vllm",
             "decoding continuous": self.decoding == "continuous",
         }
         if self.members_at_once is None:

@@ -53,12 +53,13 @@ def test_members_share_a_batch_where_they_can():
     def chosen(**options):
         return TrainConfig(task="countdown-char", **options).members_at_once
 
-    assert chosen() == chosen(noise_rank=1, engine="vllm") == chosen(noise_rank=1, decoding="continuous") == 1
-    assert chosen(noise_rank=1) == 0 and chosen(noise_rank=64, members_at_once=7) == 7
+    assert chosen() == chosen(engine="vllm") == chosen(noise_rank=1, decoding="continuous") == 1
+    assert chosen(noise_rank=1) == chosen(noise_rank=1, engine="vllm") == 0
+    assert chosen(noise_rank=64, members_at_once=7) == 7
     assert chosen(noise_rank=1, members_at_once=1) == 1
     for options, words in (
         ({}, "1 with noise_rank 0, not 4"),
-        ({"noise_rank": 1, "engine": "vllm"}, "1 with engine vllm, not 4"),
+        ({"engine": "vllm"}, "1 with noise_rank 0, not 4"),
         ({"noise_rank": 1, "decoding": "continuous"}, "1 with decoding continuous, not 4"),
     ):
         with pytest.raises(UserError, match=f"members_at_once must be {words}"):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 import es_kernels
+from es_finetune.models.checkpoint_names import base_of
 from es_kernels import NamedTensor
 from es_kernels.noise import rank_scale
 
@@ -53,10 +54,14 @@ class Members:
     Args:
         model: A causal LM. Nothing is changed in it.
         entries: Its tuned parameters, as `checkpoint_names.named_segments` gives them.
+        adapters: Only the weights of linear layers below the head: what an engine's own adapters can change.
     """
 
-    def __init__(self, model: torch.nn.Module, entries: Sequence[NamedTensor]):
+    def __init__(self, model: torch.nn.Module, entries: Sequence[NamedTensor], *, adapters: bool = False):
         self._places = _places(model, entries)
+        if adapters:
+            head = base_of(model).get_output_embeddings()
+            self._places = [p for p in self._places if p.kind == "linear" and p.module is not head]
         self._tensors = {
             place.name: entry.tensor for place in self._places for entry in entries if entry.name == place.name
         }
@@ -144,18 +149,27 @@ def _kind(module: torch.nn.Module, attribute: str) -> str | None:
 # ---- what each member adds ----
 
 
+def scaled_factors(
+    shapes: Mapping[str, tuple[int, int]], noise: MemberNoise, device: torch.device
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Matrices of a group, name -> (rows m, columns n), to what each of its members adds there: name -> (c L [members,
+    m, r], R [members, n, r]), f32."""
+    coefs = torch.tensor(noise.coefs, dtype=torch.float32, device=device)
+    scaled = coefs if noise.noise_rank == 1 else coefs * float(rank_scale(noise.noise_rank))
+    factors = es_kernels.factors(shapes, noise.seeds, noise.noise_rank, device=device)
+    return {name: (left * scaled[:, None, None], right) for name, (left, right) in factors.items()}
+
+
 def _terms(tensors: Mapping[str, torch.Tensor], noise: Sequence[MemberNoise]) -> dict[str, tuple[torch.Tensor, ...]]:
     """Name -> (c L [members, m, r], R [members, n, r]) of a matrix, or (c e [members, m],) of a bias, in its dtype."""
     terms: dict[str, tuple[torch.Tensor, ...]] = {}
     for group in noise:
         own = {name: tensors[name] for name in group.names}
         device = next(iter(own.values())).device
-        coefs = torch.tensor(group.coefs, dtype=torch.float32, device=device)
         shapes = {name: (t.shape[0], t.shape[1]) for name, t in own.items() if t.dim() == 2}
-        scaled = coefs if group.noise_rank == 1 else coefs * float(rank_scale(group.noise_rank))
-        for name, (left, right) in es_kernels.factors(shapes, group.seeds, group.noise_rank, device=device).items():
-            dtype = own[name].dtype
-            terms[name] = (left * scaled[:, None, None]).to(dtype), right.to(dtype)
+        for name, factors in scaled_factors(shapes, group, device).items():
+            left, right = (factor.to(own[name].dtype) for factor in factors)
+            terms[name] = left, right
         vectors = {
             name: torch.zeros(len(group.seeds), len(t), device=device) for name, t in own.items() if t.dim() == 1
         }

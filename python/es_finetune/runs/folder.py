@@ -91,9 +91,11 @@ def require_resumable(config: TrainConfig, begun: TrainConfig, done: int) -> Non
     Raises:
         UserError: An option that is not resumable differs. The number of generations may, where schedules are constant.
     """
+    # Where members share a batch, the engine decides which parameters are tuned
+    resumable = RESUMABLE if begun.members_at_once == 1 else RESUMABLE - {"engine"}
     for option in dataclasses.fields(TrainConfig):
         name, was, now = option.name, getattr(begun, option.name), getattr(config, option.name)
-        if name in RESUMABLE or was == now:
+        if name in resumable or was == now:
             continue
         if name == "generations" and now >= done and "constant" == config.lr_schedule == config.sigma_schedule:
             continue  # only then does the number of generations decide nothing before its end

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from es_finetune.runs.groups import param_groups
 from es_finetune.runs.schedules import Schedules
 from es_finetune.tasks import Data, Reward, Task, load_task, reads
 from es_kernels import NamedTensor
+
+logger = logging.getLogger(__name__)
 
 
 def make_task(config: Setup) -> Task:
@@ -111,27 +114,43 @@ def make_members(model: torch.nn.Module, entries: Iterable[NamedTensor], config:
     Args:
         model: What is tuned.
         entries: Its parameters, as `checkpoint_names.named_segments` gives them.
-        config: Its `members_at_once`.
+        config: Its `members_at_once`, and its engine: vLLM's adapters can change less.
 
     Raises:
         UserError: There is no parameter in which members of a batch could differ.
     """
     if config.members_at_once == 1:
         return None
-    members = Members(model, [entry for entry in entries if entry.tensor.requires_grad])
+    tunable = [entry for entry in entries if entry.tensor.requires_grad]
+    members = Members(model, tunable, adapters=config.engine == "vllm")
     if not members.names:
         kind = type(base_of(model)).__name__
         raise UserError(f"{kind} has no layer to which members of one batch can add noise: give --members_at_once 1")
     return members
 
 
-def make_optimizer(entries: Iterable[NamedTensor], config: TrainConfig, members: Members | None) -> EvolutionStrategy:
+def tell_what_is_left_out(entries: Iterable[NamedTensor], members: Members | None) -> None:
+    """One line on the parameters that could be tuned if members shared no batch, if there are such."""
+    tunable = [entry for entry in entries if entry.tensor.requires_grad]
+    left_out = [entry for entry in tunable if members is not None and entry.name not in members.names]
+    if left_out:
+        count, all_of_them = (sum(entry.tensor.numel() for entry in part) for part in (left_out, tunable))
+        logger.info(
+            f"members share a batch, so {len(left_out)} parameters are not tuned, {100 * count / all_of_them:.2g} % of "
+            f"the weights, such as {left_out[0].name}; --members_at_once 1 tunes all"
+        )
+
+
+def make_optimizer(
+    entries: Iterable[NamedTensor], config: TrainConfig, shared: Collection[str] | None
+) -> EvolutionStrategy:
     """The optimizer of a config.
 
     Args:
         entries: All parameters, as `checkpoint_names.named_segments` gives them; those that require grad are tuned.
         config: Its options of the optimizer, and which parameters it tunes.
-        members: As `make_members` gives them: of the parameters those are tuned in which members can differ.
+        shared: Names of the parameters in which members of a batch can differ, where they share one: others are not
+            tuned.
 
     Raises:
         UserError: The names do not fit the config's patterns (`groups.param_groups`), or the optimizer refuses.
@@ -142,7 +161,7 @@ def make_optimizer(entries: Iterable[NamedTensor], config: TrainConfig, members:
         tune=config.tune,
         freeze=config.freeze,
         sigma_for=own_sigmas(config),
-        shared=None if members is None else members.names,
+        shared=shared,
     )
     return EvolutionStrategy(groups, **optimizer_options(config))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,6 @@ from es_finetune.errors import UserError, require
 from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
 from es_finetune.models.dtypes import dtype_of
 from es_finetune.models.load import load_model, pick_device
-from es_finetune.models.members import Members
 from es_finetune.models.save import save_model
 from es_finetune.models.towers import freeze_towers
 from es_finetune.runs.setup import (
@@ -27,6 +24,7 @@ from es_finetune.runs.setup import (
     make_optimizer,
     make_schedules,
     make_task,
+    tell_what_is_left_out,
 )
 from es_finetune.tasks import Task, reads
 from es_finetune.workers import torchrun
@@ -35,12 +33,9 @@ from es_finetune.workers.protocol import Workers, require_shared_master
 from es_finetune.workers.replica import Replica
 from es_finetune.workers.weights import Weights
 from es_finetune.workers.worker import Worker
-from es_kernels import NamedTensor
 
 if TYPE_CHECKING:
     from es_finetune.workers.ray_pool import RayPool
-
-logger = logging.getLogger(__name__)
 
 
 def make_workers(
@@ -95,7 +90,7 @@ def make_worker(
 ) -> Worker:
     """One worker in this process. Arguments and errors as for `make_workers`."""
     plan = make_plan(config, check_task(task or make_task(config), config))
-    return Worker(make_replica(config, plan.task, model, tokenizer), plan)
+    return Worker(make_replica(config, plan, model, tokenizer), plan)
 
 
 def make_plan(config: TrainConfig, task: Task) -> Plan:
@@ -114,14 +109,14 @@ def make_plan(config: TrainConfig, task: Task) -> Plan:
         antithetic=config.antithetic,
         stop_on_reward_error=config.on_reward_error == "stop",
         every_member=config.master == "none" and config.members_at_once == 1,
-        at_once=config.members_at_once or max(1, config.batch_size // asked),
+        at_once=min(config.population, config.members_at_once or max(1, config.batch_size // asked)),
         temperature=config.temperature,
         samples=config.samples,
         objective=config.objective,
     )
 
 
-def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None, tokenizer: Any) -> Replica:
+def make_replica(config: TrainConfig, plan: Plan, model: torch.nn.Module | None, tokenizer: Any) -> Replica:
     """The config's model, or the one that is given, with the run's weights over it."""
     if isinstance(model, (str, Path)):
         raise UserError(
@@ -134,7 +129,7 @@ def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None,
 
         if model is not None:
             raise UserError("engine vllm loads the model by itself: name it in the config")
-        return load(config, task)
+        return load(config, plan)
     if model is None:
         model, tokenizer, identity = load_model(
             config.model, device=pick_device(config.device), **model_options(config)
@@ -150,16 +145,15 @@ def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None,
         }
     entries = list(named_segments(model))
     members = make_members(model, entries, config)
-    engine = make_engine(config, task, model, tokenizer, members=members)
+    engine = make_engine(config, plan.task, model, tokenizer, members=members)
     weights = Weights(
         entries,
-        make_optimizer(entries, config, members),
+        make_optimizer(entries, config, None if members is None else members.names),
         make_schedules(config),
         with_health=bool(config.health_every),
         in_place=members is None,
     )
-    if members is not None:
-        _tell_what_is_left_out(entries, members)
+    tell_what_is_left_out(entries, members)
     return Replica(
         weights,
         engine,
@@ -170,17 +164,6 @@ def make_replica(config: TrainConfig, task: Task, model: torch.nn.Module | None,
         model,
         together=members is not None,
     )
-
-
-def _tell_what_is_left_out(entries: Iterable[NamedTensor], members: Members) -> None:
-    tunable = [entry for entry in entries if entry.tensor.requires_grad]
-    left_out = [entry for entry in tunable if entry.name not in members.names]
-    if left_out:
-        count, all_of_them = (sum(entry.tensor.numel() for entry in part) for part in (left_out, tunable))
-        logger.info(
-            f"members share a batch, so {len(left_out)} parameters are not tuned, {100 * count / all_of_them:.2g} % of "
-            f"the weights, such as {left_out[0].name}; --members_at_once 1 tunes all"
-        )
 
 
 def _for_an_actor(config: TrainConfig) -> TrainConfig:

@@ -90,6 +90,14 @@ def test_what_members_cannot_differ_in(build_model):
     assert any("experts" in name for name in left_out("mixtral"))
 
 
+def test_adapters_change_the_linear_layers_below_the_head(build_model):
+    for kind in ("llama", "qwen2", "qwen3", "gemma"):
+        model = build_model(kind)
+        names = Members(model, entries_of(model), adapters=True).names
+        assert names == {name for name, _ in model.named_parameters() if name.endswith("_proj.weight")}
+    assert not Members(build_model("gpt2"), entries_of(build_model("gpt2")), adapters=True).names
+
+
 def test_nothing_is_left_by_an_exception(build_model, inputs):
     model = build_model("qwen2")
     members = Members(model, entries_of(model))

@@ -44,3 +44,11 @@ def test_a_resumable_option_may_differ_and_another_is_named():
         (name,) = change
         with pytest.raises(ValueError, match=f"the run was begun with {name} .*: resume it with that"):
             require_resumable(TrainConfig(**change), was, done)
+
+
+def test_the_engine_may_differ_unless_it_decides_what_is_tuned():
+    require_resumable(TrainConfig(engine="vllm"), TrainConfig(), done=0)
+    with pytest.raises(ValueError, match="the run was begun with engine 'hf', not 'vllm'"):
+        require_resumable(TrainConfig(engine="vllm", noise_rank=1), TrainConfig(noise_rank=1), done=0)
+    alone = {"noise_rank": 1, "members_at_once": 1}
+    require_resumable(TrainConfig(**alone, engine="vllm"), TrainConfig(**alone), done=0)

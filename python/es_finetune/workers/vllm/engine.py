@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -28,9 +28,13 @@ from es_finetune.engines.prompts import (
 )
 from es_finetune.errors import UserError, first_line
 from es_finetune.evaluation.evaluator import encoded
+from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import empty_model, path_of
+from es_finetune.models.members import MemberNoise
 from es_finetune.models.save import save_model
+from es_finetune.runs.setup import make_members, tell_what_is_left_out
 from es_finetune.tasks import Task, reads
+from es_finetune.workers.plan import Plan
 from es_finetune.workers.replica import Replica
 from es_kernels.noise import SAMPLING, member_seed
 
@@ -38,8 +42,8 @@ _UTILISATION = 0.9  # of a GPU's memory: vLLM's default
 _BLOCK = 128  # lengths are rounded up to so many tokens
 
 
-def load(config: TrainConfig, task: Task) -> Replica:
-    """The model of the config in vLLM, with the run's weights over it.
+def load(config: TrainConfig, plan: Plan) -> Replica:
+    """The model of the config in vLLM, with the run's weights over it, for what the plan asks.
 
     Raises:
         UserError: vLLM is not installed, or it or ES in place cannot do what the config asks for.
@@ -47,22 +51,27 @@ def load(config: TrainConfig, task: Task) -> Replica:
     _refuse(config)
     vllm = _vllm()
     model, tokenizer, dtype = empty_model(config.model, config.dtype)
+    entries = list(named_segments(model))
+    members = make_members(model, entries, config)
+    tell_what_is_left_out(entries, members)
+    adapters = None if members is None else Adapters(sorted(members.names), plan.at_once, config.noise_rank)
     engine = VllmEngine(
         vllm,
         config.model,
         model,
         tokenizer,
         dtype,
-        task,
-        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        plan.task,
+        max_new_tokens=config.max_new_tokens or plan.task.max_new_tokens,
         batch_size=config.batch_size,
         seed=config.seed,
         tensor_parallel=config.tensor_parallel,
         master=config.master,
+        adapters=adapters,
     )
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     try:
-        weights = RemoteWeights(engine.llm, dataclasses.asdict(config), shapes)
+        weights = RemoteWeights(engine.llm, dataclasses.asdict(config), shapes, adapters)
     except BaseException:
         engine.close()
         raise
@@ -78,14 +87,49 @@ def load(config: TrainConfig, task: Task) -> Replica:
         save_model(weights.filled(model, dtype), tokenizer, folder)
 
     return Replica(
-        weights, engine, identity, identity["parameters"], f"{weights.backend} in vLLM", save, close=engine.close
+        weights,
+        engine,
+        identity,
+        identity["parameters"],
+        f"{weights.backend} in vLLM",
+        save,
+        close=engine.close,
+        together=adapters is not None,
     )
+
+
+class Adapters(NamedTuple):
+    """What vLLM allocates for members that share a batch: one of its LoRA adapters each.
+
+    Attributes:
+        shared: Names of the matrices in which they differ.
+        members: How many, at most.
+        noise_rank: Of their noise.
+    """
+
+    shared: Sequence[str]
+    members: int
+    noise_rank: int
+
+    def options(self) -> dict[str, Any]:
+        """Of vllm.LLM."""
+        from vllm.config.lora import MaxLoRARanks
+
+        return {
+            "enable_lora": True,
+            "max_loras": self.members,
+            "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= self.noise_rank),
+            "lora_target_modules": sorted({name.split(".")[-2] for name in self.shared}),
+        }
 
 
 class VllmEngine:
     """Answers by vLLM's continuous batching, `batch_size` at a time, CUDA graphs and prefix caching as vLLM has them;
     log-probabilities by `prompt_logprobs`. Its memory for the KV cache is what theta leaves: theta is allocated after
     it.
+
+    Members that share a batch are LoRA adapters, without files: extension.py writes their noise where vLLM computes
+    with it, in place.
 
     Args:
         vllm: The module.
@@ -99,6 +143,7 @@ class VllmEngine:
         seed: Of the run; each call of `generate` has its own.
         tensor_parallel: GPUs over which the model is cut.
         master: Where the exact weights will live, "fp32", "copy" or "host": memory for them is left free.
+        adapters: For members that share a batch; None: one member at a time, put in place by others.
 
     Raises:
         UserError: The exact weights do not fit beside the model, or vLLM cannot load it.
@@ -118,6 +163,7 @@ class VllmEngine:
         seed: int,
         tensor_parallel: int,
         master: str,
+        adapters: Adapters | None = None,
     ):
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.vocabulary = vocabulary_of(model)
@@ -133,6 +179,8 @@ class VllmEngine:
         self.length = min(positions_of(model), -(-longest // _BLOCK) * _BLOCK)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options: dict[str, Any] = {"tensor_parallel_size": tensor_parallel}
+        if adapters is not None:
+            options |= adapters.options()
         if tensor_parallel > 1:
             options["distributed_executor_backend"] = "mp"
         from vllm.platforms import current_platform
@@ -162,44 +210,79 @@ class VllmEngine:
         except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
             raise UserError(f"vLLM could not load {name}: {first_line(error)}; what it said stands above") from error
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[dict[str, list[int]]]:
+    def encode(self, prompts: Sequence[Prompt], members: int = 1) -> list[dict[str, list[int]]]:
         tokens = tokenize(self.tokenizer, prompts)
         refuse_unanswerable(tokens, self.max_new_tokens, self.length, self.vocabulary)
         return [{"prompt_token_ids": ids} for ids in tokens]
 
     def generate(self, encoded: list[dict[str, list[int]]], sampling: Sampling | None = None) -> list[Answer]:
-        params = [self.sampling_params(temperature=0.0, max_tokens=self.max_new_tokens)] * len(encoded)
-        if sampling is not None:
-            params = [
-                self.sampling_params(
-                    temperature=sampling.temperature,
-                    top_p=1.0,
-                    top_k=0,
-                    max_tokens=self.max_new_tokens,
-                    seed=member_seed(sampling.seed, 0, prompt, SAMPLING) % 2**63,  # vLLM's are signed
-                )
-                for prompt in range(len(encoded))
-            ]
-        tokens = [list(one.outputs[0].token_ids) for one in self.llm.generate(encoded, params, use_tqdm=False)]
+        return self._written(self.llm.generate(encoded, self._params(len(encoded), sampling), use_tqdm=False))
+
+    def generate_members(
+        self, encoded: list[dict[str, list[int]]], noise: Sequence[MemberNoise], sampling: Sampling | None = None
+    ) -> list[list[Answer]]:
+        outputs = self._of_members(encoded, self._params(len(encoded), sampling), noise)
+        return [self._written(of_member) for of_member in outputs]
+
+    def _params(self, prompts: int, sampling: Sampling | None) -> list[Any]:
+        """Of each prompt."""
+        if sampling is None:
+            return [self.sampling_params(temperature=0.0, max_tokens=self.max_new_tokens)] * prompts
+        return [
+            self.sampling_params(
+                temperature=sampling.temperature,
+                top_p=1.0,
+                top_k=0,
+                max_tokens=self.max_new_tokens,
+                seed=member_seed(sampling.seed, 0, prompt, SAMPLING) % 2**63,  # vLLM's are signed
+            )
+            for prompt in range(prompts)
+        ]
+
+    def _of_members(self, prompts: list[Any], params: list[Any], noise: Sequence[MemberNoise]) -> list[list[Any]]:
+        """vLLM's output of each member for each prompt."""
+        from vllm.lora.request import LoRARequest
+
+        members, count = range(len(noise[0].seeds)), len(prompts)
+        _change(self.llm, "put_members", noise)
+        # vLLM knows an adapter by its number, and asks for a path, which it does not open
+        adapters = [LoRARequest(f"member {k}", k + 1, "in memory") for k in members for _ in prompts]
+        outputs = self.llm.generate(
+            prompts * len(members), params * len(members), use_tqdm=False, lora_request=adapters
+        )
+        return [outputs[k * count : (k + 1) * count] for k in members]
+
+    def _written(self, outputs: list[Any]) -> list[Answer]:
+        tokens = [list(one.outputs[0].token_ids) for one in outputs]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [Answer(text, tuple(ids)) for text, ids in zip(texts, tokens, strict=True)]
 
     def encode_answers(
-        self, prompts: Sequence[Prompt], answers: Sequence[str | Answer]
+        self, prompts: Sequence[Prompt], answers: Sequence[str | Answer], members: int = 1
     ) -> list[tuple[list[int], list[int]]]:
         before, after = self._continuations(prompts, answers)
         refuse_unreadable(before, after, self.length - 1, self.vocabulary)  # vLLM generates a token in any case
         return list(zip(before, after, strict=True))
 
     def log_probs(self, encoded: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+        return self._read(encoded, self.llm.generate(*self._readings(encoded), use_tqdm=False))
+
+    def log_probs_members(
+        self, encoded: list[tuple[list[int], list[int]]], noise: Sequence[MemberNoise]
+    ) -> list[list[torch.Tensor]]:
+        return [self._read(encoded, of_member) for of_member in self._of_members(*self._readings(encoded), noise)]
+
+    def _readings(self, encoded: list[tuple[list[int], list[int]]]) -> tuple[list[Any], list[Any]]:
+        """Prompts and their parameters."""
         params = self.sampling_params(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        asked = [{"prompt_token_ids": before + after} for before, after in encoded]
-        read = self.llm.generate(asked, params, use_tqdm=False)
+        return [{"prompt_token_ids": before + after} for before, after in encoded], [params] * len(encoded)
+
+    def _read(self, encoded: list[tuple[list[int], list[int]]], outputs: list[Any]) -> list[torch.Tensor]:
         return [
             torch.tensor(
                 [of[token].logprob for of, token in zip(one.prompt_logprobs[len(before) :], after, strict=True)]
             )
-            for one, (before, after) in zip(read, encoded, strict=True)
+            for one, (before, after) in zip(outputs, encoded, strict=True)
         ]
 
     def _continuations(
@@ -212,14 +295,20 @@ class VllmEngine:
 
 
 class RemoteWeights:
-    """weights.Weights of all of an engine's workers at once. After each change vLLM forgets what it has computed: its
-    cache of prefixes would give the answers of the weights before."""
+    """weights.Weights of all of an engine's workers at once.
 
-    def __init__(self, llm: Any, config: dict[str, Any], shapes: dict[str, list[int]]):
-        """`config`: of TrainConfig, of which each of vLLM's workers makes its optimizer; `shapes`: of the checkpoint's
-        tensors."""
+    Args:
+        llm: vLLM's.
+        config: Of TrainConfig, of which each of vLLM's workers makes its optimizer.
+        shapes: Of the checkpoint's tensors.
+        adapters: For members that share a batch; None: they are put in place.
+    """
+
+    def __init__(
+        self, llm: Any, config: dict[str, Any], shapes: dict[str, list[int]], adapters: Adapters | None = None
+    ):
         self.llm = llm
-        built = self._rpc("es_build", config, shapes)
+        built = _rpc(llm, "es_build", config, shapes, *(() if adapters is None else adapters[:2]))
         self.backend = built[0]["backend"]
         covered: dict[str, int] = {}
         for of_worker in built:
@@ -237,7 +326,7 @@ class RemoteWeights:
         self.shapes = shapes
 
     def start(self) -> dict[str, Any]:
-        starts = self._call("start")
+        starts = _call(self.llm, "start")
         proofs = {
             key: f"{sum(int(of[key], 16) for of in starts) % 2**64:016x}"
             for key in ("base_fingerprint", "theta", "live")
@@ -246,24 +335,27 @@ class RemoteWeights:
 
     def fast_forward(self, generations: Sequence[dict[str, Any]], snapshots: str | None = None) -> None:
         if len(generations):
-            self._change("fast_forward", list(generations), snapshots)
+            _change(self.llm, "fast_forward", list(generations), snapshots)
 
     def perturb(self, member: int) -> None:
-        self._change("perturb", member)
+        _change(self.llm, "perturb", member)
+
+    def noise(self, members: Sequence[int]) -> list[MemberNoise]:
+        return [MemberNoise(*group) for group in _call(self.llm, "noise", list(members))[0]]
 
     def restore(self) -> None:
-        self._change("restore")
+        _change(self.llm, "restore")
 
     def measure_member(self) -> None:
-        self._call("measure_member")
+        _call(self.llm, "measure_member")
 
     def apply(self, update: dict[str, Any], with_health: bool = False) -> dict[str, Any]:
-        results = self._change("apply", update, with_health)
+        results = _change(self.llm, "apply", update, with_health)
         proofs = {key: sum(of[key] for of in results) % 2**64 for key in ("theta", "live")}
         return {**results[0], **proofs, "peak_memory_bytes": max(of["peak_memory_bytes"] for of in results)}
 
     def save_snapshot(self, folder: str) -> None:
-        self._call("save_snapshot", folder)
+        _call(self.llm, "save_snapshot", folder)
 
     def filled(self, model: Any, dtype: torch.dtype) -> torch.nn.Module:
         """The model, so far empty, with the live weights of the workers as its own, in the CPU's memory."""
@@ -271,7 +363,7 @@ class RemoteWeights:
 
         state = {name: torch.empty(shape, dtype=dtype) for name, shape in self.shapes.items()}
         with tempfile.TemporaryDirectory() as folder:
-            for path in self._rpc("es_write", folder):
+            for path in _rpc(self.llm, "es_write", folder):
                 with safe_open(path, "pt") as file:
                     for number, (name, first, index_stride) in json.loads(file.metadata()["places"]).items():
                         part = file.get_tensor(number)
@@ -280,26 +372,32 @@ class RemoteWeights:
         model.tie_weights()
         return model
 
-    def _change(self, method: str, *arguments: Any) -> list[Any]:
-        try:
-            return self._call(method, *arguments)
-        finally:
-            if not self.llm.reset_prefix_cache():
-                raise RuntimeError(
-                    "vLLM did not give up its prefix cache, which holds what the weights before have computed: "
-                    "requests are still running"
-                )
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return [of_worker["result"] for of_worker in self._rpc("es_call", method, *arguments)]
+def _change(llm: Any, method: str, *arguments: Any) -> list[Any]:
+    """_call of what changes weights or members. After it vLLM forgets what it has computed: its cache of prefixes would
+    give the answers of those before."""
+    try:
+        return _call(llm, method, *arguments)
+    finally:
+        if not llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM did not give up its prefix cache, which holds what the weights before have computed: requests "
+                "are still running"
+            )
 
-    def _rpc(self, method: str, *arguments: Any) -> list[Any]:
-        results = self.llm.collective_rpc(method, args=arguments)
-        for rank, of_worker in enumerate(results):
-            if isinstance(of_worker, dict) and "error" in of_worker:
-                where = f"vLLM's worker {rank}: " if len(results) > 1 else ""
-                raise UserError(f"{where}{of_worker['error']}")
-        return results
+
+def _call(llm: Any, method: str, *arguments: Any) -> list[Any]:
+    """A method of the weights in each of vLLM's workers."""
+    return [of_worker["result"] for of_worker in _rpc(llm, "es_call", method, *arguments)]
+
+
+def _rpc(llm: Any, method: str, *arguments: Any) -> list[Any]:
+    results = llm.collective_rpc(method, args=arguments)
+    for rank, of_worker in enumerate(results):
+        if isinstance(of_worker, dict) and "error" in of_worker:
+            where = f"vLLM's worker {rank}: " if len(results) > 1 else ""
+            raise UserError(f"{where}{of_worker['error']}")
+    return results
 
 
 def _refuse(config: TrainConfig) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -32,6 +33,7 @@ import es_kernels
 from es_finetune.config import TrainConfig
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import width_of
+from es_finetune.models.members import MemberNoise, scaled_factors
 from es_finetune.runs.setup import make_optimizer, make_schedules
 from es_finetune.workers.weights import Weights
 
@@ -77,7 +79,8 @@ def parts_of(model: torch.nn.Module, rank: int) -> Iterator[Part]:
     known here."""
     fused = getattr(model, "packed_modules_mapping", {})
     seen: set[int] = set()
-    for prefix, layer in model.named_modules():
+    for path, layer in model.named_modules():
+        prefix = path.removesuffix(".base_layer")  # of a layer with adapters
         for kind, parameter in layer.named_parameters(recurse=False):
             name = f"{prefix}.{kind}" if prefix else kind
             if id(parameter) in seen:
@@ -157,16 +160,57 @@ def _parts(
         yield Part(whole, view, 0, tensor.shape[-1] if tensor.ndim else 1, rank == 0)
 
 
+class Slots(NamedTuple):
+    """Where vLLM's adapters hold what is added to one of the checkpoint's matrices: as many as they, one after the
+    other. A layer computes x W^T + (x a^T) b^T with those of a row's adapter."""
+
+    part: Part  # of the matrix
+    shape: tuple[int, int]  # of the matrix
+    a: torch.Tensor  # [adapters, rank, columns of the part]
+    b: torch.Tensor  # [adapters, rows of the part, rank]
+
+    def put(self, noise: MemberNoise) -> None:
+        """Each member's noise into one adapter, from the first on."""
+        rows, cols = self.part.shape
+        row, col = divmod(self.part.first, self.shape[1])
+        left, right = scaled_factors({self.part.name: self.shape}, noise, self.a.device)[self.part.name]
+        members, rank = len(noise.seeds), noise.noise_rank
+        self.b[:members, :, :rank].copy_(left[:, row : row + rows])
+        self.a[:members, :rank].copy_(right[:, col : col + cols].mT)
+
+
+def slots_of(
+    layers: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], fused: dict[str, list[str]], rank: int
+) -> Iterator[Slots]:
+    """Those of vLLM's layers with adapters. A fused layer has one for each of the checkpoint's matrices, or none that
+    is known here. `shapes`: of the checkpoint's tensors; `fused`: the model's packed_modules_mapping."""
+    for prefix, layer in layers.items():
+        parts = list(_parts(layer.base_layer, prefix, "weight", layer.base_layer.weight.data, fused, rank))
+        for part, a, b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=False):
+            rows, cols = shapes[part.name]
+            if (b.shape[2], a.shape[3]) == part.shape:
+                yield Slots(part, (rows, cols), a[:, 0], b[:, 0])
+
+
 class Extension:
     """Methods that vLLM adds to its workers (worker_extension_cls); the driver calls them by collective_rpc."""
 
     # The worker's own
     rank: int
     get_model: Callable[[], torch.nn.Module]
+    model_runner: Any
 
-    def es_build(self, config: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
-        """Makes the run's weights over this worker's part of the model. `shapes`: of the checkpoint's tensors. Returns
-        how many elements of each this worker counts, or {"error": why the model is refused}; nothing is changed."""
+    def es_build(
+        self,
+        config: dict[str, Any],
+        shapes: dict[str, list[int]],
+        shared: Sequence[str] | None = None,
+        members: int = 0,
+    ) -> dict[str, Any]:
+        """Makes the run's weights over this worker's part of the model. `shapes`: of the checkpoint's tensors;
+        `shared`: names of the matrices in which so many members differ that share a batch; None, if they are put in
+        place. Returns how many elements of each tensor this worker counts, or {"error": why the model is refused};
+        nothing is changed."""
         try:
             rank = self.rank
             self.es_parts = list(parts_of(self.get_model(), rank))
@@ -182,13 +226,16 @@ class Extension:
                         "checkpoint"
                     )
             entries = [_entry(part, shapes[part.name]) for part in self.es_parts]
+            slots = {} if shared is None else self._slots(shapes, shared, members)
             options = TrainConfig(**config)
             self.es_weights = _Sharded(
                 entries,
-                make_optimizer(entries, options, None),
+                make_optimizer(entries, options, shared),
                 make_schedules(options),
                 bool(options.health_every),
+                shared is None,
                 counted=[part.counted for part in self.es_parts],
+                slots=slots,
             )
         except (ValueError, TypeError) as error:
             return {"error": str(error)}
@@ -197,8 +244,30 @@ class Extension:
             covered[part.name] = covered.get(part.name, 0) + part.counted * math.prod(part.shape)
         return {"covered": covered, "backend": es_kernels.active_backend(self.es_parts[0].tensor.device)}
 
+    def _slots(self, shapes: dict[str, list[int]], shared: Sequence[str], members: int) -> dict[str, Slots]:
+        """By the names of the matrices, all of `shared`. So many adapters, 1 and up, are made known to vLLM, which
+        writes zeros into each one's slot, and from then on nothing."""
+        manager = self.model_runner.lora_manager
+        with manager.dummy_lora_cache():
+            for number in range(1, members + 1):
+                adapter = LoRARequest(f"member {number - 1}", number, "in memory")
+                manager.add_dummy_lora(adapter, rank=1)
+                manager.add_adapter(adapter)
+        layers = manager._adapter_manager
+        if layers.lora_index_to_id != list(range(1, members + 1)):
+            raise UserError("vLLM orders its adapters otherwise than they were added: give --members_at_once 1")
+        fused = getattr(self.get_model(), "packed_modules_mapping", {})
+        slots = {each.part.name: each for each in slots_of(layers.modules, shapes, fused, self.rank)}
+        missing = [name for name in shared if name not in slots]
+        if missing:
+            raise UserError(
+                f"vLLM has no adapter for {missing[0]} by itself: members cannot share a batch there; give "
+                "--members_at_once 1, or use --engine hf for this model"
+            )
+        return {name: slots[name] for name in shared}
+
     def es_call(self, method: str, *arguments: Any) -> Any:
-        """A method of weights.Weights."""
+        """A method of weights.Weights, or `put_members`."""
         try:
             result = getattr(self.es_weights, method)(*arguments)
             if torch.cuda.is_initialized():
@@ -233,10 +302,17 @@ def _entry(part: Part, shape: list[int]) -> es_kernels.NamedTensor:
 
 class _Sharded(Weights):
     """Weights of which this process has a part; the fingerprints are of what it counts, so that those of all processes
-    add up to the model's."""
+    add up to the model's. Members that share a batch are put into `slots`, by the names of the matrices."""
 
-    def __init__(self, entries: list[es_kernels.NamedTensor], *of_weights: Any, counted: list[bool]):
+    def __init__(
+        self,
+        entries: list[es_kernels.NamedTensor],
+        *of_weights: Any,
+        counted: list[bool],
+        slots: Mapping[str, Slots] | None = None,
+    ):
         super().__init__(entries, *of_weights)
+        self.slots = slots or {}
         if all(counted):
             return
         self.entries = [entry for entry, once in zip(entries, counted, strict=True) if once]
@@ -248,3 +324,10 @@ class _Sharded(Weights):
             return es_kernels.fingerprint(es_kernels.ParamTable(kept))
 
         self.optimizer.fingerprint = fingerprint  # type: ignore[method-assign]  # of this process's share
+
+    def put_members(self, noise: Sequence[Sequence[Any]]) -> None:
+        """Each member's own into one of vLLM's adapters. `noise`: MemberNoise of each param_group."""
+        for group in noise:
+            members = MemberNoise(*group)
+            for name in members.names:
+                self.slots[name].put(members)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -36,12 +37,14 @@ LAYERS = (
 def wire(monkeypatch):
     """(engine.py, extension.py), imported over a package vllm of empty classes."""
     for name in (
-        "vllm vllm.platforms vllm.model_executor vllm.model_executor.layers vllm.model_executor.layers.utils "
+        "vllm vllm.lora vllm.lora.request vllm.platforms vllm.model_executor vllm.model_executor.layers "
+        "vllm.model_executor.layers.utils "
         "vllm.model_executor.layers.linear vllm.model_executor.layers.vocab_parallel_embedding"
     ).split():
         module = ModuleType(name)
         vars(module).update({kind: type(kind, (), {}) for kind in LAYERS})
         module.current_platform = SimpleNamespace(is_cpu=lambda: True)
+        module.LoRARequest = lambda *arguments: arguments
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "es_finetune.workers.vllm.extension", raising=False)
     from es_finetune.workers.vllm import engine, extension
@@ -87,6 +90,7 @@ def test_what_crosses_to_vllm_is_json_and_comes_to_the_same_weights(wire, build_
                 each.measure_member()
             for a, b in zip(there.parameters(), here.parameters(), strict=True):
                 assert torch.equal(a, b)
+            assert remote.noise([3, 1]) == weights.noise([3, 1])
             assert llm.resets == 3 * generation + 1
             for each in (remote, weights):
                 each.restore()
@@ -105,6 +109,21 @@ def test_an_error_of_vllms_worker_is_one_of_the_user(wire, build_model):
         engine.RemoteWeights(LLM(worker), config, shapes)
     with pytest.raises(ValueError, match="vLLM has a parameter .* that the checkpoint has not"):
         engine.RemoteWeights(LLM(worker), config, {})
+
+
+def test_members_that_vllms_adapters_cannot_hold_are_refused(wire, build_model):
+    engine, extension = wire
+    worker = extension.Extension()
+    worker.rank, worker.get_model, worker.model_runner = 0, lambda: build_model("llama"), MagicMock()
+    shapes = {name: list(p.shape) for name, p in worker.get_model().named_parameters()}
+    adapters = engine.Adapters(["model.layers.0.mlp.up_proj.weight"], members=2, noise_rank=1)
+    for order, words in (
+        ([1, 2], "vLLM has no adapter for model.layers.0.mlp.up_proj.weight by itself"),
+        ([2, 1], "vLLM orders its adapters otherwise"),
+    ):
+        worker.model_runner.lora_manager._adapter_manager = SimpleNamespace(lora_index_to_id=order, modules={})
+        with pytest.raises(ValueError, match=words):
+            engine.RemoteWeights(LLM(worker), dataclasses.asdict(TrainConfig(noise_rank=1)), shapes, adapters)
 
 
 def test_fingerprints_of_what_each_process_counts_add_up_to_the_models(wire, weights):
