@@ -128,6 +128,7 @@ def test_a_whole_model_in_one_call(isa, twin, weights):
     twin(call, *tensors, weights(110, BF16))
 
 
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"), indirect=True)  # a GPU has no threads of ours
 @pytest.mark.parametrize("n_seeds, rank", ((1, 8), (1, 64), (3, 3), (40, 1), (3, 64)))
 def test_threads_and_wide_matrices(isa, weights, bits, threads, n_seeds, rank):
     """Rows of tiles that several threads share, in runs of columns, are what the columns are as matrices' parts."""

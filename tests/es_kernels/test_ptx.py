@@ -96,6 +96,10 @@ HARD = np.concatenate([HARD, HARD | np.uint32(1 << 31), np.random.default_rng(0)
         ("shf.r.wrap.b32 %r2, %r1, 1, 1", lambda u: u >> np.uint32(1) | np.uint32(1 << 31)),
         ("bfe.u32 %r2, %r1, 3, 4", lambda u: u >> np.uint32(3) & np.uint32(15)),
         (
+            "mul.wide.u32 %d5, %r1, %r1; bfe.u64 %d5, %d5, 20, 29; cvt.u32.u64 %r2, %d5",
+            lambda u: u.astype(np.uint64) * u >> np.uint64(20) & np.uint64((1 << 29) - 1),
+        ),
+        (
             "bfi.b32 %r2, %r1, 0x55555555, 4, 12",
             lambda u: (u & np.uint32(0xFFF)) << np.uint32(4) | np.uint32(0x55550005),
         ),

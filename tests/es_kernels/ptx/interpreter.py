@@ -564,11 +564,10 @@ class Threads:
             case ("bfe", "s32"):
                 up, down = 32 - int(operands[2]) - int(operands[3]), 32 - int(operands[3])
                 return self._compute(operands[:2], type, [type], lambda a: a << np.int32(up) >> np.int32(down))
-            case ("bfe", "u32"):
-                at, length = int(operands[2]), int(operands[3])
-                return self._compute(
-                    operands[:2], type, [type], lambda a: a >> np.uint32(at) & np.uint32((1 << length) - 1)
-                )
+            case ("bfe", "u32" | "u64"):
+                number = {"u32": np.uint32, "u64": np.uint64}[type]
+                at, mask = number(int(operands[2])), number((1 << int(operands[3])) - 1)
+                return self._compute(operands[:2], type, [type], lambda a: a >> at & mask)
             case ("bfi", "b32"):
                 at, mask = np.uint32(int(operands[3])), np.uint32((1 << int(operands[4])) - 1)
                 return self._compute(operands[:3], type, [type] * 2, lambda a, b: b & ~(mask << at) | (a & mask) << at)
