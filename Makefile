@@ -16,6 +16,7 @@
 #   make gpu               build, test and measure, in under 9 minutes (STEPS="sanitizer runs": only these)
 #   make gpu-tune          time the variants of the kernels, in about 4 minutes
 #   make gpu-generate      time whole generations with models of true shapes, in about 8 minutes
+#   make gpu-members       time members in one batch beside plain inference, in about 8 minutes
 #   make gpu-learn         pre-train a model and fine-tune it by ES, in about 8 minutes
 #
 # PYTHON=python3.12        the interpreter
@@ -47,7 +48,7 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 OUT ?= runs/gpu
 
 .PHONY: help demo lint test test-quick test-ptx test-distributed test-vllm build wheel bench \
-	gpu gpu-tune gpu-generate gpu-learn clean
+	gpu gpu-tune gpu-generate gpu-members gpu-learn clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
@@ -87,6 +88,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench/speed/bench_calls.py --benchmark-columns=median --benchmark-json bench/results/calls-cpu.json
 	$(BIN)/python -m bench.speed.low_rank
 	$(BIN)/python -m bench.speed.generation
+	$(BIN)/python -m bench.speed.members
 	$(BIN)/python -m bench.instructions.static_analysis
 	$(BIN)/python -m bench.speed.tune --device none
 	$(BIN)/python -m bench.learning.learning
@@ -104,6 +106,9 @@ gpu-tune: build
 
 gpu-generate: build
 	PYTHONPATH=.:python $(PYTHON) -m bench.speed.generation --device cuda --out $(OUT) --seconds 420
+
+gpu-members: build
+	PYTHONPATH=.:python $(PYTHON) -m bench.speed.members --device cuda --out $(OUT)
 
 gpu-learn: build
 	PYTHONPATH=.:python $(PYTHON) -m bench.learning.countdown_run --out $(OUT)
