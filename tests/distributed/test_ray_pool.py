@@ -131,8 +131,17 @@ def test_a_stragglers_member_is_given_to_another(cluster, tmp_path, run):
     assert all(not g.update.dropped for g in read_log(tmp_path / "run/run.log")[1])
 
 
-def test_or_dropped_and_recorded(cluster, tmp_path):
-    trainer = Trainer(config(tmp_path / "run", straggler_limit=1.0, on_straggler="drop", generations=2))
+@pytest.mark.parametrize("at_once", (1, 2))
+def test_or_dropped_and_recorded(cluster, tmp_path, at_once):
+    """With all members that it was given together."""
+    options = {
+        "straggler_limit": 1.0,
+        "on_straggler": "drop",
+        "generations": 2,
+        "members_at_once": at_once,
+        "sigma": 0.05,
+    }
+    trainer = Trainer(config(tmp_path / "run", **options))
     pool = trainer.workers
     evaluate, stopped = pool.evaluate, Stopped(pool, 0)
 
@@ -146,7 +155,8 @@ def test_or_dropped_and_recorded(cluster, tmp_path):
     trainer.train()
     generations = read_log(tmp_path / "run/run.log")[1]
     first, second = (generation.update for generation in generations)
-    assert len(first.dropped) == 1 and first.z[first.dropped[0]] == 0 and first.scored == 5
+    assert len(first.dropped) == at_once and first.scored == 6 - at_once
+    assert all(first.z[member] == 0 for member in first.dropped)
     assert second.dropped == () and second.scored == 6
     row = read_rows(tmp_path / "run/metrics.jsonl")[0]
     assert tuple(row["dropped"]) == first.dropped
@@ -191,7 +201,7 @@ def test_and_one_that_starts_with_them(cluster, tmp_path):
 
 
 def test_an_actor_that_always_dies_ends_the_run(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(Actor, "member", lambda self, *_: os._exit(1))
+    monkeypatch.setattr(Actor, "members", lambda self, *_: os._exit(1))
     trainer = Trainer(config(tmp_path / "run"))
     with pytest.raises(RuntimeError, match="worker . on .* died 4 times without a result in between"):
         trainer.train()
