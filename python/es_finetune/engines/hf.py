@@ -122,7 +122,7 @@ class HFEngine:
         Where an answer depends on the prompts beside it, batches are of one prompt from then on, and a warning says so.
 
         Raises:
-            UserError: The model cannot generate at all, or not by this decoding.
+            UserError: The model cannot generate at all, not by this decoding, or not for members in one batch.
         """
         kind = getattr(self.model.config, "model_type", type(self.model).__name__)
         remedy = "" if self.decoding == "dynamic" else ": use --decoding dynamic"
@@ -148,14 +148,18 @@ class HFEngine:
                         logger.warning(
                             "models of type %s do not ignore padding: they are asked one prompt at a time", kind
                         )
+                    if self.members is not None and self._members_meet(self.members):
+                        raise RuntimeError("a member's noise shows in another one's logits")
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.model.device} has no memory left to generate with this model ({first_line(error)}): use a "
                 "smaller one"
             ) from error
         except Exception as error:
+            together = "" if self.members is None else ", or with members in one batch: give --members_at_once 1"
             raise UserError(
                 f"models of type {kind} cannot generate with decoding {self.decoding!r} ({first_line(error)}){remedy}"
+                f"{together}"
             ) from error
         finally:
             self.options = options
@@ -163,21 +167,50 @@ class HFEngine:
 
     def _neighbours_show(self) -> bool:
         """Whether a prompt's logits, for its first token and the one after it, change where it is padded beside a
-        longer one. What rounding may do is put at half the digits of the coarsest dtype, in units of the logits'
-        standard deviation: 9 % in bfloat16. RWKV is off by 64 %."""
-        longest, vocabulary = int(min(12, positions_of(self.model) - 2)), self.model.config.get_text_config().vocab_size
+        longer one. What rounding may do (`_differ`) is put at half the digits of the coarsest dtype, in units of the
+        logits' standard deviation: 9 % in bfloat16. RWKV is off by 64 %."""
+        longest = self._trial_length()
         if longest < 4:
             return False
-        prompts = [[(7 * place + length) % vocabulary for place in range(length)] for length in (longest, 3)]
+        prompts = [self._trial_prompt(length) for length in (longest, 3)]
         self.options.update(do_sample=False, output_logits=True, return_dict_in_generate=True)
         beside, alone = (
             self.model.generate(**self._padded(rows), generation_config=self.options) for rows in (prompts, prompts[1:])
         )
         steps = 1 + bool(beside.sequences[-1, -2] == alone.sequences[-1, -2])
-        bound = math.sqrt(max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()))
         both = zip(alone.logits[:steps], beside.logits[:steps], strict=False)  # either may have ended before
-        pairs = [(a[-1].float(), b[-1].float()) for a, b in both]
-        return any(((b - a).square().mean().sqrt() > bound * a.std()).item() for a, b in pairs)
+        return any(self._differ(a[-1], b[-1]) for a, b in both)
+
+    @torch.no_grad()
+    def _members_meet(self, members: Members) -> bool:
+        """Whether of two members in one batch, of which one has no noise, that one has other logits than the model, or
+        the other one other logits when they change places: so where a layer sees rows in another order, or a part of
+        them. By `_differ`."""
+        length = self._trial_length()
+        prompts = [self._trial_prompt(length), self._trial_prompt(length)[::-1]]
+        inputs = self._padded(prompts)
+
+        def logits(*coefs: float) -> torch.Tensor:  # [members, prompts, vocabulary]
+            with members.added([MemberNoise(sorted(members.names), (1, 1), coefs, 1)]) as begin:
+                begin(4)
+                together = {name: t.repeat(2, 1) for name, t in inputs.items()}
+                return self.model(**together, use_cache=False).logits[:, -1].unflatten(0, (2, 2))
+
+        plain = self.model(**inputs, use_cache=False).logits[:, -1]
+        (quiet, loud), (loud_before, quiet_behind) = logits(0.0, 1e-3), logits(1e-3, 0.0)
+        return any(self._differ(a, b) for a, b in ((plain, quiet), (plain, quiet_behind), (loud, loud_before)))
+
+    def _trial_length(self) -> int:
+        return int(min(12, positions_of(self.model) - 2))
+
+    def _trial_prompt(self, length: int) -> list[int]:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return [(7 * place + length) % vocabulary for place in range(length)]
+
+    def _differ(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether logits differ by more than rounding may do."""
+        bound = math.sqrt(max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()))
+        return bool((b.float() - a.float()).square().mean().sqrt() > bound * a.float().std())
 
     def _padded(self, tokens: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """One batch, the longest first: inputs of generate(), padded on the left."""

@@ -40,7 +40,7 @@ from es_finetune import EvolutionStrategy
 from es_finetune.engines import DECODINGS, Answer, Sampling, hf
 from es_finetune.engines.hf import HFEngine
 from es_finetune.engines.prompts import PromptError, continuations, tokenize
-from es_finetune.errors import RunError
+from es_finetune.errors import RunError, UserError
 from es_finetune.models.checkpoint_names import named_segments
 from es_finetune.models.load import EMBEDDED_MODEL
 from es_finetune.models.members import Members
@@ -323,6 +323,15 @@ def test_members_in_one_batch_answer_as_one_by_one(members_engine, decoding, sam
     same = sum(x == y for a, b in pairs for x, y in zip(a.ids, b.ids, strict=False))
     assert same >= 0.99 * sum(max(len(a.ids), len(b.ids)) for a, b in pairs)
     assert len({tuple(answers) for answers in (plain, *together)}) == 7
+
+
+def test_a_model_that_mixes_members_is_refused(members_engine, model):
+    engine, _ = members_engine(40)
+    engine.prove()
+    inside = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: inside(x.roll(1, 0)).roll(-1, 0)  # its rows in another order
+    with pytest.raises(UserError, match="another one's logits.*--members_at_once 1"):
+        engine.prove()
 
 
 def test_members_without_noise_share_the_random_numbers(members_engine):
