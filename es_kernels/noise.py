@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -100,10 +101,31 @@ def member_seed(run_seed: int, generation: int, member: int, purpose: int = MEMB
     Raises:
         ValueError: `run_seed` does not fit in 64 bits.
     """
-    counter = np.array([generation, DOMAIN_SEED << 29, member, purpose], np.uint32)
+    return member_seeds(run_seed, generation, [member], purpose)[0]
+
+
+def member_seeds(run_seed: int, generation: int, members: Sequence[int], purpose: int = MEMBER_NOISE) -> list[int]:
+    """`member_seed` of each of these members, at once: 4096 of them take 1 ms instead of 300.
+
+    Args:
+        run_seed: 64 bits, signed or unsigned.
+        generation: Number of the generation, u32.
+        members: Their numbers, u32.
+        purpose: As for `member_seed`.
+
+    Returns:
+        A u64 for each.
+
+    Raises:
+        ValueError: `run_seed` does not fit in 64 bits.
+    """
+    counter = np.empty((len(members), 4), np.uint32)
+    counter[:] = generation, DOMAIN_SEED << 29, 0, purpose
+    counter[:, 2] = members
     run_seed = u64(run_seed)
-    w = philox4x32(counter, np.array([run_seed & 0xFFFFFFFF, run_seed >> 32], np.uint32))
-    return int(w[0]) | int(w[1]) << 32
+    words = philox4x32(counter, np.array([run_seed & 0xFFFFFFFF, run_seed >> 32], np.uint32)).astype(np.uint64)
+    seeds: list[int] = (words[:, 0] | words[:, 1] << np.uint64(32)).tolist()
+    return seeds
 
 
 def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> F32:

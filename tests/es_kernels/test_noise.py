@@ -74,6 +74,9 @@ def test_member_seed_is_words_0_and_1_of_domain_1():
             v["seed"], 16
         )
     assert noise.member_seed(-1, 0, 0) == noise.member_seed((1 << 64) - 1, 0, 0)
+    members = [7, 0, 7, 0xFFFFFFFF]
+    assert noise.member_seeds(42, 3, members, 1) == [noise.member_seed(42, 3, m, 1) for m in members]
+    assert noise.member_seeds(42, 3, []) == []
     everything = {
         noise.member_seed(s, g, m, p) for s in (0, 1, 1 << 32) for g in range(3) for m in range(5) for p in range(4)
     }

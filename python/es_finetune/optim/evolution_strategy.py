@@ -19,7 +19,7 @@ from es_finetune.optim.options import as_f32, check_group, check_options
 from es_finetune.optim.update import Update, checked_reward, make_update
 from es_finetune.optim.weights import GroupWeights, Inside, KernelClock, Step
 from es_kernels import NamedTensor
-from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed
+from es_kernels.noise import MEMBER_NOISE, MEMBER_ROUNDING, UPDATE_ROUNDING, member_seed, member_seeds
 
 _Result = TypeVar("_Result")
 
@@ -422,10 +422,8 @@ class EvolutionStrategy(torch.optim.Optimizer):
 
     def _noise_seeds(self, update: Update) -> list[int]:
         """Of the members of that generation, or of its antithetic pairs."""
-        return [
-            self._noise_seed(update.generation, member)
-            for member in range(0, len(update.z or ()), 2 if self.antithetic else 1)
-        ]
+        members = range(0, len(update.z or ()), 2 if self.antithetic else 1)
+        return self._seeds_of(update.generation, members)
 
     def _coefs(self, update: Update, lr: float) -> list[float]:
         """Coefficient of each noise seed, f32: lr / N * momentum^age * Z in f64, from the f32 Z, cast once."""
@@ -449,7 +447,7 @@ class EvolutionStrategy(torch.optim.Optimizer):
             UserError: There is no such member, or float32 does not hold a group's sigma.
             RuntimeError: Others wrote the weights.
         """
-        wanted = self._noise_of(member)
+        (wanted,) = self._noise_of([member])
         self._refuse_changed()
         if wanted == [weights.inside for weights in self._weights]:
             return
@@ -481,21 +479,25 @@ class EvolutionStrategy(torch.optim.Optimizer):
         """
         if not all(group["noise_rank"] for group in self.param_groups):
             raise UserError("members can share a batch only if their noise is of low rank: set noise_rank to 1 or more")
-        by_group = zip(*(self._noise_of(member) for member in members), strict=True)
+        by_group = zip(*self._noise_of(members), strict=True)
         return [
             MemberNoise(weights.live.names, [n.seed for n in noise], [n.coef for n in noise], noise[0].noise_rank)
             for weights, noise in zip(self._weights, by_group, strict=True)
         ]
 
-    def _noise_of(self, member: int) -> list[Inside]:
-        """What this member adds to each group."""
-        if member not in self.ask():
-            raise UserError(f"member must be in 0..{self.population - 1}, not {member}")
+    def _noise_of(self, members: Sequence[int]) -> list[list[Inside]]:
+        """What each member adds to each group."""
+        for member in members:
+            if member not in self.ask():
+                raise UserError(f"member must be in 0..{self.population - 1}, not {member}")
         for group in self.param_groups:
             if not math.isfinite(as_f32(group["sigma"])):
                 raise UserError(f"sigma must be a number that float32 holds, not {group['sigma']}")
-        seed, sign = self._noise_seed(self.generation, member), -1.0 if self.antithetic and member % 2 else 1.0
-        return [Inside(seed, sign * group["sigma"], group["noise_rank"]) for group in self.param_groups]
+        signs = [-1.0 if self.antithetic and member % 2 else 1.0 for member in members]
+        return [
+            [Inside(seed, sign * group["sigma"], group["noise_rank"]) for group in self.param_groups]
+            for seed, sign in zip(self._seeds_of(self.generation, members), signs, strict=True)
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -546,8 +548,9 @@ class EvolutionStrategy(torch.optim.Optimizer):
             return {}
         return {"rounding": rounding, "rounding_seed": member_seed(self.seed, self.generation, member, purpose)}
 
-    def _noise_seed(self, generation: int, member: int) -> int:
-        return member_seed(self.seed, generation, member // 2 if self.antithetic else member, MEMBER_NOISE)
+    def _seeds_of(self, generation: int, members: Sequence[int]) -> list[int]:
+        words = [member // 2 for member in members] if self.antithetic else members
+        return member_seeds(self.seed, generation, words, MEMBER_NOISE)
 
     def _refuse_if_perturbed(self, what: str) -> None:
         if any(weights.inside is not None for weights in self._weights):
