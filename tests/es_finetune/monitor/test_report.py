@@ -249,7 +249,7 @@ def long(tmp_path_factory):
 @pytest.fixture
 def no_plots(monkeypatch):
     """For what only the text of a page shows: drawing takes nine tenths of the time."""
-    monkeypatch.setattr(plots, "svg", lambda label, draw: "<svg></svg>")
+    monkeypatch.setattr("es_finetune.monitor.report.svg", lambda label, draw: "<svg></svg>")
 
 
 def page(folder):
