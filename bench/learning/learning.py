@@ -30,6 +30,7 @@ OPTIONS = {
     "momentum 0.5, lr halved": {"momentum": 0.5, "lr": 0.005},
     "noise of rank 1": {"noise_rank": 1, "members_at_once": 1},
     "noise of rank 4": {"noise_rank": 4, "members_at_once": 1},
+    "rank 1, members in one batch": {"noise_rank": 1, "members_at_once": 30},
     "bf16, master fp32": {"dtype": "bfloat16", "master": "fp32"},
     "bf16, master host": {"dtype": "bfloat16", "master": "host"},
     "bf16, master copy": {"dtype": "bfloat16", "master": "copy"},
@@ -38,6 +39,7 @@ OPTIONS = {
 
 # What each is compared with
 REFERENCE = {name: "bf16, master fp32" if "bf16" in name else "z-scores" for name in OPTIONS}
+REFERENCE["rank 1, members in one batch"] = "noise of rank 1"
 
 
 def run(name, seed):

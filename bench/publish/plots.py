@@ -170,11 +170,34 @@ def _machine(report):
     return report["machine"].get("gpu", report["machine"]["processor"])
 
 
+def members(ax, report):
+    """Tokens a second against members, of the model with most points."""
+    of = {}
+    for row in report["rows"]:
+        if row["prompts"] == 8:
+            of.setdefault(row["model"], []).append(row)
+    model, rows = max(of.items(), key=lambda entry: len(entry[1]))
+    for way, color in (("plain", GREY), ("one batch", BLUE), ("one by one", RED)):
+        ax.plot(
+            [row["members"] for row in rows],
+            [row["ways"][way]["tokens_per_s"] for row in rows],
+            "o-",
+            color=color,
+            label={"plain": "plain inference, as many rows", "one batch": "members in one batch"}.get(way, way),
+        )
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"members, {rows[0]['prompts']} prompts each")
+    ax.set_ylabel("tokens a second (higher is better)")
+    ax.set_title(f"{model}, noise of rank {report['noise_rank']}, {_machine(report)}")
+    ax.legend(frameon=False)
+
+
 PLOTS = {
     "rivals": (baselines, "kernels-cpu"),
     "exactness": (exactness, "exactness"),
     "generation": (generation, "generation-cpu"),
     "scale": (scale, "scale"),
+    "members": (members, "members-cpu"),
 }
 
 

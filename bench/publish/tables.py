@@ -114,6 +114,21 @@ def low_rank():
     return f"{report['machine']['processor']}, {best}.\n\n" + table(header, body) + f"\n\n{predicted}"
 
 
+def members():
+    report = results("members-cpu")
+    others = [way for way in ("one by one", "PEFT") if any(way in r["ways"] for r in report["rows"])]
+    header = ["tokens / s", "plain", "one batch", "of plain", *(f for way in others for f in (way, "takes"))]
+    body = []
+    for r in report["rows"]:
+        speed = {way: f"{of['tokens_per_s']:.3g}" for way, of in r["ways"].items()}
+        row = [f"{r['model']}, {r['members']} members x {r['prompts']} prompts, {r['tokens']} tokens"]
+        row += [speed["plain"], speed["one batch"], f"{r['share_of_plain']:.0%}"]
+        for way in others:
+            row += [speed[way], f"{r[f'{way} takes']:.2f} x"] if way in speed else ["", ""]
+        body.append(row)
+    return f"{report['machine']['processor']}, rank {report['noise_rank']}.\n\n" + table(header, body)
+
+
 def _gpu_row(r):
     normals = f"{r['normals_per_s']:.3g}" if "normals_per_s" in r else ""
     issue = f"{r['share_of_issue']:.0%}" if "share_of_issue" in r else ""
@@ -727,6 +742,7 @@ TABLES = {
     "memory": memory,
     "host": host,
     "low-rank": low_rank,
+    "members": members,
     "gpus": measured_gpus,
     "targets": unreached,
     "learning-runs": learning_runs,
