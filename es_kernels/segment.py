@@ -102,13 +102,19 @@ class Segment:
         last_row = (self.first + max(self.rows - 1, 0) * self.index_stride + self.cols) // width
         if max(width, last_row) > _MATRIX_LIMIT:
             raise ValueError(f"segment of {self.name!r}: a matrix has at most 2^58 rows and columns: {self}")
-        in_rows = self.first % width + self.cols <= width and (self.rows <= 1 or self.index_stride % width == 0)
+        in_rows = rows_fit(width, self.first, self.cols, self.index_stride if self.rows > 1 else 0)
         run = self.rows <= 1 or self.cols == self.row_stride == self.index_stride
         if not (in_rows or run):
             raise ValueError(
                 f"segment of {self.name!r}: its rows are no parts of rows of a matrix of width {width}: index_stride "
                 f"must be a multiple of the width, and first % width + cols at most the width, in {self}"
             )
+
+
+def rows_fit(width: int | None, first: int, cols: int, index_stride: int) -> bool:
+    """Whether rows of `cols` elements, the first from index `first` on and the others `index_stride` apart, each lie in
+    one row of a matrix of `width` columns, all in the same columns of it. None, no matrix: they do."""
+    return width is None or (index_stride % width == 0 and first % width + cols <= width)
 
 
 class Piece(NamedTuple):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from es_finetune.errors import UserError
 from es_kernels import NamedTensor, Segment
-from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
+from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR, rows_fit
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ def _segments(name, offset, dims, first, width) -> list[Segment]:
         if strides != [1, 1]:
             return []
     rows, row_stride, index_stride = merged.pop() if merged else (1, cols, cols)
-    if width and rows > 1 and (index_stride % width or first % width + cols > width):
+    if rows > 1 and not rows_fit(width, first, cols, index_stride):
         # Of several rows of the matrix each, or parts of two: one by one
         merged.append((rows, row_stride, index_stride))
         rows, row_stride, index_stride = 1, cols, cols

@@ -20,7 +20,7 @@ import es_kernels
 from es_finetune.errors import UserError
 from es_finetune.models.checkpoint_names import width_of
 from es_kernels import NamedTensor, Segment
-from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR
+from es_kernels.segment import MAX_SEGMENTS_PER_TENSOR, rows_fit
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -350,7 +350,7 @@ def _meeting(whole: Segment, box: Segment) -> Iterator[Segment]:
             offset, next_offset = (box.offset + r * box.row_stride + c for r, c in in_box)
             first, next_first = (whole.first + r * whole.index_stride + c for r, c in in_whole)
             steps = (next_offset - offset, next_first - first) if rows > 1 else (cols, cols)
-            if rows == 1 or _rows_fit(whole.width, first, cols, steps[1]):
+            if rows == 1 or rows_fit(whole.width, first, cols, steps[1]):
                 yield Segment(whole.name, rows, cols, offset, steps[0], first, steps[1], whole.width)
             else:
                 for r in range(rows):
@@ -385,16 +385,11 @@ def _merged(pieces: Iterable[Segment]) -> list[Segment]:
                 piece.first - last.first - (last.rows - 1) * last.index_stride,
             )
             equal = min(steps) >= piece.cols and (last.rows == 1 or steps == (last.row_stride, last.index_stride))
-            if equal and _rows_fit(last.width, last.first, last.cols, steps[1]):
+            if equal and rows_fit(last.width, last.first, last.cols, steps[1]):
                 merged[-1] = dataclasses.replace(last, rows=last.rows + 1, row_stride=steps[0], index_stride=steps[1])
                 continue
         merged.append(piece)
     return merged
-
-
-def _rows_fit(width: int | None, first: int, cols: int, index_stride: int) -> bool:
-    """Whether each row of a Segment lies in one row of its matrix, and all in the same columns."""
-    return width is None or (index_stride % width == 0 and first % width + cols <= width)
 
 
 def _groups(parameter: DTensor) -> tuple:
