@@ -205,8 +205,8 @@ def normal(seed: int, stream: int, index: npt.ArrayLike, domain: int = DOMAIN_NO
     return result
 
 
-def factor(seed: int, stream: int, side: int, first: int, n: int, rank: int) -> F32:
-    """Rows [first, first + n) of a factor of the noise of rank `rank`, E = L R^T / sqrt(rank), of one matrix.
+def factor(seed: int, stream: int, side: int, first: int, n: int, rank: int, step: int = 1) -> F32:
+    """Rows first, first + step, ... of a factor of the noise of rank `rank`, E = L R^T / sqrt(rank), of one matrix.
 
     Args:
         seed: 64 bits, signed or unsigned.
@@ -215,12 +215,13 @@ def factor(seed: int, stream: int, side: int, first: int, n: int, rank: int) -> 
         first: First row or column of the matrix.
         n: Number of them.
         rank: Rank of the noise, 1 or more.
+        step: From one of them to the next.
 
     Returns:
         float32 [n, rank]: element (i, q) of the whole factor is `normal` at index i * rank + q.
     """
-    index = np.arange(n * rank, dtype=np.uint64) + np.uint64(first * rank)
-    return normal(seed, stream, index, side).reshape(n, rank)
+    lines = np.arange(n, dtype=np.uint64)[:, None] * np.uint64(step) + np.uint64(first)
+    return normal(seed, stream, lines * np.uint64(rank) + np.arange(rank, dtype=np.uint64), side)
 
 
 def rank_scale(rank: int) -> np.float32:

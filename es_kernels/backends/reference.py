@@ -62,9 +62,7 @@ def _factors(s: np.void, seed: int, coef: np.float32, rank: int) -> tuple[noise.
     """c L [rows, rank] and R [cols, rank] of the rows and columns of a segment that is a part of a matrix."""
     first, width, stream = int(s["first"]), int(s["width"]), int(s["stream"])
     step = int(s["index_stride"]) // width
-    rows = np.arange(int(s["rows"]), dtype=np.uint64)[:, None] * np.uint64(step) + np.uint64(first // width)
-    index = rows * np.uint64(rank) + np.arange(rank, dtype=np.uint64)
-    left = noise.normal(seed, stream, index, noise.DOMAIN_LEFT)
+    left = noise.factor(seed, stream, noise.DOMAIN_LEFT, first // width, int(s["rows"]), rank, step)
     right = noise.factor(seed, stream, noise.DOMAIN_RIGHT, first % width, int(s["cols"]), rank)
     return (coef if rank == 1 else coef * noise.rank_scale(rank)) * left, right
 
