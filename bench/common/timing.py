@@ -54,6 +54,11 @@ class Timing(NamedTuple):
     memory_mhz: float | None = None
     watts: float | None = None
 
+    def row(self):
+        """Of a result file: the median as `seconds`, and what else is known."""
+        known = {key: value for key, value in self._asdict().items() if key != "median" and value is not None}
+        return {"seconds": self.median, **known}
+
 
 def buffers(bytes_a_set, device):
     """How many buffer sets exceed the L2 cache three times; 1 on a CPU, where the sizes that matter exceed it alone."""

@@ -220,7 +220,7 @@ def _with(backend, call):
 
 
 def _call_row(report, row, seconds, moved, normals, floor):
-    row |= _timed(seconds) | {
+    row |= seconds.row() | {
         "bytes": moved,
         "gb_per_s": moved / seconds.median / 1e9,
         "share_of_copy": moved / seconds.median / floor,
@@ -233,11 +233,6 @@ def _call_row(report, row, seconds, moved, normals, floor):
         counted = normals if kernel.startswith("update") else row["elements"]
         row["share_of_issue"] = counted * instructions / seconds.median / (report.issue_a_mhz * seconds.sm_mhz)
     return row
-
-
-def _timed(seconds):
-    known = {key: value for key, value in seconds._asdict().items() if key != "median" and value is not None}
-    return {"seconds": seconds.median, **known}
 
 
 # ---- tables and baselines: the shapes of real models ----
@@ -306,7 +301,7 @@ def measure_table(report, group, model):
                 "elements": values,
                 **place._asdict(),
                 "operation": operation.label,
-                **_timed(timings[name]),
+                **timings[name].row(),
             }
             moved = operation.bytes_per_value * values
             report.add(
@@ -368,7 +363,7 @@ def measure_baselines(report, group, model, seeds):
                 "what": what,
                 "seeds": seeds if what == "update" else 1,
             }
-            row |= _timed(timings[name]) | {"times_ours": ratios[name]}
+            row |= timings[name].row() | {"times_ours": ratios[name]}
             row["counted_extra_bytes"] = counted[name]
             report.add("rivals", row | {"peak_extra_bytes": timing.peak_extra_bytes(run, device)})
             if device == "cuda":

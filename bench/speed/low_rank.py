@@ -85,7 +85,7 @@ def _at(place, call):
 def _row(place, operation, name, elements, timings):
     seconds = timings[place, operation]
     row = {**place._asdict(), "on": name, "operation": operation.label, **operation._asdict(), "elements": elements}
-    row |= {"seconds": seconds.median, "p20": seconds.p20, "p80": seconds.p80}
+    row |= seconds.row()
     beside = {
         "times_restore": (place, Operation("restore", operation.out, operation.base, 0)),
         "full_noise_takes": (place, operation._replace(noise_rank=0)) if operation.noise_rank else None,

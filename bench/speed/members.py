@@ -149,10 +149,7 @@ def measure(name, case, device):
     rows = case[0] * case[1]
     made = rows * case[3]
     result = dict(zip(("model", "members", "prompts", "prompt_tokens", "tokens"), (name, *case[:4]), strict=True))
-    result["ways"] = {
-        way: {"seconds": t.median, "p20": t.p20, "p80": t.p80, "tokens_per_s": made / t.median}
-        for way, t in timings.items()
-    }
+    result["ways"] = {way: {**t.row(), "tokens_per_s": made / t.median} for way, t in timings.items()}
     together = timings["one batch"].median
     result["share_of_plain"] = timings["plain"].median / together
     for way in ("one by one", "PEFT"):
