@@ -62,9 +62,8 @@ class Members:
         if adapters:
             head = base_of(model).get_output_embeddings()
             self._places = [p for p in self._places if p.kind == "linear" and p.module is not head]
-        self._tensors = {
-            place.name: entry.tensor for place in self._places for entry in entries if entry.name == place.name
-        }
+        tensors = {entry.name: entry.tensor for entry in entries}
+        self._tensors = {place.name: tensors[place.name] for place in self._places}
 
     @property
     def names(self) -> set[str]:
@@ -168,8 +167,7 @@ def _terms(tensors: Mapping[str, torch.Tensor], noise: Sequence[MemberNoise]) ->
         device = next(iter(own.values())).device
         shapes = {name: (t.shape[0], t.shape[1]) for name, t in own.items() if t.dim() == 2}
         for name, factors in scaled_factors(shapes, group, device).items():
-            left, right = (factor.to(own[name].dtype) for factor in factors)
-            terms[name] = left, right
+            terms[name] = tuple(factor.to(own[name].dtype) for factor in factors)
         vectors = {
             name: torch.zeros(len(group.seeds), len(t), device=device) for name, t in own.items() if t.dim() == 1
         }
