@@ -32,7 +32,7 @@ def test_every_option_is_one_of_a_run():
     for options in learning.OPTIONS.values():
         TrainConfig(task="countdown-char", **options)
     ranks = {name: options["noise_rank"] for name, options in learning.OPTIONS.items() if "noise_rank" in options}
-    assert ranks == {"noise of rank 1": 1, "noise of rank 4": 4}
+    assert ranks == {"noise of rank 1": 1, "noise of rank 4": 4, "rank 1, members in one batch": 1}
 
 
 def test_runs_of_other_options_are_kept(tmp_path):
