@@ -122,6 +122,8 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS / "static_analysis.json")
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 100, 120])
     args = parser.parse_args()
+    if missing := native.why_not("cuda"):
+        parser.error(missing)
     rows = [row for a in args.archs for row in cuda_kernels(f"sm_{a}") + triton_kernels(f"sm_{a}")]
     for r in rows:
         pipes = ", ".join(f"{pipe} {n:.2f}" for pipe, n in r["per_value"].items())
