@@ -1,15 +1,15 @@
 """Builds the two libraries of the C ABI, if the compilers are there. Needs neither torch nor Python headers.
 
-g++ (or CXX) makes libes_cpu.so on x86-64, nvcc libes_cuda.so; without a compiler the wheel is pure and the reference
-and Triton backends serve. ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found and can, never, or else
-fail. ES_KERNELS_CUDA_ARCHS="80 90": for these architectures; by default for those of CUDA_ARCHS that nvcc knows. PTX of
-the oldest and of the newest comes along, so every GPU from the oldest on is served.
+g++ (or CXX) makes libes_cpu.so for x86-64 or aarch64, nvcc libes_cuda.so; without a compiler the wheel is pure and the
+reference and Triton backends serve. ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found and can, never,
+or else fail. ES_KERNELS_CUDA_ARCHS="80 90": for these architectures; by default for those of CUDA_ARCHS that nvcc
+knows. PTX of the oldest and of the newest comes along, so every GPU from the oldest on is served.
 """
 
 import os
 import pathlib
-import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,11 +29,24 @@ ROOT = pathlib.Path(__file__).parent
 CSRC = ROOT / "csrc"
 HEADERS = sorted(map(str, [*CSRC.glob("*.h")]))
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wno-psabi",
+]
+# The instruction sets of libes_cpu.so, best first. What the compiler cannot do is left out, but for the last.
 ISAS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-    "avx2": ["-mavx2", "-mfma"],
-    "baseline": [],
+    "x86_64": {
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+        "avx2": ["-mavx2", "-mfma"],
+        "baseline": [],
+    },
+    "aarch64": {"neon": []},
 }
 NVCC_FLAGS = [
     "-std=c++17",
@@ -48,6 +61,11 @@ CUDA_ARCHS = ["80", "90", "100", "120"]
 
 def cxx():
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def cxx_target():
+    """What the C++ compiler builds for, as "x86_64-linux-gnu"; it may be a cross compiler."""
+    return subprocess.run([cxx(), "-dumpmachine"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def nvcc():
@@ -94,10 +112,10 @@ def wanted_extensions():
         sys.exit("ES_KERNELS_CUDA=1, but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
     if choice == "1" and not cxx():
         sys.exit("ES_KERNELS_CUDA=1, but nvcc needs a C++ compiler, and none was found: install g++ or set CXX")
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    names = (["cpu"] if x86 and cxx() else []) + (["cuda"] if choice != "0" and cxx() and nvcc() else [])
+    machine = cxx_target().split("-")[0] if cxx() else None
+    names = (["cpu"] if machine in ISAS else []) + (["cuda"] if choice != "0" and cxx() and nvcc() else [])
     missing = {
-        "cpu": "no C++ compiler (g++ or CXX) was found" if x86 else f"it is for x86-64, not {platform.machine()}",
+        "cpu": f"it is for x86-64 and aarch64, not {machine}" if machine else "no C++ compiler (g++ or CXX) was found",
         "cuda": "nvcc was not found",
     }
     if choice == "0":
@@ -145,19 +163,37 @@ class Build(build_ext):
         (self.build_cpu if ext.name.endswith("cpu") else self.build_cuda)(target, temp)
 
     def build_cpu(self, target, temp):
-        objects = {
-            temp / f"{isa}.o": [*flags, f"-DES_ISA={isa}", str(CSRC / "cpu_simd.cpp")] for isa, flags in ISAS.items()
-        }
-        objects |= {temp / f"{name}.o": [str(CSRC / f"{name}.cpp")] for name in ("cpu", "tensors")}
+        machine = cxx_target()
+        isas = ISAS[machine.split("-")[0]]
+
+        def compiled(source, name, *flags):
+            made = str(temp / f"{name}.o")
+            self.run_tool([cxx(), *CXX_FLAGS, *flags, "-c", str(CSRC / source), "-o", made])
+            return made
+
+        def compiled_isa(isa):
+            try:
+                return compiled("cpu_simd.cpp", isa, f"-DES_ISA={isa}", f"-DES_ISAS(X)=X({isa})", *isas[isa])
+            except subprocess.CalledProcessError:
+                if isa == list(isas)[-1]:
+                    raise
+                return None
+
         with ThreadPoolExecutor(2) as pool:
-            list(
-                pool.map(
-                    lambda item: self.run_tool([cxx(), *CXX_FLAGS, "-c", *item[1], "-o", str(item[0])]), objects.items()
-                )
+            objects = dict(zip(isas, pool.map(compiled_isa, isas), strict=True))
+        left_out = [isa for isa, made in objects.items() if made is None]
+        if left_out:
+            print(
+                f"es_kernels: WARNING: libes_cpu.so was built without {' and '.join(left_out)}: {cxx()} failed, as it "
+                "says above. It is slower and gives the same bits."
             )
-        self.run_tool(
-            [cxx(), "-shared", "-static-libgcc", "-static-libstdc++", *map(str, objects), "-o", str(target), "-pthread"]
-        )
+        table = "".join(f"X({isa})" for isa in isas if isa not in left_out)
+        linked = [made for made in objects.values() if made]
+        linked += [compiled("cpu.cpp", "cpu", f"-DES_ISAS(X)={table}"), compiled("tensors.cpp", "tensors")]
+        # Before glibc 2.34 threads are in a library of their own, which a newer one does not ask for by itself.
+        threads = [] if "musl" in machine else ["-Wl,--no-as-needed,-l:libpthread.so.0"]
+        static = ["-static-libgcc", "-static-libstdc++"]
+        self.run_tool([cxx(), "-shared", *static, *linked, "-o", str(target), "-pthread", *threads])
 
     def build_cuda(self, target, temp):
         archs = nvcc_archs()
@@ -168,7 +204,7 @@ class Build(build_ext):
         )
 
     def run_tool(self, command):
-        print(" ".join(command), flush=True)
+        print(shlex.join(command), flush=True)
         subprocess.run(command, check=True)
 
     def copy_extensions_to_source(self):

@@ -37,8 +37,8 @@ struct LowRankScratch {
               int32_t dtype);                                                                                         \
   uint64_t fingerprint(const Segment& s, int64_t unit, int64_t unit_end);                                             \
   }
-ES_DECLARE_ISA(avx512)
-ES_DECLARE_ISA(avx2)
-ES_DECLARE_ISA(baseline)
+// ES_ISAS(X), of the command line, is X(avx512) X(avx2) X(baseline): those that this library has, best first
+// (setup.py).
+ES_ISAS(ES_DECLARE_ISA)
 
 }  // namespace es

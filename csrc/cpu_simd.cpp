@@ -11,7 +11,7 @@ namespace {
 constexpr int W = ES_LANES;
 
 // Which of W consecutive blocks a lane holds: the order that makes the transposition cheapest (two in-register stages
-// and one across). A philox_word keeps the even lanes and the odd lanes apart.
+// and one across). A u64 keeps the even lanes and the odd lanes apart.
 #if ES_LANES == 16
 #define ES_MM(op) _mm512_##op
 typedef __m512 floats;
@@ -23,25 +23,28 @@ typedef __m256 floats;
 typedef __m256d doubles;
 constexpr u64_half kEven = {0, 2, 4, 6}, kOdd = {1, 3, 5, 7};
 #else
+#ifdef __aarch64__
+#define ES_MM(op) neon_##op
+#define neon_unpacklo_ps vzip1q_f32
+#define neon_unpackhi_ps vzip2q_f32
+#define neon_unpacklo_pd vzip1q_f64
+#define neon_unpackhi_pd vzip2q_f64
+typedef float32x4_t floats;
+typedef float64x2_t doubles;
+#else
 #define ES_MM(op) _mm_##op
 typedef __m128 floats;
 typedef __m128d doubles;
+#endif
 constexpr u64_half kEven = {0, 2}, kOdd = {1, 3};
 #endif
 
-ES_FN BlockId block_id(philox_word blocks, uint64_t stream, uint32_t domain) {
-  BlockId id;
-  const u64_half zero{};
-  const uint64_t top = (uint64_t)domain << 29;
-  id.low = blocks;
-  id.high = {(id.low.even >> 32) | top, (id.low.odd >> 32) | top};
-  id.stream_low = {zero + (stream & 0xFFFFFFFF), zero + (stream & 0xFFFFFFFF)};
-  id.stream_high = {zero + (stream >> 32), zero + (stream >> 32)};
-  return id;
+ES_FN BlockId block_id(u64 blocks, uint64_t stream, uint32_t domain) {
+  return {low_word(blocks), high_word(blocks) ^ (domain << 29), word((uint32_t)stream), word((uint32_t)(stream >> 32))};
 }
 
 ES_FN BlockId block_id(uint64_t block, uint64_t stream, uint32_t domain) {
-  return block_id(philox_word{block + kEven, block + kOdd}, stream, domain);
+  return block_id(u64{block + kEven, block + kOdd}, stream, domain);
 }
 
 // lane-major v[j][lane] -> memory order: value j of block n at 8 n + j.
@@ -56,12 +59,13 @@ ES_FN void transpose(f32 v[8]) {
   }
   for (int k = 0; k < 4; k++) {
 #if ES_LANES == 16
-    v[2 * k] = __builtin_shufflevector(q[k], q[k + 4], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    v[2 * k + 1] =
-        __builtin_shufflevector(q[k], q[k + 4], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    v[2 * k] = (f32)_mm512_permutex2var_pd((doubles)q[k], low, (doubles)q[k + 4]);
+    v[2 * k + 1] = (f32)_mm512_permutex2var_pd((doubles)q[k], high, (doubles)q[k + 4]);
 #elif ES_LANES == 8
-    v[k] = __builtin_shufflevector(q[k], q[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    v[k + 4] = __builtin_shufflevector(q[k], q[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    v[k] = (f32)_mm256_permute2f128_ps((floats)q[k], (floats)q[k + 4], 0x20);
+    v[k + 4] = (f32)_mm256_permute2f128_ps((floats)q[k], (floats)q[k + 4], 0x31);
 #else
     v[2 * k] = q[k], v[2 * k + 1] = q[k + 4];
 #endif
@@ -223,7 +227,7 @@ void draw(const Segment& s, uint32_t domain, const RoundKeys<10>& keys, int rank
   const int64_t runs = step == 1 ? 1 : n, rows = n / runs;
   const int64_t head = runs == 1 ? first * rank & 7 : 7, blocks = (head + rows * rank + 7) >> 3;  // of a run
   for (int64_t k = 0; k < runs * blocks; k += W) {
-    philox_word id;
+    u64 id;
     if (runs == 1) {
       const uint64_t block = (first * rank >> 3) + k;
       id = {block + kEven, block + kOdd};
@@ -272,11 +276,18 @@ ES_FN f32 in_register(f32 x) {
   return x;
 }
 
-// The V W columns of add_terms from c on, in registers as many rows at a time as leave some for the rest.
+// Registers that hold sums in add_terms, half of those that there are.
+#if defined(__aarch64__) || ES_LANES == 16
+constexpr int kSums = 16;
+#else
+constexpr int kSums = 8;
+#endif
+
+// The V W columns of add_terms from c on.
 template <int V>
 ES_FN void add_terms_strip(const Segment& s, const float* left, const float* right, int64_t stride, int64_t terms,
                            bool fresh, float* sums, const Segment* next, int64_t c) {
-  constexpr int kRows = W / V > 1 ? W / V : 1;
+  constexpr int kRows = kSums / V;
   for (int64_t row = 0; row < s.rows; row += kRows) {
     for (int i = 0; next && i < kRows; i++) prefetch_both(*next, row + i, c);
     f32 x[kRows][V];

@@ -34,7 +34,8 @@ extern "C" {
 /* ---- CPU ---- */
 ES_API int es_cpu_abi(void);
 ES_API const char* es_cpu_error(void);
-/* The instruction sets that this processor can run, best first, separated by spaces: "avx512 avx2 baseline". */
+/* The instruction sets that this processor can run, best first, separated by spaces: "avx512 avx2 baseline" or
+ * "neon". */
 ES_API const char* es_cpu_isas(void);
 /* Segments and all arrays in host memory. At most `threads` threads; isa NULL: the best one. The calling thread's
  * floating-point state (rounding mode, flush-to-zero) is saved, set to IEEE, and restored. */

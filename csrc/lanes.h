@@ -9,7 +9,11 @@
 #ifdef __CUDACC__
 #define ES_FN __host__ __device__ __forceinline__
 #else
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 #define ES_FN inline __attribute__((always_inline))
 #endif
 
@@ -85,12 +89,19 @@ typedef int32_t i32 __attribute__((vector_size(4 * ES_LANES)));
 typedef float f32 __attribute__((vector_size(4 * ES_LANES)));
 typedef uint64_t u64_half __attribute__((vector_size(4 * ES_LANES)));  // W / 2 lanes of 64 bits
 
-// Philox multiplies 32 x 32 -> 64 bits, which SIMD does on the even lanes only. So a word of W blocks is held as two
-// registers of W / 2 64-bit lanes; the upper halves are garbage that the multiplication ignores. Blocks 0, 2, 4 ... are
-// in `even`.
-struct philox_word {
+// 64-bit numbers in W lanes: those of the lanes 0, 2, 4 ... are in `even`.
+struct u64 {
   u64_half even, odd;
 };
+
+// Philox multiplies 32 x 32 -> 64 bits.
+#ifdef __aarch64__
+typedef u32 philox_word;
+#else
+// AVX does so on the even lanes only. So a word of W blocks is held as two registers of W / 2 64-bit lanes; the upper
+// halves are garbage that the multiplication ignores.
+typedef u64 philox_word;
+#endif
 
 ES_FN u32 bits_of(f32 x) { return (u32)x; }
 ES_FN f32 float_of(u32 u) { return (f32)u; }
@@ -99,6 +110,8 @@ ES_FN f32 signed_to_float(u32 u) { return __builtin_convertvector((i32)u, f32); 
 ES_FN f32 unsigned_to_float(u32 u) {
 #if defined(__AVX512F__)
   return (f32)_mm512_cvtepu32_ps((__m512i)u);
+#elif defined(__aarch64__)
+  return (f32)vcvtq_f32_u32((uint32x4_t)u);
 #else
   return signed_to_float(u >> 16) * 65536.0f + signed_to_float(u & 0xFFFF);
 #endif
@@ -110,6 +123,8 @@ ES_FN u32 select(i32 condition, u32 yes, u32 no) { return ((u32)condition & yes)
 ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif defined(__FMA__)
 ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__)
+ES_FN f32 fma(f32 a, f32 b, f32 c) { return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 #else
 // No FMA: the product is exact in double; the sum is rounded there, and once more by the cast. The two roundings differ
 // from one only where the sum lands on a tie of float32: 29 zeros after a one, or anywhere below 2^-126, where ties are
@@ -149,6 +164,17 @@ ES_FN f32 fma(float a, f32 b, float c) { return fma(splat(a), b, splat(c)); }
 ES_FN u32 and_or(u32 w, uint32_t mask, uint32_t set) { return (w & mask) | set; }
 ES_FN u32 funnel_right_1(u32 high, u32 low) { return (high << 31) | (low >> 1); }
 
+#ifdef __aarch64__
+ES_FN void multiply_wide(uint32_t m, philox_word a, philox_word& high, philox_word& low) {
+  const uint32x4_t x = (uint32x4_t)a;
+  const uint32x4_t p = (uint32x4_t)vmull_n_u32(vget_low_u32(x), m), q = (uint32x4_t)vmull_high_n_u32(x, m);
+  low = (u32)vuzp1q_u32(p, q), high = (u32)vuzp2q_u32(p, q);
+}
+ES_FN u32 lanes_of(philox_word w) { return w; }
+ES_FN philox_word word(uint32_t w) { return u32{} + w; }
+ES_FN philox_word low_word(u64 n) { return (u32)vtrn1q_u32((uint32x4_t)n.even, (uint32x4_t)n.odd); }
+ES_FN philox_word high_word(u64 n) { return (u32)vtrn2q_u32((uint32x4_t)n.even, (uint32x4_t)n.odd); }
+#else
 ES_FN u64_half multiply_even(uint32_t m, u64_half a) {
 #if defined(__AVX512F__)
   return (u64_half)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
@@ -165,6 +191,10 @@ ES_FN void multiply_wide(uint32_t m, philox_word a, philox_word& high, philox_wo
 ES_FN philox_word operator^(philox_word a, philox_word b) { return {a.even ^ b.even, a.odd ^ b.odd}; }
 ES_FN philox_word operator^(philox_word a, uint32_t b) { return {a.even ^ b, a.odd ^ b}; }
 ES_FN u32 lanes_of(philox_word w) { return (u32)((w.even & 0xFFFFFFFF) | (w.odd << 32)); }
+ES_FN philox_word word(uint32_t w) { return {u64_half{} + w, u64_half{} + w}; }
+ES_FN philox_word low_word(u64 n) { return n; }
+ES_FN philox_word high_word(u64 n) { return {n.even >> 32, n.odd >> 32}; }
+#endif
 
 #endif
 

@@ -1,11 +1,14 @@
 """Contract: one wheel for every Python: py3-none-linux_x86_64 with the libraries where there are compilers, pure
-without one, and then the reference serves, with the same bits. The native library needs nothing but libc: no Python,
-torch or C++ runtime. The CUDA library is built for what nvcc knows; where it cannot be built, the rest is. `make build`
-works with any setuptools since 65."""
+without one, and then the reference serves, with the same bits. The CPU library needs nothing but libc, and none that is
+newer than manylinux_2_28: no Python, torch or C++ runtime. It has the instruction sets that the compiler can do. The
+CUDA library is built for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools
+since 53."""
 
 import json
 import os
 import pathlib
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +19,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import json, torch, es_kernels
+from es_kernels.backends import cpu
 t = torch.zeros(1000, dtype=torch.bfloat16)
 es_kernels.add_noise_(t, [1, 2], [1.0, 0.5], name="w")
-print(json.dumps([es_kernels.active_backend(), es_kernels.__file__, es_kernels.fingerprint({"w": t})]))
+backend = es_kernels.active_backend()
+isas = cpu.isas() if backend == "cpu" else []
+print(json.dumps([backend, isas, es_kernels.__file__, es_kernels.fingerprint({"w": t})]))
 """
 
 
@@ -48,7 +54,7 @@ def wheel(tmp_path, **environment):
 
 
 def installed(built, tmp_path):
-    """What a process says that imports es_kernels from the unpacked wheel."""
+    """(backend, instruction sets, fingerprint) in a process that imports es_kernels from the unpacked wheel."""
     site = tmp_path / "site"
     with zipfile.ZipFile(built) as z:
         z.extractall(site)
@@ -60,9 +66,13 @@ def installed(built, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    backend, file, fingerprint = json.loads(run.stdout)
+    backend, isas, file, fingerprint = json.loads(run.stdout)
     assert pathlib.Path(file).is_relative_to(site)
-    return backend, fingerprint
+    return backend, isas, fingerprint
+
+
+def objdump(option, library):
+    return subprocess.run(["objdump", option, library], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -92,28 +102,49 @@ def test_pure_wheel_without_a_compiler(tmp_path, expected):
         "es_finetune/tasks/graders/reasoning.py",
         *(f"es_finetune/configs/{path.name}" for path in (ROOT / "python/es_finetune/configs").glob("*.yaml")),
     } <= set(names)
-    assert installed(built, tmp_path) == ("reference", expected)
+    assert installed(built, tmp_path) == ("reference", [], expected)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+needs_gxx = pytest.mark.skipif(not shutil.which("g++") or platform.machine() != "x86_64", reason="needs g++ on x86-64")
+
+
+@needs_gxx
 def test_native_wheel(tmp_path, expected):
     built, output = wheel(tmp_path, ES_KERNELS_CUDA="0")
     assert built and built.name.endswith("-py3-none-linux_x86_64.whl"), output
     assert [n for n in zipfile.ZipFile(built).namelist() if n.endswith(".so")] == ["es_kernels/libes_cpu.so"]
-    assert installed(built, tmp_path) == ("cpu", expected)
-    needed = subprocess.run(
-        ["objdump", "-p", str(tmp_path / "site/es_kernels/libes_cpu.so")], capture_output=True, text=True
-    ).stdout
-    libraries = {line.split()[1] for line in needed.splitlines() if line.strip().startswith("NEEDED")}
+    backend, isas, fingerprint = installed(built, tmp_path)
+    assert (backend, isas[-1], fingerprint) == ("cpu", "baseline", expected)
+    library = tmp_path / "site/es_kernels/libes_cpu.so"
+    assert all(f"-DES_ISA={isa} " in output for isa in ("avx512", "avx2")) and "WARNING" not in output
+    libraries = set(re.findall(r"NEEDED +(\S+)", objdump("-p", library)))
     assert libraries <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+    versions = set(re.findall(r"\*UND\*.*\((\S+)\)", objdump("-T", library)))
+    assert "GLIBC_2.2.5" in versions
+    newer = [v for v in versions if tuple(map(int, v.removeprefix("GLIBC_").split("."))) > (2, 28)]
+    assert not newer, f"the library does not load where glibc is 2.28: it needs {newer}"
+
+
+@needs_gxx
+def test_wheel_by_a_compiler_without_avx(tmp_path, expected):
+    """As one that is older than the processors: the wheel is slower, and gives the same bits."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mavx*) echo "g++: error: unrecognized option"; exit 1;; esac\ng++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    built, output = wheel(tmp_path, ES_KERNELS_CUDA="0", CXX=str(compiler))
+    assert "WARNING: libes_cpu.so was built without avx512 and avx2" in output
+    assert installed(built, tmp_path) == ("cpu", ["baseline"], expected)
 
 
 # ---- make build, with compilers that only note what they are asked for ----
 
 COMPILER = """#!/bin/sh
-case "$*" in *--list-gpu-code*) printf '%s\\n' $KNOWN; exit;; esac
+case "$*" in *--list-gpu-code*) printf '%s\\n' $KNOWN; exit;; *-dumpmachine*) echo $TARGET; exit;; esac
 echo "$@" >> "$0.calls"
 case "$0" in *nvcc) [ -z "$FAILS" ] || { echo "nvcc fatal: $FAILS"; exit 2; };; esac
+case "$*" in *$REJECTED*) echo "error: unrecognized option"; exit 1;; esac
 while [ "$1" != -o ]; do shift; done
 : > "$2"
 """
@@ -140,6 +171,8 @@ def make_build(tmp_path):
             "CUDA_HOME": str(tmp_path / "cuda"),
             "CXX": str(tmp_path / "cuda/bin/g++"),
             "KNOWN": KNOWN_TO_13_0,
+            "TARGET": "x86_64-linux-gnu",
+            "REJECTED": "-no-option",
         }
         for name in ("ES_KERNELS_CUDA", "ES_KERNELS_CUDA_ARCHS"):
             env.pop(name, None)
@@ -210,10 +243,35 @@ def test_make_build_without_a_compiler(make_build):
     assert code != 0 and "nvcc needs a C++ compiler" in output
 
 
+def gxx_calls(tmp_path):
+    return (tmp_path / "cuda/bin/g++.calls").read_text().splitlines()
+
+
+def test_an_instruction_set_that_the_compiler_rejects(make_build, tmp_path):
+    """It is left out, of the table of those that there are too; without the last one there is no library."""
+    code, output, libraries, _ = make_build(REJECTED="-mavx512vl", ES_KERNELS_CUDA="0")
+    assert code == 0 and libraries["libes_cpu.so"] == "", output
+    assert "WARNING: libes_cpu.so was built without avx512: " in output
+    *_, table, _, link = gxx_calls(tmp_path)
+    assert "-DES_ISAS(X)=X(avx2)X(baseline) -c" in table and "csrc/cpu.cpp" in table
+    assert "/avx2.o" in link and "/baseline.o" in link and "/avx512.o" not in link
+    assert make_build(REJECTED="-O3", ES_KERNELS_CUDA="0")[0] != 0
+
+
+def test_the_compiler_says_what_is_built_for(make_build, tmp_path):
+    """Not the machine that builds: CXX may be a cross compiler."""
+    code, output, libraries, _ = make_build(TARGET="aarch64-linux-gnu", ES_KERNELS_CUDA="0")
+    assert code == 0 and libraries["libes_cpu.so"] == "" and "-mavx" not in output, output
+    assert any("-DES_ISA=neon" in call for call in gxx_calls(tmp_path))
+    (tmp_path / "es_kernels/libes_cpu.so").unlink()
+    code, output, libraries, _ = make_build(TARGET="riscv64-linux-gnu", ES_KERNELS_CUDA="0")
+    assert code == 0 and "libes_cpu.so" not in libraries and "it is for x86-64 and aarch64, not riscv64" in output
+
+
 def test_make_build_with_an_old_setuptools(make_build, tmp_path):
-    """As `python -m venv` of Python 3.11 brings it: it has no bdist_wheel, and refuses pyproject.toml's license. Python
-    3.12 needs a newer one."""
-    old = "65.5.0" if sys.version_info < (3, 12) else "69.5.1"
+    """As RHEL 9 brings it: it has no bdist_wheel, and refuses pyproject.toml's license. Python 3.12 needs a newer
+    one."""
+    old = "53.0.0" if sys.version_info < (3, 12) else "69.5.1"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", f"setuptools=={old}"], check=True)

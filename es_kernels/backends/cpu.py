@@ -1,5 +1,5 @@
-"""The C++ backend, through ctypes: threads and SIMD, AVX-512, AVX2 or baseline, whichever is best here. ES_KERNELS_ISA
-picks another."""
+"""The C++ backend, through ctypes: threads and SIMD, AVX-512, AVX2 or baseline, whichever is best here, or NEON.
+ES_KERNELS_ISA picks another."""
 
 from __future__ import annotations
 
