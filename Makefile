@@ -5,6 +5,7 @@
 #   make test-quick        of these a minute's: noise, calls and their errors; models, tasks, statistics, the monitor
 #   make lint              ruff, clang-format, mypy and the layers of the packages (import-linter)
 #   make test-ptx          the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
+#   make test-aarch64      the tests of the CPU kernels with NEON, by an emulator that it installs (Debian, Ubuntu)
 #   make test-distributed  the tests of torchrun, Ray and sharded models, on the CPU
 #   make test-vllm         the tests of the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
 #   make build             the native libraries, in place
@@ -47,7 +48,7 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 
 OUT ?= runs/gpu
 
-.PHONY: help demo lint test test-quick test-ptx test-distributed test-vllm build wheel bench \
+.PHONY: help demo lint test test-quick test-ptx test-aarch64 test-distributed test-vllm build wheel bench \
 	gpu gpu-tune gpu-generate gpu-members gpu-learn clean
 
 demo: $(VENV)/demo.stamp
@@ -70,6 +71,11 @@ test-quick: $(VENV)/test.stamp
 
 test-ptx: $(VENV)/test.stamp
 	$(PYTEST) $(WORKERS) -m slow tests/es_kernels
+
+test-aarch64: $(VENV)/test.stamp
+	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
+		{ apt-get -qq update && apt-get -qq install -y g++-aarch64-linux-gnu qemu-user; }
+	$(PYTEST) $(WORKERS) -m aarch64 tests/es_kernels
 
 test-distributed: $(VENV)/distributed.stamp
 	$(PYTEST) -m distributed tests/distributed

@@ -23,6 +23,7 @@ from es_kernels.layout import Layout
 from es_kernels.low_rank import FACTOR
 from es_kernels.segment import SIZES
 
+from .aarch64 import emulator
 from .ptx import backends as ptx
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -280,6 +281,30 @@ def triton_ptx(triton_ptx_backend):
     return use
 
 
+# ---- NEON, emulated: aarch64/ ----
+
+
+@pytest.fixture(scope="session")
+def aarch64_library(made_once):
+    for program in (emulator.COMPILER, emulator.QEMU):
+        assert shutil.which(program), f"no {program}: `make test-aarch64` installs it"
+    library = emulator.Library(made_once("aarch64", emulator.compile_driver))
+    yield library
+    library.close()
+
+
+@pytest.fixture
+def aarch64(aarch64_library, monkeypatch):
+    """Calls of the cpu backend go to libes_cpu.so for aarch64, which qemu-user runs."""
+    monkeypatch.setattr(cpu, "_library", lambda: aarch64_library)
+
+
+# The instruction sets of the cpu backend. Those of another architecture are emulated, by `make test-aarch64`.
+NEON_HERE = os.uname().machine == "aarch64"
+ISAS = (
+    *(("avx512", "avx2", "baseline") if not NEON_HERE else ()),
+    pytest.param("neon", marks=[pytest.mark.aarch64] * (not NEON_HERE)),
+)
 # Kernels for a GPU that serve calls of the cpu backend: fixture, seeds on the device.
 GPU_ON_CPU = {
     "cuda.cu": ("cuda_on_cpu", False),
@@ -291,12 +316,7 @@ GPU_ON_CPU = {
 
 
 @pytest.fixture(
-    params=(
-        "avx512",
-        "avx2",
-        "baseline",
-        *(pytest.param(name, marks=[pytest.mark.slow] * ("PTX" in name)) for name in GPU_ON_CPU),
-    )
+    params=(*ISAS, *(pytest.param(name, marks=[pytest.mark.slow] * ("PTX" in name)) for name in GPU_ON_CPU))
 )
 def isa(request, monkeypatch):
     """Every instruction set of the cpu backend in turn, and the kernels for GPUs run on the CPU; what this processor
@@ -305,6 +325,10 @@ def isa(request, monkeypatch):
         fixture, on_device = GPU_ON_CPU[request.param]
         with request.getfixturevalue(fixture)(on_device):
             yield request.param
+        return
+    if request.param == "neon" and not NEON_HERE:
+        request.getfixturevalue("aarch64")
+        yield request.param
         return
     if native.why_not("cpu"):
         pytest.skip(native.why_not("cpu"))

@@ -27,6 +27,8 @@ import es_kernels
 from es_kernels import ParamTable, Segment, add_noise_, noise
 from es_kernels.__main__ import GOLDEN, self_check
 
+from .conftest import ISAS
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
 ROUNDINGS = ({}, {"rounding": "stochastic", "rounding_seed": 0x9876543210FEDCBA})
@@ -407,7 +409,7 @@ def test_name_gives_the_stream(weights, bits):
 
 
 @both_roundings
-@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"), indirect=True)
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("n_threads", (1, 2, 3, 7, 64))
 def test_threads(isa, weights, bits, threads, n_threads, rounding):
     """300,000 values are nine threads' worth of work; tensors and cuts do not align."""

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 import es_kernels
 from es_kernels import NamedTensor, ParamTable, Segment, add_noise_, factors, noise
 
+from .conftest import ISAS
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
 ROUNDINGS = ({}, {"rounding": "stochastic", "rounding_seed": 0x9876543210FEDCBA})
@@ -128,7 +130,7 @@ def test_a_whole_model_in_one_call(isa, twin, weights):
     twin(call, *tensors, weights(110, BF16))
 
 
-@pytest.mark.parametrize("isa", ("avx512", "avx2", "baseline"), indirect=True)  # a GPU has no threads of ours
+@pytest.mark.parametrize("isa", ISAS, indirect=True)  # a GPU has no threads of ours
 @pytest.mark.parametrize("n_seeds, rank", ((1, 8), (1, 64), (3, 3), (40, 1), (3, 64)))
 def test_threads_and_wide_matrices(isa, weights, bits, threads, n_seeds, rank):
     """Rows of tiles that several threads share, in runs of columns, are what the columns are as matrices' parts."""
