@@ -119,7 +119,10 @@ class ModelConfig:
     """The model and where it computes."""
 
     model: str = _flag(
-        "model", "folder or hub name of a causal LM or of a PEFT adapter; countdown-char brings its own", resumable=True
+        "model",
+        "folder or hub name of a causal LM or of a PEFT adapter, FILE.gguf or FOLDER:FILE.gguf; countdown-char brings "
+        "its own",
+        resumable=True,
     )
     dtype: str = _flag("model", "of the weights; auto: as saved", "auto", choices=WEIGHT_DTYPES)
     lora_rank: int = _flag("model", "tune a new LoRA adapter of this rank instead of the weights; 0: no adapter", 0)

@@ -1,11 +1,13 @@
-"""The model of a run: a transformers causal LM with its tokenizer, from a folder or the hub."""
+"""The model of a run: a transformers causal LM with its tokenizer, from a folder, a GGUF file or the hub."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from es_finetune.models import WEIGHT_DTYPES
 from es_finetune.models.adapters import add_lora, import_peft
 from es_finetune.models.checkpoint_names import refuse_prompt_config
 from es_finetune.models.dtypes import MIXED, cast_as_in_files, dtype_of, dtypes_in_files
+from es_finetune.models.gguf import forget_quantization, gguf_of, unpacked
 from es_finetune.models.towers import freeze_towers, towers_of
 from es_kernels.segment import DTYPES
 
@@ -38,9 +41,11 @@ def load_model(
 
     Args:
         name: "embedded" (the character-level model of the demo), or a folder or hub name of a causal LM or of a PEFT
-            adapter, which comes with its base model. Of a model with an adapter only the adapter is trainable.
+            adapter, which comes with its base model, or FILE.gguf or FOLDER:FILE.gguf, whose weights are unpacked. Of a
+            model with an adapter only the adapter is trainable.
         device: Where the model goes.
-        dtype: Of the weights, one of `models.WEIGHT_DTYPES`; "auto" is that of the checkpoint's config.
+        dtype: Of the weights, one of `models.WEIGHT_DTYPES`; "auto" is that of the checkpoint's config, and float32 for
+            a GGUF file.
         lora_rank: Above 0 adds a LoRA adapter of this rank to all linear layers but the output, alpha 2 * rank. Its
             first values are the same on every machine and for every seed of a run.
         pad_token: An existing token to pad with, for a tokenizer without one.
@@ -59,11 +64,12 @@ def load_model(
     if lora_rank < 0:
         raise UserError(f"lora_rank must be at least 0, not {lora_rank}")
     name = os.fspath(name)
-    path = path_of(name)
+    gguf = gguf_of(name)
+    path, file = (path_of(name), {}) if gguf is None else (gguf.folder, gguf.options)
     with loading(f"model {name}"):
         from transformers.utils import find_adapter_config_file
 
-        adapter = find_adapter_config_file(path) is not None
+        adapter = gguf is None and find_adapter_config_file(path) is not None
     if adapter:
         if lora_rank:
             raise UserError(f"model {name} is an adapter already: leave out lora_rank, or give the base model")
@@ -83,12 +89,12 @@ def load_model(
             model = peft.PeftModel.from_pretrained(base, path, is_trainable=True)
     else:
         base_path = path
-        base, mixed = _load_base(path, f"model {name}", dtype, attn_implementation, mixed)
+        base, mixed = _load_base(path, f"model {name}", dtype, attn_implementation, mixed, file)
         model = base
         if lora_rank:
             model = add_lora(base, lora_rank)
     freeze_towers(model)
-    tokenizer = _load_tokenizer(name, path, base_path)
+    tokenizer = _load_tokenizer(name, path, base_path, file)
     _set_pad_token(tokenizer, name, pad_token, base)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in DTYPES:
@@ -107,6 +113,8 @@ def load_model(
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "vocabulary": len(tokenizer),
     }
+    if gguf is not None:
+        identity |= {"file": gguf.file, "sha256": gguf.digest()}
     if adapter:
         identity["base_model"] = base_path
     if lora_rank:
@@ -119,7 +127,7 @@ def path_of(name: str) -> str:
     UserError for what can only be a path, and is no folder."""
     path = Path(name)
     if path.is_file():
-        raise UserError(f"model {name} is a file: give its folder")
+        raise UserError(f"model {name} is a file: give its folder, or a .gguf file")
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not path.is_dir():
         beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
         raise UserError(f"the model's folder {name} does not exist{did_you_mean(path.name, beside)}")
@@ -152,11 +160,16 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
         tokenizer; the dtype of its weights.
 
     Raises:
-        UserError: As of load_model; and for an adapter, or weights of several dtypes.
+        UserError: As of load_model; and for an adapter, a GGUF file, or weights of several dtypes.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import find_adapter_config_file
 
+    if gguf_of(name) is not None:
+        raise UserError(
+            f"model {name} is a GGUF file, which this engine cannot perturb: write it as a folder first "
+            "(docs/models.md), or use --engine hf"
+        )
     path = path_of(name)
     with loading(f"model {name}"):
         adapter = find_adapter_config_file(path) is not None
@@ -178,12 +191,12 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
     return model, _load_tokenizer(name, path, path), weight_dtype
 
 
-def _load_config(path: str, what: str) -> Any:
+def _load_config(path: str, what: str, **file: str) -> Any:
     # trust_remote_code=False: left out, transformers asks at the terminal and waits.
     from transformers import AutoConfig
 
     with loading(what):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **file)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{what} has quantised weights, and noise is added to float32, bfloat16 and float16 only: give the "
@@ -193,20 +206,28 @@ def _load_config(path: str, what: str) -> Any:
 
 
 def _load_base(
-    path: str, what: str, dtype: str, attn_implementation: str | None, mixed: bool
+    path: str,
+    what: str,
+    dtype: str,
+    attn_implementation: str | None,
+    mixed: bool,
+    file: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[torch.nn.Module, bool]:
-    """The model, and whether each tensor has the dtype of its file."""
+    """The model, and whether each tensor has the dtype of its file. `file`: of a GGUF file its `options`."""
     from transformers import AutoModelForCausalLM
 
-    config = _load_config(path, what)
-    mixed = dtype == "auto" and (mixed or getattr(config, MIXED, False))
-    if mixed:
-        dtype = "float32"  # holds every value of the others
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config = _load_config(path, what, **file)
+    mixed = not file and dtype == "auto" and (mixed or getattr(config, MIXED, False))
+    if mixed or (file and dtype == "auto"):
+        dtype = "float32"  # holds every value of the others, and of packed weights
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if file:
+        options |= {**file, **unpacked()}
     with loading(what):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
+    forget_quantization(model)
     # transformers fills them with random numbers, others on every machine.
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -228,14 +249,19 @@ def _load_base(
     return model, mixed
 
 
-def _load_tokenizer(name: str, path: str, base_path: str) -> Any:
+def _load_tokenizer(name: str, path: str, base_path: str, file: Mapping[str, str] = MappingProxyType({})) -> Any:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     with loading(f"tokenizer of {name}"):
         # An adapter brings its own or leaves it to the base model.
         own = path == base_path or get_tokenizer_config(path)
-        return AutoTokenizer.from_pretrained(path if own else base_path, padding_side="left", trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            path if own else base_path,
+            padding_side="left",
+            trust_remote_code=False,
+            **file,
+        )
 
 
 def _set_pad_token(tokenizer: Any, name: str, pad_token: str | None, model: Any) -> None:

@@ -14,6 +14,7 @@ from es_finetune.config import TrainConfig, decided_options, model_options
 from es_finetune.errors import UserError, require
 from es_finetune.models.checkpoint_names import base_of, named_segments, refuse_untunable
 from es_finetune.models.dtypes import dtype_of
+from es_finetune.models.gguf import gguf_of
 from es_finetune.models.load import load_model, pick_device
 from es_finetune.models.save import save_model
 from es_finetune.models.towers import freeze_towers
@@ -173,6 +174,8 @@ def _for_an_actor(config: TrainConfig) -> TrainConfig:
         value = getattr(config, name)
         if value and Path(value).exists():
             changes[name] = str(Path(value).resolve())
+    if (gguf := gguf_of(config.model)) is not None:
+        changes["model"] = gguf.path or config.model
     if config.reward and Path(config.reward.rpartition(":")[0]).is_file():
         file, _, function = config.reward.rpartition(":")
         changes["reward"] = f"{Path(file).resolve()}:{function}"
