@@ -28,6 +28,7 @@ except ImportError:  # before setuptools 70 it was wheel's; `make build` makes n
 ROOT = pathlib.Path(__file__).parent
 CSRC = ROOT / "csrc"
 HEADERS = sorted(map(str, [*CSRC.glob("*.h")]))
+API = ["es_kernels.h", "segments.h"]  # for callers from C and C++: they come with the libraries
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -151,6 +152,11 @@ class Build(build_ext):
     def run(self):
         self.in_place = self.inplace  # setuptools builds elsewhere first and copies then
         super().run()
+        if self.extensions and not self.in_place:
+            include = pathlib.Path(self.build_lib, "es_kernels/include")
+            include.mkdir(parents=True, exist_ok=True)
+            for header in API:
+                shutil.copy(CSRC / header, include)
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", os.sep) + ".so"  # a plain shared library: one for every Python

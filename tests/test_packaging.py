@@ -1,8 +1,8 @@
-"""Contract: one wheel for every Python: py3-none-linux_x86_64 with the libraries where there are compilers, pure
-without one, and then the reference serves, with the same bits. The CPU library needs nothing but libc, and none that is
-newer than manylinux_2_28: no Python, torch or C++ runtime. It has the instruction sets that the compiler can do. The
-CUDA library is built for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools
-since 53."""
+"""Contract: a source distribution holds what a wheel is built from, and no more. One wheel for every Python, which
+passes its self-check: py3-none-linux_x86_64 with the libraries and their headers where there are compilers, pure
+without one, and then the reference serves. The CPU library needs nothing but libc, and none that is newer than
+manylinux_2_28: no Python, torch or C++ runtime. It has the instruction sets that the compiler can do. The CUDA library
+is built for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools since 53."""
 
 import json
 import os
@@ -12,49 +12,63 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
-import json, torch, es_kernels
-from es_kernels.backends import cpu
-t = torch.zeros(1000, dtype=torch.bfloat16)
-es_kernels.add_noise_(t, [1, 2], [1.0, 0.5], name="w")
-backend = es_kernels.active_backend()
-isas = cpu.isas() if backend == "cpu" else []
-print(json.dumps([backend, isas, es_kernels.__file__, es_kernels.fingerprint({"w": t})]))
+import json, es_kernels
+from es_kernels.__main__ import report
+print(json.dumps([es_kernels.__file__, report()]))
 """
 
 
-def wheel(tmp_path, **environment):
-    """Builds a wheel from a copy of the sources, as a source distribution would be; returns its path and pip's
-    output."""
-    source = tmp_path / "source"
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for part in ("es_kernels", "csrc", "python", "bench"):
-        shutil.copytree(ROOT / part, source / part, ignore=ignore)
-    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / part, source / part)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--no-deps",
-        "--wheel-dir",
-        str(tmp_path / "dist"),
-        str(source),
-    ]
-    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    wheels = list((tmp_path / "dist").glob("*.whl"))
-    return (wheels[0] if wheels else None), run.stdout + run.stderr
+@pytest.fixture(scope="module")
+def source_distribution(made_once):
+    """Made from the files that git has, or would have."""
+
+    def make(folder):
+        files = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for file in filter(None, files.split("\0")):
+            if (ROOT / file).exists():
+                (folder / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, folder / "tree" / file)
+        command = [sys.executable, "-m", "build", "--sdist", "--outdir", folder, folder / "tree"]
+        subprocess.run(command, env=os.environ | {"ES_KERNELS_CUDA": "0"}, check=True)
+
+    (built,) = made_once("source_distribution", make).glob("es_kernels-*.tar.gz")
+    return built
+
+
+@pytest.fixture
+def wheel(source_distribution, tmp_path):
+    """Builds a wheel from the source distribution; returns its path and pip's output."""
+
+    def build(**environment):
+        command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", tmp_path / "dist"]
+        run = subprocess.run(
+            [*command, source_distribution], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        wheels = list((tmp_path / "dist").glob("*.whl"))
+        return (wheels[0] if wheels else None), run.stdout + run.stderr
+
+    return build
+
+
+def contents(built):
+    return set(zipfile.ZipFile(built).namelist())
 
 
 def installed(built, tmp_path):
-    """(backend, instruction sets, fingerprint) in a process that imports es_kernels from the unpacked wheel."""
+    """(backend of CPU tensors, instruction sets) of the unpacked wheel, whose self-check passes."""
     site = tmp_path / "site"
     with zipfile.ZipFile(built) as z:
         z.extractall(site)
@@ -66,32 +80,37 @@ def installed(built, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    backend, isas, file, fingerprint = json.loads(run.stdout)
+    file, report = json.loads(run.stdout)
     assert pathlib.Path(file).is_relative_to(site)
-    return backend, isas, fingerprint
+    assert report["ok"] and report["self_check"], report
+    return report["serves"]["cpu"], report["cpu"]["instruction sets"]
 
 
 def objdump(option, library):
     return subprocess.run(["objdump", option, library], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module")
-def expected():
-    import torch
-
-    import es_kernels
-
-    t = torch.zeros(1000, dtype=torch.bfloat16)
-    es_kernels.add_noise_(t, [1, 2], [1.0, 0.5], name="w")
-    return es_kernels.fingerprint({"w": t})
+def test_the_source_distribution(source_distribution):
+    with tarfile.open(source_distribution) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    assert {"setup.py", "LICENSE", "README.md", "es_kernels/golden.json"} <= names
+    assert not [name for name in names if name.startswith(("tests", "bench", "docs")) or name.endswith(".so")]
 
 
-def test_pure_wheel_without_a_compiler(tmp_path, expected):
-    built, output = wheel(tmp_path, CXX="no-such-compiler", ES_KERNELS_CUDA="0")
+def test_pure_wheel_without_a_compiler(tmp_path, wheel):
+    built, output = wheel(CXX="no-such-compiler", ES_KERNELS_CUDA="0")
     assert built and built.name.endswith("-py3-none-any.whl"), output
-    names = zipfile.ZipFile(built).namelist()
-    assert not [n for n in names if n.endswith(".so") or n.startswith("bench/")]
+    names = contents(built)
+    version = built.name.split("-")[1]
+    assert {name.partition("/")[0] for name in names} == {
+        "es_kernels",
+        "es_finetune",
+        f"es_kernels-{version}.dist-info",
+    }
+    assert not [n for n in names if n.endswith((".so", ".h"))]
     assert {
+        f"es_kernels-{version}.dist-info/licenses/LICENSE",
         "es_kernels/NOISE.md",
         "es_kernels/golden.json",
         "es_kernels/py.typed",
@@ -101,41 +120,60 @@ def test_pure_wheel_without_a_compiler(tmp_path, expected):
         "es_finetune/monitor/report.html.j2",
         "es_finetune/tasks/graders/reasoning.py",
         *(f"es_finetune/configs/{path.name}" for path in (ROOT / "python/es_finetune/configs").glob("*.yaml")),
-    } <= set(names)
-    assert installed(built, tmp_path) == ("reference", [], expected)
+    } <= names
+    assert installed(built, tmp_path)[0] == "reference"
 
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++") or platform.machine() != "x86_64", reason="needs g++ on x86-64")
 
 
 @needs_gxx
-def test_native_wheel(tmp_path, expected):
-    built, output = wheel(tmp_path, ES_KERNELS_CUDA="0")
+def test_native_wheel(tmp_path, wheel):
+    built, output = wheel(ES_KERNELS_CUDA="0")
     assert built and built.name.endswith("-py3-none-linux_x86_64.whl"), output
-    assert [n for n in zipfile.ZipFile(built).namelist() if n.endswith(".so")] == ["es_kernels/libes_cpu.so"]
-    backend, isas, fingerprint = installed(built, tmp_path)
-    assert (backend, isas[-1], fingerprint) == ("cpu", "baseline", expected)
-    library = tmp_path / "site/es_kernels/libes_cpu.so"
+    assert {n for n in contents(built) if not n.endswith(".py") and n.startswith("es_kernels/")} == {
+        *(f"es_kernels/{name}" for name in ("NOISE.md", "golden.json", "py.typed", "libes_cpu.so")),
+        *(f"es_kernels/include/{name}" for name in ("es_kernels.h", "segments.h")),
+    }
     assert all(f"-DES_ISA={isa} " in output for isa in ("avx512", "avx2")) and "WARNING" not in output
+    backend, isas = installed(built, tmp_path)
+    assert (backend, isas[-1]) == ("cpu", "baseline")
+    library = tmp_path / "site/es_kernels/libes_cpu.so"
     libraries = set(re.findall(r"NEEDED +(\S+)", objdump("-p", library)))
     assert libraries <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2"}
     versions = set(re.findall(r"\*UND\*.*\((\S+)\)", objdump("-T", library)))
     assert "GLIBC_2.2.5" in versions
     newer = [v for v in versions if tuple(map(int, v.removeprefix("GLIBC_").split("."))) > (2, 28)]
     assert not newer, f"the library does not load where glibc is 2.28: it needs {newer}"
+    show = [sys.executable, "-m", "auditwheel", "show", built]
+    words = subprocess.run(show, capture_output=True, text=True, check=True).stdout
+    earned = re.search(r'platform\s+tag:\s+"manylinux_(\d+)_(\d+)_x86_64"', words)
+    assert tuple(map(int, earned.groups())) <= (2, 28), words
 
 
 @needs_gxx
-def test_wheel_by_a_compiler_without_avx(tmp_path, expected):
+def test_headers_of_a_wheel_compile(tmp_path):
+    """As C and as C++, from a folder that holds nothing else."""
+    for header in ("es_kernels.h", "segments.h"):
+        shutil.copy(ROOT / "csrc" / header, tmp_path)
+    (tmp_path / "caller.c").write_text('#include "es_kernels.h"\nint (*abi)(void) = es_cpu_abi;\n')
+    (tmp_path / "caller.cpp").write_text('#include "es_kernels.h"\n#include "segments.h"\nes::Segment segment;\n')
+    for language, caller in (("c", "caller.c"), ("c++", "caller.cpp")):
+        command = ["g++", "-x", language, "-fsyntax-only", "-Wall", "-Werror", tmp_path / caller]
+        subprocess.run(command, check=True)
+
+
+@needs_gxx
+def test_wheel_by_a_compiler_without_avx(tmp_path, wheel):
     """As one that is older than the processors: the wheel is slower, and gives the same bits."""
     compiler = tmp_path / "g++"
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *-mavx*) echo "g++: error: unrecognized option"; exit 1;; esac\ng++ "$@"\n'
     )
     compiler.chmod(0o755)
-    built, output = wheel(tmp_path, ES_KERNELS_CUDA="0", CXX=str(compiler))
+    built, output = wheel(ES_KERNELS_CUDA="0", CXX=str(compiler))
     assert "WARNING: libes_cpu.so was built without avx512 and avx2" in output
-    assert installed(built, tmp_path) == ("cpu", ["baseline"], expected)
+    assert installed(built, tmp_path) == ("cpu", ["baseline"])
 
 
 # ---- make build, with compilers that only note what they are asked for ----
@@ -279,6 +317,6 @@ def test_make_build_with_an_old_setuptools(make_build, tmp_path):
     assert code == 0 and libraries == {"libes_cpu.so": "", "libes_cuda.so": ""}, output
 
 
-def test_cuda_asked_for_but_not_there(tmp_path):
-    built, output = wheel(tmp_path, ES_KERNELS_CUDA="1", CUDA_HOME="/nonexistent")
+def test_cuda_asked_for_but_not_there(wheel):
+    built, output = wheel(ES_KERNELS_CUDA="1", CUDA_HOME="/nonexistent")
     assert built is None and "nvcc was not found" in output
