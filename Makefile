@@ -3,7 +3,7 @@
 #   make demo              fine-tune a small language model by ES, watched live -> runs/demo/report.html
 #   make test              the tests that need one process and no GPU
 #   make test-quick        of these a minute's: noise, calls and their errors; models, tasks, statistics, the monitor
-#   make lint              ruff, clang-format, mypy and the layers of the packages (import-linter)
+#   make lint              ruff, clang-format, mypy, import-linter (the packages' layers) and actionlint (.github)
 #   make test-ptx          the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
 #   make test-aarch64      the tests of the CPU kernels with NEON, by an emulator that it installs (Debian, Ubuntu)
 #   make test-distributed  the tests of torchrun, Ray and sharded models, on the CPU
@@ -62,6 +62,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/es_kernels/*/*.cpp tests/es_kernels/*/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/actionlint -shellcheck= -pyflakes=
 
 test: $(VENV)/test.stamp
 	$(PYTEST) $(WORKERS)
