@@ -3,6 +3,8 @@
 Each call here has a good tensor first, so that an implementation that writes as it goes would be seen.
 """
 
+import pathlib
+import resource
 import warnings
 
 import numpy as np
@@ -510,7 +512,7 @@ def test_unknown_instruction_set(refused, good, monkeypatch):
     with es_kernels.backend("cpu"):
         refused(
             RuntimeError,
-            "no instruction set named sse9; it has .*baseline",
+            "no instruction set named sse9; it has .*(baseline|neon)",
             lambda: add_noise_(good, 1, 1.0, name=GOOD),
             good,
         )
@@ -600,3 +602,40 @@ def test_abi_checks_factors(field, value, words):
     with pytest.raises(RuntimeError, match=f"factor 1: .*{words}"):
         cpu_backend.factors(layout, out, torch.ones(1, dtype=torch.int64))
     assert not out.any()
+
+
+# ---- a machine that has no more to give ----
+
+
+def test_abi_without_memory_for_the_keys(bits, good):
+    if cpu_backend.unavailable(good.device):
+        pytest.skip(cpu_backend.unavailable(good.device))
+    before, library = bits(good), cpu_backend._library()
+    segments = es_kernels.layout.Pack(ParamTable({GOOD: good}).layout, [good], [], []).segments
+    one, n_seeds = torch.ones(1, dtype=torch.int64).data_ptr(), 1 << 60
+    assert library.es_cpu_add_noise(segments.ctypes.data, 1, one, one, n_seeds, 0.0, None, 0, 1, None) == 1
+    assert library.es_cpu_error() == b"out of memory"
+    assert torch.equal(bits(good), before)
+
+
+def test_abi_without_address_space_for_threads(threads, bits):
+    """The threads that could be started do all the work: 64 stacks of 8 MB are asked for where 60 MB are left."""
+    weights, seeds = torch.zeros(1 << 18), torch.arange(64)
+    if cpu_backend.unavailable(weights.device):
+        pytest.skip(cpu_backend.unavailable(weights.device))
+    pack = es_kernels.layout.Pack(ParamTable({GOOD: weights}).layout, [weights], [], [])
+
+    def update():
+        weights.zero_()
+        with threads(64):
+            cpu_backend.add_noise_(pack, seeds, torch.ones(64), None, 0.0, 0)
+        return bits(weights)
+
+    expected, limits = update(), resource.getrlimit(resource.RLIMIT_AS)
+    size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (60 << 20), limits[1]))
+    try:
+        actual = update()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert torch.equal(actual, expected)
