@@ -11,6 +11,7 @@
 #   make build             the native libraries, in place
 #   make wheel             dist/es_kernels-*.whl, one for every Python and torch
 #   make bench             the benchmarks that need no GPU -> bench/results/, README's tables (100 minutes on two cores)
+#   make docs              the documentation as a site, which needs no network -> site/index.html
 #   make clean             remove the environments and what was built
 #
 # On a machine with a GPU, -> OUT=runs/gpu:
@@ -48,7 +49,7 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 
 OUT ?= runs/gpu
 
-.PHONY: help demo lint test test-quick test-ptx test-aarch64 test-distributed test-vllm build wheel bench \
+.PHONY: help demo lint test test-quick test-ptx test-aarch64 test-distributed test-vllm build wheel bench docs \
 	gpu gpu-tune gpu-generate gpu-members gpu-learn clean
 
 demo: $(VENV)/demo.stamp
@@ -120,6 +121,9 @@ gpu-members: build
 gpu-learn: build
 	PYTHONPATH=.:python $(PYTHON) -m bench.learning.countdown_run --out $(OUT)
 
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
 
@@ -149,5 +153,9 @@ $(VENV)/bench.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
+$(VENV)/docs.stamp: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build dist es_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm build dist site es_kernels/*.so *.egg-info

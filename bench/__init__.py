@@ -1,6 +1,6 @@
 """Measures the kernels. Run a script from the root of the repository: python -m bench.speed.kernels
 
-Scripts write JSON to results/; publish/ alone makes the README's tables and plots of it. bench/README.md has the map.
+Scripts write JSON to results/; publish/ alone makes tables and plots of it. bench/README.md has the map.
 """
 
 import pathlib

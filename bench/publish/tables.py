@@ -1,6 +1,6 @@
-"""Writes the README's tables from bench/results/*.json.
+"""Writes the tables of the README, of bench/README.md and of docs/results/ from bench/results/*.json.
 
-python -m bench.publish.tables                    rewrite README.md and bench/README.md
+python -m bench.publish.tables                    rewrite the pages
 python -m bench.publish.tables --check            exit with 1 if one differs (a test does the same)
 python -m bench.publish.tables --tables FOLDER    print the tables of a machine's results, such as gpu.sh leaves
 """
@@ -17,7 +17,11 @@ from bench import RESULTS, ROOT
 from bench.common import gpus, shapes
 from bench.publish import targets
 
-PAGES = ("README.md", "bench/README.md")
+PAGES = (
+    "README.md",
+    "bench/README.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/results").glob("*.md")),
+)
 
 
 def results(name):
@@ -729,7 +733,74 @@ def scale_varied():
     )
 
 
+def buys():
+    """What a user gains over a plain loop, one figure of each kind, and the page that has the others."""
+    kernels, drift = results("kernels-cpu"), results("exactness")
+    members_, scale_, demo = results("members-cpu"), results("scale"), results("demo")
+    end = {r["way"]: r["end"]["mean"] for r in drift["rows"]}
+    loop, ours = "es-at-scale", "es_kernels, master fp32"
+    times = {(r["model"], r["what"], r["who"]): r for r in kernels["rivals"]}
+    member = [times["Qwen2.5-0.5B", "member", who] for who in (loop, ours)]
+    update = [times["50M", "update", who] for who in (loop, ours)]
+    batch = max(members_["rows"], key=lambda r: r["members"])
+    speeds = [f"{batch['ways'][way]['tokens_per_s']:.0f} tokens / s" for way in ("one by one", "one batch")]
+    wire, model = _wire(scale_)[0], next(r for r in scale_["paper"] if r["model"] == scale_["assumed"]["model"])
+    changed = f"{drift['add_then_subtract']['changed']:.0%} of weights changed a generation"
+    rows = [
+        [
+            "perturb and restore a member of Qwen2.5-0.5B, bf16, on a CPU",
+            *(f"{r['seconds']:.2g} s, {_bytes(r['peak_extra_bytes'])} extra" for r in member),
+            "results/kernels.md",
+        ],
+        [
+            f"update by {update[0]['seeds']} members, 50M weights, on a CPU",
+            *(f"{r['seconds']:.2g} s, {_bytes(r['peak_extra_bytes'])} extra" for r in update),
+            "results/kernels.md",
+        ],
+        ["undo a perturbation in bf16", changed, "exact", "guides/masters.md"],
+        [
+            f"learn in bf16: right answers after {drift['setting']['generations']} generations",
+            *(f"{end[way]:.0%}" for way in ("bf16, add then subtract", "bf16, master fp32")),
+            "results/learning.md",
+        ],
+        [
+            f"answer for {batch['members']} members of {batch['model']}, on a CPU",
+            f"one by one: {speeds[0]}",
+            f"in one batch: {speeds[1]}, {batch['share_of_plain']:.0%} of plain inference",
+            "guides/members.md",
+        ],
+        [
+            "keep any generation of a run",
+            "a checkpoint each",
+            f"one log of {demo['log_bytes'] / 1e3:.0f} kB for the demo's {demo['generations']}; replay is exact",
+            "guides/resume.md",
+        ],
+        [
+            f"bring {wire['workers']} workers of a 7B model together, on paper",
+            f"{_sent(model['weights_bytes'])} of weights a generation",
+            f"{_sent(wire['torchrun_rank_receives'])} of scores; fingerprints prove it",
+            "workers.md",
+        ],
+        ["the same noise on every device, shard and thread count", "no", "yes, to the bit", "../es_kernels/NOISE.md"],
+    ]
+    body = [[*cells, f"[more](docs/{page})".replace("docs/../", "")] for *cells, page in rows]
+    return table(["", "a plain loop", "es-kernels", ""], body)
+
+
+def paper():
+    """The experiments of which the paper gives a figure before and after. None of them was run here yet."""
+    body = []
+    for path in sorted((ROOT / "python/es_finetune/configs").glob("*.yaml")):
+        text = path.read_text()
+        reported = re.search(r"The paper reports ([\d.]+) % .*before and ([\d.]+) % after", text)
+        if reported:
+            body.append([f"`{path.stem}`", f"{reported[1]} %", f"{reported[2]} %", "not run"])
+    return table(["config", "paper: before", "paper: after ES", "ours"], body)
+
+
 TABLES = {
+    "buys": buys,
+    "paper": paper,
     "scale": scale,
     "scale-wire": scale_wire,
     "scale-models": scale_models,

@@ -4,7 +4,7 @@ do today.
     python -m bench.speed.generation [--device cpu|cuda] [--out bench/results] [--models NAME ...] [--seconds 900]
 
 First of all: answers take nearly all of the time. With the 1024 tokens of the paper's Countdown the reference's
-own handling of weights is about one percent of a generation by README's arithmetic for a GPU, and less on a CPU, so
+own handling of weights is about one percent of a generation by arithmetic for a GPU, and less on a CPU, so
 nobody gains there from faster kernels. They count where answers are short (one token, log-probabilities of given ones,
 the 100 tokens of two questions of conciseness) and in memory, which is KV cache. Large populations make updates long,
 but answers as well: the shares stay.

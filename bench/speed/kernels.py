@@ -45,7 +45,7 @@ from es_finetune.runs.files import write_atomically
 from es_kernels import ParamTable
 from es_kernels.backends import cpu
 
-# The first is that of a large weight: the size of the tables in README
+# The first is that of a large weight: the size of the tables in docs/results
 SIZES = [1 << 24, 1 << 16, 1 << 20, 1 << 27, 1 << 30]
 MOST_NORMALS = {"cpu": 1 << 32, "cuda": 1 << 38}  # of one call: a second or two
 # Model -> members of the update against baselines, 0 for none: on a CPU each takes minutes for the noise of 30.

@@ -467,7 +467,7 @@ def test_a_misspelt_command_line_is_one_line_with_what_was_meant(capsys, argumen
         (
             ["vllm"],
             ["train", "--engine", "vllm"],
-            "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md",
+            "engine vllm needs the package vllm, best in an environment of its own: see docs/guides/vllm.md",
         ),
         (
             ["tensorboard"],

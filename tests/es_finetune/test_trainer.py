@@ -837,8 +837,12 @@ def test_without_flags_the_papers_run_is_meant():
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_the_readmes_example_runs_as_it_stands(tmp_path, save_tiny, monkeypatch, capsys, dtype):
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer(" in block)
+    root = pathlib.Path(__file__).parents[2]
+    pages = [(root / page).read_text() for page in ("README.md", "docs/guides/own-task.md")]
+    example, again = (
+        block for page in pages for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Trainer(" in block
+    )
+    assert example == again
     assert len(example.splitlines()) < 20
     model = save_tiny(tmp_path / "model")
     monkeypatch.chdir(tmp_path)

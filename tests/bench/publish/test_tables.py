@@ -1,5 +1,5 @@
-"""Contract: README.md's and bench/README.md's tables and plots are those of bench/results, and the tables of a GPU's
-results, which are not there yet, can be made."""
+"""Contract: the tables and plots of README.md, bench/README.md and docs/ are those of bench/results, and the tables of
+a GPU's results, which are not there yet, can be made."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from bench import ROOT
 from bench.publish import plots, tables
 
 
-def test_readme_shows_the_results():
+def test_the_pages_show_the_results():
     run = subprocess.run(
         [sys.executable, "-m", "bench.publish.tables", "--check"], cwd=ROOT, capture_output=True, text=True
     )
@@ -25,8 +25,8 @@ def test_every_table_has_its_place():
 
 def test_plots_show_the_results():
     assert [name for name in plots.PLOTS if not plots.is_current(name)] == []
-    text = (ROOT / "README.md").read_text()
-    assert all(f"(docs/{name}.png)" in text for name in plots.PLOTS)
+    text = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
+    assert all(f"/{name}.png)" in text for name in plots.PLOTS)
 
 
 def test_a_plot_of_other_results_is_noticed(monkeypatch, tmp_path):

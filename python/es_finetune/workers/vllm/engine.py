@@ -421,6 +421,6 @@ def _vllm():
         import vllm
     except ImportError:
         raise UserError(
-            "engine vllm needs the package vllm, best in an environment of its own: see docs/workers.md"
+            "engine vllm needs the package vllm, best in an environment of its own: see docs/guides/vllm.md"
         ) from None
     return vllm
