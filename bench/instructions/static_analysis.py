@@ -36,9 +36,9 @@ BUDGET = {
 BUDGET |= {"perturb rows bf16 <- bf16": 27, "perturb rows bf16 <- f32": 26}
 # Noise of low rank; an update for each value and seed
 BUDGET |= {"perturb rank 1 bf16 <- bf16": 7, "update rank 1": 1.6, "update stochastic rank 1": 1.6}
-BUDGET |= {"triton perturb bf16 <- bf16": 28, "triton perturb bf16 <- f32": 28, "triton update": 28}
-BUDGET |= {"triton perturb rank 1 bf16 <- bf16": 13, "triton perturb rank 1 bf16 <- f32": 12}
-BUDGET |= {"triton update rank 1": 1.7}
+BUDGET |= {"triton perturb bf16 <- bf16": 25, "triton perturb bf16 <- f32": 23.5, "triton update": 22}
+BUDGET |= {"triton perturb rank 1 bf16 <- bf16": 9, "triton perturb rank 1 bf16 <- f32": 7.5}
+BUDGET |= {"triton perturb rank 1 f32 <- f32": 7.5, "triton update rank 1": 1.6}
 
 
 def cuda_kernels(arch, library=None):

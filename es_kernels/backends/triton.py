@@ -12,13 +12,12 @@ element of L or R, of many seeds of rank 1 one noise block of eight seeds' facto
 Exactness: `tl.fma` where the contract says fma and `enable_fp_fusion=False` so that nothing else becomes one; to
 nearest by casts, which are exact on devices (not in the interpreter: tests/conftest.py), stochastically on the bits.
 
-SASS a value, sm_90 (bench/instructions/static_analysis.py): 27.6 bf16 in place, 26.2 f32 -> bf16, 20.9 a seed of the
-update; `x != x` and what follows from it are 3 of them. Of rank 1: 12.6, 11.3 and 1.6 (3.2 a seed drawn by itself).
-Tried: multiplying by tl.umulhi and `*` (1.4 more: two
-instructions where a 64-bit product is one). ptxas moves the loads behind the noise, so other warps must hide their
-latency; a barrier moves along with them, and a branch around the noise keeps them in front for 2.5 more instructions
-and 16 registers. Of rank 1: tiles loaded or stored in halves (fewer registers, but each half's L and R are exchanged
-and multiplied again), four seeds at a time (1.9, as many registers).
+SASS a value, sm_90 (bench/instructions/static_analysis.py): 24.1 bf16 in place, 22.5 f32 -> bf16, 20.9 a seed of the
+update. Of rank 1: 8.5, 7.0 and 1.5 (3.2 a seed drawn by itself). Tried: looking for NaNs by `x != x` (3 more, of rank 1
+4), multiplying by tl.umulhi and `*` (1.4 more: two instructions where a 64-bit product is one). ptxas moves the loads
+behind the noise, so other warps must hide their latency; a barrier moves along with them, and a branch around the noise
+keeps them in front for 2.5 more instructions and 16 registers. Of rank 1: tiles loaded or stored in halves (fewer
+registers, but each half's L and R are exchanged and multiplied again), four seeds at a time (1.9, as many registers).
 """
 
 import contextlib
@@ -79,7 +78,8 @@ def add_noise_(
     with _launching(pack.device):
         _add_noise_kernel[(grid,)](
             segments, len(pack.segments), pack.units, per_program, seeds, coefs, seeds.numel(), key, -decay,
-            STOCHASTIC=stochastic, DECAY=decay != 0, **_ranked(noise_rank),
+            STOCHASTIC=stochastic, DECAY=decay != 0, NVIDIA=pack.device.type == "cuda" and torch.version.hip is None,
+            **_ranked(noise_rank),
         )  # fmt: skip
 
 
@@ -121,7 +121,8 @@ def compile_for(
     fn = {"add_noise": _add_noise_kernel, "fingerprint": _fingerprint_kernel, "factors": _factors_kernel}[kernel]
     types = {name: type for name, type in _TYPES.items() if name in fn.arg_names}
     launch = _ranked(noise_rank)
-    constants = {"STOCHASTIC": stochastic, "DECAY": decay, **launch} | ({"n_seeds": 1} if n_seeds == 1 else {})
+    constants = {"STOCHASTIC": stochastic, "DECAY": decay, "NVIDIA": isinstance(target, int), **launch}
+    constants |= {"n_seeds": 1} if n_seeds == 1 else {}
     constants = {name: value for name, value in constants.items() if name in fn.arg_names}
     target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
     return triton.compile(
@@ -198,8 +199,19 @@ if triton is not None:
     # ---- the noise, line by line as in noise.py ----
 
     @triton.jit
+    def _halves(number):
+        return number.to(tl.uint32), (number >> 32).to(tl.uint32)
+
+    @triton.jit
+    def _seed(p, given=True):
+        """The two words of the seed at p; 0 if none was given. Halves of a 64-bit load would be multiplied as 64 bits,
+        one instruction more."""
+        words = p.to(tl.pointer_type(tl.uint32))
+        return tl.load(words, mask=given, other=0), tl.load(words + 1, mask=given, other=0)
+
+    @triton.jit
     def _philox(c0, c1, c2, c3, key, ROUNDS: tl.constexpr):
-        k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+        k0, k1 = key
         for _ in tl.static_range(ROUNDS):
             p0 = c0.to(tl.uint64) * _M0
             p1 = c2.to(tl.uint64) * _M1
@@ -289,7 +301,7 @@ if triton is not None:
     @triton.jit
     def _fingerprint_keys(block, lane, stream, dtype, VECTOR: tl.constexpr):
         """What is added to the bits, and what the sum is multiplied with."""
-        w0, w1, w2, w3 = _words(block, _DOMAIN_FINGERPRINT, stream, dtype.to(tl.uint64), 7)
+        w0, w1, w2, w3 = _words(block, _DOMAIN_FINGERPRINT, stream, _halves(dtype.to(tl.uint64)), 7)
         if VECTOR:
             w = _together(w0, w1, w2, w3)
             add = _concatenate(_together(w1, w2, w3, w0), _together(w2, w3, w0, w1))
@@ -313,31 +325,43 @@ if triton is not None:
             x = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return x
 
-    # To storage: uint32 bits, and where they give way to those of the one NaN. f16 asks for NaNs in its own
-    # way: LLVM would compute what the two have in common before it branches, and run out of predicates.
+    # To storage. Arithmetic on NVIDIA makes one NaN, 7FFFFFFF, and casts make 7FFF of it: more than any other integer,
+    # so a minimum, one instruction for two of 16 bits, makes it that of the format.
+
+    @triton.jit
+    def _one_nan(x, n_seeds, NVIDIA: tl.constexpr):
+        """x, of which any NaN is 7FFFFFFF. x: what an fma made if there are seeds."""
+        if not NVIDIA or n_seeds == 0:
+            x = tl.where(x != x, 0x7FFFFFFF, x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        return x
+
+    @triton.jit
+    def _to_f32_bits(x):
+        return tl.minimum(x.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.uint32, bitcast=True)
 
     @triton.jit
     def _to_bf16(x, r, STOCHASTIC: tl.constexpr):
         if STOCHASTIC:
-            bits = (x.to(tl.uint32, bitcast=True) + r) >> 16
+            bits = ((_to_f32_bits(x) + r) >> 16).to(tl.uint16)  # r has 16 bits: the NaN stays what it is
         else:
-            bits = x.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return bits, x != x
+            bits = tl.minimum(x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0).to(tl.uint16, bitcast=True)
+        return bits
 
     @triton.jit
     def _to_f16(x, r, STOCHASTIC: tl.constexpr):
-        u = x.to(tl.uint32, bitcast=True)
-        magnitude = u & 0x7FFFFFFF
         if STOCHASTIC:
             # The magnitude in f16 ulps is n + f: up if floor(f 2^16) + r >= 2^16. A normal has 13 bits of f, so r >> 3
             # decides.
+            u = x.to(tl.uint32, bitcast=True)
+            magnitude = u & 0x7FFFFFFF
             normal = tl.minimum(((magnitude + (r >> 3)) >> 13).to(tl.int32) - (112 << 10), 0x7C00).to(tl.uint32)
             small = tl.where(magnitude < 0x38800000, magnitude, 0).to(tl.float32, bitcast=True)
             subnormal = ((small * 1099511627776.0).to(tl.int32).to(tl.uint32) + r) >> 16  # 2^40
             bits = tl.where(magnitude < 0x38800000, subnormal, normal) | ((u >> 16) & 0x8000)
+            bits = tl.where(magnitude > 0x7F800000, 0x7E00, bits).to(tl.uint16)
         else:
-            bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return bits, magnitude > 0x7F800000
+            bits = tl.minimum(x.to(tl.float16).to(tl.int16, bitcast=True), 0x7E00).to(tl.uint16, bitcast=True)
+        return bits
 
     # ---- memory ----
 
@@ -346,14 +370,19 @@ if triton is not None:
         return tl.where(scalar, mask, False)  # `mask & scalar` is no mask to the interpreter
 
     @triton.jit
-    def _vectors(address, dtype, at):
-        """Pointers to the 16 bytes where each unit's elements start: [UNITS, 4] of uint32."""
-        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
-        word = tl.multiple_of(tl.where(dtype == 0, at, at >> 1), 4)
-        return pointer + word[:, None] + tl.arange(0, 4)[None, :]
+    def _unit(address, dtype, at):
+        """The addresses of the 16 or 32 bytes of units, of which the first elements are `at`."""
+        return address + at * tl.where(dtype == 0, 4, 2)
 
     @triton.jit
-    def _load_vectors(p, dtype, inside):
+    def _pointers(address, TYPE: tl.constexpr, N: tl.constexpr):
+        """To the N words of 16 bytes at each address."""
+        return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)[:, None] + tl.arange(0, N)[None, :]
+
+    @triton.jit
+    def _load_vectors(address, dtype, inside):
+        """address: of each unit. -> its first 16 bytes, and its last, as uint32 [UNITS, 4]."""
+        p = _pointers(address, tl.uint32, 4)
         return tl.load(p, mask=inside[:, None]), tl.load(p + 4, mask=_only_if(dtype == 0, inside)[:, None])
 
     @triton.jit
@@ -361,7 +390,7 @@ if triton is not None:
         """The bits of elements `at` (of lane 0 of each unit if VECTOR), as _unpack takes them. Nothing here waits for
         the memory."""
         if VECTOR:
-            low, high = _load_vectors(_vectors(address, dtype, at), dtype, inside)
+            low, high = _load_vectors(_unit(address, dtype, at), dtype, inside)
         else:
             low = tl.load(address.to(tl.pointer_type(tl.uint32)) + at, mask=_only_if(dtype == 0, inside))
             high = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=_only_if(dtype != 0, inside)).to(tl.uint32)
@@ -377,40 +406,29 @@ if triton is not None:
         return words, halves
 
     @triton.jit
-    def _pack(bits, is_nan, NAN: tl.constexpr):
-        """16-bit values uint32 [UNITS, 8] -> uint32 [UNITS, 4]."""
-        even, odd = _deinterleave(bits)
-        nan_even, nan_odd = _deinterleave(is_nan)
-        word = even | (odd << 16)
-        word = tl.where(nan_even, (word & 0xFFFF0000) | NAN, word)
-        return tl.where(nan_odd, (word & 0xFFFF) | (NAN << 16), word)
-
-    @triton.jit
-    def _store_vectors(p, dtype, inside, x, r, STOCHASTIC: tl.constexpr):
+    def _store_vectors(address, dtype, inside, x, r, STOCHASTIC: tl.constexpr):
+        """address: of the elements of each unit."""
         if dtype == 0:
-            low, high = _halve(tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True)))
+            p = _pointers(address, tl.uint32, 4)
+            low, high = _halve(_to_f32_bits(x))
             tl.store(p, low, mask=inside[:, None])
             tl.store(p + 4, high, mask=inside[:, None])
         elif dtype == 1:
-            bits, is_nan = _to_bf16(x, r, STOCHASTIC)
-            tl.store(p, _pack(bits, is_nan, 0x7FC0), mask=inside[:, None])
+            tl.store(_pointers(address, tl.uint16, 8), _to_bf16(x, r, STOCHASTIC), mask=inside[:, None])
         else:
-            bits, is_nan = _to_f16(x, r, STOCHASTIC)
-            tl.store(p, _pack(bits, is_nan, 0x7E00), mask=inside[:, None])
+            tl.store(_pointers(address, tl.uint16, 8), _to_f16(x, r, STOCHASTIC), mask=inside[:, None])
 
     @triton.jit
     def _store(address, dtype, at, inside, x, r, STOCHASTIC: tl.constexpr, VECTOR: tl.constexpr):
         """Rounds and stores float32. Any NaN is stored as the one NaN of the format."""
         if VECTOR:
-            _store_vectors(_vectors(address, dtype, at), dtype, inside, x, r, STOCHASTIC)
+            _store_vectors(_unit(address, dtype, at), dtype, inside, x, r, STOCHASTIC)
         else:
-            words = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
-            tl.store(address.to(tl.pointer_type(tl.uint32)) + at, words, mask=_only_if(dtype == 0, inside))
+            tl.store(address.to(tl.pointer_type(tl.uint32)) + at, _to_f32_bits(x), mask=_only_if(dtype == 0, inside))
             if dtype == 1:
-                bits, is_nan = _to_bf16(x, r, STOCHASTIC)
+                halves = _to_bf16(x, r, STOCHASTIC)
             else:
-                bits, is_nan = _to_f16(x, r, STOCHASTIC)
-            halves = tl.where(is_nan, tl.where(dtype == 1, 0x7FC0, 0x7E00).to(tl.uint32), bits).to(tl.uint16)
+                halves = _to_f16(x, r, STOCHASTIC)
             tl.store(address.to(tl.pointer_type(tl.uint16)) + at, halves, mask=_only_if(dtype != 0, inside))
 
     # ---- the table ----
@@ -490,10 +508,6 @@ if triton is not None:
     # ---- noise of low rank ----
 
     @triton.jit
-    def _halves(number):
-        return number.to(tl.uint32), (number >> 32).to(tl.uint32)
-
-    @triton.jit
     def _add_terms(x, at, domain, stream, seed, coef, zero, SIDE: tl.constexpr, RANK: tl.constexpr,
                    SCALE: tl.constexpr):  # fmt: skip
         """x + c L R^T of one seed, [SIDE, SIDE], a term at a time. `at`: which rows of L, then of R, [2 SIDE]; they are
@@ -515,7 +529,7 @@ if triton is not None:
         is_left, member, block = (one & 16) == 0, one >> 5, (one & 15).to(tl.uint64)
         number = (tl.where(is_left, first_row, first_col) >> 3) + block
         domain = tl.where(is_left, _DOMAIN_LEFT, _DOMAIN_RIGHT).to(tl.uint32)
-        normals = _normals(_halves(number), domain, 0, stream, tl.load(seeds + member), zero, True)
+        normals = _normals(_halves(number), domain, 0, stream, _seed(seeds + member), zero, True)
         normals = normals * tl.where(is_left, tl.load(coefs + member), 1.0)[:, None]
         normals = tl.permute(tl.reshape(normals, [2, 2, 2, 2, 16, 8]), [4, 5, 3, 2, 1, 0])
         return tl.reshape(normals, [128, 2, 2, 2, 2])
@@ -541,13 +555,11 @@ if triton is not None:
         return _add_four(_add_four(x, first), second)
 
     @triton.jit
-    def _square_vectors(address, dtype, stride, row, col):
-        """As _vectors, by one 32-bit product a unit. address: of the square."""
+    def _square_unit(address, dtype, stride, row, col):
+        """As _unit, by one 32-bit product a unit. address: of the square."""
         size = tl.where(dtype == 0, 4, 2)
         offset = row.to(tl.uint32).to(tl.uint64) * (stride * size).to(tl.uint32).to(tl.uint64)
-        start = address.to(tl.uint64) + (col * size).to(tl.uint64)
-        pointer = tl.multiple_of((start + offset).to(tl.int64).to(tl.pointer_type(tl.uint32)), 16)
-        return pointer[:, None] + tl.arange(0, 4)[None, :]
+        return (address.to(tl.uint64) + (col * size).to(tl.uint64) + offset).to(tl.int64)
 
     @triton.jit
     def _at(segment, ROLE: tl.constexpr, dtype, stride, row, col):
@@ -558,7 +570,7 @@ if triton is not None:
     def _load_square(address, dtype, stride, place, VECTOR: tl.constexpr):
         row, col, inside = place
         if VECTOR:
-            low, high = _load_vectors(_square_vectors(address, dtype, stride, row, col), dtype, inside)
+            low, high = _load_vectors(_square_unit(address, dtype, stride, row, col), dtype, inside)
         else:
             low, high = _load(address, dtype, row * stride + col, inside, False)
         return _unpack(low, high, VECTOR)
@@ -567,13 +579,13 @@ if triton is not None:
     def _store_square(out, dtype, stride, place, x, r, STOCHASTIC: tl.constexpr, VECTOR: tl.constexpr):
         row, col, inside = place
         if VECTOR:
-            _store_vectors(_square_vectors(out, dtype, stride, row, col), dtype, inside, x, r, STOCHASTIC)
+            _store_vectors(_square_unit(out, dtype, stride, row, col), dtype, inside, x, r, STOCHASTIC)
         else:
             _store(out, dtype, row * stride + col, inside, x, r, STOCHASTIC, False)
 
     @triton.jit
     def _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
-                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+                           STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, NVIDIA: tl.constexpr, RANK: tl.constexpr,
                            SCALE: tl.constexpr, SIDE: tl.constexpr, VECTOR: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, whole tiles of one segment, in squares of SIDE rows and columns."""
         rows, cols, stream, units_per_row = (
@@ -629,7 +641,7 @@ if triton is not None:
                             acc = _add_eight(acc, _eight_seeds(at_row, at_col, stream, seeds + i, coefs + i, zero))
                     for i in range(in_eights, n_seeds - 1):
                         acc = _add_terms(
-                            acc, at, domain, stream, tl.load(seeds + i), tl.load(coefs + i), zero, SIDE, RANK, SCALE
+                            acc, at, domain, stream, _seed(seeds + i), tl.load(coefs + i), zero, SIDE, RANK, SCALE
                         )
                     words, halves = _load_square(base, base_dtype, base_stride, (row, col, inside), VECTOR)
                     b = _to_f32(words, halves, base_dtype)
@@ -645,13 +657,14 @@ if triton is not None:
                     if n_seeds > 0:
                         last = n_seeds - 1
                         b = _add_terms(
-                            b, at, domain, stream, tl.load(seeds + last), tl.load(coefs + last), zero, SIDE, RANK, SCALE
+                            b, at, domain, stream, _seed(seeds + last), tl.load(coefs + last), zero, SIDE, RANK, SCALE
                         )
+                    b = _one_nan(b, n_seeds, NVIDIA)
                     if STOCHASTIC:
                         index_stride = tl.load(segment + 9).to(tl.uint64)
                         element = index + row.to(tl.uint64) * index_stride + col.to(tl.uint64)
                         lane = element.to(tl.int32) & 7
-                        r = _thresholds(_halves(element >> 3), lane, stream, tl.load(rounding_seed), VECTOR)
+                        r = _thresholds(_halves(element >> 3), lane, stream, _seed(rounding_seed), VECTOR)
                     else:
                         r = 0
                     if VECTOR:
@@ -666,8 +679,8 @@ if triton is not None:
 
     @triton.jit
     def _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                           minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr,
-                           PATH: tl.constexpr):  # fmt: skip
+                           minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, NVIDIA: tl.constexpr,
+                           UNITS: tl.constexpr, PATH: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, all of one segment."""
         rows, cols, first, index_stride, stream, units_per_row, start = _shape(segment, begin)
         out_dtype, base_dtype, anchor_dtype, _ = _dtypes(segment)
@@ -694,9 +707,7 @@ if triton is not None:
             # in the loop.
             acc = ((words >> 31) >> 1).to(tl.float32, bitcast=True)
             for i in range(n_seeds - 1):
-                acc = tl.fma(
-                    _normals(block, 0, lane, stream, tl.load(seeds + i), zero, VECTOR), tl.load(coefs + i), acc
-                )
+                acc = tl.fma(_normals(block, 0, lane, stream, _seed(seeds + i), zero, VECTOR), tl.load(coefs + i), acc)
             if n_seeds > 0:
                 normals = _normals(block, 0, lane, stream, last_seed, zero, VECTOR)
             else:
@@ -710,6 +721,7 @@ if triton is not None:
                 b = b + acc
             if n_seeds > 0:
                 b = tl.fma(normals, last_coef, b)
+            b = _one_nan(b, n_seeds, NVIDIA)
             if STOCHASTIC:
                 r = _thresholds(block, lane, stream, rounding_seed, VECTOR)
             else:
@@ -723,32 +735,33 @@ if triton is not None:
 
     @triton.jit
     def _add_full_noise(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed, minus_decay,
-                        STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
+                        STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, NVIDIA: tl.constexpr,
+                        UNITS: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, all of one segment."""
         path = _path(segment)
         if path == 2:
             _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                               minus_decay, STOCHASTIC, DECAY, UNITS, 2)  # fmt: skip
+                               minus_decay, STOCHASTIC, DECAY, NVIDIA, UNITS, 2)  # fmt: skip
         elif path == 1:
             _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                               minus_decay, STOCHASTIC, DECAY, UNITS, 1)  # fmt: skip
+                               minus_decay, STOCHASTIC, DECAY, NVIDIA, UNITS, 1)  # fmt: skip
         else:
             _add_noise_segment(segment, begin, end, seeds, coefs, n_seeds, last_seed, last_coef, rounding_seed,
-                               minus_decay, STOCHASTIC, DECAY, UNITS, 0)  # fmt: skip
+                               minus_decay, STOCHASTIC, DECAY, NVIDIA, UNITS, 0)  # fmt: skip
 
     @triton.jit
     def _add_low_rank_noise(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
-                            STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, RANK: tl.constexpr,
+                            STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, NVIDIA: tl.constexpr, RANK: tl.constexpr,
                             SCALE: tl.constexpr):  # fmt: skip
         """Units [begin, end) of the table, whole tiles of one segment."""
         _, _, _, vector_path = _dtypes(segment)
         strides = tl.load(segment + 5) | tl.load(segment + 6) | tl.load(segment + 7)
-        if (vector_path != 0) & (strides < 1 << 30):  # _square_vectors
+        if (vector_path != 0) & (strides < 1 << 30):  # _square_unit
             _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC,
-                               DECAY, RANK, SCALE, _TILE, True)  # fmt: skip
+                               DECAY, NVIDIA, RANK, SCALE, _TILE, True)  # fmt: skip
         else:
             _add_noise_squares(segment, begin, end, seeds, coefs, n_seeds, rounding_seed, minus_decay, STOCHASTIC,
-                               DECAY, RANK, SCALE, 64, False)  # fmt: skip
+                               DECAY, NVIDIA, RANK, SCALE, 64, False)  # fmt: skip
 
     @triton.jit(
         do_not_specialize=[
@@ -763,27 +776,27 @@ if triton is not None:
         ]
     )
     def _add_noise_kernel(segments, n_segments, units: tl.int64, per_program, seeds, coefs, n_seeds, rounding_seed,
-                          minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, UNITS: tl.constexpr,
-                          RANK: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+                          minus_decay, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, NVIDIA: tl.constexpr,
+                          UNITS: tl.constexpr, RANK: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
         unit = tl.program_id(0).to(tl.int64) * per_program
         stop = tl.minimum(unit + per_program, units)
         segment = _find(segments, n_segments, unit)
         # Loaded once: for one seed the round keys then stay in registers.
-        last_seed = tl.load(seeds + (n_seeds - 1), mask=n_seeds > 0, other=0)
+        last_seed = _seed(seeds + (n_seeds - 1), n_seeds > 0)
         last_coef = tl.load(coefs + (n_seeds - 1), mask=n_seeds > 0, other=0)
-        key = tl.load(rounding_seed) if STOCHASTIC else last_seed
+        key = _seed(rounding_seed) if STOCHASTIC else last_seed
         while unit < stop:
             end = tl.minimum(tl.load(segment + 12), stop)
             if RANK > 0:
                 if tl.load(segment + 15) != 0:
                     _add_low_rank_noise(segment, unit, end, seeds, coefs, n_seeds, rounding_seed, minus_decay,
-                                        STOCHASTIC, DECAY, RANK, SCALE)  # fmt: skip
+                                        STOCHASTIC, DECAY, NVIDIA, RANK, SCALE)  # fmt: skip
                 else:
                     _add_full_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key,
-                                    minus_decay, STOCHASTIC, DECAY, UNITS)  # fmt: skip
+                                    minus_decay, STOCHASTIC, DECAY, NVIDIA, UNITS)  # fmt: skip
             else:
                 _add_full_noise(segment, unit, end, seeds, coefs, n_seeds, last_seed, last_coef, key, minus_decay,
-                                STOCHASTIC, DECAY, UNITS)  # fmt: skip
+                                STOCHASTIC, DECAY, NVIDIA, UNITS)  # fmt: skip
             unit = tl.load(segment + 12)  # not `end`, whose two registers would make ptxas spill
             segment += _WORDS_A_SEGMENT
 
@@ -838,7 +851,7 @@ if triton is not None:
     def _factors_kernel(table, n_factors, units: tl.int64, per_seed, seeds, n_seeds, out, UNITS: tl.constexpr):
         """A program draws UNITS noise blocks of one seed, of every factor that they belong to."""
         seed = tl.program_id(0) // per_seed
-        key = tl.load(seeds + seed)
+        key = _seed(seeds + seed)
         unit = (tl.program_id(0) % per_seed).to(tl.int64) * UNITS
         stop = tl.minimum(unit + UNITS, units)
         low, high = 0, n_factors - 1

@@ -116,6 +116,10 @@ HARD = np.concatenate([HARD, HARD | np.uint32(1 << 31), np.random.default_rng(0)
         ),
         ("div.u32 %r2, %r1, 7", lambda u: u // np.uint32(7)),
         ("min.s32 %r2, %r1, 5", lambda u: np.minimum(u.view(np.int32), 5)),
+        (
+            "min.s16x2 %r2, %r1, 0x7FC07FC0",
+            lambda u: np.minimum(u.view(np.int16), np.int16(0x7FC0)).view(np.uint32),
+        ),
         ("setp.lt.s32 %p0, %r1, 0; selp.b32 %r2, 3, %r1, %p0", lambda u: np.where(u >> np.uint32(31), np.uint32(3), u)),
         ("mov.b32 {%h0, %h1}, %r1; mov.b32 %r2, {%h1, %h0}", lambda u: u << np.uint32(16) | u >> np.uint32(16)),
         ("mov.b32 %f1, %r1; neg.f32 %f2, %f1; abs.f32 %f3, %f2; mov.b32 %r2, %f3", lambda u: u & np.uint32(0x7FFFFFFF)),

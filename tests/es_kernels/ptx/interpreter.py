@@ -527,6 +527,8 @@ class Threads:
                 return compute(type, [type] * 3, fma)
             case ("add", "f16x2" | "bf16x2"):  # nothing that it could be contracted with exists in this format
                 return compute("b32", ["b32"] * 2, partial(_add_pairs, type[:-2]))
+            case ("min", "s16x2"):
+                return compute("b32", ["b32"] * 2, _min_pairs)
             case ("neg", "f32"):
                 return compute("b32", ["b32"], partial(np.bitwise_xor, np.uint32(1 << 31)))
             case ("abs", "f32"):
@@ -822,6 +824,12 @@ class Threads:
 
 def _half(format, pair, i):
     return from_16((pair >> np.uint32(16 * i)).astype(np.uint16), format)
+
+
+def _min_pairs(a, b):
+    a, b = a.view(np.int32), b.view(np.int32)
+    high, low = np.minimum(a >> 16, b >> 16), np.minimum(a << 16 >> 16, b << 16 >> 16)
+    return (high << 16 | low & 0xFFFF).view(np.uint32)
 
 
 def _add_pairs(format, a, b):
