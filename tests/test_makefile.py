@@ -1,5 +1,5 @@
-"""Contract: `make` alone prints a line about every command a user may give, and changes nothing. Plain `pytest` is what
-`make test` runs: the marks of whole folders leave out the rest."""
+"""Contract: `make` alone prints a line about every command a user may give, and changes nothing. What .ci/run and the
+workflows make is there. Plain `pytest` is what `make test` runs: the marks of whole folders leave out the rest."""
 
 import pathlib
 import re
@@ -18,6 +18,13 @@ def test_make_alone_lists_all_commands():
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", MAKEFILE, re.M)[1]
     commands = set(phony.replace("\\", "").split()) - {"help"}
     assert {words.split()[-1] for words in re.findall(r"^  make( [a-z0-9 -]+?)  ", page, re.M)} == commands
+
+
+def test_what_scripts_make_is_there():
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", MAKEFILE, re.M)[1].split()
+    for script in (ROOT / ".ci/run", *ROOT.glob(".github/workflows/*.yml")):
+        asked = re.findall(r"^(?: *- run: | *run: )?make (\S+)$", script.read_text(), re.M)
+        assert set(asked) <= set(phony), script
 
 
 def test_the_quick_tests_are_there():
