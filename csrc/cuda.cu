@@ -44,7 +44,7 @@ struct Arguments {
   float scale;        // 1 / sqrt(rank)
   int32_t ranks;      // of a seed in a round: low_rank
   int32_t per_round;  // seeds
-  uint32_t inverse;   // i * inverse >> 16 == i / ranks for i < 1024
+  uint32_t inverse;   // i * inverse >> 16 == i / ranks for i < 4096
 };
 
 // ---- 8 values of one dtype, to and from 128-bit registers ----
@@ -521,16 +521,20 @@ __global__ void __launch_bounds__(kThreads, 2) update(const __grid_constant__ Ar
 // ---- noise of low rank: the same on the tiles of matrices ----
 //
 // A term of the noise is c * L of a row times R of a column: one of a seed for each of its ranks. A block of threads
-// draws the factors of up to kTerms terms for the rows and columns of its tile into shared memory, and each thread adds
-// the terms, in order, to its 8 rows of 8 columns, in registers. A factor serves 128 elements, so an element costs
-// little more than its fma.
+// draws the factors of some terms for the rows and columns of its tile into shared memory, and each thread adds the
+// terms, in order, to its 8 rows of 8 columns, in registers. A factor serves 128 elements, so an element costs little
+// more than its fma.
+//
+// A perturbation loads the base first, an update before its last seed. Each has a kernel: where one does both, it moves
+// the values between registers.
 
-constexpr int kTerms = 8;  // at a time: at rank 1 a warp draws the factors of a seed
+// At a time, at most. An update shares the costs of a round among more; 8 are all terms of a perturbation of rank 8.
+__host__ __device__ constexpr int terms(bool update) { return update ? 16 : 8; }
 
 // Row or column 8 i + j lies at place 4 i + j for j < 4, else 64 + 4 i + j - 4: so the threads of a warp, each with its
 // eight, read neighbouring 16 bytes.
 struct Factors {
-  alignas(16) f32 of[kTerms][2][kTile];  // c * L and R
+  alignas(16) f32 of[terms(true)][2][kTile];  // c * L and R
 };
 __device__ __forceinline__ int place_of(int i) { return (i >> 3) * 4 + (i & 3) + (i & 4) * (kTile / 8); }
 
@@ -545,8 +549,10 @@ struct Tile {
   struct alignas(16) Side {
     uint64_t first, step, stream;
     uint32_t domain, blocks, row_mask, row_bits;  // 0, 0: consecutive
-    uint32_t aligned;                             // consecutive, of rank 1, from the beginning of a block on
   } side[2];
+  // At rank 1 each side is 16 whole blocks from `start` on, except at odd places: one for each lane of a warp.
+  uint32_t by_lane;
+  alignas(16) BlockId start[2];
 };
 
 // Goes through the tiles of a piece of a segment. One thread does, since three divisions are many instructions.
@@ -565,16 +571,18 @@ struct TileWalk {
   __device__ __forceinline__ void next(int rank, int ranks, Tile& tile) {
     tile.row = row, tile.col = col;
     tile.whole = vector_path && row + kTile <= rows && col + kTile <= cols;
+    tile.by_lane = rank == 1;
     const uint64_t lines[2] = {first_row + row * row_step, first_col + col}, steps[2] = {row_step, 1};
     for (int i = 0; i < 2; i++) {
       const uint64_t first = lines[i] * rank;
       const bool by_row = rank > ranks || steps[i] != 1;
-      const int of_row = rank % 8 ? (ranks + 14) / 8 : 1, together = (int)kTile / 8 * rank + (first % 8 != 0);
+      const int of_row = (ranks + (rank % 8 ? 14 : 7)) / 8, together = (int)kTile / 8 * rank + (first % 8 != 0);
       Tile::Side& side = tile.side[i];
       side.first = first, side.step = steps[i] * rank, side.stream = stream, side.domain = (i ? kRight : kLeft) << 29;
       side.blocks = by_row ? (int)kTile * of_row : together;
       side.row_mask = by_row ? kTile - 1 : 0, side.row_bits = by_row ? 7 : 0;
-      side.aligned = rank == 1 && !by_row && first % 8 == 0;
+      tile.start[i] = block_id(first >> 3, stream, i ? kRight : kLeft);
+      tile.by_lane &= !by_row && first % 8 == 0 && tile.start[i].low <= UINT32_MAX - kTile / 8;
     }
     tile.blocks = tile.side[0].blocks + tile.side[1].blocks;
     col += kTile;
@@ -587,16 +595,28 @@ struct Round {
   int seed, seeds, q, ranks;
 };
 
-static_assert(kThreads / 32 == kTerms && kTile == 1 << 7, "a warp a term; row_bits");
+static_assert(kTile == 1 << 7 && 2 * kTile / 8 == 32, "row_bits; by_lane");
 
+// threadIdx.x; asked anew on sm_80, which else keeps what follows from it in registers, and spills.
+__device__ __forceinline__ uint32_t this_thread() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
+// What `thread` of 32 * terms() draws: a block of threads stands for them in turn.
 __device__ __forceinline__ void draw_factors(const Arguments& a, const Tile& tile, const Round& round,
-                                             const Seed* seeds, Factors& factors) {
-  const uint32_t of_seed = threadIdx.x / 32 * a.inverse >> 16;  // a seed's threads are as many warps as its ranks
+                                             const Seed* seeds, uint32_t thread, Factors& factors) {
+  const uint32_t of_seed = thread / 32 * a.inverse >> 16;  // a seed's threads are as many warps as its ranks
   if ((int)of_seed >= round.seeds) return;
   const Seed seed = seeds[(uint32_t)round.seed % kSeedsAtATime + of_seed];
   const float c = seed.coef * a.scale;
   const uint32_t lefts = tile.side[0].blocks;
-  uint32_t i = threadIdx.x - of_seed * a.ranks * 32;
+  uint32_t i = thread - of_seed * a.ranks * 32;
 #pragma unroll 1
   do {
     const bool right = i >= lefts;
@@ -609,20 +629,33 @@ __device__ __forceinline__ void draw_factors(const Arguments& a, const Tile& til
         seed.keys, v);
     for (int j = 0; j < 8; j++) v[j] = v[j] * (right ? 1.0f : c);
     f32* to = factors.of[of_seed * a.ranks][right];
-    if (side.aligned) {
-      *(float4*)(to + 4 * at) = {v[0], v[1], v[2], v[3]};
-      *(float4*)(to + 4 * at + kTile / 2) = {v[4], v[5], v[6], v[7]};
-    } else {
-      const bool by_row = side.row_mask != 0;
-      const int from = 8 * block - (int)(first & 7), end = by_row ? round.ranks : (int)kTile * a.rank;
+    const bool by_row = side.row_mask != 0;
+    const int from = 8 * block - (int)(first & 7), end = by_row ? round.ranks : (int)kTile * a.rank;
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const int k = from + j, element = by_row ? row : k * a.inverse >> 16, q = by_row ? k : k - element * a.rank;
-        if (k >= 0 && k < end) to[q * 2 * kTile + place_of(element)] = v[j];
-      }
+    for (int j = 0; j < 8; j++) {
+      const int k = from + j, element = by_row ? row : k * a.inverse >> 16, q = by_row ? k : k - element * a.rank;
+      if (k >= 0 && k < end) to[q * 2 * kTile + place_of(element)] = v[j];
     }
     i += a.ranks * 32;
   } while (i < tile.blocks);
+}
+
+// The same for a tile that is drawn by_lane: a warp draws the factors of a seed.
+__device__ __forceinline__ void draw_by_lane(const Tile& tile, const Round& round, const Seed* seeds,
+                                             Factors& factors) {
+  const uint32_t thread = this_thread(), lane = thread % (kTile / 8), right = thread / (kTile / 8) % 2;
+#pragma unroll 1
+  for (int i = thread / 32; i < round.seeds; i += kThreads / 32) {
+    const Seed seed = seeds[(uint32_t)round.seed % kSeedsAtATime + i];
+    BlockId id = tile.start[right];
+    id.low += lane;
+    f32 v[8];
+    noise_block(id, seed.keys, v);
+    const float c = right ? 1.0f : seed.coef;
+    for (int j = 0; j < 8; j++) v[j] = v[j] * c;
+    float4* to = (float4*)factors.of[i][right] + lane;
+    to[0] = {v[0], v[1], v[2], v[3]}, to[kTile / 8] = {v[4], v[5], v[6], v[7]};
+  }
 }
 
 // x <- x + c L R^T of one term, in 8 rows of 8 columns.
@@ -763,65 +796,76 @@ __device__ __forceinline__ void for_each_row(const Segment& s, int64_t row, int6
   }
 }
 
-template <bool STOCHASTIC>
+template <bool STOCHASTIC, bool UPDATE>
 __device__ __forceinline__ void low_rank_tile(const Arguments& a, const Segment& s, const Tile& tile, Seed* seeds,
-                                              Factors factors[2], int& turn, const RoundKeys<10>& rounding_keys) {
-  // Asked anew wherever they are needed: registers are scarce.
-  auto row = [&] { return tile.row + threadIdx.x / 16 * 8; };
-  auto col = [&] { return tile.col + threadIdx.x % 16 * 8; };
+                                              Factors factors[2]) {
+  auto row = [&] { return tile.row + this_thread() / 16 * 8; };
+  auto col = [&] { return tile.col + this_thread() % 16 * 8; };
   auto inside = [&] { return tile.whole || (s.vector_path && row() + 8 <= s.rows && col() + 8 <= s.cols); };
-  auto early = [&] { return a.n_seeds <= 1 && a.decay == 0 && inside(); };
-  auto same_anchor = [&] { return a.decay == 0 || !s.anchor || s.anchor_dtype == s.base_dtype; };
   f32 x[8][8];
-  if (early()) {
-    load_base<false>(a, s, row(), col(), x);
-  } else {
-    const f32 zero = a.n_seeds > 1 ? 0.0f : -0.0f;  // which added to the base changes no bit of it
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      for (int j = 0; j < 8; j++) x[i][j] = zero;
-  }
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 8; j++) x[i][j] = UPDATE ? 0.0f : -0.0f;  // -0 changes no bit of the base
 
-  const int n_seeds = (int)a.n_seeds;
-  Round round = {0, 0, 0, 0};
+  auto same_anchor = [&] { return !s.anchor || s.anchor_dtype == s.base_dtype; };
+  auto add_base = [&] {  // decayed
+    if (inside() && (a.decay == 0 || (UPDATE && same_anchor()))) {
+      load_base<UPDATE>(a, s, row(), col(), x);
+      return;
+    }
+    for_each_row(s, row(), col(), x, [&](const Unit& unit, f32 v[8]) {
+      f32 b[8], anchor[8] = {};
+      load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
+      if (a.decay != 0) {
+        if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
+        decay_block(b, anchor, a.decay);
+      }
+      add_block(v, b);
+    });
+  };
+  int turn = 0;                            // a tile begins behind a barrier
+  auto add_seeds = [&](int seed, int n) {  // in rounds of at most a.ranks ranks
+    Round round = {seed, n, 0, 0};
 #pragma unroll 1
-  do {  // all seeds but the last, then the last
-    const bool last = round.seed >= n_seeds - 1;
-    if (last && round.q == 0 && !early()) {
-      if (inside() && same_anchor()) {
-        load_base<true>(a, s, row(), col(), x);
+    for (; round.q < a.rank; round.q += round.ranks) {
+      round.ranks = a.rank - round.q < a.ranks ? a.rank - round.q : a.ranks;
+      Factors& f = factors[turn];
+      turn ^= 1;  // so that one barrier does: who draws into it next has seen all threads leave it
+      if (tile.by_lane) {
+        draw_by_lane(tile, round, seeds, f);
       } else {
-        for_each_row(s, row(), col(), x, [&](const Unit& unit, f32 v[8]) {
-          f32 b[8], anchor[8] = {};
-          load_unit(s, unit, s.base, s.base_stride, s.base_dtype, b);
-          if (a.decay != 0) {
-            if (s.anchor) load_unit(s, unit, s.anchor, s.anchor_stride, s.anchor_dtype, anchor);
-            decay_block(b, anchor, a.decay);
-          }
-          add_block(v, b);
-        });
+#pragma unroll 1
+        for (uint32_t thread = threadIdx.x; thread < 32 * terms(UPDATE); thread += kThreads)
+          draw_factors(a, tile, round, seeds, thread, f);
+      }
+      __syncthreads();
+      const int drawn = round.seeds * round.ranks;
+      if (drawn == terms(UPDATE)) {
+#pragma unroll
+        for (int i = 0; i < terms(UPDATE); i++) add_term(f.of[i], x);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < drawn; i++) add_term(f.of[i], x);
       }
     }
-    const int seeds_left = n_seeds - round.seed - !last;
-    round.seeds = seeds_left < a.per_round ? seeds_left : a.per_round;
-    round.ranks = a.rank - round.q < a.ranks ? a.rank - round.q : a.ranks;
-    if (n_seeds > kSeedsAtATime && round.q == 0 && round.seed % kSeedsAtATime == 0) fetch_seeds(a, round.seed, seeds);
-    Factors& f = factors[turn];
-    turn ^= 1;  // so that one barrier does: who draws into it next has seen all threads leave it
-    draw_factors(a, tile, round, seeds, f);
-    __syncthreads();
-    const int terms = round.seeds * round.ranks;
-    if (terms == kTerms) {
-#pragma unroll
-      for (int i = 0; i < kTerms; i++) add_term(f.of[i], x);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < terms; i++) add_term(f.of[i], x);
-    }
-    round.q += round.ranks;
-    if (round.q == a.rank) round.q = 0, round.seed += round.seeds;
-  } while (round.seed < n_seeds);
+  };
 
+  const int n_seeds = (int)a.n_seeds;
+  if constexpr (UPDATE) {
+    int n;
+#pragma unroll 1
+    for (int seed = 0; seed < n_seeds; seed += n) {
+      n = n_seeds - 1 - seed < a.per_round ? n_seeds - 1 - seed : a.per_round;
+      if (n == 0) add_base(), n = 1;  // the last seed
+      if (n_seeds > kSeedsAtATime && seed % kSeedsAtATime == 0) fetch_seeds(a, seed, seeds);
+      add_seeds(seed, n);
+    }
+  } else {
+    add_base();
+    add_seeds(0, n_seeds);
+  }
+
+  const RoundKeys<10> rounding_keys = rounding_keys_of<STOCHASTIC>(a);
   if (!inside()) {
     for_each_row(s, row(), col(), x, [&](const Unit& unit, f32 v[8]) {
       u32 r[8];
@@ -833,27 +877,28 @@ __device__ __forceinline__ void low_rank_tile(const Arguments& a, const Segment&
   else store_vectors<STOCHASTIC, kF16>(s, row(), col(), rounding_keys, x);
 }
 
-template <bool STOCHASTIC>
+// UPDATE: two seeds or more; else one, or none.
+template <bool STOCHASTIC, bool UPDATE>
 __global__ void __launch_bounds__(kThreads, 2) low_rank(const __grid_constant__ Arguments a) {
   __shared__ Seed shared[kSeedsAtATime];
   __shared__ Factors factors[2];
   __shared__ TileWalk walk;
   __shared__ Tile tiles[2];
-  int n = fetch_seeds(a, 0, shared);
-  const RoundKeys<10> rounding_keys = rounding_keys_of<STOCHASTIC>(a);
-  int turn = 0, tile_turn = 0;
+  fetch_seeds(a, 0, shared);
+  int turn = 0;
   for_each_piece(a.segments, a.n_segments, a.n_units, a.tile, [&](const Segment& s, int64_t lo, int64_t hi) {
     if (s.width == 0) {
-      update_piece<STOCHASTIC, 1>(a, s, lo, hi, shared, n, rounding_keys);
+      int n = (int)(a.n_seeds < kSeedsAtATime ? a.n_seeds : kSeedsAtATime);
+      update_piece<STOCHASTIC, 1>(a, s, lo, hi, shared, n, rounding_keys_of<STOCHASTIC>(a));
       return;
     }
     if (threadIdx.x == 0) walk.begin(s, lo);
 #pragma unroll 1
     for (int left = (int)(hi - lo); left > 0; left -= kTileUnits) {
-      if (threadIdx.x == 0) walk.next(a.rank, a.ranks, tiles[tile_turn]);
+      if (threadIdx.x == 0) walk.next(a.rank, a.ranks, tiles[turn]);
       __syncthreads();
-      low_rank_tile<STOCHASTIC>(a, s, tiles[tile_turn], shared, factors, turn, rounding_keys);
-      tile_turn ^= 1;  // some threads may still be at the tile
+      low_rank_tile<STOCHASTIC, UPDATE>(a, s, tiles[turn], shared, factors);
+      turn ^= 1;  // some threads may still be at the tile
     }
   });
 }
@@ -1061,10 +1106,15 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   if (simple && rounding_seed && n_seeds == 1) kernel = perturb<true, 1>, blocks = perturb_blocks(1);
   if (noise_rank) {
     if (n_seeds > INT32_MAX) return refused("too many seeds");
+    const bool many = n_seeds > 1;
+    const int at_once = terms(many);
     a.rank = noise_rank, a.scale = (float)(1 / std::sqrt((double)noise_rank));
-    a.ranks = std::min(noise_rank, kTerms), a.per_round = kTerms / a.ranks;
+    a.ranks = std::min(noise_rank, at_once), a.per_round = at_once;
+    while (a.per_round * a.ranks > at_once) a.per_round /= 2;  // a power of two: rounds end where kSeedsAtATime do
     a.inverse = ((1 << 16) + a.ranks - 1) / a.ranks;
-    kernel = rounding_seed ? low_rank<true> : low_rank<false>, blocks = kTileUnits / kThreads;
+    static const Kernel by_rounding[2][2] = {{low_rank<false, false>, low_rank<false, true>},
+                                             {low_rank<true, false>, low_rank<true, true>}};
+    kernel = by_rounding[rounding_seed != nullptr][many], blocks = kTileUnits / kThreads;
   }
   OnDevice scope(device);
   if (scope.status != cudaSuccess) return failed("cannot use the CUDA device", scope.status);

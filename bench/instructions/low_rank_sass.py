@@ -1,9 +1,9 @@
-"""The SASS that a value costs in the kernel of csrc/cuda.cu for noise of low rank: rows for static_analysis.py.
+"""The SASS that a value costs in the kernels of csrc/cuda.cu for noise of low rank: rows for static_analysis.py.
 
 A block of 8 warps has a tile of 128 x 128 values, 64 a thread. At rank 1:
 
-- a round of an update is one trip through the loop over rounds: a warp draws the factors of one seed, each thread adds
-  8 terms to its 64 values;
+- a round of an update is one trip through the loop over seeds: a warp draws the factors of two seeds, each thread adds
+  16 terms to its 64 values;
 - a perturbation is one trip through the loop over tiles: load, one term, store; one warp of the 8 draws the factors,
   and one finds the tile.
 """
@@ -12,53 +12,63 @@ import re
 
 from bench.instructions import sass
 
-WARPS, VALUES, TERMS = 8, 64, 8
+WARPS, VALUES, TERMS = 8, 64, 16
 
 
-def rows(code, kernel):
+def rows(code, kernel, update):
     """{label: (instructions that a block of threads executes once for each warp, values)}. kernel: "" or
-    " stochastic"."""
+    " stochastic"; update: whether the code is that of many seeds."""
     loops = sass.outer_loops(code)
     term = next((a, b) for a, b in loops if b - a < 2 * VALUES and _count(code[a : b + 1], "FFMA") == VALUES)
-    around = [(a, b) for a, b in loops if a < term[0] and term[1] < b]
-    rounds, tiles = sorted(around, key=lambda loop: loop[1] - loop[0])[:2]
-    inside = [k for k in range(*rounds) if not term[0] <= k <= term[1]]
-    drawn = next(k for k in inside if sass.normals(code[k : k + 1]))
-    barriers = [k for k in inside if code[k].text.startswith("BAR") and sass.path(code, drawn, k)]
+    ranks, seeds_or_tiles = sorted((loop for loop in loops if _inside(term, loop)), key=_length)[:2]
+    seed = min((loop for loop in loops if _inside(loop, ranks) and sass.normals(code[slice(*loop)])), key=_length)
+    drawn = next(k for k in range(*seed) if sass.normals(code[k : k + 1]))
+    barriers = [k for k in range(*ranks) if code[k].text.startswith("BAR") and sass.path(code, drawn, k)]
     barrier = min(barriers, key=lambda k: len(sass.path(code, drawn, k)))
-    found = {}
+    if update:
+        first, last = seeds_or_tiles
+        draw = [drawn, seed[1]] * (TERMS // WARPS)
+        trips = (
+            sass.path(code, first, *draw, barrier, k, last)
+            for k in range(barrier, ranks[1])
+            if code[k].text.startswith("FFMA") and not term[0] <= k <= term[1]
+        )
+        trip = next(trip for trip in trips if trip and _count(trip, "FFMA") > TERMS * VALUES)
+        return {f"update{kernel} rank 1": (trip, TERMS * VALUES)}
 
-    for k in inside:
-        if code[k].text.startswith("FFMA"):
-            trip = sass.path(code, rounds[0], drawn, barrier, k, rounds[1])
-            if trip and _count(trip, "FFMA") > TERMS * VALUES:
-                found[f"update{kernel} rank 1"] = trip, TERMS * VALUES
-                break
-
-    other = sass.path(code, rounds[0], barrier)
-    once = _beside(sass.path(code, rounds[0], drawn, barrier), other)
+    tiles = seeds_or_tiles
+    once = _beside(sass.path(code, ranks[0], drawn, barrier), sass.path(code, ranks[0], barrier))
     first_barrier = next(k for k in range(*tiles) if code[k].text.startswith("BAR"))
     written = [k for k in range(tiles[0], first_barrier) if code[k].text.startswith("STS")]
     once += _beside(sass.path(code, tiles[0], *written, first_barrier), sass.path(code, tiles[0], first_barrier))
     loads, stores = (
-        [k for k in range(*tiles) if not rounds[0] <= k <= rounds[1] and re.match(rf"{name}\S*\.128", code[k].text)]
+        [k for k in range(*tiles) if not ranks[0] <= k <= ranks[1] and re.match(rf"{name}\S*\.128", code[k].text)]
         for name in ("LDG", "STG")
     )
     before = _shortest(
         (_base(trip), trip)
         for k in loads
-        if (trip := sass.path(code, tiles[0], k, rounds[0])) and not sass.normals(trip)
+        if (trip := sass.path(code, tiles[0], k, ranks[0])) and not sass.normals(trip)
     )
     after = _shortest(
-        (_out(trip, kernel), trip) for k in stores if (trip := sass.path(code, term[1], rounds[1], k, tiles[1]))
+        (_out(trip, kernel), trip) for k in stores if (trip := sass.path(code, term[1], ranks[1], k, tiles[1]))
     )
-    middle = sass.path(code, rounds[0], barrier, term[1])
+    middle = sass.path(code, ranks[0], barrier, term[1])
+    found = {}
     for base, head in before.items():
         for out, tail in after.items():
             if base in (out, "f32"):
                 trip = head + middle[1:] + tail[1:]
                 found[f"perturb{kernel} rank 1 {out} <- {base}"] = trip * WARPS + once, WARPS * VALUES
     return found
+
+
+def _length(loop):
+    return loop[1] - loop[0]
+
+
+def _inside(inner, outer):
+    return outer[0] <= inner[0] and inner[1] <= outer[1] and inner != outer
 
 
 def _count(trip, name):

@@ -35,7 +35,7 @@ BUDGET = {
 # Over the rows of a shard: four more.
 BUDGET |= {"perturb rows bf16 <- bf16": 27, "perturb rows bf16 <- f32": 26}
 # Noise of low rank; an update for each value and seed
-BUDGET |= {"perturb rank 1 bf16 <- bf16": 7, "update rank 1": 1.6, "update stochastic rank 1": 1.6}
+BUDGET |= {"perturb rank 1 bf16 <- bf16": 7, "update rank 1": 1.5, "update stochastic rank 1": 1.5}
 BUDGET |= {"triton perturb bf16 <- bf16": 25, "triton perturb bf16 <- f32": 23.5, "triton update": 22}
 BUDGET |= {"triton perturb rank 1 bf16 <- bf16": 9, "triton perturb rank 1 bf16 <- f32": 7.5}
 BUDGET |= {"triton perturb rank 1 f32 <- f32": 7.5, "triton update rank 1": 1.6}
@@ -48,17 +48,17 @@ def cuda_kernels(arch, library=None):
     resources = sass.resources(library, arch)
     rows = {}
     for name, code in sass.functions(library, arch).items():
-        kernel, stochastic, seeds = re.search(
-            r"(perturb|update|fingerprint|low_rank|write_factors)(?:<(true|false)(?:, (?:\(int\))?(\d))?>)?", name
+        kernel, stochastic, variant = re.search(
+            r"(perturb|update|fingerprint|low_rank|write_factors)(?:<(true|false)(?:, (?:\(int\))?(\w+))?>)?", name
         ).groups()
         if kernel == "write_factors":  # 5 MB for a member of a 7B model
             continue
         if kernel == "low_rank":
-            counted = low_rank_sass.rows(code, " stochastic" * (stochastic == "true"))
+            counted = low_rank_sass.rows(code, " stochastic" * (stochastic == "true"), variant == "true")
             for label, (trip, values) in counted.items():
                 rows[label] = {"arch": arch, "kernel": label, **sass.cost(trip, values), **resources[name]}
             continue
-        kernel = {"0": "restore", "2": "swap"}.get(seeds, kernel) + " stochastic" * (stochastic == "true")
+        kernel = {"0": "restore", "2": "swap"}.get(variant, kernel) + " stochastic" * (stochastic == "true")
         for trip in sass.loops(code):
             label, values = _label(kernel, trip)
             # The loop that does what the unrolled one leaves has the same label, and fewer values.
