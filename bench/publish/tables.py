@@ -745,7 +745,7 @@ def buys():
     batch = max(members_["rows"], key=lambda r: r["members"])
     speeds = [f"{batch['ways'][way]['tokens_per_s']:.0f} tokens / s" for way in ("one by one", "one batch")]
     wire, model = _wire(scale_)[0], next(r for r in scale_["paper"] if r["model"] == scale_["assumed"]["model"])
-    changed = f"{drift['add_then_subtract']['changed']:.0%} of weights changed a generation"
+    changed = f"{drift['add_then_subtract']['changed']:.0%} of weights changed a generation, though nothing is learnt"
     rows = [
         [
             "perturb and restore a member of Qwen2.5-0.5B, bf16, on a CPU",
