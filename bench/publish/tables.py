@@ -759,7 +759,7 @@ def buys():
         ],
         ["undo a perturbation in bf16", changed, "exact", "guides/masters.md"],
         [
-            f"learn in bf16: right answers after {drift['setting']['generations']} generations",
+            f"learn in bf16, embedded model: right answers after {drift['setting']['generations']} generations",
             *(f"{end[way]:.0%}" for way in ("bf16, add then subtract", "bf16, master fp32")),
             "results/learning.md",
         ],
