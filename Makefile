@@ -1,6 +1,7 @@
 # `make` prints this page. What needs Python packages sets up .venv by itself.
 #
 #   make demo              fine-tune a small language model by ES, watched live -> runs/demo/report.html
+#   make demo-llm          the same with a real language model, fetched once (93 MB), in 12 minutes on two cores
 #   make test              the tests that need one process and no GPU
 #   make test-quick        of these a minute's: noise, calls and their errors; models, tasks, statistics, the monitor
 #   make lint              ruff, clang-format, mypy, import-linter (the packages' layers) and actionlint (.github)
@@ -8,6 +9,7 @@
 #   make test-aarch64      the tests of the CPU kernels with NEON, by an emulator that it installs (Debian, Ubuntu)
 #   make test-distributed  the tests of torchrun, Ray and sharded models, on the CPU
 #   make test-vllm         the tests of the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
+#   make test-llm          the tests with a real language model, in the same environment; fetches the model once (93 MB)
 #   make build             the native libraries, in place
 #   make wheel             dist/es_kernels-*.whl, one for every Python and torch
 #   make bench             the benchmarks that need no GPU -> bench/results/, README's tables (100 minutes on two cores)
@@ -52,13 +54,19 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 
 OUT ?= runs/gpu
 
-.PHONY: help demo lint test test-quick test-ptx test-aarch64 test-distributed test-vllm build wheel bench docs \
-	gpu gpu-tune gpu-generate gpu-members gpu-learn clean
+.PHONY: help demo demo-llm lint test test-quick test-ptx test-aarch64 test-distributed test-vllm test-llm build wheel \
+	bench docs gpu gpu-tune gpu-generate gpu-members gpu-learn clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
 	$(BIN)/python -m es_finetune replay runs/demo
 	$(BIN)/python -m es_finetune report runs/demo
+
+demo-llm: $(VENV)/llm.stamp
+	$(BIN)/python -m bench.common.smollm2
+	$(BIN)/python -m es_finetune train --config short-answers-smollm2-135m --output runs/demo-llm --overwrite
+	$(BIN)/python -m es_finetune replay runs/demo-llm
+	$(BIN)/python -m es_finetune report runs/demo-llm
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check
@@ -87,6 +95,9 @@ test-distributed: $(VENV)/distributed.stamp
 
 test-vllm: $(VENV)-vllm/test.stamp
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/vllm
+
+test-llm: $(VENV)-vllm/test.stamp
+	$(VENV)-vllm/bin/python -m pytest -m llm tests/llm
 
 build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -134,6 +145,10 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[finetune]'
 	touch $@
 
+$(VENV)/llm.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[finetune,gguf]'
+	touch $@
+
 $(VENV)/test.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
 	touch $@
@@ -148,7 +163,7 @@ $(VENV)/distributed.stamp: $(VENV)/test.stamp
 
 $(VENV)-vllm/test.stamp: $(SOURCES) constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM) -e '.[finetune,ray]' 'pytest>=8'
+	$(VENV)-vllm/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM) -e '.[finetune,gguf,ray]' 'pytest>=8'
 	$(VENV)-vllm/bin/python -m pip uninstall -q -y $(UNUSABLE)
 	touch $@
 

@@ -27,7 +27,7 @@ if _before is None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 # What `pytest` leaves out unless -m asks for it: all of a folder.
-MARKED = {pathlib.Path(__file__).parent / name: name for name in ("gpu", "distributed", "vllm")}
+MARKED = {pathlib.Path(__file__).parent / name: name for name in ("gpu", "distributed", "vllm", "llm")}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

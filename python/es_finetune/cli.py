@@ -191,7 +191,7 @@ COMMANDS = {
         loads_model=False,
     ),
     "configs": _Command(
-        "list the experiments of the paper, which --config takes by name, or print one",
+        "list the experiments of the paper and of demo-llm, which --config takes by name, or print one",
         _configs,
         usage="[NAME] [flags]",
         loads_model=False,

@@ -82,7 +82,9 @@ class TaskConfig:
     """What is asked and how answers are scored."""
 
     task: str = _flag(
-        "task", "countdown, conciseness, math, reasoning-gym:NAME, countdown-char, or custom: your --data and --reward"
+        "task",
+        "countdown, conciseness, short-answers, math, reasoning-gym:NAME, countdown-char, or custom: your --data and "
+        "--reward",
     )
     data: str | None = _flag(
         "task",

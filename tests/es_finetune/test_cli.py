@@ -584,7 +584,7 @@ PAPER = {
 
 
 def test_each_experiment_of_the_paper_has_a_ready_config():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PAPER)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, "short-answers-smollm2-135m"}
     for name, expected in PAPER.items():
         options = _parse(["train", "--config", name])
         config = TrainConfig(**{name: value for name, value in options.items() if name != "command"})
@@ -726,7 +726,7 @@ def test_version_configs_and_env(capsys, monkeypatch):
     assert re.fullmatch(r"es-finetune \d+\.\d+.*\n", capsys.readouterr().out)
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(PAPER)
+    assert [line.split()[0] for line in lines] == sorted([*PAPER, "short-answers-smollm2-135m"])
     assert main(["configs", "countdown-qwen2.5-1.5b"]) == 0
     assert capsys.readouterr().out == (CONFIGS / "countdown-qwen2.5-1.5b.yaml").read_text()
     monkeypatch.setitem(sys.modules, "transformers", None)  # what is broken is told, and breaks nothing

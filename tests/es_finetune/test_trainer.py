@@ -181,7 +181,7 @@ def summary_of(folder, **options):
 TEMPLATE = "{% for m in messages %}^{{ m['content'] }}{% endfor %}:"
 
 
-@pytest.mark.parametrize("task", ["countdown", "conciseness", "math", "reasoning-gym:mini_sudoku"])
+@pytest.mark.parametrize("task", ["countdown", "conciseness", "short-answers", "math", "reasoning-gym:mini_sudoku"])
 def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     """From prompts to answers, scores, an update and an evaluation with samples: nothing to learn for a model of random
     weights."""
@@ -199,7 +199,8 @@ def test_every_task_runs_on_a_chat_model(save_tiny, tmp_path, task):
     trainer = Trainer(TrainConfig(output=str(tmp_path / "run"), task=task, model=model, report_to=["none"], **options))
     trainer.train()
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
-    assert row["tokens"] > 0 and row["failed"] == 0 and trainer.workers.weights.optimizer.generation == 1
+    assert (row["tokens"] > 0) == (task != "short-answers")  # whose answers are read
+    assert row["failed"] == 0 and trainer.workers.weights.optimizer.generation == 1
     result = evaluate(run=tmp_path / "run", items=1, batch_size=20)
     assert result["samples"] == (20 if task == "conciseness" else 1) and result["questions"] == 1
 

@@ -109,7 +109,7 @@ def reads(task: Task) -> TypeGuard[ReadingTask]:
     return hasattr(task, "score_log_probs")
 
 
-NAMES = ("countdown", "countdown-char", "conciseness", "math", "reasoning-gym:<name>", "custom")
+NAMES = ("countdown", "countdown-char", "conciseness", "short-answers", "math", "reasoning-gym:<name>", "custom")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
 Reward = str | Callable[[str, dict], Any]
@@ -131,6 +131,7 @@ def load_task(
     - countdown: needs nothing; `seed` decides the questions.
     - countdown-char: needs nothing; its split is fixed, for the embedded model was trained on it.
     - conciseness: needs nothing.
+    - short-answers: needs nothing.
     - math: `data` and `test_data` are names of hub datasets, or local files and folders; the defaults are MATH levels 3
       to 5 and MATH-500.
     - reasoning-gym:<name>: any dataset of the package reasoning-gym; `seed` decides the questions.
@@ -178,6 +179,10 @@ def load_task(
         from es_finetune.tasks.conciseness import Conciseness
 
         task = Conciseness()
+    elif name == "short-answers":
+        from es_finetune.tasks.short_answers import ShortAnswers
+
+        task = ShortAnswers()
     elif name == "math":
         from es_finetune.tasks.mathematics import Mathematics
 

@@ -15,12 +15,12 @@ from es_finetune.tasks import check_disjoint, load_task
 
 
 def test_an_unknown_task_is_named():
-    names = "countdown, countdown-char, conciseness, math, reasoning-gym:<name>, custom"
+    names = "countdown, countdown-char, conciseness, short-answers, math, reasoning-gym:<name>, custom"
     with pytest.raises(UserError, match=f"unknown task 'sudoku'; choose one of: {names}"):
         load_task("sudoku")
 
 
-@pytest.mark.parametrize("name", ["countdown", "countdown-char", "conciseness"])
+@pytest.mark.parametrize("name", ["countdown", "countdown-char", "conciseness", "short-answers"])
 def test_every_task_is_disjoint_and_says_so_if_not(name):
     task = load_task(name)
     assert not {item.key for item in task.train} & {item.key for item in task.test}
@@ -43,7 +43,8 @@ def test_a_missing_package_is_named_with_its_extra(name, package, monkeypatch):
 
 def test_packages_are_imported_only_where_they_are_needed():
     script = (
-        "import sys\nfrom es_finetune.tasks import load_task\nload_task('countdown'); load_task('conciseness')\n"
+        "import sys\nfrom es_finetune.tasks import load_task\n"
+        "load_task('countdown'); load_task('conciseness'); load_task('short-answers')\n"
         "load_task('custom', data=[{'prompt': str(i)} for i in range(9)], reward=lambda c, i: 0)\n"
         "heavy = {'torch', 'datasets', 'math_verify', 'sympy', 'reasoning_gym', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)))"
