@@ -11,7 +11,10 @@ launch and the boost clock held nothing is faster than that, so every figure her
 """
 
 import json
+import math
 from typing import NamedTuple
+
+from bench.common import shapes
 
 COPY_SHARE = 0.9  # of the datasheet's bandwidth that a copy reaches: 4.3 of 4.8 TB/s on an H200
 
@@ -23,6 +26,7 @@ class GPU(NamedTuple):
     sms: int
     ghz: float
     gb_per_s: float
+    tflops: float  # of dense bf16 products
     rates: dict
     assumed: tuple = ()  # what is not published
 
@@ -36,12 +40,12 @@ _CC_90 = {"FMA": 128, "ALU": 64, "IMAD.WIDE": 64, "MUFU": 16, "LSU": 32}
 
 # SMs, boost clock and bandwidth by the datasheets; Hopper's clock is that of its 67 TFLOP/s.
 GPUS = {
-    "A100 80GB SXM": GPU("sm_80", 108, 1.41, 2039, _CC_80),
-    "H100 SXM": GPU("sm_90", 132, 1.98, 3350, _CC_90),
-    "H200 SXM": GPU("sm_90", 132, 1.98, 4800, _CC_90),
-    # Of the B200 NVIDIA publishes the bandwidth; the rest is as others read it off the device, the integer rates are
-    # those of cc 9.0.
-    "B200": GPU("sm_100", 148, 1.965, 8000, _CC_90, ("SMs", "clock", "rates of ALU, IMAD.WIDE, MUFU and LSU")),
+    "A100 80GB SXM": GPU("sm_80", 108, 1.41, 2039, 312, _CC_80),
+    "H100 SXM": GPU("sm_90", 132, 1.98, 3350, 989, _CC_90),
+    "H200 SXM": GPU("sm_90", 132, 1.98, 4800, 989, _CC_90),
+    # Of the B200 NVIDIA publishes bandwidth and dense products; the rest is as others read it off the device, the
+    # integer rates are those of cc 9.0.
+    "B200": GPU("sm_100", 148, 1.965, 8000, 2250, _CC_90, ("SMs", "clock", "rates of ALU, IMAD.WIDE, MUFU and LSU")),
 }
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
@@ -106,3 +110,35 @@ def predictions(rows, folder):
                 prediction["measured"] = {key: beside[key], "elements": beside["elements"]}
             predicted.append(prediction)
     return predicted
+
+
+def decoding_step(model, gpu, members, prompts, position):
+    """Seconds that one token of every row takes at least, in bf16 with noise of rank 1: {"plain", "one batch", "one by
+    one"}. What is launched in between, softmax and norms are left out, so an engine without CUDA graphs is slower in
+    all three.
+
+        plain       the larger of: bytes of weights and KV cache; 2 operations a weight and row
+        one batch   and the members' terms, by two more products a matrix [m, n]: its factors read, m + n a member;
+                    x read, y read and written, n + 2 m a row
+        one by one  plain for the prompts of one member, as often as there are members
+
+    model: of shapes.MODELS. position: tokens that a row has in its cache.
+    """
+    g, m = GPUS[gpu], shapes.MODELS[model]
+    bandwidth = g.gb_per_s * 1e9 * COPY_SHARE
+    # Of an embedding that is not the head too only rows are read
+    of_products = [name for name in shapes.parameter_shapes(model) if m.tied or "embed" not in name]
+    matrices = [s for name in of_products if len(s := shapes.parameter_shapes(model)[name]) == 2]
+    weights = sum(map(math.prod, matrices))
+    a_token = 2 * m.layers * m.kv_heads * (m.hidden // m.heads) * 2
+
+    def plain(rows):
+        return max((2 * weights + rows * position * a_token) / bandwidth, 2 * weights * rows / (g.tflops * 1e12))
+
+    rows = members * prompts
+    terms = 2 * sum(members * (a + b) + rows * (b + 2 * a) for a, b in matrices)
+    return {
+        "plain": plain(rows),
+        "one batch": plain(rows) + terms / bandwidth,
+        "one by one": members * plain(prompts),
+    }

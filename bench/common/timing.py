@@ -106,10 +106,7 @@ def _median(readings):
 
 
 def _on_cpu(variant, device):
-    # torch.compile and lazy imports take seconds once.
-    for k in range(variant.copies):
-        variant.run(k)
-    position = 0
+    position = 0  # torch.compile and lazy imports take seconds once: in the round that warms up
 
     def sample(sensors):
         nonlocal position

@@ -67,7 +67,7 @@ def _label(trip, variant):
     values, of_rank = sass.normals(trip), "rank" in variant
     stores = [t for t in text if t.startswith("STG")]
     if of_rank:
-        products = sum(t.startswith("FFMA") for t in text)
+        products = sum(1 + t.startswith("FFMA2") for t in text if t.startswith("FFMA"))
         values = _TILE_VALUES * (8 if variant.startswith("update") else 1)
         if not values <= products < 2 * values or sass.normals(trip) >= 16:
             return None, 0  # one seed at a time, or full noise
@@ -84,6 +84,6 @@ def _label(trip, variant):
         if unpacked >= values // 2
         else "f32"
     )
-    f16 = any(t.startswith("F2FP.F16") for t in text) or any("0x38800000" in t for t in text)
+    f16 = any(t.startswith("F2FP") and "BF16" not in t for t in text) or any("0x38800000" in t for t in text)
     out = "f32" if len(stores) == values // 4 else "f16" if f16 else "bf16"
     return f"perturb{variant} {out} <- {base}", values

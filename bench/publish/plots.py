@@ -192,20 +192,41 @@ def members(ax, report):
     ax.legend(frameon=False)
 
 
+def conciseness(ax, report):
+    """Reward against the seconds that generations took: of each generation's members, and held out before and after."""
+    colors = dict(zip(dict.fromkeys(run["way"] for run in report["runs"]), (RED, BLUE), strict=True))
+    for run in report["runs"]:
+        minutes = [generation["until"] / 60 for generation in run["generations"]]
+        rewards = [generation["reward"] for generation in run["generations"]]
+        color, first = colors[run["way"]], run["seed"] == 0
+        label = f"{run['way']}: {len(minutes)} generation{'s' * (len(minutes) > 1)}" if first else None
+        ax.plot(minutes, rewards, "o-", color=color, label=label)
+        held_out = "held-out questions, before and after" if first else None
+        ax.plot([0, minutes[-1]], [run["base"], run["final"]], "x:", color=color, label=held_out)
+    ax.set_xlabel("minutes of generations")
+    ax.set_ylabel("mean reward (higher is better)")
+    setting = report["setting"]
+    ax.set_title(
+        f"{report['model']}, conciseness, {setting['population']} members x {setting['prompts']} prompts, "
+        f"{_machine(report)}, one thread a run"
+    )
+    ax.legend(frameon=False)
+
+
+# Of each picture its panels, one below the other, and their results
 PLOTS = {
-    "rivals": (baselines, "kernels-cpu"),
-    "exactness": (exactness, "exactness"),
-    "generation": (generation, "generation-cpu"),
-    "scale": (scale, "scale"),
-    "members": (members, "members-cpu"),
+    "rivals": {"kernels-cpu": baselines},
+    "exactness": {"exactness": exactness},
+    "generation": {"generation-cpu": generation},
+    "scale": {"scale": scale},
+    "members": {"members-cpu": members, "conciseness-cpu": conciseness},
 }
 
 
 def digest(name):
     """Of the results that a picture shows and of this file."""
-    return hashlib.sha256(
-        (RESULTS / f"{PLOTS[name][1]}.json").read_bytes() + pathlib.Path(__file__).read_bytes()
-    ).hexdigest()
+    results = [(RESULTS / f"{source}.json").read_bytes() for source in PLOTS[name]]
+    return hashlib.sha256(b"".join(results) + pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
 def is_current(name):
@@ -233,9 +254,10 @@ def _figure(rows=1):
 
 
 def redraw():
-    for name, (draw, source) in PLOTS.items():
-        figure, axes = _figure()
-        draw(axes[0, 0], json.loads((RESULTS / f"{source}.json").read_text()))
+    for name, panels in PLOTS.items():
+        figure, axes = _figure(len(panels))
+        for ax, (source, draw) in zip(axes[:, 0], panels.items(), strict=True):
+            draw(ax, json.loads((RESULTS / f"{source}.json").read_text()))
         figure.savefig(DOCS / f"{name}.png", dpi=120, metadata={"Source": digest(name)})
 
 

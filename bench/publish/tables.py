@@ -122,6 +122,7 @@ def members():
     report = results("members-cpu")
     others = [way for way in ("one by one", "PEFT") if any(way in r["ways"] for r in report["rows"])]
     header = ["tokens / s", "plain", "one batch", "of plain", *(f for way in others for f in (way, "takes"))]
+    header.append("whole generation, one by one")
     body = []
     for r in report["rows"]:
         speed = {way: f"{of['tokens_per_s']:.3g}" for way, of in r["ways"].items()}
@@ -129,8 +130,46 @@ def members():
         row += [speed["plain"], speed["one batch"], f"{r['share_of_plain']:.0%}"]
         for way in others:
             row += [speed[way], f"{r[f'{way} takes']:.2f} x"] if way in speed else ["", ""]
-        body.append(row)
-    return f"{report['machine']['processor']}, rank {report['noise_rank']}.\n\n" + table(header, body)
+        body.append([*row, f"{r['generation one by one takes']:.2f} x"])
+    model, gpu, prompts, position = "Qwen2.5-7B", "H200 SXM", 8, 256
+    steps = []
+    for count in (30, 128):
+        step = gpus.decoding_step(model, gpu, count, prompts, position)
+        steps.append(
+            f"{count} members x {prompts} prompts {1e3 * step['plain']:.1f} ms by plain inference, "
+            f"{1e3 * step['one batch']:.1f} in one batch ({step['plain'] / step['one batch']:.0%}), "
+            f"{1e3 * step['one by one']:.0f} one by one"
+        )
+    predicted = (
+        "Predicted from bytes and operations ([gpus.py](../../bench/common/gpus.py), `decoding_step`), not measured: "
+        f"one token of every row of {model} in bf16 after {position} others takes an H200 at least, for "
+        f"{'; for '.join(steps)}."
+    )
+    machine = f"{report['machine']['processor']}, rank {report['noise_rank']}."
+    return "\n\n".join([machine, table(header, body), predicted])
+
+
+def conciseness():
+    report = results("conciseness-cpu")
+    setting = report["setting"]
+    body = [
+        [
+            f"{run['way']}, seed {run['seed']}",
+            str(len(run["generations"])),
+            f"{sum(g['tokens'] for g in run['generations']) / run['generations'][-1]['until']:.3g}",
+            *(f"{run['generations'][k]['reward']:.0f}" for k in (0, -1)),
+            f"{run['base']:.0f}",
+            f"{run['final']:.0f}",
+        ]
+        for run in report["runs"]
+    ]
+    header = ["", "generations", "tokens / s", "reward, first generation", "last", "held-out reward, before", "after"]
+    about = (
+        f"{report['model']}, {report['machine']['processor']}, one thread a run and {report['processes']} at once; "
+        f"{setting['population']} members x {setting['prompts']} prompts, sigma = lr = {setting['sigma']}, "
+        f"{setting['seconds'] / 60:.0f} minutes of generations each."
+    )
+    return f"{about}\n\n" + table(header, body)
 
 
 def _gpu_row(r):
@@ -742,7 +781,7 @@ def buys():
     times = {(r["model"], r["what"], r["who"]): r for r in kernels["rivals"]}
     member = [times["Qwen2.5-0.5B", "member", who] for who in (loop, ours)]
     update = [times["50M", "update", who] for who in (loop, ours)]
-    batch = max(members_["rows"], key=lambda r: r["members"])
+    batch = next(r for r in members_["rows"] if "PEFT takes" in r)
     speeds = [f"{batch['ways'][way]['tokens_per_s']:.0f} tokens / s" for way in ("one by one", "one batch")]
     wire, model = _wire(scale_)[0], next(r for r in scale_["paper"] if r["model"] == scale_["assumed"]["model"])
     changed = f"{drift['add_then_subtract']['changed']:.0%} of weights changed a generation, though nothing is learnt"
@@ -764,7 +803,7 @@ def buys():
             "results/learning.md",
         ],
         [
-            f"answer for {batch['members']} members of {batch['model']}, on a CPU",
+            f"answer {batch['prompts']} questions by {batch['members']} members of {batch['model']}, on a CPU",
             f"one by one: {speeds[0]}",
             f"in one batch: {speeds[1]}, {batch['share_of_plain']:.0%} of plain inference",
             "guides/members.md",
@@ -814,6 +853,7 @@ TABLES = {
     "host": host,
     "low-rank": low_rank,
     "members": members,
+    "conciseness": conciseness,
     "gpus": measured_gpus,
     "targets": unreached,
     "learning-runs": learning_runs,

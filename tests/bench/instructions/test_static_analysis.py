@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bench import ROOT
-from bench.common import gpus
+from bench.common import gpus, shapes
 from bench.instructions import sass, static_analysis
 from es_kernels import native
 
@@ -118,6 +118,23 @@ def test_a_prediction_by_hand():
     assert gpus.predict(COUNTED | {"kernel": "update"}, "H200 SXM")["normals_per_s"] == pytest.approx(
         1.045e12, rel=1e-2
     )
+
+
+def test_a_decoding_step_by_hand(monkeypatch):
+    # One layer, one KV head of 4: q, o 8 x 8, k, v 4 x 8, three of 16 x 8, a tied head of 32 x 8.
+    monkeypatch.setitem(shapes.MODELS, "tiny", shapes.Shape("llama", 8, 1, 16, 2, 1, 32, True))
+    weights = 2 * 64 + 2 * 32 + 3 * 128 + 256
+    bandwidth, rate = 0.9 * 4800e9, 989e12
+    # 6 rows after 10 tokens, each of one key and one value of 4 in 2 bytes; reading takes longer than computing.
+    step = gpus.decoding_step("tiny", "H200 SXM", 3, 2, 10)
+    plain = (2 * weights + 6 * 10 * 2 * 4 * 2) / bandwidth
+    assert plain > 2 * weights * 6 / rate and step["plain"] == pytest.approx(plain)
+    assert step["one by one"] == pytest.approx(3 * (2 * weights + 2 * 10 * 2 * 4 * 2) / bandwidth)
+    outputs, inputs = 8 + 8 + 4 + 4 + 16 + 16 + 8 + 32, 7 * 8 + 16
+    terms = 2 * (3 * (outputs + inputs) + 6 * (inputs + 2 * outputs))
+    assert step["one batch"] == pytest.approx(plain + terms / bandwidth)
+    # 10^5 rows compute
+    assert gpus.decoding_step("tiny", "H200 SXM", 1, 10**5, 0)["plain"] == pytest.approx(2 * weights * 1e5 / rate)
 
 
 def test_what_was_measured_stands_beside_what_was_predicted(tmp_path):

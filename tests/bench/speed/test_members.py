@@ -34,6 +34,8 @@ def test_rows_are_whole(small):
         assert of["tokens_per_s"] == pytest.approx(2 * 3 * 2 / of["seconds"])
         if way in ("one by one", "PEFT"):
             assert row[f"{way} takes"] == pytest.approx(of["seconds"] / row["ways"]["one batch"]["seconds"])
+    whole = {way: row["ways"][way]["seconds"] + row["update"]["seconds"] for way in ("one batch", "one by one")}
+    assert row["generation one by one takes"] == pytest.approx(whole["one by one"] / whole["one batch"])
     assert row["share_of_plain"] == pytest.approx(row["ways"]["plain"]["seconds"] / row["ways"]["one batch"]["seconds"])
 
 
