@@ -33,6 +33,7 @@ from es_finetune.monitor.trackers import as_callback, trackers_named
 from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
 from es_finetune.runs.folder import ASIDE, CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
+from es_finetune.runs.model_card import write_model_card
 from es_finetune.runs.replay import check_start, config_of
 from es_finetune.runs.setup import given_task
 from es_finetune.tasks import Data, Reward, Task
@@ -536,6 +537,7 @@ class Trainer:
         }
         if config.save_model:
             self.workers.save_model(self.folder / "model")
+            write_model_card(self.folder / "model", header, generations)
         title = f"Evolution strategies on {config.task}"
         plot_run(self.folder / "reward.png", title, self.task.metric, self.rows, self.evals)
         write_atomically(self.folder / "summary.json", json.dumps(result, indent=2) + "\n")

@@ -9,8 +9,10 @@ from es_finetune.commands import takes_options_of
 from es_finetune.commands.replay import rebuild_run
 from es_finetune.config import ExportConfig
 from es_finetune.errors import UserError
+from es_finetune.models.checkpoint_names import is_peft
 from es_finetune.models.save import save_model
 from es_finetune.runs.log import read_log
+from es_finetune.runs.model_card import write_model_card
 
 _SUFFIXES_OF_MODELS = (".json", ".safetensors", ".jinja", ".md", ".txt", ".model")
 
@@ -25,7 +27,8 @@ class Exported(NamedTuple):
 
 @takes_options_of(ExportConfig)
 def export(config: ExportConfig) -> Exported:
-    """Write the tuned model of a run, made again from base model and log: safetensors, configs and tokenizer.
+    """Write the tuned model of a run, made again from base model and log: safetensors, configs, tokenizer
+    and a model card.
 
     The folder is whole or, as before the call, what it was.
 
@@ -50,6 +53,8 @@ def export(config: ExportConfig) -> Exported:
     rebuilt = rebuild_run(config.run, model=config.model, device=config.device, generation=config.generation)
     save_model(rebuilt.model, rebuilt.tokenizer, output, merge_lora=config.merge_lora)
     optimizer = rebuilt.optimizer
+    updates = rebuilt.generations[: optimizer.generation]
+    write_model_card(output, rebuilt.header, updates, merged=config.merge_lora and is_peft(rebuilt.model))
     return Exported(output, optimizer.generation, f"{optimizer.fingerprint('live'):016x}")
 
 
