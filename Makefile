@@ -1,7 +1,7 @@
 # `make` prints this page. What needs Python packages sets up .venv by itself.
 #
 #   make demo              fine-tune a small language model by ES, watched live -> runs/demo/report.html
-#   make demo-llm          the same with a real language model, fetched once (93 MB), in 12 minutes on two cores
+#   make demo-llm          the same with a real language model, fetched once (93 MB) -> runs/demo-llm/report.html
 #   make test              the tests that need one process and no GPU
 #   make test-quick        of these a minute's: noise, calls and their errors; models, tasks, statistics, the monitor
 #   make lint              ruff, clang-format, mypy, import-linter (the packages' layers) and actionlint (.github)
