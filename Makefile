@@ -71,7 +71,7 @@ demo-llm: $(VENV)/llm.stamp
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/es_kernels/*/*.cpp tests/es_kernels/*/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/* examples/*.c tests/es_kernels/*/*.cpp tests/es_kernels/*/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/actionlint -shellcheck= -pyflakes=

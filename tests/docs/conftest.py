@@ -18,7 +18,8 @@ class Block(NamedTuple):
 @pytest.fixture(scope="session")
 def pages():
     """Path in the repository -> text: what stands at its root, the site, and the pages that it takes from elsewhere."""
-    paths = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench/README.md", ROOT / "es_kernels/NOISE.md"]
+    beside = [ROOT / name for name in ("bench/README.md", "es_kernels/NOISE.md", "examples/README.md")]
+    paths = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *beside]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
 
 

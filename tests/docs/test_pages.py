@@ -9,7 +9,7 @@ import yaml
 from docs import hooks
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDERS = ("bench", "csrc", "docs", "es_kernels", "python", "tests")
+FOLDERS = ("bench", "csrc", "docs", "es_kernels", "examples", "python", "tests")
 
 
 def anchors(text):
