@@ -15,7 +15,14 @@ from unittest import mock
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 # Pages that stay where they are in the repository, and where they are in the site
-ELSEWHERE = {"es_kernels/NOISE.md": "reference/noise.md", "bench/README.md": "develop/benchmarks.md"}
+ELSEWHERE = {
+    "CHANGELOG.md": "develop/changelog.md",
+    "CONTRIBUTING.md": "develop/contributing.md",
+    "SECURITY.md": "reference/security.md",
+    "bench/README.md": "develop/benchmarks.md",
+    "es_kernels/NOISE.md": "reference/noise.md",
+    "examples/README.md": "guides/examples.md",
+}
 
 LINK = re.compile(r"\]\(([^()\s#]+)(#[^()\s]*)?\)")
 _MADE = re.compile(r"<!-- made: ([a-z]+) -->\n")
