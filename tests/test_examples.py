@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_each_is_tested_and_listed():
-    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".c")}
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".c", ".ipynb")}
     tested, listed = pathlib.Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
     assert [file for file in files - {"toy.py"} if f'"{file}"' not in tested] == []
     assert [file for file in files if f"({file})" not in listed] == []
@@ -84,6 +84,19 @@ def test_own_reward(run, tmp_path):
 def test_logprob(run):
     names, _ = run("logprob.py")
     assert names["summary"]["final"] > names["summary"]["base"] + 0.1
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """Its cells, in order. It is kept without outputs."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in json.loads((EXAMPLES / "demo.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    names["plt"].close("all")
+    assert names["summary"]["final"] > names["summary"]["base"] + 0.2
+    assert f"{names['again'].optimizer.fingerprint('theta'):016x}" == names["summary"]["fingerprint"]
 
 
 def test_gsm8k_reward(tmp_path):
