@@ -47,7 +47,7 @@ def _card(header: dict[str, Any], generations: Sequence[Generation], adapter: bo
     }
     proof = generations[-1].to_json() if generations else header
     reward = f"`{Path(config['reward']).name}`" if config["reward"] else "the task's"
-    rank = config["noise_rank"]
+    rank = config.get("noise_rank", 0)  # an older log has none
     rows = {
         "task": f"{config['task']}, reward: {reward}",
         "base model": start,

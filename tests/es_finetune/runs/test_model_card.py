@@ -78,3 +78,10 @@ def test_a_model_of_the_hub_is_named_and_a_folder_is_not(run, tmp_path, identity
     assert metadata.get("base_model") == base
     assert rows["base model"] == shown and rows["task"].endswith("reward: `reward.py:reward`")
     assert rows["fingerprint of the exact weights"] == f"`{header['theta']}`" and "/home" not in text
+
+
+def test_a_log_of_before_there_was_low_rank_is_of_full_noise(run, tmp_path):
+    header, _ = read_log(run / "run.log")
+    del header["config"]["noise_rank"]
+    write_model_card(tmp_path, header, [])
+    assert card(tmp_path)[1]["noise"] == "version 1, full rank"
