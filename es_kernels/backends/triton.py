@@ -257,11 +257,6 @@ if triton is not None:
         return tl.reshape(tl.join(even, odd), [even.shape[0], 8])
 
     @triton.jit
-    def _deinterleave(x):
-        """[UNITS, 8] -> even and odd lanes, [UNITS, 4] each."""
-        return tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
-
-    @triton.jit
     def _concatenate(low, high):
         """[UNITS, 4] x 2 -> [UNITS, 8]."""
         return tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [low.shape[0], 8])
