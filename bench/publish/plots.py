@@ -11,6 +11,7 @@ not.
 import argparse
 import hashlib
 import json
+import math
 import pathlib
 import sys
 
@@ -47,17 +48,20 @@ def baselines(ax, report):
             times,
             0.38,
             color=color,
-            label="a member's weights" if what == "member" else f"an update of {seeds} members",
+            label="perturb and restore one member" if what == "member" else f"update by {seeds} members",
         )
         for place, t in zip(places, times, strict=True):
             ax.text(max(t, 1) * 1.05, place, f"{t:.2g}" if t < 10 else f"{t:.0f}", va="center", fontsize=8)
     ax.axvline(1, color=GREY, lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_xscale("log")
-    ax.set_xlim(right=2.5 * max(r["times_ours"] for r in rows if r["model"] == model))
-    ax.set_xlabel(f"times {OURS}")
-    ax.set_title(f"{model} shapes, bf16, {_machine(report)}")
-    ax.legend(frameon=False, loc="lower right", fontsize=8)
+    longest = max(r["times_ours"] for r in rows if r["model"] == model)
+    ax.set_xlim(right=2.5 * longest)
+    ax.set_xticks([t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t < 2.5 * longest])
+    _plain_numbers(ax.xaxis)
+    ax.set_xlabel(f"times as long as {OURS}")
+    _title(ax, "Time to handle the weights (lower is better)", f"{model} weights, bf16, {_machine(report)}")
+    _legend(ax, loc="upper right")  # ours, which are short, are at the top
 
 
 def sizes(ax, report):
@@ -84,36 +88,45 @@ def sizes(ax, report):
             )
             ax.plot(*zip(*line, strict=True), style, color=color, marker="o", ms=3, label=f"{backend}: {operation}")
     ax.axhline(1, color=GREY, lw=0.8)
-    ax.set_xscale("log", base=2)
+    _powers_of_two(ax, [r["elements"] for r in rows])
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("elements")
-    ax.set_ylabel("bandwidth, copy = 1")
-    ax.set_title(_machine(report))
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_xlabel("weights of one call")
+    ax.set_ylabel("bandwidth, a copy's = 1")
+    _title(ax, "Bandwidth of one call (higher is better)", _machine(report))
+    _legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def generation(ax, report):
-    """Share of a generation of 30 members that handling weights takes, by length of the answers; dots: as far as
-    answers were timed."""
+    """Share of a generation of 30 members that handling weights takes, by length of the answers."""
     models = list(dict.fromkeys(r["model"] for r in report["break_even"]))
+    every, guessed = [], False
     for model, color in zip(models, (BLUE, RED, GREEN), strict=False):
         for way, style in ((REFERENCE, "-"), (OURS, "--")):
             r = next(r for r in report["break_even"] if r["model"] == model and r["way"] == way)
             weights = r["seconds_member"] + r["seconds_update"] / 30
             tokens = list(map(int, r["seconds_answers"]))
             shares = [weights / (weights + seconds) for seconds in r["seconds_answers"].values()]
-            ax.plot(tokens, shares, style, color=color, label=f"{model}: {way}")
-            # Beyond the longest answer that was waited for the curve is an extrapolation.
-            known = [(n, share) for n, share in zip(tokens, shares, strict=True) if n <= r["longest_measured"]]
-            ax.plot(*zip(*known, strict=True), "o", color=color, ms=3)
+            known = sum(n <= r["longest_measured"] for n in tokens)
+            label = f"{model}: {way}"
+            ax.plot(tokens[:known], shares[:known], style, color=color, marker="o", ms=4, label=label)
+            # Beyond the longest answer that was waited for
+            ax.plot(tokens[known - 1 :], shares[known - 1 :], ":", color=color, lw=1.2)
+            ax.plot(tokens[known:], shares[known:], "o", color=color, mfc="white", ms=5)
+            every, guessed = [*every, *tokens], guessed or known < len(tokens)
+    if guessed:
+        ax.plot([], [], ":o", color=GREY, mfc="white", ms=5, lw=1.2, label="extrapolated from shorter answers")
     ax.axhline(0.01, color=GREY, lw=0.8)
-    ax.set_xscale("log", base=2)
+    _powers_of_two(ax, every)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-    ax.set_xlabel("tokens of an answer (200 questions, N = 30)")
-    ax.set_ylabel("handling weights, of a generation")
-    ax.set_title(_machine(report))
-    ax.legend(frameon=False, fontsize=8)
+    ax.set_xlabel("tokens of an answer")
+    ax.set_ylabel("share of a generation")
+    _title(
+        ax,
+        "Share of a generation spent on handling the weights (lower is better)",
+        f"200 questions, 30 members, {_machine(report)}",
+    )
+    _legend(ax, loc="lower left")
 
 
 def exactness(ax, report):
@@ -132,42 +145,47 @@ def exactness(ax, report):
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     ax.set_xlabel("generation")
     ax.set_ylabel("held-out questions answered right")
-    ax.set_title(
-        f"step / ulp {report['add_then_subtract']['step_over_ulp']['0.5']:.2f}, N = {setting['population']}, "
-        f"{setting['seeds']} seeds"
+    _title(
+        ax,
+        "Right answers, by how the weights are kept (higher is better)",
+        "In a generation half of the weights move by less than "
+        f"{report['add_then_subtract']['step_over_ulp']['0.5']:.2f} of the gap between neighbouring bf16 numbers.\n"
+        f"{setting['population']} members; mean of {setting['seeds']} seeds, band: one standard error",
     )
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    _legend(ax, loc="upper left")
 
 
 def scale(ax, report):
     """Efficiency against workers, in simulation."""
-    for policy, color in (("waves", RED), ("shared counter", SAND), ("re-issued", BLUE), ("dropped", GREEN)):
+    a = report["assumed"]
+    for policy, meaning, color in (
+        ("waves", "all wait for the slowest", RED),
+        ("shared counter", "who is free takes the next member", SAND),
+        ("re-issued", "a late member is given out again", BLUE),
+        ("dropped", "a late member is left out", GREEN),
+    ):
         rows = [r for r in report["simulated"] if r["policy"] == policy]
         ax.plot(
             [r["workers"] for r in rows],
             [r["efficiency"] for r in rows],
+            ":o",
             color=color,
-            lw=1.5,
-            marker="o",
-            ms=4,
-            label=policy,
+            mfc="white",
+            ms=5,
+            label=f"{policy}: {meaning}",
         )
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([r["workers"] for r in rows], [str(r["workers"]) for r in rows])
-    ax.set_ylim(0, 1)
+    _powers_of_two(ax, [r["workers"] for r in report["simulated"]], only_these=True)
+    ax.set_ylim(0, 1.02)
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     ax.set_xlabel("workers")
     ax.set_ylabel("share of their time that counts")
-    a = report["assumed"]
-    ax.set_title(
-        f"Simulated: {a['members_a_worker']} members a worker, {a['stragglers']:.0%} of them {a['straggle']:.0f} times "
-        "as long, workers that die"
+    _title(
+        ax,
+        "Useful share of the workers' time, by how members are given out (higher is better)",
+        f"Simulated, not measured: {a['members_a_worker']} members a worker, {a['stragglers']:.0%} of them take "
+        f"{a['straggle']:.0f} times as long, workers die",
     )
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
-
-
-def _machine(report):
-    return report["machine"].get("gpu", report["machine"]["processor"])
+    _legend(ax, loc="lower left", title="simulated", title_fontsize=8, alignment="left")
 
 
 def members(ax, report):
@@ -177,19 +195,25 @@ def members(ax, report):
         if row["prompts"] == 8:
             of.setdefault(row["model"], []).append(row)
     model, rows = max(of.items(), key=lambda entry: len(entry[1]))
+    names = {"plain": "plain inference of as many answers", "one batch": "members in one batch"}
     for way, color in (("plain", GREY), ("one batch", BLUE), ("one by one", RED)):
         ax.plot(
             [row["members"] for row in rows],
             [row["ways"][way]["tokens_per_s"] for row in rows],
             "o-",
             color=color,
-            label={"plain": "plain inference, as many rows", "one batch": "members in one batch"}.get(way, way),
+            label=names.get(way, f"members {way}"),
         )
+    _powers_of_two(ax, [row["members"] for row in rows], only_these=True)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel(f"members, {rows[0]['prompts']} prompts each")
-    ax.set_ylabel("tokens a second (higher is better)")
-    ax.set_title(f"{model}, noise of rank {report['noise_rank']}, {_machine(report)}")
-    ax.legend(frameon=False)
+    ax.set_xlabel("members")
+    ax.set_ylabel("tokens a second")
+    _title(
+        ax,
+        "Speed of answering for all members (higher is better)",
+        f"{model}, {rows[0]['prompts']} prompts a member, noise of rank {report['noise_rank']}, {_machine(report)}",
+    )
+    _legend(ax)
 
 
 def conciseness(ax, report):
@@ -201,16 +225,49 @@ def conciseness(ax, report):
         color, first = colors[run["way"]], run["seed"] == 0
         label = f"{run['way']}: {len(minutes)} generation{'s' * (len(minutes) > 1)}" if first else None
         ax.plot(minutes, rewards, "o-", color=color, label=label)
-        held_out = "held-out questions, before and after" if first else None
+        held_out = "held-out questions, asked only before and after" if first else None
         ax.plot([0, minutes[-1]], [run["base"], run["final"]], "x:", color=color, label=held_out)
     ax.set_xlabel("minutes of generations")
-    ax.set_ylabel("mean reward (higher is better)")
+    ax.set_ylabel("mean reward")
     setting = report["setting"]
-    ax.set_title(
-        f"{report['model']}, conciseness, {setting['population']} members x {setting['prompts']} prompts, "
-        f"{_machine(report)}, one thread a run"
+    _title(
+        ax,
+        "Reward over time, for short answers (higher is better)",
+        f"{report['model']}, {setting['population']} members x {setting['prompts']} prompts, "
+        f"{_machine(report)}, one thread a run",
     )
-    ax.legend(frameon=False)
+    _legend(ax)
+
+
+def _machine(report):
+    return report["machine"].get("gpu", report["machine"]["processor"])
+
+
+def _title(ax, claim, setting):
+    """What is compared and which end is the better one; smaller and below it, of what."""
+    ax.set_title(claim, pad=20 + 12 * setting.count("\n"), fontweight="bold")
+    ax.annotate(setting, (0, 1), (0, 7), "axes fraction", "offset points", color=GREY, fontsize=8.5)
+
+
+def _legend(ax, **place):
+    ax.legend(frameon=False, fontsize=8, **place)
+
+
+def _powers_of_two(ax, values, only_these=False):
+    """A logarithmic axis of plain numbers: powers of two as far as the values go, or with `only_these` the values."""
+    ax.set_xscale("log", base=2)
+    ticks = sorted(set(values))
+    if not only_these:
+        low, high = math.floor(math.log2(ticks[0])), math.ceil(math.log2(ticks[-1]))
+        ticks = [2**n for n in range(low, high + 1, max(1, (high - low) // 5))]
+    ax.set_xticks(ticks)
+    _plain_numbers(ax.xaxis)
+
+
+def _plain_numbers(axis):
+    axis.set_major_formatter(lambda number, _: f"{number / 1e6:,.0f}M" if number >= 1e6 else f"{number:.8g}")
+    axis.set_minor_formatter(lambda number, _: "")
+    axis.set_tick_params(which="minor", length=0)
 
 
 # Of each picture its panels, one below the other, and their results
@@ -250,15 +307,22 @@ def _figure(rows=1):
             "axes.titlelocation": "left",
         }
     )
-    return pyplot.subplots(rows, 1, figsize=(7.5, 4.2 * rows), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(rows, 1, figsize=(7.5, 4.2 * rows), layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(hspace=0.06)
+    return figure, axes[:, 0]
+
+
+def drawn(name):
+    """The figure of docs/NAME.png."""
+    figure, axes = _figure(len(PLOTS[name]))
+    for ax, (source, draw) in zip(axes, PLOTS[name].items(), strict=True):
+        draw(ax, json.loads((RESULTS / f"{source}.json").read_text()))
+    return figure
 
 
 def redraw():
-    for name, panels in PLOTS.items():
-        figure, axes = _figure(len(panels))
-        for ax, (source, draw) in zip(axes[:, 0], panels.items(), strict=True):
-            draw(ax, json.loads((RESULTS / f"{source}.json").read_text()))
-        figure.savefig(DOCS / f"{name}.png", dpi=120, metadata={"Source": digest(name)})
+    for name in PLOTS:
+        drawn(name).savefig(DOCS / f"{name}.png", dpi=120, metadata={"Source": digest(name)})
 
 
 def draw_folder(folder, file):
@@ -271,7 +335,7 @@ def draw_folder(folder, file):
         for draw in draws
     ]
     figure, axes = _figure(max(1, len(wanted)))
-    for ax, (draw, report) in zip(axes[:, 0], wanted, strict=False):
+    for ax, (draw, report) in zip(axes, wanted, strict=False):
         try:
             draw(ax, report)
         except (KeyError, ValueError, StopIteration) as error:  # a run that was cut off
