@@ -82,7 +82,7 @@ def _refuse(error: Exception, debug: bool) -> int:
 
 def _train(options: Options) -> None:
     from es_finetune.commands.train import train
-    from es_finetune.monitor.progress import Progress, value
+    from es_finetune.monitor.progress import Progress, say, terminal, value
 
     quiet = not logging.getLogger("es_finetune").isEnabledFor(logging.INFO)
     trained = train(options, callbacks=[] if quiet else [Progress()])
@@ -90,10 +90,11 @@ def _train(options: Options) -> None:
         return
     folder, summary = trained
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
-    print(
+    say(
         f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and "
         f"{summary['seconds_total']:.1f} s ({summary['share_outside'] or 0:.1%} outside generation and reward); "
-        f"theta {summary['fingerprint']}; {folder}"
+        f"theta {summary['fingerprint']}; {folder}",
+        terminal(),
     )
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TextColumn
+import rich.progress
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TextColumn
 from rich.table import Column
+from rich.text import Text
 
 from es_finetune.monitor.callbacks import Callback, Run
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Summary, total_seconds
+from es_finetune.runs.files import read_rows
 
 
 def value(metric: str, number: float | None) -> str:
@@ -53,11 +57,20 @@ def estimate(seconds: float, eval_seconds: float, generations: int, eval_every: 
     )
 
 
-@functools.cache
 def terminal(stderr: bool = False) -> Console:
-    """Where messages and the live line go, one above the other: standard output, or with `stderr` standard error;
-    without colours of numbers."""
+    """Where messages and the live view go, one above the other: standard output, or with `stderr` standard error;
+    without colours of numbers. One object for each: only a message of the same console moves the live view down."""
+    return _console(stderr)
+
+
+@functools.cache
+def _console(stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def say(text: str, console: Console) -> None:
+    """A line as it is; on a terminal broken between words."""
+    console.print(text, markup=False, highlight=False, soft_wrap=not is_live(console))
 
 
 def is_live(console: Console) -> bool:
@@ -74,8 +87,7 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            # On a terminal broken between words
-            self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=not is_live(self.console))
+            say(self.format(record), self.console)
         except Exception:  # as every handler of logging: a message is worth no run
             self.handleError(record)
 
@@ -94,11 +106,23 @@ def show_messages(console: Console, level: int = logging.INFO) -> Iterator[None]
         logger.setLevel(before)
 
 
+class _View(rich.progress.Progress):
+    """A bar and lines of text below it."""
+
+    lines: Sequence[str] = ("", "")  # results, sample, and what is being done
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        # The console's soft_wrap would let the terminal break a long one inside a word
+        yield from (Text(line, no_wrap=False, overflow="fold") for line in self.lines if line)
+
+
 class Progress(Callback):
-    """Draws the progress of a run: a live line on a terminal, a plain line every few generations in a file or a pipe.
+    """Draws the progress of a run: on a terminal a live view of a bar, the rewards, what is being done and a sample
+    answer; in a file or a pipe a plain line every few generations, and the sample answer below it.
 
     Args:
-        console: That of `show_messages`, or messages would break the live line.
+        console: That of `show_messages`, or messages would break the live view.
     """
 
     def __init__(self, console: Console | None = None):
@@ -106,40 +130,102 @@ class Progress(Callback):
         self.live = is_live(self.console)
 
     def on_start(self, trainer: Run) -> None:
-        # One column of text under 80 characters: a bar beside it would push the count off a narrow terminal. Narrower
-        # still, its end is cut.
-        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-        self.bar = Bar(text, console=self.console, disable=not self.live)
+        self.view = _View(
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            console=self.console,
+            disable=not self.live,
+            expand=True,
+        )
         self.first: tuple[int, float] | None = None  # generations and seconds when the first one here was done
-        # What the live line says of the generations done, in short and in full
-        self.latest = self.line = f"{trainer.generation}/{trainer.config.generations}"
-        self.row = self.bar.add_task(self.latest, total=trainer.config.generations)
-        self.bar.start()
+        self.sample = self.shown = ""
+        self.row = self.view.add_task(
+            f"{trainer.generation}/{trainer.config.generations}",
+            total=trainer.config.generations,
+            completed=trainer.generation,
+        )
+        self.view.start()
 
     def on_activity(self, trainer: Run, doing: str) -> None:
-        """On the live line, behind what the generations came to."""
-        self.bar.update(self.row, description=f"{self.latest}  {doing}")
+        self.view.lines = [*self.view.lines[:2], doing]
 
     def on_eval(self, trainer: Run, row: EvalRow) -> None:
-        self.bar.update(self.row, description=self.line)
+        self.sample = _sample(trainer.folder, row["generation"], len(trainer.evals) - 1)
+        self._show(trainer)
 
     def on_generation(self, trainer: Run, row: GenerationRow) -> None:
-        done, generations, metric = row["generation"] + 1, trainer.config.generations, trainer.task.metric
+        done, generations = row["generation"] + 1, trainer.config.generations
         seconds = total_seconds(trainer.rows, trainer.evals)
         # Evals between generations count, what came before the first one does not.
         first, then = self.first = self.first or (done, seconds)
         each = (seconds - then) / (done - first) if done > first else row["seconds"]
-        last: Mapping[str, Any] = trainer.evals[-1]
-        held_out = value(metric, last[metric])
-        self.latest = (
-            f"{done:{len(str(generations))}d}/{generations}  reward {value('reward', row['reward_mean'])}  "
-            f"held-out {held_out if metric == 'reward' else f'{metric} {held_out}'}  "
-            f"{duration(seconds)}, {duration(each * (generations - done))} left"
-        )
-        self.line = f"{self.latest}  outside {row['share_outside']:.1%}"
-        self.bar.update(self.row, completed=done, description=self.line)
+        count = f"{done:{len(str(generations))}d}/{generations}"
+        time = f"{duration(seconds)}, {duration(each * (generations - done))} left"
+        self.view.update(self.row, completed=done, description=f"{count}  {time}")
+        self._show(trainer)
         if not self.live and (done % max(1, generations // 10) == 0 or done == 1):
-            self.console.print(self.line, markup=False, highlight=False, soft_wrap=True)
+            reward = value("reward", row["reward_mean"])
+            say(f"{count}  reward {reward}  {_held_out(trainer)}  {time}", self.console)
+            self._say_sample()
 
     def on_end(self, trainer: Run, summary: Summary | None) -> None:
-        self.bar.stop()
+        self._show(trainer)
+        self.view.stop()
+        if not self.live:
+            self._say_sample()
+
+    def _show(self, trainer: Run) -> None:
+        """Below the bar, as soon as it is drawn next."""
+        reward = (
+            f"reward {_with_best('reward', [row['reward_mean'] for row in trainer.rows])}  " if trainer.rows else ""
+        )
+        self.view.lines = [reward + _held_out(trainer), self.sample]
+
+    def _say_sample(self) -> None:
+        """Each once: in a pipe nothing is overwritten."""
+        if self.sample != self.shown:
+            self.shown = self.sample
+            say(self.sample, self.console)
+
+
+def _held_out(trainer: Run) -> str:
+    metric, evals = trainer.task.metric, trainer.evals
+    name = "held-out" if metric == "reward" else f"held-out {metric}"
+    values: list[Any] = [dict(row)[metric] for row in evals]
+    return f"{name} {_with_best(metric, values)}" if evals else ""
+
+
+def _with_best(metric: str, values: Sequence[float | None]) -> str:
+    """The last of them, and the best so far."""
+    known = [number for number in values if number is not None]
+    return f"{value(metric, values[-1])}, best {value(metric, max(known, default=None))}"
+
+
+def _sample(folder: Path, generation: int, number: int) -> str:
+    """A held-out question with its answer after so many updates, in one line of at most 79 characters: of each eval
+    another one. Empty where no answers were kept."""
+    answers = read_rows(folder / "answers" / ("tuned.jsonl" if generation else "base.jsonl"))
+    if not answers:
+        return ""
+    row = answers[number % len(answers)]
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else str(row["prompt"][-1]["content"])
+    exact = row.get("exact")
+    worth = f"reward {value('reward', row['reward'])}" if exact is None else "right" if exact == 1 else "wrong"
+    # The head of a question, the end of an answer: there the result stands
+    return f"sample: {_in_short(prompt, 24)} -> {_in_short(row['completion'], 26, end=True)} ({worth})"
+
+
+def _in_short(text: str, width: int, end: bool = False) -> str:
+    """The first words of a text, or with `end` the last ones, in one line and without what a terminal would obey."""
+    plain = " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
+    if cell_len(plain) <= width:
+        return plain
+    words = plain.split(" ")[:: -1 if end else 1]
+    kept: list[str] = []
+    for word in words:
+        if cell_len(" ".join([*kept, word])) > width - 2:
+            break
+        kept.append(word)
+    if not kept:  # one word longer than that
+        return f"…{set_cell_size(words[0][::-1], width - 1)[::-1]}" if end else f"{set_cell_size(words[0], width - 1)}…"
+    return f"… {' '.join(kept[::-1])}" if end else f"{' '.join(kept)} …"
