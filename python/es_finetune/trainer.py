@@ -17,8 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import es_kernels
 from es_finetune import errors
 from es_finetune.config import TrainConfig, recorded_options
@@ -30,6 +28,7 @@ from es_finetune.monitor.plots import plot_run
 from es_finetune.monitor.progress import duration, estimate
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Row, Summary, eval_row, population_row, summary
 from es_finetune.monitor.trackers import as_callback, trackers_named
+from es_finetune.runs.environment import versions
 from es_finetune.runs.files import append_row, generation_rows, save_answers, write_atomically
 from es_finetune.runs.folder import ASIDE, CURVES, check_folder, inherit, is_ours, remove
 from es_finetune.runs.log import FORMAT, Generation, SealedLines, is_begun, parse_log, read_journals, read_log, sealed
@@ -233,7 +232,8 @@ class Trainer:
             "es_finetune": es_kernels.__version__,
             "config": recorded_options(self.config),
             **start,
-            "versions": {"torch": torch.__version__, "es_kernels": es_kernels.__version__},
+            "versions": versions(),
+            "machine": self.workers.machine,
         }
         sealed(header)
         return header

@@ -85,6 +85,8 @@ def test_rows_and_log_say_the_same(run):
     header, generations = read_log(run / "run.log")
     assert [row["generation"] for row in rows] == [g.update.generation for g in generations] == [0, 1]
     assert header["model"]["model"] == "embedded" and header["config"]["population"] == 4
+    assert set(header["versions"]) == {"python", "torch", "transformers", "es_kernels"}
+    assert set(header["machine"]) == {"processor", "gpu", "driver"}
     for row, logged in zip(rows, generations, strict=True):
         assert row["reward_min"] <= row["reward_mean"] == logged.update.reward <= row["reward_max"]
         assert row["reward_low"] < row["reward_mean"] < row["reward_high"]  # over the prompts

@@ -7,7 +7,8 @@ run.log is JSON, one object a line, each with a CRC-32 of what stands before it 
      "theta": "<16 hex>", "live": "<16 hex>", "crc": "..."}
 
 The first line is the header, each other one a generation, or {"generations": 40, "crc": "..."} where the run went on to
-another number of them than the lines before it say.
+another number of them than the lines before it say. The header's versions and machine are those that the run began
+with; nothing but the report reads them.
 
 z is null where all rewards were equal and nothing was changed; "dropped" names members that a pool of workers gave up,
 if any. lr and sigma are one number for each param_group, theta and live the fingerprints after the update. About 400

@@ -30,6 +30,7 @@ class Workers(Protocol):
         model: The torch module, where it is in this process; else None.
         backend: Of es_kernels, as it names itself.
         parameters: Of the model.
+        machine: Of one of them, as `runs.environment.machine` tells it.
     """
 
     count: int
@@ -38,6 +39,7 @@ class Workers(Protocol):
     model: Any
     backend: str
     parameters: int
+    machine: dict[str, str]
 
     def start(self) -> dict[str, Any]: ...
 

@@ -48,6 +48,7 @@ class Actor:
             "host": socket.gethostname(),
             "backend": self.worker.backend,
             "parameters": self.worker.parameters,
+            "machine": self.worker.machine,
         }
 
     def fast_forward(self, generations: Sequence[Row], snapshots: Path | None) -> None:
@@ -356,6 +357,7 @@ class RayPool:
         slot.started, slot.host = True, started["host"]
         if self._start is None:
             self._start, self.backend, self.parameters = started["start"], started["backend"], started["parameters"]
+            self.machine = started["machine"]
         require_same_run(slot.name, started["start"], self._start)
 
     def _replace(self, slot: Slot, why: str) -> None:

@@ -98,7 +98,7 @@ class Ranks:
     def __init__(self, worker: Worker, options: dict[str, Any]):
         self.worker, self.options = worker, options
         self.plan, self.task, self.model = worker.plan, worker.task, worker.model
-        self.backend, self.parameters = worker.backend, worker.parameters
+        self.backend, self.parameters, self.machine = worker.backend, worker.parameters, worker.machine
         self._store = dist.PrefixStore(f"run{next(_runs)}", _meet())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         worker.group = self.plan.group(self.count)

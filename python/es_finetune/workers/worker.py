@@ -12,6 +12,7 @@ from es_finetune.errors import RewardFailed
 from es_finetune.evaluation.evaluator import Evaluation, Evaluator, HeldOut, LogProbEvaluator, in_parts
 from es_finetune.monitor.rows import Row, member_line
 from es_finetune.optim.update import Update
+from es_finetune.runs.environment import machine
 from es_finetune.runs.identity import task_identity
 from es_finetune.tasks import Item, reads
 from es_finetune.workers.plan import Plan
@@ -40,6 +41,7 @@ class Worker:
         self.group = plan.at_once
         self.weights, self.model = replica.weights, replica.model
         self.backend, self.parameters = replica.backend, replica.parameters
+        self.machine = machine(replica.backend)
         self._held_out = HeldOut(replica.engine, plan.task, plan.held_out)
         # Of all, so that one that cannot be asked is known now, and not when it is drawn
         every = self._evaluator(plan.task.train)

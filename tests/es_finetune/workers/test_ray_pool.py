@@ -52,7 +52,7 @@ class Played:
             theta = update.generation + 100 + self.weights.get(number, 0)
             return {"theta": theta, "live": theta, "lr": [0.1], "sigma": [0.1], "seconds_kernels": 0.0}
 
-        started = {"start": {"base_fingerprint": "0"}, "host": "here", "backend": "cpu", "parameters": 1}
+        started = {"start": {"base_fingerprint": "0"}, "host": "here", "backend": "cpu", "parameters": 1, "machine": {}}
         return SimpleNamespace(
             start=method("start", lambda: started),
             update=method("update", update),
