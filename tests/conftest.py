@@ -22,6 +22,13 @@ from es_kernels.backends import reference, triton  # noqa: E402, F401
 # Inductor finds out which vector instructions there are by compiling programs, for 5 s; no test looks at its speed.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
+# The same examples in every run, and no database beside the sources. The environment of vLLM has no hypothesis.
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("same", derandomize=True, database=None)
+    hypothesis.settings.load_profile("same")
+
 # Programs that tests start decide for themselves.
 if _before is None:
     os.environ.pop("TRITON_INTERPRET", None)

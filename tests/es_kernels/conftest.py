@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import types
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -27,10 +26,6 @@ from .aarch64 import emulator
 from .ptx import backends as ptx
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-# The same examples in every run, and no database beside the sources.
-hypothesis.settings.register_profile("es_kernels", derandomize=True, database=None)
-hypothesis.settings.load_profile("es_kernels")
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STORAGE = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from es_finetune.errors import UserError
+from es_finetune.optim.options import finite, whole
 from es_finetune.optim.shaping import MAX_REWARD, SHAPINGS
 
 
@@ -41,11 +42,16 @@ class Update(NamedTuple):
 
         Returns:
             An equal update.
+
+        Raises:
+            KeyError, TypeError, ValueError: It returned no such thing.
         """
         z = line["z"]
         if z is not None:
             z = tuple(np.frombuffer(base64.b64decode(z), "<f4").astype(float).tolist())
-        return cls(line["generation"], z, line["scored"], line["reward"], tuple(line.get("dropped", ())))
+        generation, scored = (whole(name, line[name]) for name in ("generation", "scored"))
+        dropped = tuple(whole("dropped", member) for member in line.get("dropped", ()))
+        return cls(generation, z, scored, finite("reward", line["reward"]), dropped)
 
 
 def make_update(

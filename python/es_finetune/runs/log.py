@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from es_finetune.errors import UserError
+from es_finetune.optim.options import finite, whole
 from es_finetune.optim.update import Update
 
 FORMAT = 2  # in 1 the option master was called base
@@ -61,8 +62,10 @@ class Generation(NamedTuple):
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Generation:
+        """The generation of a line. KeyError, TypeError or ValueError for what is none."""
         theta, live = int(line["theta"], 16), int(line["live"], 16)
-        return cls(Update.from_json(line), tuple(line["lr"]), tuple(line["sigma"]), theta, live)
+        lr, sigma = (tuple(finite(name, value) for value in line[name]) for name in ("lr", "sigma"))
+        return cls(Update.from_json(line), lr, sigma, theta, live)
 
 
 class SealedLines:
@@ -134,8 +137,19 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[Generation]]:
 
 def read_journals(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of the journals of all workers that ever wrote into the folder; of which generation each is, it
-    says."""
-    return [line for path in sorted(folder.glob("journal*")) for line in _read(path, strict=False)[0]]
+    says.
+
+    Raises:
+        UserError: A line says no generation, member and rewards.
+    """
+    journals = {path: _read(path, strict=False)[0] for path in sorted(folder.glob("journal*"))}
+    for path, lines in journals.items():
+        for number, line in enumerate(lines, 1):
+            if not _is_of_a_member(line):
+                raise UserError(
+                    f"{path} is damaged in line {number}, which is no member of a generation: remove that line"
+                )
+    return [line for lines in journals.values() for line in lines]
 
 
 def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Generation]]:
@@ -149,12 +163,19 @@ def parse_log(path: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], 
     if not lines or lines[0].get("run") != FORMAT:
         raise UserError(f"{path} is no log of a run (format {FORMAT})")
     header, generations = lines[0], []
+    if not isinstance(header.get("config"), dict):
+        raise UserError(
+            f"{path} is damaged in line 1: its header has no config; remove the file to begin the run again"
+        )
     for number, line in enumerate(lines[1:], 2):
-        if line.keys() == {"generations", "crc"}:
-            header = {**header, "config": {**header["config"], "generations": line["generations"]}}
-            continue
         try:
-            generations.append(Generation.from_json(line))
+            if line.keys() == {"generations", "crc"}:
+                header = {
+                    **header,
+                    "config": {**header["config"], "generations": whole("generations", line["generations"])},
+                }
+            else:
+                generations.append(Generation.from_json(line))
         except (KeyError, TypeError, ValueError):
             what = "a second header" if "run" in line else "no generation"
             raise UserError(f"{path} is damaged in line {number}, which is {what}: remove that line") from None
@@ -177,6 +198,14 @@ def is_begun(path: Path) -> bool:
     return path.exists() and bool(_read(path, strict=False)[0])
 
 
+def _is_of_a_member(line: dict[str, Any]) -> bool:
+    try:
+        whole("generation", line["generation"]), whole("member", line["member"])
+        return all(reward is None or finite("reward", reward) is not None for reward in line["rewards"])
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
     """The lines of the file before the first that is not whole, and the length in bytes of what they take. With
     `strict` that one must be the last, and torn: without its newline."""
@@ -185,11 +214,10 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
     at = 0
     while at < len(data):
         end = data.find(b"\n", at) + 1
-        line = data[at:end] if end else b""
-        body = line[:-_SEAL_LENGTH]
-        if not end or line != body + (_SEAL % zlib.crc32(body)).encode():
+        line = _opened(data[at:end]) if end else None
+        if line is None:
             if strict and end:
-                if not lines and not line.startswith(b'{"run": '):
+                if not lines and not data.startswith(b'{"run": '):
                     raise UserError(f"{path} is no log of a run (format {FORMAT})")
                 last = lines and end == len(data)
                 remedy = (
@@ -199,6 +227,17 @@ def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:
                 )
                 raise UserError(f"{path} is damaged in line {len(lines) + 1}: its CRC does not fit; {remedy}")
             break
-        lines.append(json.loads(line))
+        lines.append(line)
         at = end
     return lines, at
+
+
+def _opened(line: bytes) -> dict[str, Any] | None:
+    """The object that `sealed` made the line of; None for what it did not make."""
+    body = line[:-_SEAL_LENGTH]
+    if line != body + (_SEAL % zlib.crc32(body)).encode():
+        return None
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -85,7 +85,7 @@ def config_of(header: dict[str, Any], run: str | Path) -> TrainConfig:
         return TrainConfig(**header["config"])
     except TypeError as error:
         raise UserError(
-            f"{run} was written by es_finetune {header['es_finetune']}, whose configs differ: {error}"
+            f"{run} was written by es_finetune {header.get('es_finetune')}, whose configs differ: {error}"
         ) from None
 
 
