@@ -211,6 +211,7 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, number: int, second
                 and type(reply[0]) is int
                 and reply[0] <= number
                 and isinstance(reply[1], dict)
+                and reply[1].keys() & {"value", "error"}
             ):
                 raise ValueError
             if reply[0] == number:

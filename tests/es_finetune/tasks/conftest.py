@@ -1,6 +1,9 @@
-"""Fixtures of tests/es_finetune/tasks: answers that no task may give credit, and answers that would run code."""
+"""Fixtures of tests/es_finetune/tasks: answers that no task may give credit, answers that would run code, any text."""
+
+import math
 
 import pytest
+from hypothesis import strategies as st
 
 HOSTILE = [
     "",
@@ -59,3 +62,30 @@ EVIL = [
     "[x for x in (1,)]",
     "(lambda: 1)()",
 ]
+
+
+# Any characters, halves of surrogate pairs too; and what tasks look for, in any order and number.
+PARTS = r"""<answer> </answer> <think> </think> \boxed{ \boxed \frac{ } { ( ) [ ] + - * ** / // . , = ! ^ _ \ $ 3+4+7
+    9**9**9 1/0 1e999 nan inf sqrt( x \text{ \sqrt \infty 10!! lambda __import__""".split()
+TEXTS = st.text(st.characters(exclude_categories=())) | st.lists(
+    st.builds(
+        str.__mul__,
+        st.sampled_from([*PARTS, "</think>\n<answer>", "\n", " ", "\x00", "\u0663", "\ud800"])
+        | st.integers(0, 200).map(str),
+        st.sampled_from([1] * 8 + [2, 30]) | st.sampled_from([1, 5000]),
+    ),
+    max_size=12,
+).map("".join)
+
+
+@pytest.fixture(scope="session")
+def is_a_score():
+    """Whether a score is one that can be trained on and reported."""
+
+    def check(score):
+        shares = [share for share in (score.exact, score.format) if share is not None]
+        assert math.isfinite(score.reward) and all(0 <= share <= 1 for share in shares)
+        assert score.error is None or "\n" not in score.error
+        return True
+
+    return check

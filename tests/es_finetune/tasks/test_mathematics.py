@@ -10,9 +10,13 @@ import re
 
 import datasets
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from es_finetune.errors import UserError
 from es_finetune.tasks import check_disjoint, load_task
+
+from .conftest import TEXTS
 
 MATH = [
     {"problem": "What is  1 + 1?", "solution": "It is $\\boxed{2}$.", "level": "Level 3", "type": "Algebra"},
@@ -192,6 +196,14 @@ def check_worth_nothing(mathematics, answer, frame, within):
     assert score.reward == score.exact == 0 and score.format in (0, 1)
     assert score.error is None or re.search("no result within .* s, killed", score.error)
     assert "x \\boxed" in frame or score.format == 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, boxed=st.booleans())
+def test_math_gives_any_text_a_score(mathematics, soon, is_a_score, within, text, boxed):
+    with within(5):
+        score = mathematics.score(mathematics.train[0], f"\\boxed{{{text}}}" if boxed else text)
+    assert is_a_score(score) and (score.error is None or score.reward == 0)
 
 
 def test_math_goes_on_after_a_kill(mathematics, soon, monkeypatch):

@@ -12,10 +12,13 @@ import pickle
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from es_finetune.errors import UserError
 from es_finetune.tasks import check_disjoint, load_task, reasoning
 from es_finetune.tasks.reward_process import RewardProcess
+
+from .conftest import TEXTS
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +134,16 @@ def test_sudoku_gives_hostile_answers_nothing(load, hostile, frame, within):
         score = sudoku.score(sudoku.train[0], frame.format(hostile))
     # The dataset's score gives 0.1 for the share of cells that happen to be right.
     assert score.exact == 0 and score.reward < 0.1 and score.format == ("</answer>" in frame)
+
+
+@pytest.mark.parametrize("name", ["mini_sudoku", "spiral_matrix", "complex_arithmetic"])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_any_text_has_a_score(load, is_a_score, within, name, text):
+    task = load(name, time_limit=0.5)
+    with within(5):
+        score = task.score(task.train[0], f"<answer>{text}</answer>")
+    assert is_a_score(score) and (score.error is None or score.reward == 0)
 
 
 @pytest.mark.parametrize(

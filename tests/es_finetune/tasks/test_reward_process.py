@@ -7,12 +7,14 @@
 - The child has no GPU, no torch and a fixed hash seed. What cannot be loaded is a UserError at once.
 """
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -250,6 +252,36 @@ def test_replies_are_bounded(tmp_path, monkeypatch):
     with pytest.raises(RewardError, match="no reply"):
         process("", {"count": 2000})
     assert process("", {"count": 3}) == "xxx"
+
+
+REPLIES = st.one_of(
+    st.binary(max_size=20),
+    st.builds(
+        lambda number, reply: json.dumps([number, reply]).encode(),
+        st.integers(0, 5) | st.none() | st.booleans(),
+        st.dictionaries(
+            st.sampled_from(["value", "error", "kind", "x"]), st.none() | st.integers() | st.text(max_size=3)
+        )
+        | st.none(),
+    ),
+    st.just(b"[" * 100_000),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(REPLIES, max_size=4))
+def test_whatever_comes_back_is_a_reply_or_refused(lines):
+    """Code in the child can find the pipe."""
+    (there, to), (back, here) = os.pipe(), os.pipe()
+    with open(there, "rb"), open(to, "wb", 0) as stdin, open(back, "rb", 0) as stdout:
+        with open(here, "wb", 0) as child:
+            fcntl.fcntl(child, fcntl.F_SETPIPE_SZ, 1 << 20)
+            child.write(b"\n".join(lines) + b"\n")
+        try:
+            reply = reward_process._exchange(types.SimpleNamespace(stdin=stdin, stdout=stdout), b"asked\n", 3, 20.0)
+        except (EOFError, ValueError, RecursionError):
+            return
+        assert reply.keys() & {"value", "error"}
 
 
 # --- the code of a new child ------------------------------------------------------------------------------------------
