@@ -469,7 +469,7 @@ class Trainer:
             "generation": generation,
             "sigma": outcome["sigma"][0],
             "lr": outcome["lr"][0],
-            **population_row(members, by_prompt, before + time.perf_counter() - begin, workers.count),
+            **population_row(members, by_prompt, before + time.perf_counter() - begin, workers.count, config.samples),
             "seconds_kernels": outcome["seconds_kernels"],
             "theta": f"{outcome['theta']:016x}",
             "live": f"{outcome['live']:016x}",

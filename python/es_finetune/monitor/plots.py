@@ -19,6 +19,8 @@ INK, BAND, ACCENT, SCORE, REST, TEXT, GRID = "#1b4f72", "#aed6f1", "#0f766e", "#
 # In the page a colour is a variable of its style sheet, so that the plots follow its dark mode.
 _NAMES = {INK: "ink", BAND: "band", ACCENT: "accent", SCORE: "score", REST: "rest", TEXT: "text", GRID: "grid"}
 
+HELD_OUT = {"exact": "Right answers to held-out items", "reward": "Held-out reward"}  # title, by metric
+
 Row = Mapping[str, Any]
 
 
@@ -36,7 +38,7 @@ def plot_run(path: Path, title: str, metric: str, rows: Sequence[Row], evals: Se
     rewards, held_out = figure.subplots(1, 2)
     for axes, name, draw in (
         (rewards, "Reward of the population, training prompts", lambda axes: draw_rewards(axes, rows)),
-        (held_out, f"Held-out {metric}, 95% intervals", lambda axes: draw_held_out(axes, metric, evals)),
+        (held_out, f"{HELD_OUT[metric]}, 95% intervals", lambda axes: draw_held_out(axes, metric, evals)),
     ):
         _dress(axes)
         if rows if axes is rewards else evals:
@@ -83,7 +85,7 @@ def svg(label: str, draw: Callable[[Any], None]) -> str:
 
 
 def draw_rewards(axes: Any, rows: Sequence[Row]) -> None:
-    """Min to max of the members as a band, their mean as a line."""
+    """Min to max of the members as a band, in it the middle half of them, their mean as a line."""
     x = _updates(rows)
     low, mean, high = (_series(rows, name) for name in ("reward_min", "reward_mean", "reward_max"))
     if len(x) == 1:
@@ -94,10 +96,13 @@ def draw_rewards(axes: Any, rows: Sequence[Row]) -> None:
             color=INK,
             fmt="o",
             capsize=4,
-            label="mean, min to max",
+            label="mean, worst to best member",
         )
     else:
-        axes.fill_between(x, low, high, color=BAND, alpha=0.6, linewidth=0, label="min to max of the members")
+        axes.fill_between(x, low, high, color=BAND, alpha=0.5, linewidth=0, label="worst to best member")
+        quartiles = [_series(rows, f"reward_q{percent}") for percent in (25, 75)]
+        if any(row.get("reward_q25") is not None for row in rows):  # an older run has none
+            axes.fill_between(x, *quartiles, color=BAND, linewidth=0, label="middle half")
         axes.plot(x, mean, color=INK, linewidth=1.8, label="mean")
     _legend(axes)
 
@@ -143,7 +148,20 @@ def draw_held_out(axes: Any, metric: str, evals: Sequence[Row]) -> None:
             fontweight="bold",
             color=ACCENT,
         )
-    axes.set_xlabel("updates")
+
+
+def draw_lengths(axes: Any, rows: Sequence[Row], evals: Sequence[Row]) -> None:
+    """Mean tokens of an answer: of the members' as a line, of the held-out ones as points, with the middle 80 % of
+    these as a bar."""
+    known = [row for row in rows if row.get("answer_tokens") is not None]
+    axes.plot(_updates(known), _series(known, "answer_tokens"), color=INK, linewidth=1.8, label="members, mean")
+    asked = [row for row in evals if row.get("answer_tokens") is not None]
+    x, mean = [row["generation"] for row in asked], _series(asked, "answer_tokens")
+    low, high = (_series(asked, f"answer_tokens_q{percent}") for percent in (10, 90))
+    axes.vlines(x, low, high, color=BAND, linewidth=5, label="held-out, middle 80%")
+    axes.plot(x, mean, "o", color=ACCENT, markersize=4, label="held-out, mean")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
 
 
 def draw_lines(
@@ -180,8 +198,9 @@ def draw_lines(
 
 def draw_time(axes: Any, rows: Sequence[Row]) -> None:
     """Shares of each generation's seconds, stacked; the legend has the shares of the whole run."""
-    parts = {"generate": BAND, "score": SCORE, "kernels": INK}
-    seconds = {name: [row.get(f"seconds_{name}") or 0.0 for row in rows] for name in parts}
+    parts = {"answering": BAND, "scoring": SCORE, "noise": INK}
+    keys = dict(zip(parts, ("seconds_generate", "seconds_score", "seconds_kernels"), strict=True))
+    seconds = {name: [row.get(key) or 0.0 for row in rows] for name, key in keys.items()}
     whole = [max(row["seconds"], sum(part), 1e-9) for row, *part in zip(rows, *seconds.values(), strict=True)]
     seconds["other"] = [total - sum(part) for total, *part in zip(whole, *seconds.values(), strict=True)]
     # One step a generation, so that a run of a single one is seen as well.

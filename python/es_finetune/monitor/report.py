@@ -6,6 +6,7 @@ made at any time, also of a run that is going on or was killed. One folder gives
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,15 +17,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from es_finetune.config import TrainConfig, as_flags
 from es_finetune.monitor.advice import swallowed
 from es_finetune.monitor.health import FAITHFUL
-from es_finetune.monitor.plots import draw_held_out, draw_lines, draw_rewards, draw_time, svg
+from es_finetune.monitor.plots import HELD_OUT, draw_held_out, draw_lengths, draw_lines, draw_rewards, draw_time, svg
 from es_finetune.monitor.progress import duration, value
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, meanings
 
 Row = dict[str, Any]
 
 SAMPLES = 4  # of each kind
 LONGEST = 1200  # characters of a text that are shown
+
+# Keys of the log's header in plain words; others are shown as they are
+_WORDS = {
+    "es_finetune": "version of es_finetune",
+    "noise_version": "version of the noise",
+    "metric": "what held-out items measure",
+    "model model": "model",
+    "model class": "kind of model",
+    "model commit": "commit on the hub",
+    "model dtype": "number format of the weights",
+    "model parameters": "weights",
+    "model trainable": "weights that are tuned",
+    "model vocabulary": "tokens of the vocabulary",
+    "base_fingerprint": "fingerprint of the base model",
+    "theta before": "fingerprint of the exact weights, before",
+    "live before": "fingerprint of the weights computed with, before",
+    "theta after": "fingerprint of the exact weights, after",
+    "live after": "fingerprint of the weights computed with, after",
+    "train_items": "digest of the training items",
+    "train_scoring": "digest of what they give the reward",
+    "test_items": "digest of the held-out items",
+    "test_scoring": "digest of what these give the reward",
+    "reward": "digest of the reward's code",
+    "seed": "seed of the run",
+}
 
 
 class RunFiles(NamedTuple):
@@ -62,10 +90,13 @@ def _shown(run: RunFiles) -> dict[str, Any]:
     rows = list({row["generation"]: row for row in run.rows}.values())
     evals = list({row["generation"]: row for row in run.evals}.values())
     header = dict(_flat({name: value for name, value in run.header.items() if name not in ("run", "config", "crc")}))
+    environment = _environment(header, summary)
     metric = header.get("metric", "reward")
     evals = [row for row in evals if row.get(metric) is not None]
     samples, counts = _samples(run, metric)
     chance = _chance(counts["better"], counts["worse"])
+    facts: dict[str, Any] = {**_fingerprints(header, rows, summary), **header}
+    facts |= {name: summary[name] for name in ("noise_version", "seed") if name in summary and name not in header}
     asked = summary.get("generations") or config.get("generations")
     return {
         "folder": shlex.quote(str(folder)),
@@ -94,17 +125,39 @@ def _shown(run: RunFiles) -> dict[str, Any]:
         "failed": sum(row.get("failed") or 0 for row in rows),
         "failures": _failures(rows),
         "samples": samples,
+        "environment": environment,
+        "command": _command(config, folder),
         "config": {name: _plain(value) for name, value in config.items()},
-        "header": header,
-        "facts": {
-            name: summary[name]
-            for name in ("backend", "noise_version", "seed")
-            if name in summary and name not in header
-        },
-        "fingerprints": _fingerprints(header, rows, summary),
+        "help": {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)},
+        "facts": {_WORDS.get(name, name): text for name, text in facts.items()},
         "log_bytes": run.log_bytes,
         "has_model": run.has_model,
     }
+
+
+def _environment(header: dict[str, str], summary: Row) -> dict[str, str]:
+    """Where and with what the run began, in plain words. It takes what it tells out of the header."""
+    names = {
+        "machine gpu": "GPU",
+        "machine driver": "GPU driver",
+        "machine processor": "processor",
+        "versions python": "Python",
+        "versions torch": "torch",
+        "versions transformers": "transformers",
+        "versions es_kernels": "es_kernels",
+    }
+    told = {name: header.pop(key, "not recorded") for key, name in names.items()}
+    return {**told, "kernels served by": summary.get("backend", "not recorded")}
+
+
+def _command(config: Row, folder: Path) -> str:
+    """The command line that asks for this run: the options that differ from the defaults."""
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(TrainConfig)
+    }
+    changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
+    return shlex.join(["es-finetune", "train", *as_flags({**changed, "output": str(folder)})])
 
 
 def _flat(row: Row, before: str = "") -> list[tuple[str, str]]:
@@ -144,7 +197,7 @@ def _health(name: str):
 
 
 def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any]]:
-    """Groups of plots: {"title", "plots": [(title, what it shows, svg or None)]}."""
+    """Groups of plots: {"title", "plots": [(title, what it shows, svg or None, {key in the files: its meaning})]}."""
     from markupsafe import Markup
 
     def has(read) -> bool:
@@ -163,17 +216,24 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
     kept = (
         "In bf16 with master fp32 or host a step below 1 is normal: what the weights cannot show yet is kept in theta."
     )
-    held_out = "Items that were never trained on, with 95% intervals. Dotted: the base model."
-    groups: list[tuple[str, list[tuple[str, str, Any, Callable[..., None]]]]] = [
+    held_out = "Items that were never trained on, with 95% intervals. Higher is better. Dotted: the base model."
+    groups: list[tuple[str, list[tuple[str, str, Any, Callable[..., None], list[str]]]]] = [
         (
             "Learning",
             [
-                (f"Held-out {metric}", held_out, evals, partial(draw_held_out, metric=metric, evals=evals)),
+                (
+                    HELD_OUT[metric],
+                    held_out,
+                    evals,
+                    partial(draw_held_out, metric=metric, evals=evals),
+                    [metric, "low", "high"],
+                ),
                 (
                     "Reward of the population",
-                    "Each member's mean over the training prompts of its generation.",
+                    "Each member's mean over the training prompts of its generation. Higher is better.",
                     rows,
                     partial(draw_rewards, rows=rows),
+                    ["reward_mean", "reward_min", "reward_max", "reward_q25", "reward_q75"],
                 ),
             ],
         ),
@@ -185,6 +245,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                     "Standard deviation between members: the signal. At zero nothing is learned.",
                     rows,
                     lines(spread=of("reward_std")),
+                    ["reward_std"],
                 ),
                 (
                     "Distance from the base model",
@@ -192,9 +253,10 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                     + (", in percent of the weights'." if relative else "."),
                     has(drift),
                     lines(relative, drift=drift),
+                    ["drift_relative" if relative else "drift"],
                 ),
                 (
-                    "Realised noise and step",
+                    "How much of noise and step the weights hold",
                     "Correlation of the change that was meant with the one the weights' dtype could hold. 1 is all of "
                     f"it. {kept}",
                     has(noise) or has(step),
@@ -204,37 +266,52 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                         lines={label: read for label, read in realised.items() if has(read)},
                         correlation=True,
                     ),
+                    ["correlation_min", "step_correlation"],
                 ),
                 (
                     "Members with identical answers",
                     "Share of members that answered every prompt as another member did. High: sigma is too low.",
                     has(of("identical")),
                     lines(True, identical=of("identical")),
+                    ["identical"],
                 ),
             ],
         ),
         (
-            "Time",
+            "Time and length",
             [
                 (
                     "Where a generation's time goes",
                     "Shares of its seconds; below, of the whole run.",
                     rows,
                     partial(draw_time, rows=rows),
+                    ["seconds", "seconds_generate", "seconds_score", "seconds_kernels"],
                 ),
                 (
                     "Tokens per second",
-                    "Generated tokens of all members.",
+                    "Generated tokens of all members. Higher is better.",
                     has(of("tokens_per_second")),
                     lines(tokens=of("tokens_per_second")),
+                    ["tokens_per_second"],
+                ),
+                (
+                    "Length of the answers",
+                    "In tokens. A length at the limit means that answers are cut off.",
+                    has(of("answer_tokens")) or any(row.get("answer_tokens") is not None for row in evals),
+                    partial(draw_lengths, rows=rows, evals=evals),
+                    ["answer_tokens", "answer_tokens_q10", "answer_tokens_q90"],
                 ),
             ],
         ),
     ]
+    words = meanings(EvalRow) | meanings(Health) | meanings(GenerationRow)
     return [
         {
             "title": title,
-            "plots": [(name, about, Markup(svg(name, draw)) if there else None) for name, about, there, draw in plots],
+            "plots": [
+                (name, about, Markup(svg(name, draw)) if there else None, {key: words[key] for key in keys})
+                for name, about, there, draw, keys in plots
+            ],
         }
         for title, plots in groups
     ]

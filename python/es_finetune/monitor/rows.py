@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, get_args, get_type_hints
+
+import numpy
 
 from es_finetune.evaluation.evaluator import Evaluation, headline, rewards_of
 from es_finetune.evaluation.statistics import interval, mean_of_known, share_identical
@@ -50,6 +52,9 @@ class GenerationRow(_SometimesInGenerationRow):
     reward_std: Annotated[float, "standard deviation between members (ddof 0)"]
     reward_min: Annotated[float, "of the worst member"]
     reward_max: Annotated[float, "of the best member"]
+    reward_q25: Annotated[float, "a quarter of the members are at or below it"]
+    reward_q50: Annotated[float, "half of the members are at or below it"]
+    reward_q75: Annotated[float, "three quarters of the members are at or below it"]
     reward_low: Annotated[float | None, "95 % interval of reward_mean over the prompts: low end; null under 8 prompts"]
     reward_high: Annotated[float | None, "high end"]
     exact_mean: Annotated[float | None, "share of right answers; null where the task knows none"]
@@ -60,6 +65,7 @@ class GenerationRow(_SometimesInGenerationRow):
     workers: Annotated[int, "how many there were"]
     share_outside: Annotated[float, "share of seconds * workers outside of generating and scoring, 0 to 1"]
     tokens: Annotated[int, "generated, of all members"]
+    answer_tokens: Annotated[float | None, "mean length of an answer; null where none is written"]
     tokens_per_second: Annotated[float, "of generating, of all workers together"]
     identical: Annotated[float, "share of members that answer every prompt as another member does, 0 to 1"]
     failed: Annotated[int, "answers whose scoring failed, of all members"]
@@ -82,6 +88,9 @@ class EvalRow(TypedDict):
     exact: Annotated[float | None, "share of right answers; null where the task knows none"]
     format: Annotated[float | None, "mean of the reward's part for format; null where there is none"]
     failed: Annotated[int, "answers whose scoring failed"]
+    answer_tokens: Annotated[float, "mean length of an answer"]
+    answer_tokens_q10: Annotated[float, "a tenth of the answers are at most as long"]
+    answer_tokens_q90: Annotated[float, "nine tenths of the answers are at most as long"]
     low: Annotated[float | None, "95 % interval of the task's metric, exact or reward: low end; null for one question"]
     high: Annotated[float | None, "high end"]
     seconds: Annotated[float, "in generating and scoring"]
@@ -135,6 +144,11 @@ class MemberLine(TypedDict):
     seconds_score: Annotated[float, "in scoring"]
 
 
+def meanings(kind: type) -> dict[str, str]:
+    """Of each field of one of these types what it means."""
+    return {name: get_args(hint)[1] for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
 _FEW = 8  # questions: with fewer an interval is too narrow to rest a warning on (at 8 by 17 %)
 
 
@@ -157,10 +171,10 @@ def member_line(generation: int, member: int, evaluation: Evaluation) -> Row:
 
 
 def population_row(
-    members: Sequence[Row], by_prompt: Sequence[Sequence[float]], seconds: float, workers: int
+    members: Sequence[Row], by_prompt: Sequence[Sequence[float]], seconds: float, workers: int, samples: int = 1
 ) -> dict[str, Any]:
     """The part of a row of metrics.jsonl that the members' lines and rewards [member][prompt] give; `seconds`: of the
-    whole generation, of which each of the workers had as many."""
+    whole generation, of which each of the workers had as many; `samples`: answers to each prompt."""
     means = [math.fsum(rewards) / len(rewards) for rewards in by_prompt]
     mean = math.fsum(means) / len(means)
     generating, scoring = (
@@ -172,6 +186,7 @@ def population_row(
         "reward_std": math.sqrt(math.fsum((reward - mean) ** 2 for reward in means) / len(means)),
         "reward_min": min(means),
         "reward_max": max(means),
+        **_quantiles("reward", means, 25, 50, 75),
         **_reward_interval([math.fsum(rewards) / len(rewards) for rewards in zip(*by_prompt, strict=True)]),
         "exact_mean": mean_of_known([member["exact"] for member in members]),
         "format_mean": mean_of_known([member["format"] for member in members]),
@@ -181,11 +196,17 @@ def population_row(
         "workers": workers,
         "share_outside": max(0.0, 1 - (generating + scoring) / (seconds * workers)),
         "tokens": tokens,
+        "answer_tokens": tokens / (samples * sum(map(len, by_prompt))) if tokens else None,
         "tokens_per_second": tokens * workers / generating if generating else 0.0,
         "identical": share_identical([member["digest"] for member in members]),
         "failed": sum(member["failed"] for member in members),
         "failed_example": next((member["error"] for member in members if member["error"] is not None), None),
     }
+
+
+def _quantiles(name: str, values: Sequence[float], *percent: int) -> Row:
+    """Those of the values, between two of them in proportion."""
+    return {f"{name}_q{p}": float(at) for p, at in zip(percent, numpy.percentile(values, percent), strict=True)}
 
 
 def _reward_interval(rewards: Sequence[float]) -> Row:
@@ -199,6 +220,7 @@ def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
     interval."""
     values, rewards = headline(task, evaluation.scores), rewards_of(task, evaluation.scores)
     low, high = interval(values)
+    lengths = [len(answer.ids) for answer in evaluation.answers]
     return {
         "generation": done,
         "items": len(values),
@@ -207,6 +229,8 @@ def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
         "exact": evaluation.mean("exact"),
         "format": evaluation.mean("format"),
         "failed": evaluation.failed,
+        "answer_tokens": sum(lengths) / len(lengths),
+        **_quantiles("answer_tokens", lengths, 10, 90),
         task.metric: math.fsum(values) / len(values),
         "low": low,
         "high": high,

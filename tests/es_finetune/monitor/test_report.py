@@ -3,23 +3,29 @@
 One page from a run's folder: self-contained (no script, no address, nothing fetched), under 3 MB for 500 generations,
 the same bytes for the same folder, whole or not there. It says what the run's files say (headline with intervals,
 warnings once with their generations, tensors that lost their noise, failed rewards, answers of base and tuned for the
-same prompts) and of what they do not say, that it was not measured. Text that a model or a user wrote can neither
-become markup nor break it.
+same prompts, environment and command line) and of what they do not say, that it was not measured or recorded. Beside
+each figure stands what its numbers are called in the files, and what that means. Text that a model or a user wrote can
+neither become markup nor break it.
 """
 
+import dataclasses
 import errno
 import html
 import json
 import math
 import random
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
+from es_finetune import cli
 from es_finetune.commands.report import report
+from es_finetune.config import TrainConfig
 from es_finetune.monitor import plots
 from es_finetune.monitor.health import FAITHFUL
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, meanings
 from es_finetune.optim.update import Update
 from es_finetune.runs.files import read_rows
 from es_finetune.runs.log import Generation, SealedLines
@@ -75,7 +81,8 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
         "noise_version": 1,
         "config": config,
         "model": {"class": "Qwen2ForCausalLM", "parameters": 1_543_714_304},
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "versions": {"python": "3.12.3", "torch": "2.13.0", "transformers": "5.23.0", "es_kernels": "0.3.0"},
+        "machine": {"processor": "AMD EPYC, 64 threads", "gpu": "NVIDIA H200", "driver": "580.95.05"},
         "base_fingerprint": "00ba5e" * 2 + "0000",
         "theta": "0" * 16,
         "live": "1" * 16,
@@ -100,6 +107,9 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
                 "reward": 0.1 + 0.9 * share if metric == "exact" else value,
                 "exact": exact,
                 "format": 0.9,
+                "answer_tokens": 300.0 - done / 5,
+                "answer_tokens_q10": 200.0 - done / 5,
+                "answer_tokens_q90": 450.0 - done / 5,
                 "low": value - half,
                 "high": value + half,
                 "seconds": 41.0,
@@ -118,6 +128,9 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
             "reward_std": std,
             "reward_min": mean - 2.2 * std,
             "reward_max": mean + 2.1 * std,
+            "reward_q25": mean - 0.7 * std,
+            "reward_q50": mean,
+            "reward_q75": mean + 0.7 * std,
             "exact_mean": mean if metric == "exact" else None,
             "format_mean": 0.9,
             "sigma": 1e-3,
@@ -128,6 +141,7 @@ def make_run(folder, generations=500, asked=None, *, metric="exact", health=True
             "seconds_kernels": kernels,
             "share_outside": 1 - (generate + score) / seconds,
             "tokens": 480_000 + draws.randrange(90_000),
+            "answer_tokens": 320.0 - generation / 5,
             "identical": 0.1 * draws.random() if generation > 300 else 0.0,
             "failed": 0,
             "failed_example": None,
@@ -285,7 +299,7 @@ def test_one_small_page_that_needs_nothing_else(long):
     assert long.name == "report.html" and not list(long.parent.glob("*.tmp"))
     assert_self_contained(long)
     assert long.stat().st_size < 3_000_000
-    assert sum(tag == "svg" for tag, _ in Page(long).tags) == 8
+    assert sum(tag == "svg" for tag, _ in Page(long).tags) == 9
 
 
 def test_the_same_folder_gives_the_same_bytes(long):
@@ -311,6 +325,54 @@ def test_it_says_what_the_files_say(long):
     size = (long.parent / "run.log").stat().st_size
     assert f"{size / 1000:,.0f} kB" in text
     assert f"es-finetune replay {long.parent}" in text and "AutoModelForCausalLM.from_pretrained" in text
+
+
+def test_it_names_machine_versions_and_the_command_line(long):
+    text = Page(long).text
+    for told in (
+        "GPU NVIDIA H200",
+        "GPU driver 580.95.05",
+        "processor AMD EPYC, 64 threads",
+        "Python 3.12.3",
+        "torch 2.13.0",
+        "transformers 5.23.0",
+        "es_kernels 0.3.0",
+        "kernels served by cuda",
+    ):
+        assert f" {told} " in text
+    assert "versions torch" not in text and "machine gpu" not in text
+
+
+def test_the_command_line_asks_for_the_same_run(long):
+    config = json.loads((long.parent / "config.json").read_text())
+    words = re.search(r"<pre>(es-finetune train .*?)</pre>", long.read_text(encoding="utf-8"), re.DOTALL)[1]
+    options = cli._parse(shlex.split(html.unescape(words))[1:])
+    assert options.pop("command") == "train"
+    asked = dataclasses.asdict(TrainConfig(**options))
+    assert {name: asked[name] for name in config} == config | {"output": str(long.parent)}
+
+
+def test_of_an_older_run_what_was_not_recorded_is_called_so(no_plots, tmp_path):
+    folder = make_run(tmp_path / "old", 3)
+    log = SealedLines(folder / "run.log", sync=False)
+    header = {name: value for name, value in log.lines[0].items() if name not in ("machine", "crc")}
+    log.clear()
+    log.append({**header, "versions": {"torch": "2.13.0"}})
+    log.close()
+    text = page(folder).text
+    assert "GPU not recorded" in text and "Python not recorded" in text and " torch 2.13.0 " in text
+
+
+def test_beside_each_figure_its_names_in_the_files_are_explained(long):
+    text = Page(long).text
+    assert text.count("Names in the files") == 9
+    for kind, names in (
+        (GenerationRow, ("reward_mean", "reward_q25", "answer_tokens", "seconds_kernels", "identical")),
+        (EvalRow, ("exact", "answer_tokens_q90")),
+        (Health, ("drift_relative", "step_correlation")),
+    ):
+        for name in names:
+            assert f" {name} {meanings(kind)[name]}" in text
 
 
 def test_a_warning_is_shown_once_with_its_generations(long):
@@ -565,6 +627,11 @@ def test_reward_png_draws_the_rows_and_the_intervals(rendered, tmp_path, monkeyp
         evals=evals,
     )
     assert rewards.lines[0].get_ydata().tolist() == [row["reward_mean"] for row in rows]
+    assert [text.get_text() for text in rewards.get_legend().get_texts()] == [
+        "worst to best member",
+        "middle half",
+        "mean",
+    ]
     container = held_out.containers[0]
     assert container[0].get_xdata().tolist() == [0, 25, 50, 75]
     bars = [segment[:, 1].tolist() for segment in container[2][0].get_segments()]
@@ -578,3 +645,29 @@ def test_reward_png_of_next_to_nothing(rendered, tmp_path, generations, evals):
     rows, held_out = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
     plots.plot_run(tmp_path / "reward.png", "ES", "exact", rows[:generations], held_out[:evals])
     assert (tmp_path / "reward.png").stat().st_size > 10_000
+
+
+def test_rewards_of_an_older_run_have_no_middle_half_and_lengths_no_band(rendered, tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", 3)
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith(("reward_q", "answer_tokens"))}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+    write_rows(folder / "metrics.jsonl", rows)
+    (rewards, _) = drawn(monkeypatch, path=tmp_path / "a.png", title="ES", metric="exact", rows=rows, evals=[])
+    assert [text.get_text() for text in rewards.get_legend().get_texts()] == ["worst to best member", "mean"]
+    assert page(folder).text.count("not measured") == 0  # the held-out lengths are known
+
+
+def test_the_lengths_are_a_line_and_bars_of_the_middle_of_the_answers(tmp_path):
+    from matplotlib.figure import Figure
+
+    folder = make_run(tmp_path / "run", 30)
+    rows, evals = (read_rows(folder / name) for name in ("metrics.jsonl", "evals.jsonl"))
+    axes = Figure().subplots()
+    plots.draw_lengths(axes, rows, evals)
+    assert axes.lines[0].get_ydata().tolist() == [row["answer_tokens"] for row in rows]
+    bars = [segment.tolist() for segment in axes.collections[0].get_segments()]
+    assert bars == [
+        [[r["generation"], r["answer_tokens_q10"]], [r["generation"], r["answer_tokens_q90"]]] for r in evals
+    ]
