@@ -106,29 +106,33 @@ def _eval(options: Options) -> None:
 
 def _calibrate(options: Options) -> None:
     from es_finetune.commands.calibrate import calibrate
+    from es_finetune.monitor.progress import say, terminal
 
     result = calibrate(**options)
     sigma = "" if result["sigma"] is None else f"sigma {result['sigma']:g}, lr {result['lr']:g}: "
-    print(f"{sigma}{result['reason']}")
+    say(f"{sigma}{result['reason']}", terminal())
 
 
 def _replay(options: Options) -> None:
     from es_finetune.commands.replay import replay
+    from es_finetune.monitor.progress import say, terminal
 
     rebuilt = replay(**options)
     optimizer = rebuilt.optimizer
-    print(
+    say(
         f"{options['run']}: {optimizer.generation} of {len(rebuilt.generations)} generations made again, each with the "
         f"fingerprints of the log; theta {optimizer.fingerprint('theta'):016x}, "
-        f"live {optimizer.fingerprint('live'):016x}"
+        f"live {optimizer.fingerprint('live'):016x}",
+        terminal(),
     )
 
 
 def _export(options: Options) -> None:
     from es_finetune.commands.export import export
+    from es_finetune.monitor.progress import say, terminal
 
     exported = export(**options)
-    print(f"{exported.folder}: the model after {exported.generation} generations, live {exported.live}")
+    say(f"{exported.folder}: the model after {exported.generation} generations, live {exported.live}", terminal())
 
 
 def _report(options: Options) -> None:

@@ -9,11 +9,17 @@ import pytest
 from bench.publish import plots
 
 
-@pytest.fixture(params=sorted(plots.PLOTS))
+@pytest.fixture(params=[*sorted(plots.PLOTS), "sizes of a GPU"])
 def figure(request):
     from matplotlib import pyplot
 
-    figure = plots.drawn(request.param)
+    if request.param in plots.PLOTS:
+        figure = plots.drawn(request.param)
+    else:
+        report = json.loads((plots.RESULTS / "kernels-cpu.json").read_text())
+        report["calls"] = [row | {"backend": name} for row in report["calls"] for name in ("cuda", "triton")]
+        figure, (ax,) = plots._figure()
+        plots.sizes(ax, report)
     figure.draw_without_rendering()
     figure.draw_without_rendering()  # a layout changes which ticks there are, so it takes two
     yield figure
