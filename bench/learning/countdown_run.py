@@ -1,12 +1,12 @@
-"""A whole learning run on the paper's Countdown, from nothing: a base model, a sigma for it, ES by the command line,
-and its replay elsewhere.
+"""A whole learning run on the paper's Countdown: a base model, a sigma for it, ES by the command line, and its replay
+elsewhere.
 
-    python -m bench.learning.countdown_run --out FOLDER [--seconds 480]
+    python -m bench.learning.countdown_run --out FOLDER [--seconds 480] [--base FOLDER]
 
-Pre-trains a model of 21 million parameters (countdown_model.py), asks `calibrate` for a sigma, trains with the task's
-own questions (200 to train on, all answered by each of 30 members; 500 held out) until the time is over, stops the run
-as a user would (Ctrl-C), finishes it with --resume, and replays its log on the same device and on the CPU. Leaves in
-FOLDER
+Pre-trains a model of 21 million parameters (countdown_model.py) or takes the one of --base, asks `calibrate` for a
+sigma, trains with the task's own questions (200 to train on, all answered by each of 30 members; 500 held out) until
+the time is over, stops the run as a user would (Ctrl-C), finishes it with --resume, and replays its log on the same
+device and on the CPU. Leaves in FOLDER
 
     countdown-MACHINE.json    settings, curve, shares of the time, fingerprints of run and replays
     countdown-MACHINE/        run.log, metrics.jsonl, evals.jsonl, reward.png
@@ -159,6 +159,9 @@ def main():
         help="of es-finetune train, likewise: population=8 eval_items=50",
     )
     parser.add_argument("--sigma", type=float, help="left out: what calibrate finds")
+    parser.add_argument(
+        "--base", type=pathlib.Path, help="folder of a model to begin with, instead of pre-training one"
+    )
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("es_finetune").setLevel(logging.INFO)
@@ -167,8 +170,12 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = environment.describe(device)
 
-    base = work / "base"
-    pretrain("--output", base, "--seconds", SHARE_OF_PRETRAINING * args.seconds, *_flags(args.model))
+    if args.base:
+        base, about = args.base, {"base": args.base.name}
+    else:
+        base = work / "base"
+        pretrain("--output", base, "--seconds", SHARE_OF_PRETRAINING * args.seconds, *_flags(args.model))
+        about = json.loads((base / "pretraining.json").read_text())
     sigma = args.sigma or _calibrated(base)
     settings = [
         f"model={base}",
@@ -187,7 +194,7 @@ def main():
     name = f"countdown-{environment.slug(facts)}"
     report = {
         "machine": facts,
-        "model": json.loads((base / "pretraining.json").read_text()),
+        "model": about,
         "command": command,
         "sigma": sigma,
         "decoding": decoding,

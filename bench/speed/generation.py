@@ -1,7 +1,8 @@
-"""One whole generation of ES on models of real shapes with random weights: where the time goes, ours beside what people
+"""One whole generation of ES on models of real shapes: where the time goes, ours beside what people
 do today.
 
     python -m bench.speed.generation [--device cpu|cuda] [--out bench/results] [--models NAME ...] [--seconds 900]
+                                       [--weights FOLDER]
 
 First of all: answers take nearly all of the time. With the 1024 tokens of the paper's Countdown the reference's
 own handling of weights is about one percent of a generation by arithmetic for a GPU, and less on a CPU, so
@@ -202,7 +203,7 @@ def memory(name, gpu_bytes=None):
 # ---- a model ----
 
 
-def measure(report, name, device, decoding, known, end):
+def measure(report, name, device, decoding, known, end, folder=None):
     """All workloads, the handling of weights included; with a model whose weights are `known` from before long answers
     only, decoded otherwise."""
     # Live weights and two masters
@@ -211,7 +212,7 @@ def measure(report, name, device, decoding, known, end):
         return
     again = name in known
     try:
-        model = load(name, device)
+        model = load(name, device, folder)
         if not again:
             known[name] = Weights(model, device)
     except RuntimeError as error:
@@ -358,12 +359,16 @@ def main():
     parser.add_argument(
         "--models", nargs="+", choices=["embedded", *shapes.MODELS], help="default: what the device can do"
     )
+    parser.add_argument("--weights", type=pathlib.Path, help="folder of the one model of --models; random if left out")
     parser.add_argument("--seconds", type=float, default=900, help="begin nothing further after so long")
     args = parser.parse_args()
+    if args.weights and len(args.models or ()) != 1:
+        parser.error("--weights belong to one model: name its shapes by --models")
     args.out.mkdir(parents=True, exist_ok=True)
     facts = environment.describe(args.device)
     report = {"path": args.out / f"generation-{environment.slug(facts)}.json", "machine": facts}
     report |= {
+        "weights": args.weights and args.weights.name,
         "memory": [memory(name, facts.get("memory_bytes")) for name in shapes.MODELS],
         "generations": [],
         "break_even": [],
@@ -383,7 +388,7 @@ def main():
             continue
         # Each model may use up its part of what is left, so that a slow one leaves time for the others.
         parts = len(names) - number if number < len(names) else 1
-        measure(report, name, args.device, decoding, known, time.monotonic() + max(0, left) / parts)
+        measure(report, name, args.device, decoding, known, time.monotonic() + max(0, left) / parts, args.weights)
         gc.collect()
         if args.device == "cuda":
             torch._dynamo.reset()  # compiled code holds its model

@@ -1,4 +1,4 @@
-"""The answers of one member: models of real shapes that nobody has trained, the workloads of an ES run, and how long
+"""The answers of one member: models of real shapes, trained or not, the workloads of an ES run, and how long
 answers take.
 
 Answers too long to wait for are extrapolated from one batch of prompts at shorter lengths, by the parabola through the
@@ -52,19 +52,25 @@ class Numbers:
         return [" ".join(map(str, row)) for row in ids]
 
 
-def load(name, device):
-    """A model of these shapes that nobody has trained; the embedded one as it is. bf16 on a GPU, f32 on a CPU: without
-    bf16 instructions 25 prompts take nine times as long in bf16."""
-    if name == "embedded":
+def load(name, device, weights=None):
+    """A model of these shapes with the weights of a folder, or with none that anybody has trained; the embedded one as
+    it is. bf16 on a GPU, f32 on a CPU: without bf16 instructions 25 prompts take nine times as long in bf16."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if weights is not None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype).to(device)
+        built = {path: tuple(p.shape) for path, p in model.named_parameters()}
+        if built != shapes.parameter_shapes(name):
+            raise SystemExit(f"{weights} does not hold a model of {name}'s shapes: name its own by --models")
+    elif name == "embedded":
         model, _, _ = load_model("embedded", device=device)
         model.config.max_position_embeddings = 2048  # its positions are rotary: only speed is asked for
     else:
         from transformers import AutoModelForCausalLM
 
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
-                shapes.config(name), dtype=torch.bfloat16 if device == "cuda" else torch.float32
-            )
+            model = AutoModelForCausalLM.from_config(shapes.config(name), dtype=dtype)
     model.generation_config.eos_token_id = None
     return model.eval()
 

