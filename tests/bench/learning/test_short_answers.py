@@ -25,22 +25,24 @@ def work(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary))
     row = {"generation": 0, "exact": 0.0, "reward": -21.0, "format": 0.0}
     (run / "evals.jsonl").write_text("".join(json.dumps(row | {"generation": n}) + "\n" for n in (0, 30)))
-    (run / "cpu_seconds").write_text("500.0")
+    (run / "metrics.jsonl").write_text(30 * (json.dumps({"seconds": 20.0}) + "\n"))
+    (run / "resources.json").write_text(json.dumps({"cpu_seconds": 500.0, "peak_memory_bytes": 10**9}))
     return tmp_path
 
 
 def test_answers_are_counted_by_kind(work, monkeypatch, capsys):
     monkeypatch.setattr(short_answers.smollm2, "fetch", lambda: None)
     monkeypatch.setattr(short_answers, "train", None)
-    path = work / "short_answers.json"
-    monkeypatch.setattr("sys.argv", ["short_answers", "--seeds", "1", "--work", str(work), "--json", str(path)])
+    flags = ["--seeds", "1", "--device", "cpu", "--work", str(work), "--out", str(work / "results")]
+    monkeypatch.setattr("sys.argv", ["short_answers", *flags])
     short_answers.main()
     assert "seed 0: 0.0% -> 14.3%" in capsys.readouterr().out
-    [run] = json.loads(path.read_text())["runs"]
+    [run] = json.loads((work / "results/short_answers-cpu.json").read_text())["runs"]
     rows = {row["kind"]: row for row in run["kinds"]}
     assert sum(row["questions"] for row in rows.values()) == 70 and not rows["What color is {}?"]["trained"]
     for kind, row in rows.items():
         right = 10 if kind == "What is {}?" else 0
         assert (row["base exact"], row["base holds"]) == (0, row["questions"])
         assert (row["tuned exact"], row["tuned holds"]) == (right, right)
+    assert [row[:3] for row in run["curve"]] == [[0, 0, 0.0], [600.0, 30, 0.0]]
     assert run["examples"][0] == ["What is the capital of Norway?", "It is Oslo.", "No idea"]
