@@ -581,10 +581,11 @@ PAPER = {
     "mini-sudoku-qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", "reasoning-gym:mini_sudoku", 0, None),
     "arc-qwen2.5-14b": ("Qwen/Qwen2.5-14B-Instruct", "reasoning-gym:arc_agi", 0, None),
 }
+SMOLLM2 = ("short-answers-smollm2-135m", "conciseness-smollm2-135m")
 
 
 def test_each_experiment_of_the_paper_has_a_ready_config():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, "short-answers-smollm2-135m"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, *SMOLLM2}
     for name, expected in PAPER.items():
         options = _parse(["train", "--config", name])
         config = TrainConfig(**{name: value for name, value in options.items() if name != "command"})
@@ -726,7 +727,7 @@ def test_version_configs_and_env(capsys, monkeypatch):
     assert re.fullmatch(r"es-finetune \d+\.\d+.*\n", capsys.readouterr().out)
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted([*PAPER, "short-answers-smollm2-135m"])
+    assert [line.split()[0] for line in lines] == sorted([*PAPER, *SMOLLM2])
     assert main(["configs", "countdown-qwen2.5-1.5b"]) == 0
     assert capsys.readouterr().out == (CONFIGS / "countdown-qwen2.5-1.5b.yaml").read_text()
     monkeypatch.setitem(sys.modules, "transformers", None)  # what is broken is told, and breaks nothing
