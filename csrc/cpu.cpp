@@ -116,6 +116,11 @@ struct IeeeState {
 // Starting a thread takes 20 to 130 us; a unit about 5 ns a seed.
 constexpr int64_t kWorkPerThread = 1 << 15;  // units times seeds
 
+// How many of the caller's threads are worth their start. The work of a table of any numbers is counted in 128 bits.
+int worthwhile(int threads, __int128 unit_seeds) {
+  return (int)std::max<__int128>(1, std::min<__int128>(threads, unit_seeds / kWorkPerThread));
+}
+
 template <class Part>
 int64_t units(const Part* parts, int64_t n_parts) {
   return n_parts ? parts[n_parts - 1].unit_end : 0;
@@ -124,9 +129,8 @@ int64_t units(const Part* parts, int64_t n_parts) {
 // Calls work(part, unit, unit_end, thread) over [0, unit_end of the last part), cut evenly among threads: first the
 // units below tile_end, at whole tiles, then the others, which take another time.
 template <class Part, class Work>
-void parallel(const Part* parts, int64_t n_parts, int64_t tile_end, int64_t unit_seeds, int threads, Work work) {
+void parallel(const Part* parts, int64_t n_parts, int64_t tile_end, int threads, Work work) {
   const int64_t total = units(parts, n_parts);
-  threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, unit_seeds / kWorkPerThread));
   // The share of thread t of the units [from, to), in whole grains but for the last one.
   auto share = [&](int t, int64_t from, int64_t to, int64_t grain) {
     auto cut = [&](int k) {
@@ -169,8 +173,25 @@ void parallel(const Part* parts, int64_t n_parts, int64_t tile_end, int64_t unit
 
 int64_t tiles(int64_t elements) { return elements / kTile + (elements % kTile != 0); }
 
+// Whether `unit_end` lies rows * units_per_row after `end`, and 64 bits hold that.
+bool ends_at(int64_t unit_end, int64_t end, int64_t rows, int64_t units_per_row) {
+  int64_t units;
+  return !__builtin_mul_overflow(rows, units_per_row, &units) && !__builtin_add_overflow(end, units, &end) &&
+         unit_end == end;
+}
+
+// Whether the units of a row are the noise blocks that a row touches at most, or as many as its columns ever can.
+bool covers_rows(const Segment& s) {
+  uint64_t head = 0;  // where in its first block a row begins
+  for (uint64_t row = 0; row < 8 && row < (uint64_t)s.rows; row++)
+    head = std::max(head, (s.first + row * s.index_stride) % 8);
+  const uint64_t units = s.units_per_row, cols = s.cols;
+  return units >= (head + cols + 7) / 8 && units <= (cols + 14) / 8;
+}
+
 // Returns where the units of the segments with a width end, or -1, after refuse().
 int64_t check_segments(const Segment* segments, int64_t n_segments, int noise_rank) {
+  if (n_segments < 0 || (n_segments && !segments)) return -(int64_t)refuse("segments are missing");
   int64_t end = 0, tile_end = 0;
   for (int64_t i = 0; i < n_segments; i++) {
     const Segment& s = segments[i];
@@ -179,14 +200,14 @@ int64_t check_segments(const Segment* segments, int64_t n_segments, int noise_ra
       if (dtype < kF32 || dtype > kF16) return bad("unknown dtype");
     if (s.width < 0 || (s.width && !noise_rank)) return bad("a width is for noise of low rank");
     const int64_t rows = s.width ? tiles(s.rows) : s.rows;
-    if (s.rows < 1 || s.cols < 1 || s.units_per_row < 1 || s.unit_end - end != rows * s.units_per_row)
+    if (s.rows < 1 || s.cols < 1 || !ends_at(s.unit_end, end, rows, s.units_per_row) || (!s.width && !covers_rows(s)))
       return bad("rows, cols and units do not fit");
     if (!s.out || !s.base) return bad("null address");
     if (s.width) {
       const uint64_t width = s.width;
       if (end != tile_end) return bad("a width after a segment without one");
-      if (s.units_per_row != tiles(s.cols) * kTileUnits || s.first % width + s.cols > width ||
-          (s.rows > 1 && s.index_stride % width))
+      if (s.units_per_row / kTileUnits != tiles(s.cols) || s.units_per_row % kTileUnits ||
+          s.first % width + s.cols > width || (s.rows > 1 && s.index_stride % width))
         return bad("rows, cols, units and width do not fit");
       tile_end = s.unit_end;
     }
@@ -197,11 +218,12 @@ int64_t check_segments(const Segment* segments, int64_t n_segments, int noise_ra
 
 // Returns 0, or the error code.
 int check_factors(const Factor* factors, int64_t n_factors) {
+  if (n_factors < 0 || (n_factors && !factors)) return refuse("factors are missing");
   int64_t end = 0;
   for (int64_t i = 0; i < n_factors; i++) {
     const Factor& f = factors[i];
     auto bad = [&](const char* what) { return refuse("factor %lld: %s", (long long)i, what); };
-    if (f.offset < 0 || f.offset % 8 || f.count < 0 || f.unit_end - end != f.count / 8 + (f.count % 8 != 0))
+    if (f.offset < 0 || f.offset % 8 || f.count < 0 || !ends_at(f.unit_end, end, 1, f.count / 8 + (f.count % 8 != 0)))
       return bad("offset, count and units do not fit");
     if (f.domain != kLeft && f.domain != kRight) return bad("its domain is that of L or of R");
     end = f.unit_end;
@@ -235,15 +257,15 @@ int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* s
   const int64_t tile_end = check_segments(s, n_segments, noise_rank);
   if (tile_end < 0) return 1;
   if (n_seeds < 0 || (n_seeds && (!seeds || !coefs))) return refuse("seeds or coefs are missing");
+  // A term of noise of low rank takes a 16th of a full one, what is done once a unit as long as one.
+  threads = worthwhile(threads, (__int128)tile_end * (1 + (__int128)n_seeds * noise_rank / 16) +
+                                    (__int128)(units(s, n_segments) - tile_end) * std::max<int64_t>(1, n_seeds));
   const Array<RoundKeys<10>> keys = round_keys(seeds, n_seeds);
-  const Array<LowRankScratch> scratch = allocate<LowRankScratch>(tile_end ? std::max(1, threads) : 0);
+  const Array<LowRankScratch> scratch = allocate<LowRankScratch>(tile_end ? threads : 0);
   if (!keys || !scratch) return refuse("out of memory");
   const RoundKeys<10> rounding(rounding_seed ? *rounding_seed : 0);
   const Operation op = {keys.get(), coefs, n_seeds, decay, rounding_seed ? &rounding : nullptr, noise_rank};
-  // A term of noise of low rank takes a 16th of a full one, what is done once a unit as long as one.
-  const int64_t unit_seeds =
-      tile_end * (1 + n_seeds * noise_rank / 16) + (units(s, n_segments) - tile_end) * std::max<int64_t>(1, n_seeds);
-  parallel(s, n_segments, tile_end, unit_seeds, threads, [&](const Segment& s, int64_t unit, int64_t end, int t) {
+  parallel(s, n_segments, tile_end, threads, [&](const Segment& s, int64_t unit, int64_t end, int t) {
     if (s.width) isa->add_low_rank(s, op, unit, end, scratch[t]);
     else isa->add_noise(s, op, unit, end);
   });
@@ -258,11 +280,11 @@ int es_cpu_factors(const void* factors, int64_t n_factors, const uint64_t* seeds
   if (n_seeds < 0 || (n_seeds && !seeds)) return refuse("seeds are missing");
   if (dtype < kF32 || dtype > kF16) return refuse("unknown dtype");
   if (check_factors(f, n_factors)) return 1;
-  const int64_t unit_seeds = units(f, n_factors) * n_seeds;
+  const __int128 unit_seeds = (__int128)units(f, n_factors) * n_seeds;
   if (!out && unit_seeds) return refuse("out is missing");
   const Array<RoundKeys<10>> keys = round_keys(seeds, n_seeds);
   if (!keys) return refuse("out of memory");
-  parallel(f, n_factors, 0, unit_seeds, threads, [&](const Factor& f, int64_t unit, int64_t end, int) {
+  parallel(f, n_factors, 0, worthwhile(threads, unit_seeds), [&](const Factor& f, int64_t unit, int64_t end, int) {
     isa->factor(f, keys.get(), n_seeds, unit, end, out, dtype);
   });
   return 0;
@@ -273,8 +295,9 @@ int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* resul
   if (!isa) return 1;
   const Segment* s = (const Segment*)segments;
   if (check_segments(s, n_segments, 0) < 0) return 1;
+  if (!result) return refuse("the result has no address");
   std::atomic<uint64_t> sum{0};
-  parallel(s, n_segments, 0, units(s, n_segments), threads,
+  parallel(s, n_segments, 0, worthwhile(threads, units(s, n_segments)),
            [&](const Segment& s, int64_t unit, int64_t end, int) { sum += isa->fingerprint(s, unit, end); });
   *result = sum;
   return 0;

@@ -1049,8 +1049,9 @@ cudaError_t plan(Kernel kernel, int blocks, int device, int64_t n_units, Launch*
   if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0);
   const int64_t at_once = (int64_t)multiprocessors * std::max(resident, 1), round = blocks * kThreads;
   if (status != cudaSuccess) return status;
-  launch->tile = (int32_t)std::min<int64_t>(kLargestTile, (n_units + at_once * round - 1) / (at_once * round) * round);
-  launch->grid = (unsigned)std::min(at_once, (n_units + launch->tile - 1) / launch->tile);
+  // Of one unit or more; n_units itself may be near 2^63
+  launch->tile = (int32_t)std::min<int64_t>(kLargestTile, ((n_units - 1) / (at_once * round) + 1) * round);
+  launch->grid = (unsigned)std::min(at_once, (n_units - 1) / launch->tile + 1);
   return status;
 }
 
@@ -1080,7 +1081,7 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
                       const uint64_t* rounding_seed, int rounding_seed_on_device, int noise_rank, int device,
                       void* stream) {
   if (n_segments < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
-  if (n_units && !segments) return refused("segments are missing");
+  if (n_units && !(segments && n_segments)) return refused("segments are missing");
   if (n_seeds && (!seeds || !coefs)) return refused("seeds or coefs are missing");
   if (n_seeds > ES_CUDA_HOST_SEEDS && !(seeds_on_device && coefs_on_device))
     return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
@@ -1130,10 +1131,12 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
 int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds, int seeds_on_device,
                     int64_t n_seeds, void* out, int dtype, int device, void* stream) {
   if (n_factors < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
-  if (n_units && n_seeds && !(factors && seeds && out)) return refused("factors, seeds or out are missing");
+  if (n_units && n_seeds && !(factors && n_factors && seeds && out))
+    return refused("factors, seeds or out are missing");
   if (n_seeds > ES_CUDA_HOST_SEEDS && !seeds_on_device)
     return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
   if (dtype < kF32 || dtype > kF16) return refused("dtype is none of enum Dtype");
+  if (n_seeds && n_units > INT64_MAX / n_seeds) return refused("units times seeds are more than 64 bits hold");
   if (!n_units || !n_seeds) return 0;
   Arguments a = {};
   a.n_units = n_units, a.n_seeds = n_seeds;
@@ -1152,7 +1155,7 @@ int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, con
 int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
                         void* stream) {
   if (n_segments < 0 || n_units < 0) return refused("a count is negative");
-  if (n_units && !segments) return refused("segments are missing");
+  if (n_units && !(segments && n_segments)) return refused("segments are missing");
   if (!result) return refused("the result has no address");
   if (!n_units) return 0;
   OnDevice scope(device);

@@ -51,6 +51,7 @@ def test_abi_is_the_one_that_python_expects():
         (dict(n_units=-1), "a count is negative"),
         (dict(n_segments=-1), "a count is negative"),
         (dict(segments=None), "segments are missing"),
+        (dict(n_segments=0), "segments are missing"),
         (dict(seeds=None), "seeds or coefs are missing"),
         (dict(coefs=None), "seeds or coefs are missing"),
         (dict(n_seeds=129), "more than 128 seeds must be in device memory"),
@@ -70,10 +71,12 @@ def test_bad_arguments_are_refused(changes, words):
         (dict(n_units=-1), "a count is negative"),
         (dict(n_seeds=-1), "a count is negative"),
         (dict(factors=None), "factors, seeds or out are missing"),
+        (dict(n_factors=0), "factors, seeds or out are missing"),
         (dict(seeds=None), "factors, seeds or out are missing"),
         (dict(out=None), "factors, seeds or out are missing"),
         (dict(n_seeds=129), "more than 128 seeds must be in device memory"),
         (dict(dtype=3), "dtype is none of enum Dtype"),
+        (dict(n_units=2**62, n_seeds=2), "units times seeds are more than 64 bits hold"),
     ],
 )
 def test_bad_arguments_of_factors_are_refused(changes, words):

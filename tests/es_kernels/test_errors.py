@@ -530,6 +530,11 @@ def test_unknown_instruction_set(refused, good, monkeypatch):
         ("rows", 0, "rows"),
         ("cols", -1, "rows"),
         ("unit_end", 1, "units"),
+        ("rows", 2**63 - 1, "units"),
+        ("cols", 2**63 - 1, "units"),
+        ("cols", 65, "units"),  # nine blocks, where eight are counted
+        ("cols", 49, "units"),  # seven
+        ("first", 1, "units"),
         ("out", 0, "null"),
         ("base", 0, "null"),
     ),
@@ -546,6 +551,23 @@ def test_abi_checks_segments(good, bits, field, value, words):
         cpu_backend.add_noise_(pack, torch.ones(1, dtype=torch.int64), torch.ones(1), None, 0.0, 0)
     with pytest.raises(RuntimeError, match=words):
         cpu_backend.fingerprint(pack)
+    assert torch.equal(bits(good), before)
+
+
+def test_abi_wants_an_array_and_a_place_for_the_result(good, bits):
+    if cpu_backend.unavailable(good.device):
+        pytest.skip(cpu_backend.unavailable(good.device))
+    library, before, one = cpu_backend._library(), bits(good), torch.ones(1, dtype=torch.int64).data_ptr()
+    segments = es_kernels.layout.Pack(ParamTable({GOOD: good}).layout, [good], [], []).segments.ctypes.data
+    for array, count in ((segments, -1), (segments, -(2**63)), (None, 1)):
+        assert library.es_cpu_add_noise(array, count, one, one, 1, 0.0, None, 0, 1, None) == 1
+        assert library.es_cpu_error() == b"segments are missing"
+        assert library.es_cpu_fingerprint(array, count, one, 1, None) == 1
+        assert library.es_cpu_error() == b"segments are missing"
+        assert library.es_cpu_factors(array, count, one, 1, good.data_ptr(), 0, 1, None) == 1
+        assert library.es_cpu_error() == b"factors are missing"
+    assert library.es_cpu_fingerprint(segments, 1, None, 1, None) == 1
+    assert library.es_cpu_error() == b"the result has no address"
     assert torch.equal(bits(good), before)
 
 
@@ -591,7 +613,13 @@ def test_abi_wants_matrices_first(bits):
 
 @pytest.mark.parametrize(
     "field, value, words",
-    (("offset", 4, "offset"), ("count", -1, "count"), ("unit_end", 3, "units"), ("domain", 0, "domain")),
+    (
+        ("offset", 4, "offset"),
+        ("count", -1, "count"),
+        ("unit_end", 3, "units"),
+        ("unit_end", -(2**63), "units"),
+        ("domain", 0, "domain"),
+    ),
 )
 def test_abi_checks_factors(field, value, words):
     out = torch.zeros(64)
