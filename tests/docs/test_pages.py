@@ -32,6 +32,12 @@ def test_every_link_leads_somewhere(pages):
     assert broken == []
 
 
+def test_a_guide_links_its_example(pages):
+    """The one that the list of examples names beside it."""
+    rows = re.findall(r"^\| \[([\w.]+)\].*\(\.\./(docs/\w+/[\w-]+\.md)", pages["examples/README.md"], re.MULTILINE)
+    assert len(rows) >= 6 and [row for row in rows if f"](../../examples/{row[0]})" not in pages[row[1]]] == []
+
+
 def test_every_path_is_there(inline):
     """Of those that begin with a folder of the repository. Results of machines that were not measured yet may be
     missing."""
