@@ -13,6 +13,7 @@
 #   make build             the native libraries, in place
 #   make wheel             dist/es_kernels-*.whl, one for every Python and torch
 #   make bench             the benchmarks that need no GPU -> bench/results/, README's tables (100 minutes on two cores)
+#   make bench-trl         what TRL's GRPO and SFT make of demo-llm's task -> bench/results/ (90 minutes on two cores)
 #   make docs              the documentation as a site, which needs no network -> site/index.html
 #   make clean             remove the environments and what was built
 #
@@ -21,7 +22,7 @@
 #   make gpu-tune          time the variants of the kernels, in about 4 minutes
 #   make gpu-generate      time whole generations with models of true shapes, in about 8 minutes
 #   make gpu-members       time members in one batch beside plain inference, in about 8 minutes
-#   make gpu-learn         pre-train a model and fine-tune it by ES, in about 8 minutes
+#   make gpu-learn         pre-train a model and fine-tune it by ES, then a real one as demo-llm does, in about 9 minutes
 #
 # PYTHON=python3.12        the interpreter
 # TORCH=system             the torch that PYTHON already has, not the one of constraints.txt
@@ -55,7 +56,7 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 OUT ?= runs/gpu
 
 .PHONY: help demo demo-llm lint test test-quick test-ptx test-aarch64 test-distributed test-vllm test-llm build wheel \
-	bench docs gpu gpu-tune gpu-generate gpu-members gpu-learn clean
+	bench bench-trl docs gpu gpu-tune gpu-generate gpu-members gpu-learn clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
@@ -120,6 +121,9 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m bench.publish.tables
 	$(BIN)/python -m bench.publish.plots
 
+bench-trl: $(VENV)-trl/bench.stamp
+	$(VENV)-trl/bin/python -m bench.learning.short_answers_trl
+
 gpu:
 	PYTHON=$(PYTHON) bash bench/speed/gpu.sh $(OUT) $(STEPS)
 
@@ -133,7 +137,8 @@ gpu-members: build
 	PYTHONPATH=.:python $(PYTHON) -m bench.speed.members --device cuda --out $(OUT)
 
 gpu-learn: build
-	PYTHONPATH=.:python $(PYTHON) -m bench.learning.countdown_run --out $(OUT)
+	PYTHONPATH=.:python $(PYTHON) -m bench.learning.countdown_run --out $(OUT) --seconds 420
+	PYTHONPATH=.:python $(PYTHON) -m bench.learning.short_answers --device cuda --seeds 1 --work $(OUT)/work --out $(OUT)
 
 docs: $(VENV)-docs/docs.stamp
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:python $(VENV)-docs/bin/mkdocs build --quiet
@@ -164,10 +169,15 @@ $(VENV)-vllm/test.stamp: $(SOURCES) constraints-vllm.txt
 	$(VENV)-vllm/bin/python -m pip uninstall -q -y $(UNUSABLE)
 	touch $@
 
+$(VENV)-trl/bench.stamp: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-trl
+	ES_KERNELS_CUDA=0 $(VENV)-trl/bin/python -m pip install -q $(CONSTRAINTS) -e '.[finetune,lora,gguf]' trl
+	touch $@
+
 $(VENV)-docs/docs.stamp: constraints.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install -q -c constraints.txt $(DOCS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-docs build dist site es_kernels/*.so *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-trl $(VENV)-docs build dist site es_kernels/*.so *.egg-info
