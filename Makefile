@@ -7,6 +7,8 @@
 #   make lint              ruff, clang-format, mypy, import-linter (the packages' layers) and actionlint (.github)
 #   make test-ptx          the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
 #   make test-aarch64      the tests of the CPU kernels with NEON, by an emulator that it installs (Debian, Ubuntu)
+#   make test-sanitized    the tests of the C++ under ASan, UBSan and TSan; what fuzzing has found before
+#   make fuzz              any arguments to the C ABI, made by libFuzzer (clang, that it installs), for SECONDS=600
 #   make test-distributed  the tests of torchrun, Ray and sharded models, on the CPU
 #   make test-vllm         the tests of the vLLM engine, on the CPU, in an environment of its own (3.5 GB)
 #   make test-llm          the tests with a real language model, in the same environment; fetches the model once (93 MB)
@@ -55,8 +57,8 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 
 OUT ?= runs/gpu
 
-.PHONY: help demo demo-llm lint test test-quick test-ptx test-aarch64 test-distributed test-vllm test-llm build wheel \
-	bench bench-trl docs gpu gpu-tune gpu-generate gpu-members gpu-learn clean
+.PHONY: help demo demo-llm lint test test-quick test-ptx test-aarch64 test-sanitized fuzz test-distributed test-vllm \
+	test-llm build wheel bench bench-trl docs gpu gpu-tune gpu-generate gpu-members gpu-learn clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m es_finetune train --output runs/demo --overwrite
@@ -90,6 +92,14 @@ test-aarch64: $(VENV)/test.stamp
 	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
 		{ apt-get -qq update && apt-get -qq install -y g++-aarch64-linux-gnu qemu-user; }
 	$(PYTEST) $(WORKERS) -m aarch64 tests/es_kernels
+
+test-sanitized: $(VENV)/test.stamp
+	bash tests/es_kernels/sanitized/run.sh $(BIN)/python test
+
+SECONDS ?= 600
+fuzz: $(VENV)/test.stamp
+	command -v clang++ || { apt-get -qq update && apt-get -qq install -y clang; }
+	bash tests/es_kernels/sanitized/run.sh $(BIN)/python fuzz $(SECONDS)
 
 test-distributed: $(VENV)/distributed.stamp
 	$(PYTEST) -m distributed tests/distributed
