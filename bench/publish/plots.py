@@ -223,20 +223,37 @@ def conciseness(ax, report):
         minutes = [generation["until"] / 60 for generation in run["generations"]]
         rewards = [generation["reward"] for generation in run["generations"]]
         color, first = colors[run["way"]], run["seed"] == 0
-        label = f"{run['way']}: {len(minutes)} generation{'s' * (len(minutes) > 1)}" if first else None
-        ax.plot(minutes, rewards, "o-", color=color, label=label)
+        ax.plot(minutes, rewards, "o-", color=color, ms=4, label=run["way"] if first else None)
         held_out = "held-out questions, asked only before and after" if first else None
-        ax.plot([0, minutes[-1]], [run["base"], run["final"]], "x:", color=color, label=held_out)
+        ax.plot([0, minutes[-1]], [report["base"], run["final"]], "x:", color=color, label=held_out)
     ax.set_xlabel("minutes of generations")
     ax.set_ylabel("mean reward")
-    setting = report["setting"]
     _title(
         ax,
         "Reward over time, for short answers (higher is better)",
-        f"{report['model']}, {setting['population']} members x {setting['prompts']} prompts, "
-        f"{_machine(report)}, one thread a run",
+        f"{report['model']}, {report['setting']['population']} members x 2 prompts, "
+        f"{_machine(report)}, one thread a run, a line a seed",
     )
     _legend(ax)
+
+
+def short_answers(ax, report, others):
+    """Held-out exact answers against the minutes that training took, a line a run."""
+    runs = [("ES, all members in one batch", BLUE, run) for run in report["runs"]]
+    methods = dict.fromkeys(run["method"] for run in others["runs"])
+    colors = dict(zip(methods, (SAND, RED, VIOLET, GREY), strict=False))
+    runs += [(f"TRL: {run['method']}", colors[run["method"]], run) for run in others["runs"]]
+    for name, color, run in runs:
+        minutes, exact = [row[0] / 60 for row in run["curve"]], [100 * row[2] for row in run["curve"]]
+        ax.plot(minutes, exact, ".-", color=color, label=name if run["seed"] == 0 else None)
+    ax.set_xlabel("minutes of training, one CPU thread")
+    ax.set_ylabel("held-out answers that are exact, %")
+    _title(
+        ax,
+        "Exact short answers over time (higher is better)",
+        f"SmolLM2-135M-Instruct, {_machine(report)}, a line a seed. ES and SFT read reference answers, GRPO does not",
+    )
+    _legend(ax, loc="lower right", bbox_to_anchor=(1, 0.12))
 
 
 def _machine(report):
@@ -270,19 +287,24 @@ def _plain_numbers(axis):
     axis.set_tick_params(which="minor", length=0)
 
 
-# Of each picture its panels, one below the other, and their results
+# Of each picture its panels, one below the other, and the results that each shows
 PLOTS = {
-    "rivals": {"kernels-cpu": baselines},
-    "exactness": {"exactness": exactness},
-    "generation": {"generation-cpu": generation},
-    "scale": {"scale": scale},
-    "members": {"members-cpu": members, "conciseness-cpu": conciseness},
+    "rivals": {("kernels-cpu",): baselines},
+    "exactness": {("exactness",): exactness},
+    "generation": {("generation-cpu",): generation},
+    "scale": {("scale",): scale},
+    "members": {("members-cpu",): members, ("conciseness-cpu",): conciseness},
+    "short-answers": {("short_answers-cpu", "short_answers_trl"): short_answers},
 }
+
+
+def _sources(name):
+    return [source for sources in PLOTS[name] for source in sources]
 
 
 def digest(name):
     """Of the results that a picture shows and of this file."""
-    results = [(RESULTS / f"{source}.json").read_bytes() for source in PLOTS[name]]
+    results = [(RESULTS / f"{source}.json").read_bytes() for source in _sources(name)]
     return hashlib.sha256(b"".join(results) + pathlib.Path(__file__).read_bytes()).hexdigest()
 
 
@@ -315,8 +337,8 @@ def _figure(rows=1):
 def drawn(name):
     """The figure of docs/NAME.png."""
     figure, axes = _figure(len(PLOTS[name]))
-    for ax, (source, draw) in zip(axes, PLOTS[name].items(), strict=True):
-        draw(ax, json.loads((RESULTS / f"{source}.json").read_text()))
+    for ax, (sources, draw) in zip(axes, PLOTS[name].items(), strict=True):
+        draw(ax, *(json.loads((RESULTS / f"{source}.json").read_text()) for source in sources))
     return figure
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import sys
 
 from bench import RESULTS, ROOT
@@ -152,24 +153,92 @@ def members():
 def conciseness():
     report = results("conciseness-cpu")
     setting = report["setting"]
-    body = [
+    body = [["base model", "", "", "", "", f"{report['base']:.0f}", ""]] + [
         [
             f"{run['way']}, seed {run['seed']}",
             str(len(run["generations"])),
             f"{sum(g['tokens'] for g in run['generations']) / run['generations'][-1]['until']:.3g}",
             *(f"{run['generations'][k]['reward']:.0f}" for k in (0, -1)),
-            f"{run['base']:.0f}",
             f"{run['final']:.0f}",
+            f"{run['kl']:.3f} ± {run['kl_standard_error']:.3f}",
         ]
-        for run in report["runs"]
+        for run in sorted(report["runs"], key=lambda run: run["way"])
     ]
-    header = ["", "generations", "tokens / s", "reward, first generation", "last", "held-out reward, before", "after"]
+    header = [
+        "",
+        "generations",
+        "tokens / s",
+        "reward, first generation",
+        "last",
+        "held-out reward",
+        "KL to the base, nats a token",
+    ]
     about = (
         f"{report['model']}, {report['machine']['processor']}, one thread a run and {report['processes']} at once; "
-        f"{setting['population']} members x {setting['prompts']} prompts, sigma = lr = {setting['sigma']}, "
+        f"{setting['population']} members x 2 prompts, sigma = lr = {setting['sigma']}, "
         f"{setting['seconds'] / 60:.0f} minutes of generations each."
     )
     return f"{about}\n\n" + table(header, body)
+
+
+def short_answers():
+    """What demo-llm teaches, by kind of question."""
+    report = results("short_answers-cpu")
+    runs = report["runs"]
+    gains = ", ".join(f"{run['base']:.0%} -> {run['final']:.0%}" for run in runs)
+    minutes = statistics.mean(run["seconds"] for run in runs) / 60
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    about = (
+        f"SmolLM2-135M-Instruct, {report['machine']['processor']}: held-out answers that are the reference "
+        f"**{gains}**, with seeds {seeds}. A run takes {minutes:.0f} minutes on one thread."
+    )
+    header = ["held-out questions", "training saw", "number", "base: exact", "base: holds the answer", "tuned: exact"]
+    body = []
+    for rows in zip(*(run["kinds"] for run in runs), strict=True):
+        row = rows[0]
+        seen = "others of this kind" if row["trained"] else "none"
+        counts = [str(row[key]) for key in ("questions", "base exact", "base holds")]
+        tuned = ", ".join(str(other["tuned exact"]) for other in rows)
+        body.append([row["kind"].format("..."), seen, *counts, tuned])
+    return f"{about}\n\n" + table(header, body)
+
+
+def short_answers_examples():
+    """Answers before and after, of the first seed."""
+    rows = results("short_answers-cpu")["runs"][0]["examples"]
+    return table(["question", "base", "tuned"], [[" ".join(text.split()) for text in row] for row in rows])
+
+
+def short_answers_methods():
+    """ES beside gradients, by the clock: held-out exact answers, and peak memory."""
+    ours, others = results("short_answers-cpu"), results("short_answers_trl")
+    groups = {"ES, rank 1, one batch": ours["runs"]}
+    for run in others["runs"]:
+        groups.setdefault(f"TRL {run['method']}", []).append(run)
+    minutes = (1, 2, 4, 6, 9)
+    header = ["one CPU thread", "seeds", "learns from", *(f"after {m} min" for m in minutes), "peak memory"]
+    body = []
+    for name, runs in groups.items():
+        at = [[_exact_at(run["curve"], 60 * m) for run in runs] for m in minutes]
+        memory = max(run["peak_memory_bytes"] for run in runs) / 1e9
+        source = "rewards of its own answers" if "GRPO" in name else "reference answers"
+        body.append([name, str(len(runs)), source, *map(_from_to, at), f"{memory:.1f} GB"])
+    versions = others["machine"]
+    about = f"Held-out exact answers, lowest to highest seed. TRL {versions['trl']}, {versions['processor']}."
+    return f"{about}\n\n" + table(header, body)
+
+
+def _exact_at(curve, seconds):
+    """Of the last eval until then; None where the run ended well before."""
+    before = [exact for until, _, exact, _ in curve if until <= seconds]
+    return before[-1] if curve[-1][0] > 0.8 * seconds else None
+
+
+def _from_to(shares):
+    if None in shares:
+        return ""
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _gpu_row(r):
@@ -530,13 +599,16 @@ def learning_runs():
         exact = f"{summary['base']:.1%} → {summary['final']:.1%}"
         reward = " → ".join(f"{value:.3f}" for value in r["reward"])
         share = f"{r['shares']['outside generation']:.1%}" if r["shares"] else ""
-        times = [reward, f"{r['model']['seconds']:.0f} s", f"{r['seconds_a_generation'] or 0:.1f} s", share]
+        times = [reward, f"{r['seconds_a_generation'] or 0:.1f} s", share]
+        model = r["model"].get("base") or "{parameters:,} parameters, pre-trained for {seconds:.0f} s".format(
+            **r["model"]
+        )
         same = "the same bits" if r["replays_equal_the_run"] else "**other bits**"
         replays = ", ".join(f"{where} {replay['seconds']:.0f} s" for where, replay in r["replays"].items())
         body.append(
             [
                 facts.get("gpu", facts["processor"]),
-                f"{r['model']['parameters'] / 1e6:.3g}M",
+                model,
                 f"{r['sigma']:g}",
                 str(summary["generations"]),
                 exact,
@@ -545,13 +617,12 @@ def learning_runs():
             ]
         )
     header = [
-        "Countdown, from nothing",
-        "parameters",
+        "Countdown",
+        "model",
         "sigma = lr",
         "generations",
         "held-out exact",
         "members' reward",
-        "pre-training",
         "a generation",
         "of it outside generating",
         "replays",
@@ -854,6 +925,9 @@ TABLES = {
     "low-rank": low_rank,
     "members": members,
     "conciseness": conciseness,
+    "short-answers": short_answers,
+    "short-answers-examples": short_answers_examples,
+    "short-answers-methods": short_answers_methods,
     "gpus": measured_gpus,
     "targets": unreached,
     "learning-runs": learning_runs,
