@@ -426,6 +426,22 @@ def _in_cache(held):
     return f"{held['bytes'] / 1e9:.1f} GB = {held['kv_tokens']:,} tokens" if held["bytes"] else "none"
 
 
+def hours():
+    """The least time that the paper's Countdown takes, one member after the other. A prediction, from gpus.py's
+    rates."""
+    generations, members, prompts, tokens = 500, 30, 200, 1024
+    names = ("A100 80GB SXM", "H100 SXM", "H200 SXM")
+    body = []
+    for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Llama-3.1-8B"):
+        values = sum(map(math.prod, shapes.parameter_shapes(model).values()))
+        cells = []
+        for gpu in names:
+            step = gpus.decoding_step(model, gpu, members, prompts, tokens / 2)["one by one"]  # of a token, on average
+            cells.append(f"{generations * tokens * step / 3600:.2g} h")
+        body.append([model, f"{2 * values / 1e9:.1f} + {4 * values / 1e9:.1f} GB", *cells])
+    return table(["bf16 model", "weights + master fp32", *names], body)
+
+
 def exactness():
     """The ways of keeping bf16 weights: held-out answers while all learn and at the end, and what the reward
     measures."""
@@ -921,6 +937,7 @@ TABLES = {
     "generation": generation,
     "countdown": countdown,
     "memory": memory,
+    "hours": hours,
     "host": host,
     "low-rank": low_rank,
     "members": members,
