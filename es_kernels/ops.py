@@ -250,11 +250,12 @@ def add_noise_(
                 if t.is_meta or (role == "out" and t.is_neg()):
                     check_tensor(n, role, t)
     else:
-        # A graph writes a copy of out and would hide it; without addresses only the same tensor can be seen.
+        # A graph writes a copy of out and would hide it; without addresses only the same tensor can be seen. No zip: in
+        # a graph torch 2.7 refuses one of lists that differ in length.
         for role, supplied in (("base", bases), ("anchor", anchors)):
-            for n, t, source in zip(names, tensors, supplied, strict=False):
-                if source is t:
-                    raise ValueError(shared_memory(role, n, n))
+            for i, source in enumerate(supplied):
+                if source is tensors[i]:
+                    raise ValueError(shared_memory(role, names[i], names[i]))
     if torch.is_grad_enabled():
         _refuse_gradients(names, tensors)
     torch.ops.es_kernels.add_noise_(tensors, bases, anchors, seeds, coefs, rounding_seed, decay, layout, noise_rank)

@@ -175,7 +175,9 @@ def test_compile_tensor_seeds_coefs_and_rounding_seed_without_recompilation(bits
 @pytest.mark.parametrize("what", ("base", "anchor"))
 def test_compile_refuses_out_as_base_or_anchor(what):
     """A graph writes a copy of out, in which nothing is shared any more."""
-    with pytest.raises(Exception, match=f"'w': {what} shares memory with out"):
+    # Of an error inside a graph torch 2.7 shows the type only.
+    words = f"'w': {what} shares memory with out" if torch.__version__ >= (2, 8) else "<class 'ValueError'>"
+    with pytest.raises(Exception, match=words):
         compiled(lambda t: add_noise_({"w": t}, 1, 1.0, decay=0.1, **{what: {"w": t}}))(torch.randn(8))
 
 
