@@ -336,8 +336,10 @@ def _direct(*tables: ParamTable | None) -> bool:
 
 
 _NAMES_ITSELF = "name= and stream= are for a bare tensor; this call names its tensors itself"
-# In C: 14 ns each, not 65
-_any_requires_grad = getattr(torch._C, "_any_requires_grad", lambda *tensors: any(t.requires_grad for t in tensors))
+# In C: 14 ns each, not 65. torch 2.7 does not have it.
+_any_requires_grad = getattr(
+    torch._C, "_any_requires_grad", lambda *tensors: any(map(operator.attrgetter("requires_grad"), tensors))
+)
 
 
 def _refuse_gradients(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
