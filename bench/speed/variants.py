@@ -109,8 +109,8 @@ CUDA = {
         (
             (
                 "cuda.cu",
-                "std::min(at_once, (n_units + launch->tile - 1) / launch->tile)",
-                "((n_units + launch->tile - 1) / launch->tile)",
+                "std::min(at_once, (n_units - 1) / launch->tile + 1)",
+                "((n_units - 1) / launch->tile + 1)",
             ),
         ),
     ),
