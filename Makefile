@@ -15,7 +15,7 @@
 #   make build             the native libraries, in place
 #   make wheel             dist/es_kernels-*.whl, one for every Python and torch
 #   make bench             the benchmarks that need no GPU -> bench/results/, README's tables (100 minutes on two cores)
-#   make bench-trl         what TRL's GRPO and SFT make of demo-llm's task -> bench/results/ (90 minutes on two cores)
+#   make bench-trl         what TRL's GRPO and SFT make of demo-llm's task -> bench/results/ (an hour on two cores)
 #   make docs              the documentation as a site, which needs no network -> site/index.html
 #   make clean             remove the environments and what was built
 #
