@@ -544,6 +544,13 @@ def test_without_exact_and_health_nothing_is_invented(tmp_path):
     assert "of at least 0.9" not in text
 
 
+def test_of_answers_that_are_read_no_tokens_are_drawn(tmp_path):
+    folder = make_run(tmp_path / "read", 3)
+    rows = [row | {"tokens": 0, "tokens_per_second": 0.0} for row in read_rows(folder / "metrics.jsonl")]
+    write_rows(folder / "metrics.jsonl", rows)
+    assert '<div class="missing">not measured</div>' in report(folder).read_text()
+
+
 def test_a_full_disk_keeps_the_page_that_was_there(no_plots, tmp_path, monkeypatch):
     before = report(make_run(tmp_path / "run", 3)).read_bytes()
 
