@@ -30,7 +30,7 @@ from peft import LoraConfig
 from bench import RESULTS, ROOT
 from bench.common import environment, smollm2
 from es_finetune.engines.hf import HFEngine
-from es_finetune.evaluation.evaluator import HeldOut
+from es_finetune.evaluation.evaluator import Evaluator
 from es_finetune.runs.files import write_atomically
 from es_finetune.tasks.short_answers import ShortAnswers
 
@@ -71,7 +71,7 @@ class Clock(transformers.TrainerCallback):
     """Evaluates EVALS times in so many seconds of training, and ends it then."""
 
     def __init__(self, engine, task, seconds):
-        self.engine, self.task, self.seconds = engine, task, seconds
+        self.model, self.held_out, self.seconds = engine.model, Evaluator(engine, task, task.test), seconds
         self.curve, self.evaluating = [], 0.0
 
     def on_train_begin(self, args, state, control, **_):
@@ -86,12 +86,10 @@ class Clock(transformers.TrainerCallback):
 
     def evaluate(self, spent, step):
         started = time.monotonic()
-        model = self.engine.model
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            result = HeldOut(self.engine, self.task, self.task.test)()
-        model.train(training)
+        training = self.model.training
+        self.model.eval()
+        result = self.held_out()
+        self.model.train(training)
         self.curve.append([spent, step, result.mean("exact"), result.mean("format")])
         self.evaluating += time.monotonic() - started
 
@@ -125,7 +123,7 @@ def run(job):
             peft_config=LoraConfig(task_type="CAUSAL_LM") if lora else None,
             **({"reward_funcs": rewards(task)} if trainer_class is trl.GRPOTrainer else {}),
         )
-        clock = Clock(HFEngine(trainer.model, tokenizer, task.max_new_tokens, 70), task, seconds)
+        clock = Clock(HFEngine(trainer.model, tokenizer, task.max_new_tokens, len(task.test)), task, seconds)
         trainer.add_callback(clock)
         trainer.train()
     return {

@@ -1,5 +1,4 @@
-"""One whole generation of ES on models of real shapes: where the time goes, ours beside what people
-do today.
+"""One whole generation of ES on models of real shapes: where the time goes, ours beside what people do today.
 
     python -m bench.speed.generation [--device cpu|cuda] [--out bench/results] [--models NAME ...] [--seconds 900]
                                        [--weights FOLDER]
@@ -203,7 +202,7 @@ def memory(name, gpu_bytes=None):
 # ---- a model ----
 
 
-def measure(report, name, device, decoding, known, end, folder=None):
+def measure(report, name, device, decoding, known, end, folder):
     """All workloads, the handling of weights included; with a model whose weights are `known` from before long answers
     only, decoded otherwise."""
     # Live weights and two masters

@@ -200,10 +200,14 @@ def is_begun(path: Path) -> bool:
 
 def _is_of_a_member(line: dict[str, Any]) -> bool:
     try:
-        whole("generation", line["generation"]), whole("member", line["member"])
-        return all(reward is None or finite("reward", reward) is not None for reward in line["rewards"])
+        whole("generation", line["generation"])
+        whole("member", line["member"])
+        for reward in line["rewards"]:
+            if reward is not None:
+                finite("reward", reward)
     except (KeyError, TypeError, ValueError):
         return False
+    return True
 
 
 def _read(path: Path, strict: bool) -> tuple[list[dict[str, Any]], int]:

