@@ -1,29 +1,24 @@
 """What demo-llm teaches a real language model: its run, by the command line, with several seeds.
 
-    python -m bench.learning.short_answers [--seeds 3] [--processes 2] [--device cpu|cuda] [--out bench/results]
+    python -m bench.learning.short_answers [--seeds 3] [--processes 2] [--threads 1] [--device cpu|cuda] [--out FOLDER]
 
 Writes short_answers-cpu.json or short_answers-GPU.json.
 
 Of each kind of held-out question: how many answers are the reference before and after, and how many hold it somewhere.
-The second says what the model knows: answers that it does not know it was not taught. A seed decides the members' noise
-and the questions of each generation. Every run has one CPU thread, and as many run at once as there are --processes. A
-seed whose run is in --work (runs/short-answers) already is not run again.
+The second says what the model knows: answers that it does not know it was not taught. Every run has --threads, and as
+many run at once as there are --processes. A seed whose run is in --work (runs/short-answers) already is not run again.
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing.pool
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 
 import torch
 
 from bench import RESULTS, ROOT
 from bench.common import environment, smollm2
+from bench.learning import seeds
 from es_finetune.runs.files import write_atomically
 from es_finetune.tasks.short_answers import TEST, TRAIN, ShortAnswers
 
@@ -31,43 +26,9 @@ CONFIG = "short-answers-smollm2-135m"
 WHEN = ("base", "tuned")
 
 
-def train(folder, seed, device):
-    """A run as `make demo-llm` makes it, on one thread, and what it took of the machine."""
-    flags = ["--config", CONFIG, "--model", smollm2.FOLDER, "--seed", seed, "--output", folder, "--overwrite"]
-    flags += ["--device", device, "--threads", 1, "--save_model", "false"]
-    command = [sys.executable, "-m", "es_finetune", "train", *flags]
-    process = subprocess.Popen(list(map(str, command)))
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the run with seed {seed} failed")
-    resources = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_memory_bytes": usage.ru_maxrss * 1024}
-    (folder / "resources.json").write_text(json.dumps(resources))
-
-
-def outcome(folder):
-    """What is kept of a run."""
-    summary = json.loads((folder / "summary.json").read_text())
-    evals, rows = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("evals", "metrics")
-    )
-    until = [0.0, *itertools.accumulate(row["seconds"] for row in rows)]
-    return {
-        "seed": summary["seed"],
-        "base": summary["base"],
-        "final": summary["final"],
-        "curve": [[until[row["generation"]], row["generation"], row["exact"], row["format"]] for row in evals],
-        "kinds": kinds(folder),
-        "examples": examples(folder),
-        "seconds": summary["seconds_total"],
-        "live": summary["live"],
-        **json.loads((folder / "resources.json").read_text()),
-    }
-
-
 def answers(folder, when):
     """{question: answer} to the held-out questions."""
-    lines = map(json.loads, (folder / "answers" / f"{when}.jsonl").read_text().splitlines())
+    lines = seeds.rows(folder / "answers" / f"{when}.jsonl")
     return {line["prompt"][-1]["content"]: line["completion"] for line in lines}
 
 
@@ -100,20 +61,13 @@ def examples(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2)
+    seeds.add_flags(parser, processes=2, threads=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs/short-answers")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
-    smollm2.fetch()
-    folders = [args.work / str(seed) for seed in range(args.seeds)]
-    todo = [
-        (folder, seed, args.device) for seed, folder in enumerate(folders) if not (folder / "resources.json").exists()
-    ]
-    with multiprocessing.pool.ThreadPool(args.processes) as pool:
-        pool.starmap(train, todo)
-    runs = [outcome(folder) for folder in folders]
+    folders = seeds.trained(CONFIG, args.work, args, args.device)
+    runs = [seeds.outcome(folder) | {"kinds": kinds(folder), "examples": examples(folder)} for folder in folders]
     for run in runs:
         print(f"seed {run['seed']}: {run['base']:.1%} -> {run['final']:.1%} in {run['seconds']:.0f} s")
     gain = statistics.mean(run["final"] - run["base"] for run in runs)

@@ -581,7 +581,7 @@ PAPER = {
     "mini-sudoku-qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", "reasoning-gym:mini_sudoku", 0, None),
     "arc-qwen2.5-14b": ("Qwen/Qwen2.5-14B-Instruct", "reasoning-gym:arc_agi", 0, None),
 }
-SMOLLM2 = ("short-answers-smollm2-135m", "conciseness-smollm2-135m")
+SMOLLM2 = ("short-answers-smollm2-135m", "conciseness-smollm2-135m", "countdown-smollm2-135m")
 
 
 def test_each_experiment_of_the_paper_has_a_ready_config():

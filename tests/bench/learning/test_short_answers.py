@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench.learning import short_answers
+from bench.learning import seeds, short_answers
 from es_finetune.tasks.short_answers import ShortAnswers
 
 
@@ -31,8 +31,8 @@ def work(tmp_path):
 
 
 def test_answers_are_counted_by_kind(work, monkeypatch, capsys):
-    monkeypatch.setattr(short_answers.smollm2, "fetch", lambda: None)
-    monkeypatch.setattr(short_answers, "train", None)
+    monkeypatch.setattr(seeds.smollm2, "fetch", lambda: None)
+    monkeypatch.setattr(seeds, "train", None)
     flags = ["--seeds", "1", "--device", "cpu", "--work", str(work), "--out", str(work / "results")]
     monkeypatch.setattr("sys.argv", ["short_answers", *flags])
     short_answers.main()
