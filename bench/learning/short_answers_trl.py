@@ -72,17 +72,24 @@ class Clock(transformers.TrainerCallback):
 
     def __init__(self, engine, task, seconds):
         self.model, self.held_out, self.seconds = engine.model, Evaluator(engine, task, task.test), seconds
-        self.curve, self.evaluating = [], 0.0
+        self.curve, self.rewards, self.evaluating = [], [], 0.0
 
     def on_train_begin(self, args, state, control, **_):
         self.begin = time.monotonic()
         self.evaluate(0.0, 0)
 
     def on_step_end(self, args, state, control, **_):
-        spent = time.monotonic() - self.begin - self.evaluating
+        spent = self.spent()
         if spent >= self.seconds * len(self.curve) / EVALS:
             self.evaluate(spent, state.global_step)
         control.should_training_stop = spent >= self.seconds
+
+    def on_log(self, args, state, control, logs, **_):
+        if "reward" in logs:
+            self.rewards.append([self.spent(), state.global_step, logs["reward"]])
+
+    def spent(self):
+        return time.monotonic() - self.begin - self.evaluating
 
     def evaluate(self, spent, step):
         started = time.monotonic()
@@ -111,7 +118,8 @@ def run(job):
             num_train_epochs=10**4,
             save_strategy="no",
             report_to="none",
-            logging_strategy="no",
+            logging_strategy="steps",
+            logging_steps=1,
             disable_tqdm=True,
             **options,
         )
@@ -125,6 +133,7 @@ def run(job):
         )
         clock = Clock(HFEngine(trainer.model, tokenizer, task.max_new_tokens, len(task.test)), task, seconds)
         trainer.add_callback(clock)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return {
         "method": method,
@@ -133,6 +142,7 @@ def run(job):
         "lr": config.learning_rate,
         "batch": config.per_device_train_batch_size,
         "curve": clock.curve,
+        "rewards": clock.rewards,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
