@@ -129,12 +129,15 @@ def make_members(model: torch.nn.Module, entries: Iterable[NamedTensor], config:
     return members
 
 
-def tell_what_is_left_out(entries: Iterable[NamedTensor], members: Members | None) -> None:
-    """One line on the parameters that could be tuned if members shared no batch, if there are such."""
-    tunable = [entry for entry in entries if entry.tensor.requires_grad]
-    left_out = [entry for entry in tunable if members is not None and entry.name not in members.names]
+def tell_what_is_left_out(entries: Iterable[NamedTensor], members: Members | None, config: TrainConfig) -> None:
+    """One line on the parameters that the config would tune if members shared no batch, if there are such."""
+    if members is None:
+        return
+    groups = param_groups(entries, config.sigma, tune=config.tune, freeze=config.freeze)
+    asked = [entry for group in groups for entry in group["params"]]
+    left_out = [entry for entry in asked if entry.name not in members.names]
     if left_out:
-        count, all_of_them = (sum(entry.tensor.numel() for entry in part) for part in (left_out, tunable))
+        count, all_of_them = (sum(entry.tensor.numel() for entry in part) for part in (left_out, asked))
         logger.info(
             f"members share a batch, so {len(left_out)} parameters are not tuned, {100 * count / all_of_them:.2g} % of "
             f"the weights, such as {left_out[0].name}; --members_at_once 1 tunes all"

@@ -154,7 +154,7 @@ def make_replica(config: TrainConfig, plan: Plan, model: torch.nn.Module | None,
         with_health=bool(config.health_every),
         in_place=members is None,
     )
-    tell_what_is_left_out(entries, members)
+    tell_what_is_left_out(entries, members, config)
     return Replica(
         weights,
         engine,

@@ -53,7 +53,7 @@ def load(config: TrainConfig, plan: Plan) -> Replica:
     model, tokenizer, dtype = empty_model(config.model, config.dtype)
     entries = list(named_segments(model))
     members = make_members(model, entries, config)
-    tell_what_is_left_out(entries, members)
+    tell_what_is_left_out(entries, members, config)
     adapters = None if members is None else Adapters(sorted(members.names), plan.at_once, config.noise_rank)
     engine = VllmEngine(
         vllm,
