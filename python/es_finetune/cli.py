@@ -92,7 +92,7 @@ def _train(options: Options) -> None:
     base, final = (value(summary["metric"], summary[when]) for when in ("base", "final"))
     say(
         f"held-out {summary['metric']} {base} -> {final} in {summary['generations']} generations and "
-        f"{summary['seconds_total']:.1f} s ({summary['share_outside'] or 0:.1%} outside generation and reward); "
+        f"{summary['seconds_total']:.1f} s ({summary['share_outside'] or 0:.1%} outside of answering and scoring); "
         f"theta {summary['fingerprint']}; {folder}",
         terminal(),
     )

@@ -60,7 +60,7 @@ def norms_note(rows: Sequence[Row]) -> str | None:
     lowest = min(correlation for correlation, _ in lost.values())
     return (
         f"part of the noise is lost in {len(lost)} norm weight(s), which are near 1, where their dtype is too coarse "
-        f"for it (lowest correlation {lowest:.2f}); so it is in the paper's run, and nothing needs to be done"
+        f"for it (lowest correlation {lowest:.2f}); this is normal, in the paper's setting too, and needs nothing done"
     )
 
 
@@ -128,8 +128,8 @@ def _findings(rows: Sequence[Row], population: int, last_eval: Row | None) -> It
     if len(outside) == _NOW and min(outside) > _OUTSIDE_SHARE:
         yield (
             _OUTSIDE,
-            f": {row['share_outside']:.0%} of it is spent outside of generating and scoring; with more prompts per "
-            "member that is less",
+            f": {row['share_outside']:.0%} of it is spent outside of answering and scoring: use more prompts per "
+            "member",
         )
 
 

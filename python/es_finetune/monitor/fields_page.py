@@ -6,13 +6,32 @@ from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, MemberLine, Summary
 
+PURPOSES = {
+    "config.json": "the options of the run",
+    "run.log": "seed, coefficients and fingerprints of every generation: with the base model they are the tuned model",
+    "journal": "the members of this generation that were scored: a resumed run does not score them again",
+    "metrics.jsonl": "a line a generation, for curves",
+    "evals.jsonl": "a line for each eval on the held-out questions",
+    "summary.json": "the result; missing until the run is complete",
+    "answers": "held-out answers of the base model and of the tuned one",
+    "snapshots": "weights on the way, with `--snapshot_every`: a resumed run need not replay all",
+    "model": "the tuned model, for `from_pretrained`",
+    "reward.png": "reward and held-out curve",
+    "report.html": "all of it on one page; `es-finetune report` writes it",
+    "tensorboard": "curves for TensorBoard, with `--report_to`",
+    "wandb": "curves for Weights & Biases, with `--report_to`",
+    "wandb-id": "which of its runs a resumed run continues",
+}
+
 
 def fields_page() -> str:
     """The page. Write it with
     `python -m es_finetune.monitor.fields_page > docs/files.md`."""
     parts = [
         "# The files of a run, field by field\n\nMade from the types in `es_finetune/monitor/rows.py`. "
-        "What each file is for is in the README, the form of `run.log` in `es_finetune/runs/log.py`.\n"
+        "The form of `run.log` is in `es_finetune/runs/log.py`.\n\n"
+        "| file or folder | what it is for |\n| --- | --- |\n",
+        *(f"| `{name}` | {about} |\n" for name, about in PURPOSES.items()),
     ]
     for title, kind in (
         ("metrics.jsonl", GenerationRow),

@@ -197,11 +197,11 @@ def draw_lines(
 
 
 def draw_time(axes: Any, rows: Sequence[Row]) -> None:
-    """Shares of each generation's seconds, stacked; the legend has the shares of the whole run."""
+    """Shares of the workers' time in each generation, stacked; the legend has the shares of the whole run."""
     parts = {"answering": BAND, "scoring": SCORE, "noise": INK}
     keys = dict(zip(parts, ("seconds_generate", "seconds_score", "seconds_kernels"), strict=True))
     seconds = {name: [row.get(key) or 0.0 for row in rows] for name, key in keys.items()}
-    whole = [max(row["seconds"], sum(part), 1e-9) for row, *part in zip(rows, *seconds.values(), strict=True)]
+    whole = [max(worker_seconds(row), sum(part), 1e-9) for row, *part in zip(rows, *seconds.values(), strict=True)]
     seconds["other"] = [total - sum(part) for total, *part in zip(whole, *seconds.values(), strict=True)]
     # One step a generation, so that a run of a single one is seen as well.
     x = [edge for at in _updates(rows) for edge in (at - 0.5, at + 0.5)]
@@ -216,6 +216,11 @@ def draw_time(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(ylim=(0, 1), xlim=(x[0], x[-1]))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     _legend(axes)
+
+
+def worker_seconds(row: Row) -> float:
+    """Of a generation, summed over the workers as the seconds of its parts are."""
+    return row["seconds"] * row.get("workers", 1)
 
 
 def _updates(rows: Sequence[Row]) -> list[int]:

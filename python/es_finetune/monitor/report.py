@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 from es_finetune.config import TrainConfig, as_flags
 from es_finetune.monitor.advice import swallowed
 from es_finetune.monitor.health import FAITHFUL
-from es_finetune.monitor.plots import HELD_OUT, draw_held_out, draw_lengths, draw_lines, draw_rewards, draw_time, svg
+from es_finetune.monitor.plots import (
+    HELD_OUT,
+    draw_held_out,
+    draw_lengths,
+    draw_lines,
+    draw_rewards,
+    draw_time,
+    svg,
+    worker_seconds,
+)
 from es_finetune.monitor.progress import duration, value
 from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, meanings
 
@@ -176,8 +185,8 @@ def _when(seconds: float | None) -> str | None:
 
 
 def _outside(rows: list[Row]) -> float | None:
-    """Share of the generations' seconds outside generating and scoring."""
-    whole = sum(row["seconds"] for row in rows)
+    """Share of the workers' time outside of answering and scoring."""
+    whole = sum(worker_seconds(row) for row in rows)
     return (
         1 - sum((row.get("seconds_generate") or 0) + (row.get("seconds_score") or 0) for row in rows) / whole
         if whole
@@ -249,8 +258,8 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                 ),
                 (
                     "Distance from the base model",
-                    "Root mean square of the change of the tuned weights"
-                    + (", in percent of the weights'." if relative else "."),
+                    "How far the tuned weights have moved: root mean square of the change"
+                    + (", in percent of the weights' own." if relative else "."),
                     has(drift),
                     lines(relative, drift=drift),
                     ["drift_relative" if relative else "drift"],
@@ -270,7 +279,7 @@ def _plots(rows: list[Row], metric: str, evals: list[Row]) -> list[dict[str, Any
                 ),
                 (
                     "Members with identical answers",
-                    "Share of members that answered every prompt as another member did. High: sigma is too low.",
+                    "Share of members that answered every prompt as another member did. High: sigma is too small.",
                     has(of("identical")),
                     lines(True, identical=of("identical")),
                     ["identical"],

@@ -146,7 +146,7 @@ def test_norms_are_said_once_and_are_no_warning():
     assert (
         note.startswith("part of the noise is lost in 6 norm weight(s)")
         and "lowest correlation 0.30" in note
-        and "so it is in the paper's run" in note
+        and "this is normal, in the paper's setting too" in note
     )
     (warning,) = run([measured(*names, *others)])
     assert (

@@ -19,6 +19,7 @@ import shlex
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
 from es_finetune import cli
 from es_finetune.commands.report import report
@@ -293,6 +294,22 @@ def assert_self_contained(path):
         for match in re.findall(r"^#(.+)|url\(#([^)]+)\)", content or "")
     }
     assert {a or b for a, b in used} <= set(ids)
+
+
+def test_shares_of_time_count_every_worker(tmp_path, no_plots):
+    """Parts are summed over the workers, seconds are the clock's."""
+    folder, shown = make_run(tmp_path / "run", generations=5), []
+    parts = [f"seconds_{part}" for part in ("generate", "score", "kernels")]
+    rows = read_rows(folder / "metrics.jsonl")
+    for workers in (1, 4):
+        for row in rows:
+            row |= {"workers": workers} | {part: workers * row[part] for part in parts}
+        write_rows(folder / "metrics.jsonl", rows)
+        axes = Figure().subplots()
+        plots.draw_time(axes, rows)
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        shown.append([re.search(r"outside of answering and scoring ([\d.]+%)", page(folder).text)[1], *labels])
+    assert shown[0] == shown[1] and shown[0][0] != "0.00%"
 
 
 def test_one_small_page_that_needs_nothing_else(long):

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 from es_finetune.engines import Answer
 from es_finetune.evaluation.evaluator import Evaluation
-from es_finetune.monitor.fields_page import fields_page
+from es_finetune.monitor.fields_page import PURPOSES, fields_page
 from es_finetune.monitor.rows import eval_row, member_line, population_row
+from es_finetune.runs.folder import CURVES, FILES, FOLDERS
 from es_finetune.tasks import Score
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -26,6 +27,10 @@ def test_the_page_says_type_and_meaning_of_a_field():
     lines = fields_page().splitlines()
     assert "| `failed_example` | text or null | the first of them, and why |" in lines
     assert "| `exact` | number or null | share of right answers; null where the task knows none |" in lines
+
+
+def test_the_page_says_what_each_file_of_a_run_is_for():
+    assert set(PURPOSES) == {*FILES, *FOLDERS, *CURVES}
 
 
 def evaluation(*lengths, reward=1.0):
