@@ -29,6 +29,8 @@ BLUE, RED, GREY, SAND, GREEN, VIOLET, BROWN = (
     "#8a5a44",
 )
 
+SHOWN = {"embedded": "demo's model (108k weights)", "50M": "model of 50M weights"}
+
 
 def baselines(ax, report):
     """Seconds of a member's weights and of an update, in multiples of ours."""
@@ -107,7 +109,7 @@ def generation(ax, report):
             tokens = list(map(int, r["seconds_answers"]))
             shares = [weights / (weights + seconds) for seconds in r["seconds_answers"].values()]
             known = sum(n <= r["longest_measured"] for n in tokens)
-            label = f"{model}: {way}"
+            label = f"{SHOWN.get(model, model)}: {way}"
             ax.plot(tokens[:known], shares[:known], style, color=color, marker="o", ms=4, label=label)
             # Beyond the longest answer that was waited for
             ax.plot(tokens[known - 1 :], shares[known - 1 :], ":", color=color, lw=1.2)
@@ -116,6 +118,7 @@ def generation(ax, report):
     if guessed:
         ax.plot([], [], ":o", color=GREY, mfc="white", ms=5, lw=1.2, label="extrapolated from shorter answers")
     ax.axhline(0.01, color=GREY, lw=0.8)
+    ax.text(max(every), 0.01, "a hundredth", color=GREY, fontsize=8, ha="right", va="bottom")
     _powers_of_two(ax, every)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
@@ -210,7 +213,7 @@ def members(ax, report):
     ax.set_ylabel("tokens a second")
     _title(
         ax,
-        "Speed of answering for all members (higher is better)",
+        f"Answering for {rows[-1]['members']} members at once (higher is better)",
         f"{model}, {rows[0]['prompts']} prompts a member, noise of rank {report['noise_rank']}, {_machine(report)}",
     )
     _legend(ax)
@@ -224,13 +227,13 @@ def conciseness(ax, report):
         rewards = [generation["reward"] for generation in run["generations"]]
         color, first = colors[run["way"]], run["seed"] == 0
         ax.plot(minutes, rewards, "o-", color=color, ms=4, label=run["way"] if first else None)
-        held_out = "held-out questions, asked only before and after" if first else None
+        held_out = "held-out questions, asked only before and after" if run is report["runs"][0] else None
         ax.plot([0, minutes[-1]], [report["base"], run["final"]], "x:", color=color, label=held_out)
     ax.set_xlabel("minutes of generations")
-    ax.set_ylabel("mean reward")
+    ax.set_ylabel("mean reward, minus characters off the target length")
     _title(
         ax,
-        "Reward over time, for short answers (higher is better)",
+        "Reward by the clock, for short answers (higher is better)",
         f"{report['model']}, {report['setting']['population']} members x 2 prompts, "
         f"{_machine(report)}, one thread a run, a line a seed",
     )

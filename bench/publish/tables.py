@@ -122,12 +122,14 @@ def low_rank():
 def members():
     report = results("members-cpu")
     others = [way for way in ("one by one", "PEFT") if any(way in r["ways"] for r in report["rows"])]
-    header = ["tokens / s", "plain", "one batch", "of plain", *(f for way in others for f in (way, "takes"))]
-    header.append("whole generation, one by one")
+    header = ["tokens / s", "plain", "one batch", "of plain"]
+    header += [column for way in others for column in (way, f"time of {way} / one batch")]
+    header.append("whole generation: one by one / one batch")
     body = []
     for r in report["rows"]:
         speed = {way: f"{of['tokens_per_s']:.3g}" for way, of in r["ways"].items()}
-        row = [f"{r['model']}, {r['members']} members x {r['prompts']} prompts, {r['tokens']} tokens"]
+        members_ = f"{r['members']} member{'s' * (r['members'] > 1)}"
+        row = [f"{r['model']}, {members_} x {r['prompts']} prompts, {r['tokens']} tokens"]
         row += [speed["plain"], speed["one batch"], f"{r['share_of_plain']:.0%}"]
         for way in others:
             row += [speed[way], f"{r[f'{way} takes']:.2f} x"] if way in speed else ["", ""]
@@ -136,18 +138,16 @@ def members():
     steps = []
     for count in (30, 128):
         step = gpus.decoding_step(model, gpu, count, prompts, position)
-        steps.append(
-            f"{count} members x {prompts} prompts {1e3 * step['plain']:.1f} ms by plain inference, "
-            f"{1e3 * step['one batch']:.1f} in one batch ({step['plain'] / step['one batch']:.0%}), "
-            f"{1e3 * step['one by one']:.0f} one by one"
-        )
-    predicted = (
-        "Predicted from bytes and operations ([gpus.py](../../bench/common/gpus.py), `decoding_step`), not measured: "
-        f"one token of every row of {model} in bf16 after {position} others takes an H200 at least, for "
-        f"{'; for '.join(steps)}."
+        times = [f"{1e3 * step['plain']:.1f} ms", f"{1e3 * step['one batch']:.1f} ms"]
+        share, one_by_one = f"{step['plain'] / step['one batch']:.0%}", f"{1e3 * step['one by one']:.0f} ms"
+        steps.append([f"{count} members x {prompts} prompts", *times, share, one_by_one])
+    about = (
+        "**Predicted** from bytes and operations ([gpus.py](../../bench/common/gpus.py), `decoding_step`), not "
+        f"measured: the least time of one token of every row of {model} in bf16, after {position} others."
     )
+    predicted = table([f"{gpu}, predicted", "plain", "one batch", "of plain", "one by one"], steps)
     machine = f"{report['machine']['processor']}, rank {report['noise_rank']}."
-    return "\n\n".join([machine, table(header, body), predicted])
+    return "\n\n".join([machine, table(header, body), about, predicted])
 
 
 def conciseness():
@@ -867,6 +867,8 @@ def buys():
     loop, ours = "es-at-scale", "es_kernels, master fp32"
     times = {(r["model"], r["what"], r["who"]): r for r in kernels["rivals"]}
     member = [times["Qwen2.5-0.5B", "member", who] for who in (loop, ours)]
+    without = times["Qwen2.5-0.5B", "member", "es_kernels, master None"]
+    exact = next(r["fp32"]["bytes"] for r in results("generation-cpu")["memory"] if r["model"] == "Qwen2.5-0.5B")
     update = [times["50M", "update", who] for who in (loop, ours)]
     batch = next(r for r in members_["rows"] if "PEFT takes" in r)
     speeds = [f"{batch['ways'][way]['tokens_per_s']:.0f} tokens / s" for way in ("one by one", "one batch")]
@@ -875,8 +877,10 @@ def buys():
     rows = [
         [
             "perturb and restore a member of Qwen2.5-0.5B, bf16, on a CPU",
-            *(f"{r['seconds']:.2g} s, {_bytes(r['peak_extra_bytes'])} extra" for r in member),
-            "results/kernels.md",
+            f"{member[0]['seconds']:.2g} s, {_bytes(member[0]['peak_extra_bytes'])} extra",
+            f"{member[1]['seconds']:.2g} s with exact weights beside it, {_bytes(exact)}; {without['seconds']:.2g} s "
+            f"with {_bytes(without['peak_extra_bytes'])} extra",
+            "guides/masters.md",
         ],
         [
             f"update by {update[0]['seeds']} members, 50M weights, on a CPU",
@@ -890,19 +894,20 @@ def buys():
             "results/learning.md",
         ],
         [
-            f"answer {batch['prompts']} questions by {batch['members']} members of {batch['model']}, on a CPU",
+            f"answer {batch['prompts']} questions by {batch['members']} members of {batch['model']}, noise of rank "
+            f"{members_['noise_rank']}, on a CPU",
             f"one by one: {speeds[0]}",
             f"in one batch: {speeds[1]}, {batch['share_of_plain']:.0%} of plain inference",
             "guides/members.md",
         ],
         [
-            "keep any generation of a run",
+            "resume after `kill -9`, go back to any generation",
             "a checkpoint each",
-            f"one log of {demo['log_bytes'] / 1e3:.0f} kB for the demo's {demo['generations']}; replay is exact",
+            f"one log of {demo['log_bytes'] / 1e3:.0f} kB for the demo's {demo['generations']}; the same bits",
             "guides/resume.md",
         ],
         [
-            f"bring {wire['workers']} workers of a 7B model together, on paper",
+            f"keep {wire['workers']} workers of a 7B model in step (computed, not measured)",
             f"{_sent(model['weights_bytes'])} of weights a generation",
             f"{_sent(wire['torchrun_rank_receives'])} of scores; fingerprints prove it",
             "workers.md",

@@ -1,5 +1,5 @@
 """Contract: versions and limits that the pages beside the code name are those of the code: what stays, the changelog,
-SECURITY.md, CITATION.cff, the issue form."""
+SECURITY.md, CITATION.cff, the issue form, the flags of a resumed run."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import re
 import yaml
 
 import es_kernels
-from es_finetune.config import TrainConfig
+from es_finetune.config import RESUMABLE, TrainConfig
 from es_finetune.runs import log
 from es_finetune.tasks import reward_process
 from es_kernels import native
@@ -22,6 +22,11 @@ def test_versions(pages):
     newest = pages["CHANGELOG.md"].split("\n## ")[1]
     assert newest.startswith(es_kernels.__version__)
     assert f"Noise version {noise}, run.log format {form}, C ABI {abi}." in newest
+
+
+def test_flags_that_may_change_when_a_run_is_resumed(pages):
+    [listed] = re.findall(r"These may: (.*)\n", pages["docs/guides/resume.md"])
+    assert set(re.findall(r"`--(\w+)`", listed)) == RESUMABLE - {"resume", "output"}
 
 
 def test_limits_of_a_reward(pages):

@@ -17,7 +17,7 @@ PURPOSES = {
     "snapshots": "weights on the way, with `--snapshot_every`: a resumed run need not replay all",
     "model": "the tuned model, for `from_pretrained`",
     "reward.png": "reward and held-out curve",
-    "report.html": "all of it on one page; `es-finetune report` writes it",
+    "report.html": "all of it on one page; `es-finetune report RUN` writes it",
     "tensorboard": "curves for TensorBoard, with `--report_to`",
     "wandb": "curves for Weights & Biases, with `--report_to`",
     "wandb-id": "which of its runs a resumed run continues",

@@ -18,6 +18,15 @@ def test_the_pages_show_the_results():
     assert run.returncode == 0, run.stderr
 
 
+def test_the_readme_tells_the_hours_that_are_predicted():
+    row = next(line for line in tables.hours().splitlines() if line.startswith("| Qwen2.5-1.5B"))
+    memory, _, h100 = row.split(" | ")[1:4]
+    model, master = memory.removesuffix(" GB").split(" + ")
+    told = f"takes {model} GB and its exact weights {master} GB more"
+    text = (ROOT / "README.md").read_text()
+    assert told in text and f": {h100.removesuffix(' h')} on an H100 at least, predicted" in text
+
+
 def test_every_table_has_its_place():
     text = "".join((ROOT / page).read_text() for page in tables.PAGES)
     assert all(text.count(f"<!-- {name} -->\n") == 1 for name in tables.TABLES)
