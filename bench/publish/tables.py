@@ -910,7 +910,7 @@ def buys():
             f"keep {wire['workers']} workers of a 7B model in step (computed, not measured)",
             f"{_sent(model['weights_bytes'])} of weights a generation",
             f"{_sent(wire['torchrun_rank_receives'])} of scores; fingerprints prove it",
-            "workers.md",
+            "guides/workers.md",
         ],
         ["the same noise on every device, shard and thread count", "no", "yes, to the bit", "../es_kernels/NOISE.md"],
     ]

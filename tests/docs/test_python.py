@@ -19,7 +19,7 @@ RUN_HERE = {
     "docs/guides/lora.md",
     "docs/guides/own-task.md",
     "docs/guides/resume.md",
-    "docs/models.md",
+    "docs/guides/models.md",
 }
 
 
@@ -109,7 +109,7 @@ def test_the_gguf_block(python, monkeypatch):
 
     monkeypatch.setattr(load, "load_model", create_autospec(load.load_model, return_value=(1, 2, 3)))
     monkeypatch.setattr(save, "save_model", create_autospec(save.save_model))
-    (code,) = python("docs/models.md")
+    (code,) = python("docs/guides/models.md")
     exec(code, {})
     assert save.save_model.call_args.args[:2] == (1, 2)
 

@@ -168,7 +168,7 @@ def empty_model(name: str, dtype: str = "auto") -> tuple[torch.nn.Module, Any, t
     if gguf_of(name) is not None:
         raise UserError(
             f"model {name} is a GGUF file, which this engine cannot perturb: write it as a folder first "
-            "(docs/models.md), or use --engine hf"
+            "(docs/guides/models.md), or use --engine hf"
         )
     path = path_of(name)
     with loading(f"model {name}"):

@@ -1,4 +1,4 @@
-"""docs/files.md, made from the types of the rows."""
+"""docs/reference/files.md, made from the types of the rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PURPOSES = {
 
 def fields_page() -> str:
     """The page. Write it with
-    `python -m es_finetune.monitor.fields_page > docs/files.md`."""
+    `python -m es_finetune.monitor.fields_page > docs/reference/files.md`."""
     parts = [
         "# The files of a run, field by field\n\nMade from the types in `es_finetune/monitor/rows.py`. "
         "The form of `run.log` is in `es_finetune/runs/log.py`.\n\n"

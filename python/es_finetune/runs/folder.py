@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what may be removed from it. What each file is for is in docs/files.md."""
+"""The folder of a run: whose it is, and what may be removed from it. What each file is for is in docs/reference/files.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Contract under test: the fields of a run's files, and the quantiles and lengths in them.
 
-Every field has a meaning, and docs/files.md says what the types say. That a run writes exactly these fields is in
+Every field has a meaning, and docs/reference/files.md says what the types say. That a run writes exactly these fields is in
 test_trainer.py.
 """
 
@@ -18,8 +18,8 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_the_committed_page_is_the_one_that_is_made():
-    assert (DOCS / "files.md").read_text() == fields_page(), (
-        "run python -m es_finetune.monitor.fields_page > docs/files.md"
+    assert (DOCS / "reference/files.md").read_text() == fields_page(), (
+        "run python -m es_finetune.monitor.fields_page > docs/reference/files.md"
     )
 
 
