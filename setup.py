@@ -28,7 +28,6 @@ except ImportError:  # before setuptools 70 it was wheel's; `make build` makes n
 ROOT = pathlib.Path(__file__).parent
 CSRC = ROOT / "csrc"
 HEADERS = sorted(map(str, [*CSRC.glob("*.h")]))
-API = ["es_kernels.h", "segments.h"]  # for callers from C and C++: they come with the libraries
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -155,8 +154,7 @@ class Build(build_ext):
         if self.extensions and not self.in_place:
             include = pathlib.Path(self.build_lib, "es_kernels/include")
             include.mkdir(parents=True, exist_ok=True)
-            for header in API:
-                shutil.copy(CSRC / header, include)
+            shutil.copy(CSRC / "es_kernels.h", include)  # for callers from C
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", os.sep) + ".so"  # a plain shared library: one for every Python

@@ -247,57 +247,56 @@ const char* es_cpu_error(void) { return error; }
 
 const char* es_cpu_isas(void) { return names.text; }
 
-int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
+int es_cpu_add_noise(const Segment* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
                      int64_t n_seeds, float decay, const uint64_t* rounding_seed, int noise_rank, int threads,
                      const char* isa_name) {
   const Isa* const isa = find_isa(isa_name);
   if (!isa) return 1;
-  const Segment* s = (const Segment*)segments;
   if (noise_rank < 0 || noise_rank > kMaxRank) return refuse("noise_rank is 0 to 64");
-  const int64_t tile_end = check_segments(s, n_segments, noise_rank);
+  const int64_t tile_end = check_segments(segments, n_segments, noise_rank);
   if (tile_end < 0) return 1;
   if (n_seeds < 0 || (n_seeds && (!seeds || !coefs))) return refuse("seeds or coefs are missing");
   // A term of noise of low rank takes a 16th of a full one, what is done once a unit as long as one.
   threads = worthwhile(threads, (__int128)tile_end * (1 + (__int128)n_seeds * noise_rank / 16) +
-                                    (__int128)(units(s, n_segments) - tile_end) * std::max<int64_t>(1, n_seeds));
+                                    (__int128)(units(segments, n_segments) - tile_end) * std::max<int64_t>(1, n_seeds));
   const Array<RoundKeys<10>> keys = round_keys(seeds, n_seeds);
   const Array<LowRankScratch> scratch = allocate<LowRankScratch>(tile_end ? threads : 0);
   if (!keys || !scratch) return refuse("out of memory");
   const RoundKeys<10> rounding(rounding_seed ? *rounding_seed : 0);
   const Operation op = {keys.get(), coefs, n_seeds, decay, rounding_seed ? &rounding : nullptr, noise_rank};
-  parallel(s, n_segments, tile_end, threads, [&](const Segment& s, int64_t unit, int64_t end, int t) {
+  parallel(segments, n_segments, tile_end, threads, [&](const Segment& s, int64_t unit, int64_t end, int t) {
     if (s.width) isa->add_low_rank(s, op, unit, end, scratch[t]);
     else isa->add_noise(s, op, unit, end);
   });
   return 0;
 }
 
-int es_cpu_factors(const void* factors, int64_t n_factors, const uint64_t* seeds, int64_t n_seeds, void* out, int dtype,
-                   int threads, const char* isa_name) {
+int es_cpu_factors(const Factor* factors, int64_t n_factors, const uint64_t* seeds, int64_t n_seeds, void* out,
+                   int dtype, int threads, const char* isa_name) {
   const Isa* const isa = find_isa(isa_name);
   if (!isa) return 1;
-  const Factor* f = (const Factor*)factors;
   if (n_seeds < 0 || (n_seeds && !seeds)) return refuse("seeds are missing");
   if (dtype < kF32 || dtype > kF16) return refuse("unknown dtype");
-  if (check_factors(f, n_factors)) return 1;
-  const __int128 unit_seeds = (__int128)units(f, n_factors) * n_seeds;
+  if (check_factors(factors, n_factors)) return 1;
+  const __int128 unit_seeds = (__int128)units(factors, n_factors) * n_seeds;
   if (!out && unit_seeds) return refuse("out is missing");
   const Array<RoundKeys<10>> keys = round_keys(seeds, n_seeds);
   if (!keys) return refuse("out of memory");
-  parallel(f, n_factors, 0, worthwhile(threads, unit_seeds), [&](const Factor& f, int64_t unit, int64_t end, int) {
-    isa->factor(f, keys.get(), n_seeds, unit, end, out, dtype);
-  });
+  parallel(factors, n_factors, 0, worthwhile(threads, unit_seeds),
+           [&](const Factor& f, int64_t unit, int64_t end, int) {
+             isa->factor(f, keys.get(), n_seeds, unit, end, out, dtype);
+           });
   return 0;
 }
 
-int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* result, int threads, const char* isa_name) {
+int es_cpu_fingerprint(const Segment* segments, int64_t n_segments, uint64_t* result, int threads,
+                       const char* isa_name) {
   const Isa* const isa = find_isa(isa_name);
   if (!isa) return 1;
-  const Segment* s = (const Segment*)segments;
-  if (check_segments(s, n_segments, 0) < 0) return 1;
+  if (check_segments(segments, n_segments, 0) < 0) return 1;
   if (!result) return refuse("the result has no address");
   std::atomic<uint64_t> sum{0};
-  parallel(s, n_segments, 0, worthwhile(threads, units(s, n_segments)),
+  parallel(segments, n_segments, 0, worthwhile(threads, units(segments, n_segments)),
            [&](const Segment& s, int64_t unit, int64_t end, int) { sum += isa->fingerprint(s, unit, end); });
   *result = sum;
   return 0;

@@ -249,7 +249,7 @@ class OneRow {
  public:
   static constexpr bool kOneRow = true;
   __device__ __forceinline__ OneRow(const Segment& s, int64_t lo) : place{block_id(s.first >> 3, s.stream, DOMAIN)} {
-    place.id.low += (uint32_t)lo + threadIdx.x;  // does not carry: segments.h
+    place.id.low += (uint32_t)lo + threadIdx.x;  // does not carry: EsSegment
     place.base = (const uint4*)s.base + (lo + threadIdx.x) * vectors(BASE),
     place.out = (uint4*)s.out + (lo + threadIdx.x) * vectors(OUT);
   }
@@ -1076,7 +1076,7 @@ int es_cuda_capability(void) {
   return archs[0] / 10;
 }
 
-int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
+int es_cuda_add_noise(const Segment* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
                       int seeds_on_device, const float* coefs, int coefs_on_device, int64_t n_seeds, float decay,
                       const uint64_t* rounding_seed, int rounding_seed_on_device, int noise_rank, int device,
                       void* stream) {
@@ -1088,8 +1088,7 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   if (noise_rank < 0 || noise_rank > kMaxRank) return refused("noise_rank is 0 to " + std::to_string(kMaxRank));
   if (!n_units) return 0;
   Arguments a = {};
-  a.segments = (const Segment*)segments, a.n_segments = n_segments, a.n_units = n_units, a.n_seeds = n_seeds,
-  a.decay = decay;
+  a.segments = segments, a.n_segments = n_segments, a.n_units = n_units, a.n_seeds = n_seeds, a.decay = decay;
   if (seeds_on_device) a.seeds = seeds;
   else std::copy(seeds, seeds + n_seeds, a.host_seeds);
   if (coefs_on_device) a.coefs = coefs;
@@ -1128,14 +1127,14 @@ int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units,
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 
-int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds, int seeds_on_device,
-                    int64_t n_seeds, void* out, int dtype, int device, void* stream) {
+int es_cuda_factors(const Factor* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds,
+                    int seeds_on_device, int64_t n_seeds, void* out, int dtype, int device, void* stream) {
   if (n_factors < 0 || n_units < 0 || n_seeds < 0) return refused("a count is negative");
   if (n_units && n_seeds && !(factors && n_factors && seeds && out))
     return refused("factors, seeds or out are missing");
   if (n_seeds > ES_CUDA_HOST_SEEDS && !seeds_on_device)
     return refused("more than " + std::to_string(ES_CUDA_HOST_SEEDS) + " seeds must be in device memory");
-  if (dtype < kF32 || dtype > kF16) return refused("dtype is none of enum Dtype");
+  if (dtype < kF32 || dtype > kF16) return refused("dtype is none of ES_F32, ES_BF16, ES_F16");
   if (n_seeds && n_units > INT64_MAX / n_seeds) return refused("units times seeds are more than 64 bits hold");
   if (!n_units || !n_seeds) return 0;
   Arguments a = {};
@@ -1152,7 +1151,7 @@ int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, con
   return status == cudaSuccess ? 0 : failed("the launch failed", status);
 }
 
-int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
+int es_cuda_fingerprint(const Segment* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
                         void* stream) {
   if (n_segments < 0 || n_units < 0) return refused("a count is negative");
   if (n_units && !(segments && n_segments)) return refused("segments are missing");

@@ -12,10 +12,10 @@
  *
  * With noise_rank r > 0, in segments that have a width, the fma of a seed becomes r of them, in order of q, with c =
  * coefs[i], for r > 1 times the float32 1 / sqrt(r):  x = fma(c * L[row, q], R[col, q], x). Such a table is made for
- * noise_rank > 0 alone, in its order (segments.h); another has no widths.
+ * noise_rank > 0 alone, in its order (EsSegment); another has no widths.
  *
  * all in float32, rounded to nearest even, or stochastically when rounding_seed is not NULL. Any NaN is stored as
- * 7FC00000 / 7FC0 / 7E00. `segments` is an array of es::Segment (segments.h); units are defined there.
+ * 7FC00000 / 7FC0 / 7E00.
  */
 #ifndef ES_KERNELS_H
 #define ES_KERNELS_H
@@ -26,10 +26,46 @@ extern "C" {
 #endif
 #define ES_API __attribute__((visibility("default")))
 
-/* Changes whenever a signature, Segment or the noise changes; the Python side refuses a library of another value. */
+/* Changes whenever a signature, a struct or the noise changes; the Python side refuses a library of another value. */
 #define ES_ABI 3
 /* Seeds and coefs up to this many may be passed from host memory to es_cuda_add_noise. */
 #define ES_CUDA_HOST_SEEDS 128
+
+/* Of elements: in out_dtype, base_dtype, anchor_dtype, and the `dtype` of factors. */
+enum { ES_F32 = 0, ES_BF16 = 1, ES_F16 = 2 };
+
+/* rows x cols elements in memory that are the elements first + row * index_stride + col of one stream. Strides count
+ * elements. Work is counted in units: a unit is the part of one row that lies in one noise block (8 indices that agree
+ * above bit 3). Unit u of a segment is block u % units_per_row of row u / units_per_row; it may be empty where a row
+ * touches fewer blocks than the most. In a segment of one row no block number crosses a multiple of 2^32: split it
+ * there. */
+typedef struct {
+  uint64_t out, base, anchor; /* addresses of the first element; base == out in place, anchor 0: none */
+  int64_t rows, cols;
+  int64_t out_stride, base_stride, anchor_stride;
+  uint64_t first, index_stride, stream;
+  int64_t units_per_row;
+  int64_t unit_end; /* units of this segment and all before it */
+  int32_t out_dtype, base_dtype, anchor_dtype;
+  int32_t vector_path; /* 1: every unit of every row is a whole block, aligned to 16 bytes in out, base and anchor */
+  int64_t width;       /* of the matrix whose noise is of low rank; 0: full noise */
+} EsSegment;
+
+/* A segment with a width is a rectangle of its matrix: its element (row, col) is that of row first / width + row *
+ * (index_stride / width) and column first % width + col. Its work is counted in tiles, each of ES_TILE rows and columns
+ * (fewer at the edges) and ES_TILE * ES_TILE / 8 units, one row of tiles after the other: units_per_row are those of a
+ * row of tiles. Such segments come first in a table, so a tile begins at a multiple of a tile's units. */
+#define ES_TILE 128
+#define ES_MAX_RANK 64
+
+/* A factor of the noise of low rank of one matrix, L (domain 3) or R (domain 5), for N seeds: `count` normals each,
+ * those of the stream from index 0 on, one seed after the other, from element N * offset of the output on. */
+typedef struct {
+  int64_t offset, count; /* offset is a multiple of 8 */
+  uint64_t stream;
+  int64_t domain;
+  int64_t unit_end; /* noise blocks of one seed, of this factor and all before it */
+} EsFactor;
 
 /* ---- CPU ---- */
 ES_API int es_cpu_abi(void);
@@ -39,15 +75,15 @@ ES_API const char* es_cpu_error(void);
 ES_API const char* es_cpu_isas(void);
 /* Segments and all arrays in host memory. At most `threads` threads; isa NULL: the best one. The calling thread's
  * floating-point state (rounding mode, flush-to-zero) is saved, set to IEEE, and restored. */
-ES_API int es_cpu_add_noise(const void* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
+ES_API int es_cpu_add_noise(const EsSegment* segments, int64_t n_segments, const uint64_t* seeds, const float* coefs,
                             int64_t n_seeds, float decay, const uint64_t* rounding_seed, int noise_rank, int threads,
                             const char* isa);
-/* The factors of noise of low rank, as `factors`, an array of es::Factor (segments.h), lays them out in `out`, whose
- * dtype is an es::Dtype: rounded to nearest. */
-ES_API int es_cpu_factors(const void* factors, int64_t n_factors, const uint64_t* seeds, int64_t n_seeds, void* out,
+/* The factors of noise of low rank, as `factors` lays them out in `out`: rounded to nearest. */
+ES_API int es_cpu_factors(const EsFactor* factors, int64_t n_factors, const uint64_t* seeds, int64_t n_seeds, void* out,
                           int dtype, int threads, const char* isa);
 /* *result = sum mod 2^64 over the elements of `out` (NOISE.md, "The fingerprint"). */
-ES_API int es_cpu_fingerprint(const void* segments, int64_t n_segments, uint64_t* result, int threads, const char* isa);
+ES_API int es_cpu_fingerprint(const EsSegment* segments, int64_t n_segments, uint64_t* result, int threads,
+                              const char* isa);
 
 /* Getters of a tensor, by its handle, as torch's own C ABI has them: aoti_torch_get_* of
  * torch/csrc/inductor/aoti_torch/c/shim.h. 0: all is well. */
@@ -76,17 +112,17 @@ ES_API int es_cuda_capability(void);
  * `segments` is in device memory, n_units the unit_end of the last. seeds and coefs: in device memory if
  * seeds_on_device / coefs_on_device, else in host memory, read before the call returns, and then at most
  * ES_CUDA_HOST_SEEDS; rounding_seed NULL: nearest. */
-ES_API int es_cuda_add_noise(const void* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
+ES_API int es_cuda_add_noise(const EsSegment* segments, int64_t n_segments, int64_t n_units, const uint64_t* seeds,
                              int seeds_on_device, const float* coefs, int coefs_on_device, int64_t n_seeds, float decay,
                              const uint64_t* rounding_seed, int rounding_seed_on_device, int noise_rank, int device,
                              void* stream);
 /* As es_cpu_factors, one launch. `factors` and `out` are in device memory, n_units the unit_end of the last factor;
  * seeds as in es_cuda_add_noise. */
-ES_API int es_cuda_factors(const void* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds,
+ES_API int es_cuda_factors(const EsFactor* factors, int64_t n_factors, int64_t n_units, const uint64_t* seeds,
                            int seeds_on_device, int64_t n_seeds, void* out, int dtype, int device, void* stream);
 /* *result, in device memory, is increased by the fingerprint: zero it before. */
-ES_API int es_cuda_fingerprint(const void* segments, int64_t n_segments, int64_t n_units, uint64_t* result, int device,
-                               void* stream);
+ES_API int es_cuda_fingerprint(const EsSegment* segments, int64_t n_segments, int64_t n_units, uint64_t* result,
+                               int device, void* stream);
 
 #ifdef __cplusplus
 }

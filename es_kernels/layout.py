@@ -157,7 +157,7 @@ class Pack:
 
     @property
     def units(self) -> int:
-        """The work of all segments together, as csrc/segments.h counts it."""
+        """The work of all segments together, as csrc/es_kernels.h counts it."""
         return int(self.segments["unit_end"][-1]) if len(self.segments) else 0
 
     def on_device(self) -> torch.Tensor:

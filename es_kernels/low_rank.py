@@ -16,7 +16,7 @@ MAX_RANK = 64
 
 Matrices: TypeAlias = tuple[tuple[str, int, int], ...]  # (name, rows, columns)
 
-# struct Factor of csrc/segments.h.
+# EsFactor of csrc/es_kernels.h.
 FACTOR = np.dtype([("offset", "i8"), ("count", "i8"), ("stream", "u8"), ("domain", "i8"), ("unit_end", "i8")])
 
 

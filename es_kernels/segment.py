@@ -14,16 +14,16 @@ import torch
 
 from . import noise
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segments.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ES_F32, ES_BF16, ES_F16 of csrc/es_kernels.h
 SIZES = (4, 2, 2)  # bytes, by this number
 # A strided tensor with more dimensions becomes one segment per outer index; past this many it is refused (they are
 # compared for overlap pair by pair: 2048 take 10 s).
 MAX_SEGMENTS_PER_TENSOR = 1024
-TILE = 128  # rows and columns of a tile of a matrix: kTile of csrc/segments.h
+TILE = 128  # rows and columns of a tile of a matrix: ES_TILE of csrc/es_kernels.h
 UNITS_PER_TILE = TILE * TILE // 8
 _MATRIX_LIMIT = 1 << 58  # rows and columns: times 64, the highest noise_rank, an index of a factor still has 64 bits
 
-# struct Segment of csrc/segments.h.
+# EsSegment of csrc/es_kernels.h.
 SEGMENT = np.dtype(
     [
         ("out", "u8"), ("base", "u8"), ("anchor", "u8"), ("rows", "i8"), ("cols", "i8"),
@@ -118,7 +118,7 @@ def rows_fit(width: int | None, first: int, cols: int, index_stride: int) -> boo
 
 
 class Piece(NamedTuple):
-    """One struct Segment of csrc/segments.h, but for unit_end, which depends on those before it. Addresses, strides and
+    """One EsSegment of csrc/es_kernels.h, but for unit_end, which depends on those before it. Addresses, strides and
     dtypes are of out, base and anchor: base is out where a call has none, anchor is 0."""
 
     name: str  # of the tensor, for messages

@@ -9,25 +9,15 @@
 
 #include "es_kernels.h"
 
-enum { N = 1003, F32 = 0, BF16 = 1 };
-
-typedef struct { /* es::Segment of segments.h, which is C++ and says what the fields mean */
-  uint64_t out, base, anchor;
-  int64_t rows, cols, out_stride, base_stride, anchor_stride;
-  uint64_t first, index_stride, stream;
-  int64_t units_per_row, unit_end;
-  int32_t out_dtype, base_dtype, anchor_dtype, vector_path;
-  int64_t width;
-} Segment;
-_Static_assert(sizeof(Segment) == 128, "as in segments.h");
+enum { N = 1003 };
 
 static float exact[N];   /* the weights */
 static uint16_t live[N]; /* what a model computes with: bfloat16 */
 
 /* out <- round(base + noise) over a whole tensor of N elements, whose name gives the stream (NOISE.md) */
-static Segment whole(void* out, int out_dtype) {
-  Segment s = {.out = (uint64_t)out, .base = (uint64_t)exact, .rows = 1, .cols = N, .out_dtype = out_dtype};
-  s.base_dtype = F32;
+static EsSegment whole(void* out, int out_dtype) {
+  EsSegment s = {.out = (uint64_t)out, .base = (uint64_t)exact, .rows = 1, .cols = N, .out_dtype = out_dtype};
+  s.base_dtype = ES_F32;
   s.stream = 0x84e02e3edc717246; /* of the name "weight" */
   s.units_per_row = s.unit_end = (N + 7) / 8;
   return s;
@@ -37,7 +27,7 @@ static void check(int status) {
   if (status) fprintf(stderr, "%s\n", es_cpu_error()), exit(1);
 }
 
-static void add_noise(Segment s, int n_seeds, const uint64_t* seeds, const float* coefs, const char* what) {
+static void add_noise(EsSegment s, int n_seeds, const uint64_t* seeds, const float* coefs, const char* what) {
   uint64_t fingerprint;
   check(es_cpu_add_noise(&s, 1, seeds, coefs, n_seeds, 0, NULL, 0, 1, NULL));
   check(es_cpu_fingerprint(&s, 1, &fingerprint, 1, NULL));
@@ -49,9 +39,9 @@ int main(void) {
   for (int i = 0; i < N; i++) exact[i] = (i - 500) / 1024.0f;
   uint64_t seeds[] = {7, 8, 9};
   float sigma = 0.01f, coefs[] = {0.25f, -0.5f, 0.125f};
-  add_noise(whole(live, BF16), 1, seeds, &sigma, "perturbed");
-  add_noise(whole(live, BF16), 0, NULL, NULL, "restored");
-  add_noise(whole(exact, F32), 3, seeds, coefs, "updated");
+  add_noise(whole(live, ES_BF16), 1, seeds, &sigma, "perturbed");
+  add_noise(whole(live, ES_BF16), 0, NULL, NULL, "restored");
+  add_noise(whole(exact, ES_F32), 3, seeds, coefs, "updated");
   printf("weight[0] = %a\n", exact[0]);
   return 0;
 }

@@ -1,10 +1,10 @@
 """The Triton backend: NVIDIA GPUs without a CUDA toolkit, and AMD. One launch for the whole table, equal to the others
 bit for bit.
 
-A program takes a range of consecutive units (a unit is 8 indices, one noise block: csrc/segments.h), finds the segment
-of the first by binary search and goes on through the next ones. Tensors are [UNITS, 8]: a thread owns whole units, so
-nothing is exchanged between threads. Memory moves as 128-bit words, [UNITS, 4] int32, which hold 4 float32 or 8 values
-of 16 bits.
+A program takes a range of consecutive units (a unit is 8 indices, one noise block: csrc/es_kernels.h), finds the
+segment of the first by binary search and goes on through the next ones. Tensors are [UNITS, 8]: a thread owns whole
+units, so nothing is exchanged between threads. Memory moves as 128-bit words, [UNITS, 4] int32, which hold 4 float32 or
+8 values of 16 bits.
 
 Of noise of low rank a program takes whole tiles of a matrix, [128, 128], 64 values a thread of 256. A thread draws one
 element of L or R, of many seeds of rank 1 one noise block of eight seeds' factors, and these are then exchanged.

@@ -75,7 +75,7 @@ def test_bad_arguments_are_refused(changes, words):
         (dict(seeds=None), "factors, seeds or out are missing"),
         (dict(out=None), "factors, seeds or out are missing"),
         (dict(n_seeds=129), "more than 128 seeds must be in device memory"),
-        (dict(dtype=3), "dtype is none of enum Dtype"),
+        (dict(dtype=3), "dtype is none of"),
         (dict(n_units=2**62, n_seeds=2), "units times seeds are more than 64 bits hold"),
     ],
 )

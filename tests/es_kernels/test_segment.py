@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from es_kernels import Segment, low_rank, noise, segment
+from es_kernels import Segment, low_rank, native, noise, segment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -64,22 +64,34 @@ def check_units(pack):
         assert bool(s["vector_path"]) == (whole and aligned)
 
 
+HEADER = ROOT / "csrc/es_kernels.h"
+needs_header = pytest.mark.skipif(not HEADER.exists(), reason="csrc/ is not here")
+
+
+@needs_header
 @pytest.mark.parametrize(
     "struct, dtype, size",
-    (("Segment", segment.SEGMENT, 128), ("Factor", low_rank.FACTOR, 40)),
-    ids=("Segment", "Factor"),
+    (("EsSegment", segment.SEGMENT, 128), ("EsFactor", low_rank.FACTOR, 40)),
+    ids=("EsSegment", "EsFactor"),
 )
 def test_struct_is_that_of_the_header(struct, dtype, size):
-    header = ROOT / "csrc" / "segments.h"
-    if not header.exists():
-        pytest.skip("csrc/ is not here")
-    body = re.search(rf"struct {struct} \{{(.*?)\}};", header.read_text(), re.S)[1]
+    body = re.search(rf"typedef struct \{{([^}}]*)\}} {struct};", HEADER.read_text())[1]
     fields = []
     for kind, names in re.findall(r"^\s*(u?int(?:32|64)_t) ([^;]*);", body, re.M):
         fields += [(n.strip(), kind) for n in names.split(",")]
     kinds = {"uint64_t": "u8", "int64_t": "i8", "int32_t": "i4"}
     assert [(n, np.dtype(kinds[k])) for n, k in fields] == [(n, dtype[n]) for n in dtype.names]
     assert dtype.itemsize == size
+
+
+@needs_header
+def test_numbers_are_those_of_the_header():
+    header = HEADER.read_text()
+    numbers = {name: int(value) for name, value in re.findall(r"\bES_(\w+) (?:= )?(\d+)\b", header)}
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    assert {dtype: numbers[name] for name, dtype in dtypes.items()} == segment.DTYPES
+    assert (numbers["ABI"], numbers["TILE"], numbers["MAX_RANK"]) == (native.ABI, segment.TILE, low_rank.MAX_RANK)
+    assert f"L (domain {noise.DOMAIN_LEFT}) or R (domain {noise.DOMAIN_RIGHT})" in header
 
 
 @settings(max_examples=150, deadline=None)

@@ -43,22 +43,22 @@ int main() {
     std::vector<char> space(c.bytes + 64);
     char* const memory = space.data() + (-(uintptr_t)space.data() & 63);
     if (fread(memory, 1, c.bytes, stdin) != (size_t)c.bytes) return 1;
+    es::Segment* const segments = (es::Segment*)parts.data();
+    const es::Factor* const factors = (es::Factor*)parts.data();
     if (c.part_bytes == sizeof(es::Segment)) {
-      es::Segment* s = (es::Segment*)parts.data();
       for (int64_t i = 0; i < c.parts; i++)
-        for (uint64_t* address : {&s[i].out, &s[i].base, &s[i].anchor})
+        for (uint64_t* address : {&segments[i].out, &segments[i].base, &segments[i].anchor})
           if (*address) *address += (uint64_t)memory;
     }
     const uint64_t* rounding = c.rounding ? &c.rounding_seed : nullptr;
     uint64_t result[2] = {1, 0};  // the error code, the fingerprint
     asm volatile("msr fpcr, %0" : : "r"(kUpward | kFlush));
     if (c.function == 0)
-      result[0] = es_cpu_add_noise(parts.data(), c.parts, seeds.data(), coefs.data(), c.seeds, c.decay, rounding,
+      result[0] = es_cpu_add_noise(segments, c.parts, seeds.data(), coefs.data(), c.seeds, c.decay, rounding,
                                    c.noise_rank, c.threads, nullptr);
     else if (c.function == 1)
-      result[0] =
-          es_cpu_factors(parts.data(), c.parts, seeds.data(), c.seeds, memory + c.out, c.dtype, c.threads, nullptr);
-    else result[0] = es_cpu_fingerprint(parts.data(), c.parts, result + 1, c.threads, nullptr);
+      result[0] = es_cpu_factors(factors, c.parts, seeds.data(), c.seeds, memory + c.out, c.dtype, c.threads, nullptr);
+    else result[0] = es_cpu_fingerprint(segments, c.parts, result + 1, c.threads, nullptr);
     const bool kept = floating_point_state() == (kUpward | kFlush);
     asm volatile("msr fpcr, %0" : : "r"(0L));
     std::string error = result[0] ? es_cpu_error() : kept ? "" : "the floating-point state changed";
