@@ -4,7 +4,7 @@
 #   make demo-llm          the same with a real language model, fetched once (93 MB) -> runs/demo-llm/report.html
 #   make test              the tests that need one process and no GPU
 #   make test-quick        of these a minute's: noise, calls and their errors; models, tasks, statistics, the monitor
-#   make lint              ruff, clang-format, mypy, import-linter (the packages' layers) and actionlint (.github)
+#   make lint              ruff, clang-format, mypy, import-linter (the packages' layers), actionlint (.github), shellcheck
 #   make test-ptx          the tests of the PTX that nvcc and Triton emit, by an interpreter (make test runs a sample)
 #   make test-aarch64      the tests of the CPU kernels with NEON, by an emulator that it installs (Debian, Ubuntu)
 #   make test-sanitized    the tests of the C++ under ASan, UBSan and TSan; what fuzzing has found before
@@ -39,6 +39,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 CONSTRAINTS := $(if $(filter system,$(TORCH)),,-c constraints.txt)
+SCRIPTS := .ci/run bench/speed/gpu.sh tests/es_kernels/sanitized/run.sh tests/es_kernels/sanitized/c++
 SITE := $(if $(filter system,$(TORCH)),--system-site-packages)
 
 # torchvision and its kin come with vLLM as builds for another torch, which cannot be imported.
@@ -56,6 +57,9 @@ QUICK := $(addprefix tests/es_kernels/test_,noise.py errors.py ops.py streams.py
 	$(addprefix tests/es_finetune/,evaluation models monitor tasks test_config.py test_imports.py)
 
 OUT ?= runs/gpu
+
+# For what is installed by apt-get
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help demo demo-llm lint test test-quick test-ptx test-aarch64 test-sanitized fuzz test-distributed test-vllm \
 	test-llm build wheel bench bench-trl docs gpu gpu-tune gpu-generate gpu-members gpu-learn clean
@@ -77,7 +81,8 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/clang-format --dry-run --Werror csrc/* examples/*.c tests/es_kernels/*/*.cpp tests/es_kernels/*/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/actionlint -shellcheck= -pyflakes=
+	$(BIN)/actionlint -shellcheck=$(BIN)/shellcheck -pyflakes=
+	$(BIN)/shellcheck --severity=warning $(SCRIPTS)
 
 test: $(VENV)/test.stamp
 	$(PYTEST) $(WORKERS)
@@ -90,7 +95,7 @@ test-ptx: $(VENV)/test.stamp
 
 test-aarch64: $(VENV)/test.stamp
 	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
-		{ apt-get -qq update && apt-get -qq install -y g++-aarch64-linux-gnu qemu-user; }
+		{ $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y g++-aarch64-linux-gnu qemu-user; }
 	$(PYTEST) $(WORKERS) -m aarch64 tests/es_kernels
 
 test-sanitized: $(VENV)/test.stamp
@@ -98,7 +103,7 @@ test-sanitized: $(VENV)/test.stamp
 
 SECONDS ?= 600
 fuzz: $(VENV)/test.stamp
-	command -v clang++ || { apt-get -qq update && apt-get -qq install -y clang; }
+	command -v clang++ || { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y clang; }
 	bash tests/es_kernels/sanitized/run.sh $(BIN)/python fuzz $(SECONDS)
 
 test-distributed: $(VENV)/distributed.stamp

@@ -1,6 +1,7 @@
 """Contract: `make` alone prints a line about every command a user may give, and changes nothing. What .ci/run and the
 workflows make is there. Plain `pytest` is what `make test` runs: the marks of whole folders leave out the rest."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -25,6 +26,16 @@ def test_what_scripts_make_is_there():
     for script in (ROOT / ".ci/run", *ROOT.glob(".github/workflows/*.yml")):
         asked = re.findall(r"^(?: *- run: | *run: )?make (\S+)$", script.read_text(), re.M)
         assert set(asked) <= set(phony), script
+
+
+@pytest.mark.parametrize("target", ("fuzz", "test-aarch64"))
+@pytest.mark.parametrize("user", (0, 1000))
+def test_what_is_missing_is_installed_as_root(tmp_path, target, user):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "id").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = subprocess.run(["make", "-C", ROOT, "-n", target], env=env, capture_output=True, text=True, check=True)
+    assert re.findall(r"(\w*) +apt-get", command.stdout) == 2 * ["sudo" if user else ""]
 
 
 def test_the_quick_tests_are_there():

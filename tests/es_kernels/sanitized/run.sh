@@ -5,6 +5,11 @@
 #   run.sh PYTHON fuzz SECONDS  what `make fuzz` runs; what it finds goes to build/fuzz/, new inputs to build/fuzz/corpus
 #   run.sh PYTHON keep          after it: adds to corpus.txt what reaches further, as few inputs as do
 set -euo pipefail
+# Sanitizers of older compilers fail where the kernel spreads a program's addresses widely (vm.mmap_rnd_bits=32). Without
+# that they are the same in every run. A container may forbid it.
+if [ -z "${FIXED_ADDRESSES:-}" ] && setarch -R true 2>/dev/null; then
+  FIXED_ADDRESSES=1 exec setarch -R bash "$0" "$@"
+fi
 cd "$(dirname "$0")/../../.."
 here=tests/es_kernels/sanitized
 python=$1
@@ -23,7 +28,8 @@ program() { # SOURCE NAME FLAGS: build/NAME/SOURCE, with that library
 unpack() { # FOLDER: corpus.txt as files
   local n=0 line
   while read -r line; do
-    printf "$(sed 's/../\\x&/g' <<<"$line")" >"$1/kept-$((n++))"
+    printf "$(sed 's/../\\x&/g' <<<"$line")" >"$1/kept-$n"
+    ((++n))
   done <$here/corpus.txt
 }
 
