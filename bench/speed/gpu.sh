@@ -21,7 +21,7 @@ for name in $wanted; do
 done
 mkdir -p "$folder" || exit 2
 out=$(cd "$folder" && pwd)
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 export PYTHONPATH=$PWD:$PWD/python PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 last=$((SECONDS + 510)) # the report takes a few seconds more
