@@ -27,7 +27,8 @@ def _load(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(path(name)))
         abi = getattr(library, f"es_{name}_abi")()
     except (OSError, AttributeError) as error:
-        return None, f"{path(name).name} does not load: {error}"
+        words = str(error).replace(f"{path(name).parent}/", "")  # reports are read by others
+        return None, f"{path(name).name} does not load: {words}"
     if abi != ABI:
         return None, f"{path(name).name} has ABI {abi}, this Python side needs {ABI}: rebuild or reinstall es-kernels"
     return library, None

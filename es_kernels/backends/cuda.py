@@ -30,8 +30,8 @@ def _driver_problem() -> str | None:
         return "no NVIDIA driver is installed"
     if driver // 1000 < runtime // 1000:
         return (
-            f"the driver supports CUDA {driver // 1000}, libes_cuda.so needs {runtime // 1000}: update the driver (the "
-            "triton backend serves meanwhile)"
+            f"the driver supports CUDA {driver // 1000}, libes_cuda.so needs {runtime // 1000}: update the driver "
+            "(triton >= 3.6 serves meanwhile)"
         )
     return None if devices else "CUDA sees no device"
 
@@ -48,7 +48,7 @@ def _capability_problem(device: torch.device) -> str | None:
     return (
         f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, libes_cuda.so was built for "
         f"{least // 10}.{least % 10} and newer: rebuild it with ES_KERNELS_CUDA=1 "
-        f"ES_KERNELS_CUDA_ARCHS={major}{minor} (the triton backend serves meanwhile)"
+        f"ES_KERNELS_CUDA_ARCHS={major}{minor} (triton >= 3.6 serves meanwhile)"
     )
 
 

@@ -454,6 +454,7 @@ def test_library_that_does_not_load_or_has_another_abi(tmp_path, monkeypatch):
         and "was not built" in uncached("cuda")[1]
         and "nvcc" in uncached("cuda")[1]
     )
+    assert str(tmp_path) not in uncached("cpu")[1]
     monkeypatch.undo()
     if native.why_not("cpu") is None:
         monkeypatch.setattr(native, "ABI", native.ABI + 1)
