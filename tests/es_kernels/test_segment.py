@@ -1,6 +1,7 @@
 """Contract under test: segment.py cuts tensors into segments that cover exactly their elements, each once, with the
 right index: segments, strides, blocks and the vector path against an element-by-element list."""
 
+import hashlib
 import pathlib
 import re
 
@@ -92,6 +93,17 @@ def test_numbers_are_those_of_the_header():
     assert {dtype: numbers[name] for name, dtype in dtypes.items()} == segment.DTYPES
     assert (numbers["ABI"], numbers["TILE"], numbers["MAX_RANK"]) == (native.ABI, segment.TILE, low_rank.MAX_RANK)
     assert f"L (domain {noise.DOMAIN_LEFT}) or R (domain {noise.DOMAIN_RIGHT})" in header
+
+
+@needs_header
+def test_a_declaration_changes_with_the_abi():
+    words = re.sub(r"/\*.*?\*/", " ", HEADER.read_text(), flags=re.S)
+    words = re.sub(r"\s*(\W)\s*", r"\1", " ".join(words.split()))
+    digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+    assert (native.ABI, digest) == (3, "e715849160af25b1"), (
+        "a declaration of es_kernels.h changed: raise ES_ABI there and ABI in es_kernels/native.py, then put both "
+        "here; the digest alone if no compiled caller can tell, as of an argument's name"
+    )
 
 
 @settings(max_examples=150, deadline=None)
