@@ -1,7 +1,7 @@
 // The CPU side of the C ABI: argument checks, choice of instruction set, threads, floating-point state.
 //
 // Nothing here needs the C++ runtime: no exceptions, std::string or std::thread. Linked in statically, that of GCC 12
-// asks for symbols of glibc 2.36. Without it the library loads wherever glibc is 2.17 or newer.
+// asks for symbols of glibc 2.36; the library promises to load where it is 2.28 (docs/install.md).
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
