@@ -27,7 +27,6 @@ except ImportError:  # before setuptools 70 it was wheel's; `make build` makes n
 
 ROOT = pathlib.Path(__file__).parent
 CSRC = ROOT / "csrc"
-HEADERS = sorted(map(str, [*CSRC.glob("*.h")]))
 
 CXX_FLAGS = [
     "-std=c++17",
@@ -60,12 +59,25 @@ CUDA_ARCHS = ["80", "90", "100", "120"]
 
 
 def cxx():
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """The command of the C++ compiler, in words: CXX may be "ccache g++". None if there is none."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    name, *rest = asked or ["g++"]
+    path = shutil.which(name)
+    if asked and not path:
+        sys.exit(f"CXX={os.environ['CXX']!r}: {name} was not found")
+    return [path, *rest] if path else None
 
 
 def cxx_target():
     """What the C++ compiler builds for, as "x86_64-linux-gnu"; it may be a cross compiler."""
-    return subprocess.run([cxx(), "-dumpmachine"], capture_output=True, text=True, check=True).stdout.strip()
+    run = subprocess.run([*cxx(), "-dumpmachine"], stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        sys.exit(f"{shlex.join(cxx())} -dumpmachine failed, as it says above")
+    return run.stdout.strip()
+
+
+def cxx_machine():
+    return cxx_target().split("-")[0]
 
 
 def nvcc():
@@ -112,7 +124,7 @@ def wanted_extensions():
         sys.exit("ES_KERNELS_CUDA=1, but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
     if choice == "1" and not cxx():
         sys.exit("ES_KERNELS_CUDA=1, but nvcc needs a C++ compiler, and none was found: install g++ or set CXX")
-    machine = cxx_target().split("-")[0] if cxx() else None
+    machine = cxx_machine() if cxx() else None
     names = (["cpu"] if machine in ISAS else []) + (["cuda"] if choice != "0" and cxx() and nvcc() else [])
     missing = {
         "cpu": f"it is for x86-64 and aarch64, not {machine}" if machine else "no C++ compiler (g++ or CXX) was found",
@@ -123,7 +135,7 @@ def wanted_extensions():
     for name in missing:
         if name not in names:
             print(f"es_kernels: no libes_{name}.so will be built: {missing[name]}")
-    return [Extension(f"es_kernels.libes_{name}", [], depends=HEADERS) for name in names]
+    return [Extension(f"es_kernels.libes_{name}", []) for name in names]
 
 
 class Build(build_ext):
@@ -167,12 +179,11 @@ class Build(build_ext):
         (self.build_cpu if ext.name.endswith("cpu") else self.build_cuda)(target, temp)
 
     def build_cpu(self, target, temp):
-        machine = cxx_target()
-        isas = ISAS[machine.split("-")[0]]
+        isas = ISAS[cxx_machine()]
 
         def compiled(source, name, *flags):
             made = str(temp / f"{name}.o")
-            self.run_tool([cxx(), *CXX_FLAGS, *flags, "-c", str(CSRC / source), "-o", made])
+            self.run_tool([*cxx(), *CXX_FLAGS, *flags, "-c", str(CSRC / source), "-o", made])
             return made
 
         def compiled_isa(isa):
@@ -188,23 +199,26 @@ class Build(build_ext):
         left_out = [isa for isa, made in objects.items() if made is None]
         if left_out:
             print(
-                f"es_kernels: WARNING: libes_cpu.so was built without {' and '.join(left_out)}: {cxx()} failed, as it "
-                "says above. It is slower and gives the same bits."
+                f"es_kernels: WARNING: libes_cpu.so was built without {' and '.join(left_out)}: {shlex.join(cxx())} "
+                "failed, as it says above. It is slower and gives the same bits."
             )
         table = "".join(f"X({isa})" for isa in isas if isa not in left_out)
         linked = [made for made in objects.values() if made]
         linked += [compiled("cpu.cpp", "cpu", f"-DES_ISAS(X)={table}"), compiled("tensors.cpp", "tensors")]
         # Before glibc 2.34 threads are in a library of their own, which a newer one does not ask for by itself.
-        threads = [] if "musl" in machine else ["-Wl,--no-as-needed,-l:libpthread.so.0"]
-        static = ["-static-libgcc", "-static-libstdc++"]
-        self.run_tool([cxx(), "-shared", *static, *linked, "-o", str(target), "-pthread", *threads])
+        threads = [] if "musl" in cxx_target() else ["-Wl,--no-as-needed,-l:libpthread.so.0"]
+        # The compiler adds the C++ runtime, which nothing needs (cpu.cpp): as-needed leaves it out.
+        self.run_tool(
+            [*cxx(), "-shared", "-static-libgcc", *linked, "-o", str(target), "-pthread", *threads, "-Wl,--as-needed"]
+        )
 
     def build_cuda(self, target, temp):
         archs = nvcc_archs()
         ptx = {a: f"[sm_{a},compute_{a}]" for a in (archs[0], archs[-1])}
         code = [f"-gencode=arch=compute_{a},code={ptx.get(a, f'sm_{a}')}" for a in archs]
+        compiler = [word for word in cxx() if not word.startswith("-")][-1]  # nvcc takes no more: g++ of "ccache g++"
         self.run_tool(
-            [nvcc(), *NVCC_FLAGS, *code, "-shared", "-ccbin", cxx(), str(CSRC / "cuda.cu"), "-o", str(target)]
+            [nvcc(), *NVCC_FLAGS, *code, "-shared", "-ccbin", compiler, str(CSRC / "cuda.cu"), "-o", str(target)]
         )
 
     def run_tool(self, command):
@@ -241,8 +255,12 @@ if bdist_wheel:
     class Wheel(bdist_wheel):
         def get_tag(self):
             # The libraries know nothing of Python's ABI; without them the wheel is pure.
-            where = re.sub("[^a-z0-9]", "_", sysconfig.get_platform())
-            return ("py3", "none", where if self.distribution.has_ext_modules() else "any")
+            where = "any"
+            if self.plat_name_supplied:
+                where = self.plat_name
+            elif self.distribution.has_ext_modules():
+                where = f"{sysconfig.get_platform().rpartition('-')[0]}-{cxx_machine()}"
+            return ("py3", "none", re.sub("[^a-z0-9]", "_", where))
 
     commands["bdist_wheel"] = Wheel
 

