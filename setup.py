@@ -4,8 +4,12 @@ g++ (or CXX) makes libes_cpu.so for x86-64 or aarch64, nvcc libes_cuda.so; witho
 reference and Triton backends serve. ES_KERNELS_CUDA=auto|0|1: build the CUDA library if nvcc is found and can, never,
 or else fail. ES_KERNELS_CUDA_ARCHS="80 90": for these architectures; by default for those of CUDA_ARCHS that nvcc
 knows. PTX of the oldest and of the newest comes along, so every GPU from the oldest on is served.
+
+ES_KERNELS_URL=https://...: the repository's address, of which the metadata's links are made; without it they are
+README's own, relative ones.
 """
 
+import email
 import os
 import pathlib
 import re
@@ -236,6 +240,31 @@ class Build(build_ext):
         return os.path.join(self.build_lib, self.get_ext_filename(ext.name))
 
 
+def described():
+    """What the metadata has to say and to link: of README, or in a source distribution of its PKG-INFO."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    urls = {"Paper": "https://arxiv.org/abs/2509.24372"}
+    if (ROOT / "PKG-INFO").exists():
+        info = email.message_from_string((ROOT / "PKG-INFO").read_text(encoding="utf-8"))
+        text = info.get_payload().strip() + "\n"
+        urls = dict(line.split(", ", 1) for line in info.get_all("Project-URL"))
+    url = os.environ.get("ES_KERNELS_URL", "").rstrip("/")
+    if url:
+        source = (ROOT / "es_kernels/__init__.py").read_text(encoding="utf-8")
+        tag = "v" + re.search('^__version__ = "(.+)"', source, re.MULTILINE)[1]
+
+        def absolute(link):  # one to a file: neither to https://... nor to a #heading
+            image, text, target = link.groups()
+            return f"{image}{text}({url}/{'raw' if image else 'blob'}/{tag}/{target}"
+
+        text = re.sub(r"(!?)(\[[^\[\]]*\])\(([^()\s#:]+)(?=[)#])", absolute, text)
+        urls["Repository"] = url
+        urls["Documentation"] = f"{url}/tree/{tag}/docs"
+        urls["Changelog"] = f"{url}/blob/{tag}/CHANGELOG.md"
+        urls["Issues"] = f"{url}/issues"
+    return {"long_description": text, "long_description_content_type": "text/markdown", "project_urls": urls}
+
+
 class Dist(Distribution):
     def has_ext_modules(self):
         return bool(self.ext_modules)
@@ -264,4 +293,4 @@ if bdist_wheel:
 
     commands["bdist_wheel"] = Wheel
 
-setup(distclass=Dist, ext_modules=wanted_extensions(), cmdclass=commands)
+setup(distclass=Dist, ext_modules=wanted_extensions(), cmdclass=commands, **described())

@@ -8,6 +8,7 @@ is built for what nvcc knows; where it cannot be built, the rest is. `make build
 200 MB each from an index of CPU builds.
 """
 
+import email
 import json
 import os
 import pathlib
@@ -111,6 +112,13 @@ def test_the_source_distribution(source_distribution):
     assert not [name for name in names if name.startswith(("tests", "bench", "docs")) or name.endswith(".so")]
 
 
+def described(wheel, metadata):
+    """(description, {label: URL})"""
+    with zipfile.ZipFile(wheel) as z:
+        info = email.message_from_string(z.read(metadata).decode())
+    return info.get_payload().strip(), dict(url.split(", ") for url in info.get_all("Project-URL"))
+
+
 @pytest.fixture
 def tree(tmp_path):
     """A checkout, of which only what setup.py reads is there."""
@@ -131,6 +139,32 @@ print(backend.{what}({str(tree / "dist")!r}, {{"--build-option": {list(options)!
     run = subprocess.run([sys.executable, "-c", hook], cwd=tree, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return tree / "dist" / run.stdout.splitlines()[-1]
+
+
+def test_links_of_an_index_page(tree):
+    """With the repository's address they lead there, of the tag; from a source distribution too, which needs to be told
+    no more. Without it they are README's own."""
+    version = re.search('__version__ = "(.+)"', (ROOT / "es_kernels/__init__.py").read_text())[1]
+    metadata = f"es_kernels-{version}.dist-info/METADATA"
+    readme = (ROOT / "README.md").read_text().strip()
+    text, urls = described(made("build_wheel", tree), metadata)
+    assert text == readme and list(urls) == ["Paper"]
+
+    with tarfile.open(made("build_sdist", tree, ES_KERNELS_URL="https://example.org/es/")) as tar:
+        tar.extractall(tree, filter="data")
+    text, urls = described(made("build_wheel", tree / f"es_kernels-{version}"), metadata)
+    assert re.findall(r"\]\((?!https://|#)[^)]*", text) == []
+    own = f"https://example.org/es/(blob|raw)/v{version}/"
+    assert re.sub(own, "", text) == readme
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)", text) == [f"https://example.org/es/raw/v{version}/docs/members.png"]
+    assert f"](https://example.org/es/blob/v{version}/docs/results/generations.md#hours)" in text
+    assert urls == {
+        "Paper": "https://arxiv.org/abs/2509.24372",
+        "Repository": "https://example.org/es",
+        "Documentation": f"https://example.org/es/tree/v{version}/docs",
+        "Changelog": f"https://example.org/es/blob/v{version}/CHANGELOG.md",
+        "Issues": "https://example.org/es/issues",
+    }
 
 
 def test_pure_wheel_without_a_compiler(tmp_path, wheel):
