@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import types
@@ -145,11 +146,11 @@ def _isas():
 @pytest.fixture(scope="session")
 def cuda_library(made_once):
     """csrc/cuda.cu as a library that runs on the CPU: cuda_on_cpu/cuda_runtime.h."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not compiler or not (ROOT / "csrc").exists():
+    compiler = shlex.split(os.environ.get("CXX") or "g++")  # or "ccache g++"
+    if not shutil.which(compiler[0]) or not (ROOT / "csrc").exists():
         pytest.skip("needs g++ and csrc/")
     flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -Wno-psabi".split()
-    command = [compiler, *flags, "-x", "c++", ROOT / "csrc/cuda.cu", "-I", ROOT / "tests/es_kernels/cuda_on_cpu"]
+    command = [*compiler, *flags, "-x", "c++", ROOT / "csrc/cuda.cu", "-I", ROOT / "tests/es_kernels/cuda_on_cpu"]
 
     def make(folder):
         subprocess.run([*command, "-o", folder / "libes_cuda.so"], check=True)
