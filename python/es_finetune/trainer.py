@@ -1,7 +1,7 @@
 """One ES run in a folder: load, evaluate, train, evaluate again, write; or continue where a killed one stopped.
 
-What the folder holds is in docs/reference/files.md. run.log and journal decide how a run continues (runs/log.py); all other files
-are for people and can be made again from them.
+What the folder holds is in docs/reference/files.md. run.log and journal decide how a run continues (runs/log.py); all
+other files are for people and can be made again from them.
 """
 
 from __future__ import annotations

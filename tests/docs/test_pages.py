@@ -70,10 +70,10 @@ def test_the_site_has_every_page_once():
 
 
 def test_links_lead_inside_the_site():
-    text = "[a](../../bench/README.md#one-call) [b](../../bench/results) [c](../../csrc/es_kernels.h) [d](../reference/files.md)"
+    text = "[a](../../bench/README.md#one-call) [b](../../bench/results) [c](../../csrc/es_kernels.h) [d](../index.md)"
     page = ROOT / "docs/develop/architecture.md"
     assert hooks.with_links_of_the_site(text, page, "develop/architecture.md") == (
-        "[a](benchmarks.md#one-call) b [c](../source/csrc/es_kernels.h.txt) [d](../reference/files.md)"
+        "[a](benchmarks.md#one-call) b [c](../source/csrc/es_kernels.h.txt) [d](../index.md)"
     )
     text = "[a](../docs/reference/files.md)"
     assert (

@@ -1,4 +1,5 @@
-"""The folder of a run: whose it is, and what may be removed from it. What each file is for is in docs/reference/files.md."""
+"""The folder of a run: whose it is, and what may be removed from it. docs/reference/files.md says what each file is
+for."""
 
 from __future__ import annotations
 

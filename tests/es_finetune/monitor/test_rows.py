@@ -1,7 +1,7 @@
 """Contract under test: the fields of a run's files, and the quantiles and lengths in them.
 
-Every field has a meaning, and docs/reference/files.md says what the types say. That a run writes exactly these fields is in
-test_trainer.py.
+Every field has a meaning, and docs/reference/files.md says what the types say. That a run writes exactly these fields
+is in test_trainer.py.
 """
 
 from pathlib import Path
