@@ -849,7 +849,7 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path, save_tiny, monkeypatch,
     assert len(example.splitlines()) < 20
     model = save_tiny(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", model).replace(
+    example = example.replace("Qwen/Qwen2.5-0.5B", model).replace(
         "generations=50", f"generations=2, population=4, dtype={dtype!r}"
     )
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})

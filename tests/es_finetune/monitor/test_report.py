@@ -416,7 +416,7 @@ def test_norm_weights_are_counted_and_not_named_among_them(long):
     text = Page(long).text
     assert (
         "Part of the noise is lost in norm weights (1), which are near 1" in text
-        and "(lowest correlation 0.36). So it is in the paper's run" in text
+        and "(lowest correlation 0.36). This is normal, in the paper's setting too" in text
     )
     assert "model.norm.weight" not in text
 
