@@ -1,13 +1,14 @@
 """What else a user could do with the model, the questions and the minutes of demo-llm: TRL's GRPO and SFT, with AdamW.
 
     make bench-trl        in an environment of its own; or, there:
-    python -m bench.learning.short_answers_trl [--seconds 360] [--seeds 3] [--methods ...] [--json FILE]
+    python -m bench.learning.short_answers_trl [--seconds 360] [--seeds 3] [--methods ...] [--f32] [--json FILE]
 
 GRPO samples answers of 12 tokens; its reward is 1 for the reference answer, less the distance of the lengths in units
 of 50 characters (the paper's conciseness, so that answers that are all wrong differ). SFT reads the reference answers,
 as demo-llm's ES does. All else is TRL's and PEFT's default but for a constant lr and what METHODS says. Every run has
 one CPU thread; evals on the held-out questions do not count to its seconds. A run whose row is in --work is not made
-again.
+again. TRL computes in bf16 by default. Where the processor has no instructions for it, a step takes many times as long:
+give --f32 there.
 """
 
 import argparse
@@ -103,7 +104,7 @@ class Clock(transformers.TrainerCallback):
 
 def run(job):
     """One run, in a process of its own, whose memory is counted."""
-    method, seed, seconds = job
+    method, seed, seconds, f32 = job
     torch.set_num_threads(1)
     trainer_class, make_config, lora, options = METHODS[method]
     task = ShortAnswers()
@@ -114,6 +115,7 @@ def run(job):
             output_dir=folder,
             seed=seed,
             use_cpu=True,
+            **({"bf16": False} if f32 else {}),
             lr_scheduler_type="constant",
             num_train_epochs=10**4,
             save_strategy="no",
@@ -141,6 +143,7 @@ def run(job):
         "seconds": seconds,
         "lr": config.learning_rate,
         "batch": config.per_device_train_batch_size,
+        "bf16": config.bf16,
         "curve": clock.curve,
         "rewards": clock.rewards,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -153,6 +156,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--f32", action="store_true", help="compute in float32")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs/short-answers-trl", help="runs done before")
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS / "short_answers_trl.json")
     args = parser.parse_args()
@@ -162,7 +166,7 @@ def main():
         (method, seed): args.work / f"{re.sub(r'[^-.a-z0-9]+', '-', method, flags=re.IGNORECASE)}-{seed}.json"
         for seed, method in itertools.product(range(args.seeds), args.methods)
     }
-    todo = [(*job, args.seconds) for job, path in jobs.items() if not path.exists()]
+    todo = [(*job, args.seconds, args.f32) for job, path in jobs.items() if not path.exists()]
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
         for row in pool.imap_unordered(run, todo):
             write_atomically(jobs[row["method"], row["seed"]], json.dumps(row) + "\n")

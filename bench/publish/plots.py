@@ -240,6 +240,26 @@ def conciseness(ax, report):
     _legend(ax)
 
 
+def countdown_smollm2(ax, report):
+    """Format by generation: of the members on their questions, and held out."""
+    for run, color in zip(report["runs"], (BLUE, GREEN, SAND), strict=False):
+        formats = [row[2] for row in run["generations"]]
+        ax.plot(range(1, len(formats) + 1), formats, color=color, label=f"members, seed {run['seed']}")
+        at = [row[1] for row in run["curve"]]
+        ax.plot(at, [row[3] for row in run["curve"]], "x:", color=color, label=f"held out, seed {run['seed']}")
+    ax.axhline(0.6, color=GREY, lw=0.8)
+    ax.text(0, 0.66, "0.6: a think block and an answer block, but not the whole form", color=GREY, fontsize=8)
+    ax.set_ylim(0, 1.02)
+    ax.set_xlabel("generation")
+    ax.set_ylabel("format, 1 = the whole form")
+    _title(
+        ax,
+        "What ES learns of Countdown: the form of an answer (higher is better)",
+        f"SmolLM2-135M-Instruct, 30 members x 2 prompts, {_machine(report)}. No answer is exact",
+    )
+    _legend(ax, loc="lower right")
+
+
 def short_answers(ax, report, others):
     """Held-out exact answers against the minutes that training took, a line a run."""
     runs = [("ES, all members in one batch", BLUE, run) for run in report["runs"]]
@@ -297,6 +317,7 @@ PLOTS = {
     "generation": {("generation-cpu",): generation},
     "scale": {("scale",): scale},
     "members": {("members-cpu",): members, ("conciseness-cpu",): conciseness},
+    "countdown": {("countdown_smollm2-cpu",): countdown_smollm2},
     "short-answers": {("short_answers-cpu", "short_answers_trl"): short_answers},
 }
 

@@ -63,7 +63,7 @@ def calls(report):
     )
     header = [
         "ns a value (times torch)",
-        *(f"{isa}, {threads} thread{'s' * (threads > 1)}" for isa, threads in columns),
+        *(f"{isa}, {_count(threads, 'thread')}" for isa, threads in columns),
     ]
     body = []
     for dtype, operation in dict.fromkeys(key[2:] for key in cells):
@@ -92,7 +92,7 @@ def low_rank():
     threads = sorted({r["threads"] for r in rows})
     header = [
         "ns a value and seed",
-        *(f"{n} thread{'s' * (n > 1)}" for n in threads),
+        *(_count(n, "thread") for n in threads),
         "",
         f"{threads[-1]} threads to 1",
     ]
@@ -128,7 +128,7 @@ def members():
     body = []
     for r in report["rows"]:
         speed = {way: f"{of['tokens_per_s']:.3g}" for way, of in r["ways"].items()}
-        members_ = f"{r['members']} member{'s' * (r['members'] > 1)}"
+        members_ = _count(r["members"], "member")
         row = [f"{r['model']}, {members_} x {r['prompts']} prompts, {r['tokens']} tokens"]
         row += [speed["plain"], speed["one batch"], f"{r['share_of_plain']:.0%}"]
         for way in others:
@@ -209,6 +209,50 @@ def short_answers_examples():
     return table(["question", "base", "tuned"], [[" ".join(text.split()) for text in row] for row in rows])
 
 
+def countdown_smollm2():
+    """How far held-out answers come, before and after, and their format on the way."""
+    report = results("countdown_smollm2-cpu")
+    runs = report["runs"]
+    minutes = ", ".join(f"{run['seconds'] / 60:.0f}" for run in runs)
+    about = (
+        f"SmolLM2-135M-Instruct, {report['machine']['processor']}, {report['threads']} threads; "
+        f"{_count(len(runs), 'seed')}, {len(runs[0]['generations'])} generations, {minutes} minutes."
+    )
+    header = [f"of {runs[0]['counts']['base']['answers']} held-out answers", "base", "tuned"]
+    steps = {
+        "end of thoughts": "end their thoughts",
+        "answer block": "hold an answer block",
+        "whole form": "have the whole form",
+        "expression": "have an expression in the block",
+        "its numbers": "of just the given numbers",
+        "exact": "that reaches the target (exact)",
+    }
+    body = [
+        [text, *(", ".join(str(run["counts"][when][key]) for run in runs) for when in ("base", "tuned"))]
+        for key, text in steps.items()
+    ]
+    at = [row[1] for row in runs[0]["curve"]]
+    curve = [[f"seed {run['seed']}", *(f"{row[3]:.2f}" for row in run["curve"])] for run in runs]
+    formats = table(["held-out format, generation", *map(str, at)], curve)
+    return "\n\n".join([about, table(header, body), formats])
+
+
+def _count(number, thing):
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def countdown_smollm2_examples():
+    """Answers before and after, of the first seed; the line breaks are shown as spaces."""
+    rows = results("countdown_smollm2-cpu")["runs"][0]["examples"]
+    shown = [[re.search(r"With the numbers (.*?)\. ", prompt)[1], *map(_in_code, texts)] for prompt, *texts in rows]
+    return table(["question", "base", "tuned"], shown)
+
+
+def _in_code(text):
+    plain = " ".join(text.split()).replace("|", "/").replace("`", "'")
+    return f"`{plain[:160]}{' ...' if len(plain) > 160 else ''}`"
+
+
 def short_answers_methods():
     """ES beside gradients, by the clock: held-out exact answers, and peak memory."""
     ours, others = results("short_answers-cpu"), results("short_answers_trl")
@@ -226,6 +270,23 @@ def short_answers_methods():
     versions = others["machine"]
     about = f"Held-out exact answers, lowest to highest seed. TRL {versions['trl']}, {versions['processor']}."
     return f"{about}\n\n" + table(header, body)
+
+
+def short_answers_grpo():
+    """GRPO's own reward by the clock: means over the answers of each third of the time."""
+    report = results("short_answers_grpo")
+    third = report["runs"][0]["seconds"] / 3
+    parts = [f"minutes {third * k / 60:.2g} to {third * (k + 1) / 60:.2g}" for k in range(3)]
+    header = ["TRL", "steps", *(f"mean reward, {part}" for part in parts), "held-out exact", "format", "peak memory"]
+    body = []
+    for run in report["runs"]:
+        thirds = [[reward for spent, _, reward in run["rewards"] if spent // third == k] for k in range(3)]
+        _, steps, exact, format = run["curve"][-1]
+        rewards = [f"{statistics.mean(of):.2f}" for of in thirds]
+        body.append([run["method"], str(steps), *rewards, f"{exact:.0%}", f"{format:.0%}"])
+        body[-1].append(f"{run['peak_memory_bytes'] / 1e9:.1f} GB")
+    versions = report["machine"]
+    return f"TRL {versions['trl']}, {versions['processor']}, one thread, float32, one seed.\n\n" + table(header, body)
 
 
 def _exact_at(curve, seconds):
@@ -947,9 +1008,12 @@ TABLES = {
     "low-rank": low_rank,
     "members": members,
     "conciseness": conciseness,
+    "countdown-smollm2": countdown_smollm2,
+    "countdown-smollm2-examples": countdown_smollm2_examples,
     "short-answers": short_answers,
     "short-answers-examples": short_answers_examples,
     "short-answers-methods": short_answers_methods,
+    "short-answers-grpo": short_answers_grpo,
     "gpus": measured_gpus,
     "targets": unreached,
     "learning-runs": learning_runs,
