@@ -34,7 +34,7 @@ from bench.common import environment
 from bench.learning.countdown_model import MAX_NEW_TOKENS
 from es_finetune.commands.calibrate import calibrate
 from es_finetune.config import PAPER
-from es_finetune.runs.files import write_atomically
+from es_finetune.runs.files import read_rows, write_atomically
 from es_finetune.runs.log import is_begun, read_log
 
 KEPT = ("run.log", "metrics.jsonl", "evals.jsonl", "reward.png")
@@ -122,7 +122,7 @@ def of_generations(run):
     """What metrics.jsonl tells: the members' mean reward in the first generation and in the last; and of the
     generations after the first, which compiles, {part: share of the time} and seconds of one, or None where there are
     none."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     figures = {"reward": [rows[0]["reward_mean"], rows[-1]["reward_mean"]]}
     figures |= {"shares": None, "seconds_a_generation": None}
     total = sum(row["seconds"] for row in rows[1:])

@@ -15,7 +15,7 @@ import pathlib
 from bench import RESULTS, ROOT
 from bench.common import environment, smollm2
 from bench.learning import seeds
-from es_finetune.runs.files import write_atomically
+from es_finetune.runs.files import read_rows, write_atomically
 from es_finetune.tasks.arithmetic import evaluate
 from es_finetune.tasks.countdown import OPENED, Countdown
 from es_finetune.tasks.extract import last_block
@@ -26,7 +26,7 @@ SHOWN = 3  # questions whose answers are kept
 
 def answers(folder, when):
     """{prompt: answer} to the held-out questions, "base" or "tuned"."""
-    return {line["prompt"]: line["completion"] for line in seeds.rows(folder / "answers" / f"{when}.jsonl")}
+    return {line["prompt"]: line["completion"] for line in read_rows(folder / "answers" / f"{when}.jsonl")}
 
 
 def counts(written):
@@ -55,7 +55,7 @@ def kept(folder):
     written = {when: answers(folder, when) for when in ("base", "tuned")}
     steps = [
         [row["seconds"], row["reward_mean"], row["format_mean"], row["exact_mean"], row["tokens"]]
-        for row in seeds.rows(folder / "metrics.jsonl")
+        for row in read_rows(folder / "metrics.jsonl")
     ]
     examples = [[prompt, *(of[prompt] for of in written.values())] for prompt in list(written["base"])[:SHOWN]]
     return seeds.outcome(folder) | {

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from bench.common import smollm2
+from es_finetune.runs.files import read_rows
 
 
 def add_flags(parser, processes, threads):
@@ -46,22 +47,18 @@ def train(config, folder, seed, threads, device):
     (folder / "resources.json").write_text(json.dumps(resources))
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def outcome(folder):
     """{seed, base, final, curve, seconds, live, cpu_seconds, peak_memory_bytes} of a run. A point of the curve is
     [seconds of generations until then, generation, exact, format], all on the held-out questions."""
     summary = json.loads((folder / "summary.json").read_text())
-    until = [0.0, *itertools.accumulate(row["seconds"] for row in rows(folder / "metrics.jsonl"))]
+    until = [0.0, *itertools.accumulate(row["seconds"] for row in read_rows(folder / "metrics.jsonl"))]
     return {
         "seed": summary["seed"],
         "base": summary["base"],
         "final": summary["final"],
         "curve": [
             [until[row["generation"]], row["generation"], row["exact"], row["format"]]
-            for row in rows(folder / "evals.jsonl")
+            for row in read_rows(folder / "evals.jsonl")
         ],
         "seconds": summary["seconds_total"],
         "live": summary["live"],

@@ -19,7 +19,7 @@ import torch
 from bench import RESULTS, ROOT
 from bench.common import environment, smollm2
 from bench.learning import seeds
-from es_finetune.runs.files import write_atomically
+from es_finetune.runs.files import read_rows, write_atomically
 from es_finetune.tasks.short_answers import TEST, TRAIN, ShortAnswers
 
 CONFIG = "short-answers-smollm2-135m"
@@ -28,7 +28,7 @@ WHEN = ("base", "tuned")
 
 def answers(folder, when):
     """{question: answer} to the held-out questions."""
-    lines = seeds.rows(folder / "answers" / f"{when}.jsonl")
+    lines = read_rows(folder / "answers" / f"{when}.jsonl")
     return {line["prompt"][-1]["content"]: line["completion"] for line in lines}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from es_finetune.monitor.progress import value
+from es_finetune.monitor.rows import worker_seconds
 from es_finetune.runs.files import write_atomically
 
 INK, BAND, ACCENT, SCORE, REST, TEXT, GRID = "#1b4f72", "#aed6f1", "#0f766e", "#e0982f", "#b5bec8", "#4a5560", "#dde2e7"
@@ -216,11 +217,6 @@ def draw_time(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(ylim=(0, 1), xlim=(x[0], x[-1]))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     _legend(axes)
-
-
-def worker_seconds(row: Row) -> float:
-    """Of a generation, summed over the workers as the seconds of its parts are."""
-    return row["seconds"] * row.get("workers", 1)
 
 
 def _updates(rows: Sequence[Row]) -> list[int]:

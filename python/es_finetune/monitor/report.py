@@ -20,18 +20,9 @@ from typing import Any, NamedTuple
 from es_finetune.config import TrainConfig, as_flags
 from es_finetune.monitor.advice import swallowed
 from es_finetune.monitor.health import FAITHFUL
-from es_finetune.monitor.plots import (
-    HELD_OUT,
-    draw_held_out,
-    draw_lengths,
-    draw_lines,
-    draw_rewards,
-    draw_time,
-    svg,
-    worker_seconds,
-)
+from es_finetune.monitor.plots import HELD_OUT, draw_held_out, draw_lengths, draw_lines, draw_rewards, draw_time, svg
 from es_finetune.monitor.progress import duration, value
-from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, meanings
+from es_finetune.monitor.rows import EvalRow, GenerationRow, Health, meanings, worker_seconds
 
 Row = dict[str, Any]
 

@@ -238,6 +238,11 @@ def eval_row(task: Task, evaluation: Evaluation, done: int, seconds: float) -> R
     }
 
 
+def worker_seconds(row: Mapping[str, Any]) -> float:
+    """Of a generation, summed over the workers as the seconds of its parts are."""
+    return row["seconds"] * row.get("workers", 1)
+
+
 def summary(metric: str, rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the rows come to. Unknown is None: the base model's part, if the first eval was lost, and shares of no time
     at all."""
@@ -248,7 +253,7 @@ def summary(metric: str, rows: Sequence[Mapping[str, Any]], evals: Sequence[Mapp
         for part in ("", "_generate", "_score", "_kernels")
     }
     del seconds["seconds"]
-    training = math.fsum(row["seconds"] * row["workers"] for row in rows)
+    training = math.fsum(worker_seconds(row) for row in rows)
     return {
         "metric": metric,
         "base": first[metric],
